@@ -1,0 +1,83 @@
+"""The values that travel from a source row to the loss, one type per stage.
+
+source row -> Conversation | Text -> Example (token ids, labels, weights) -> collated tensors
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+IGNORE_INDEX = -100
+"""The label of a token that is not supervised; the value PyTorch's cross-entropy ignores."""
+
+TrainOn = Literal["all", "completion", "assistant", "last_assistant"]
+"""Which part of a row is supervised: everything, what follows the prompt, every assistant turn, or only the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a conversation, as the chat template will see it.
+
+    `fields` is the turn itself (`role`, `content`, and whatever else the row had: `tool_calls`, `name`,
+    `reasoning_content`, ...); `weight` scales the loss of its supervised tokens (0 leaves the turn unsupervised).
+    """
+
+    fields: dict[str, Any]
+    weight: float = 1.0
+
+    @property
+    def role(self) -> str:
+        return str(self.fields["role"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Messages to be rendered by a chat template.
+
+    The first `prompt_length` messages are the prompt of a prompt-completion row; None when the row makes no such
+    difference. `tools` and `template_kwargs` are handed to the template unchanged.
+    """
+
+    messages: tuple[Message, ...]
+    prompt_length: int | None = None
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """Plain text; `prompt` is the part before the completion, None when the row makes no such difference."""
+
+    text: str
+    prompt: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """A row that was tokenized by its owner; taken as it is. `labels` None supervises every token."""
+
+    input_ids: list[int]
+    labels: list[int] | None = None
+    weight: float = 1.0
+
+
+Row = Conversation | Text | Tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A row in tokens: three lists of equal length.
+
+    `labels[i]` is `input_ids[i]` where token `i` is supervised, IGNORE_INDEX elsewhere (not shifted);
+    `weights[i]` scales the loss of token `i`, and is None when every supervised token weighs 1.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    weights: list[float] | None = None
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens have a label. The first token never contributes to the loss: nothing predicts it."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
