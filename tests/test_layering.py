@@ -24,7 +24,9 @@ LAYERS = (
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
-TOP_LEVEL = {"errors": "base", "types": "base", "home": "base", "config": "base", "__main__": "cli"}
+TOP_LEVEL = dict.fromkeys(("errors", "types", "home", "precision", "coerce", "config", "recipe"), "base") | {
+    "__main__": "cli"
+}
 HEIGHT = {place: height for height, row in enumerate(LAYERS) for place in row}
 
 # Importing one of these (a folder stands for all its modules) must load none of HEAVY.
@@ -32,11 +34,16 @@ TORCH_FREE = (
     "errors",
     "types",
     "home",
+    "coerce",
+    "recipe",
     "data.read",
     "data.formats",
     "data.chat",
     "data.pack",
     "data.orders",
+    "data.sources",
+    "data.cache",
+    "data.preflight",
     "report",
     "cli",
 )

@@ -1,0 +1,163 @@
+"""Values from YAML or the command line to the type that a setting has."""
+
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from tunesmith.errors import nearest
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_RANK = (NoneType, bool, int, float, Literal, Enum, dict, list, str)
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object {key: value}",
+    list: "a list",
+    str: "text",
+    NoneType: "null",
+}
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key that is given twice is an error, not a quiet override."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """`value`, from YAML or the command line, as the type `kind`: a builtin, Literal, Enum (its value, as text), dict,
+    list, or a union of them, of which the first that fits is taken, text last.
+
+    `coerce("2e-5", float)` is 2e-5, `coerce("none", int | None)` is None, `coerce(False, SaveStrategy | str)` is "no"
+    (YAML's reading of a bare `no`). Raises ValueError that says what was found and expected.
+    """
+    members = members_of(kind)
+    for member in members:
+        if isinstance(value, str) and str in members and _is_word_of_its_own(value, member):
+            continue
+        try:
+            return _as(value, member)
+        except ValueError:
+            continue
+    quote = "; put it in quotes" if members[-1] is str and not isinstance(value, str | list | dict) else ""
+    hint = nearest(value, _choices_of(kind)) if isinstance(value, str) else ""
+    raise ValueError(f"is {found(value)}, expected {expected(kind)}{quote}{hint}")
+
+
+def _is_word_of_its_own(value: str, member: Any) -> bool:
+    """Whether text that could be a `member` is meant as text: `report_to: none`, and a name with a comma."""
+    is_list = get_origin(member) is list and not value.lstrip().startswith("[")
+    return is_list or (member is NoneType and value == "none")
+
+
+def expected(kind: Any) -> str:
+    """What a value of the type `kind` looks like, in words."""
+    choices = _choices_of(kind)
+    words = [" | ".join(map(str, choices))] if choices else []
+    origins: list[Any] = [get_origin(member) or member for member in members_of(kind)]
+    words += [_NAMES[origin] for origin in _NAMES if origin in origins]
+    return " or ".join(words) or "nothing: it is for scripts only"
+
+
+def members_of(kind: Any) -> list[Any]:
+    """The types of a union in the order in which they are tried. Text beside an Enum means the Enum's values."""
+    members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
+    if any(_is_enum(member) for member in members):
+        members = [member for member in members if member is not str]
+    return sorted(members, key=_rank)
+
+
+def _rank(member: Any) -> int:
+    origin = Enum if _is_enum(member) else get_origin(member) or member
+    return _RANK.index(origin) if origin in _RANK else len(_RANK)
+
+
+def _is_enum(member: Any) -> bool:
+    return isinstance(member, type) and issubclass(member, Enum)
+
+
+def _choices_of(kind: Any) -> list[Any]:
+    choices: list[Any] = []
+    for member in members_of(kind):
+        choices += [item.value for item in member] if _is_enum(member) else []
+        choices += get_args(member) if get_origin(member) is Literal else []
+    return choices
+
+
+def _as(value: Any, member: Any) -> Any:
+    """`value` as one type that is no union; raises ValueError when it isn't one."""
+    origin = get_origin(member) or member
+    if _is_enum(member) or origin is Literal:
+        choices = _choices_of(member)
+        value = "no" if value is False and "no" in choices else value
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return value
+    elif origin is NoneType:
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "~")):
+            return None
+    elif origin is bool:
+        if isinstance(value, bool) or (isinstance(value, str) and value.lower() in BOOLEANS):
+            return value if isinstance(value, bool) else BOOLEANS[value.lower()]
+    elif origin in (int, float):
+        return _number(value, whole=origin is int)
+    elif origin in (dict, list):
+        return _collection(value, origin, get_args(member))
+    elif origin is str and isinstance(value, str):
+        return value
+    raise ValueError
+
+
+def _number(value: Any, *, whole: bool) -> int | float:
+    """A number or its text; whole numbers stay int where a float is wanted: `save_steps` 500, not 500.0."""
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise ValueError
+    if not whole or isinstance(value, int):
+        return value
+    if not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _collection(value: Any, origin: type, kinds: tuple[Any, ...]) -> Any:
+    """A dict or a list with members of `kinds`, or the same as YAML in text; `a,b` is a list, too."""
+    if isinstance(value, str):
+        opening = "{" if origin is dict else "["
+        if value.lstrip().startswith(opening):
+            try:
+                value = yaml.load(value, UniqueKeyLoader)
+            except yaml.YAMLError as error:
+                raise ValueError from error
+        elif origin is list:
+            value = [item.strip() for item in value.split(",")]
+    if not isinstance(value, dict | list) or type(value) is not origin:
+        raise ValueError
+    if not kinds or kinds[-1] is Any:
+        return value
+    if isinstance(value, list):
+        return [coerce(item, kinds[0]) for item in value]
+    return {coerce(key, kinds[0]): coerce(item, kinds[1]) for key, item in value.items()}
+
+
+def found(value: Any) -> str:
+    """A value as it was found, shortened, with its type in words."""
+    kind = "an object" if isinstance(value, dict) else _NAMES.get(type(value), f"a {type(value).__name__}")
+    return "null" if value is None else f"{shorten(repr(value))} ({kind})"
+
+
+def shorten(text: str, width: int = 80) -> str:
+    """`text` in at most `width` characters."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."

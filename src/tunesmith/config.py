@@ -1,0 +1,246 @@
+"""SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import TrainingArguments
+
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.precision import PrecisionName, decide, describe, measure
+from tunesmith.types import TrainOn
+
+LossType = Literal["nll", "dft", "chunked_nll"]
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Overlong = Literal["truncate", "drop", "split", "error"]
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """Settings of a supervised fine-tuning run.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides, by measuring the device.
+
+    A value that can't be what the user meant raises TunesmithError when the config is made.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "dataset_kwargs",
+        "chat_template_kwargs",
+        "columns",
+    ]
+
+    precision_note = ""  # how `precision: auto` was settled, for the run to print
+
+    learning_rate: float = field(default=2e-5, metadata=_help("Peak learning rate; LoRA wants about ten times more."))
+    logging_steps: float = field(default=10, metadata=_help("Log every so many steps; below 1, a share of the run."))
+    precision: Precision = field(default="auto", metadata=_help("auto measures the device | fp32 | bf16 | fp16."))
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata=_help("TRL's way to say precision: bf16 (True), or not (False).")
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Arguments of `from_pretrained`, for a model given by name.")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=_help("Run Python code that comes with the model. Off: such a model is an error.")
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata=_help("Load-balancing loss of mixture-of-experts models: not supported, leave unset.")
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "chatml | llama3 | zephyr | mistral | gemma | alpaca | plain, a .jinja file, or a model or folder whose "
+            "tokenizer has the chat template; its tokens are added where they lack."
+        ),
+    )
+    eos_token: str | None = field(default=None, metadata=_help("The token that ends a text; from the vocabulary."))
+    pad_token: str | None = field(default=None, metadata=_help("The padding token; from the vocabulary."))
+
+    # The data
+    dataset_text_field: str = field(default="text", metadata=_help("The column with plain text."))
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata=_help("Our column names to the data's, e.g. {prompt: question, completion: answer}.")
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Arguments of the chat template for every row, e.g. {enable_thinking: false}.")
+    )
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("{skip_prepare_dataset: true} hands the data set to the collator as it is.")
+    )
+    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that prepare the data; unset, one."))
+    max_length: int | None = field(
+        default=1024, metadata=_help("Most tokens of an example, and of a pack. None: no limit.")
+    )
+    overlong: Overlong = field(
+        default="truncate", metadata=_help("Examples over max_length: truncate | drop | split | error.")
+    )
+    truncate_prompt: bool = field(
+        default=False, metadata=_help("Shorten an overlong row's prompt from the left instead of its completion.")
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata=_help("Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
+    )
+    shuffle_dataset: bool = field(
+        default=False, metadata=_help("Shuffle the data set once, before packing, by `seed`.")
+    )
+
+    # What is trained on
+    train_on: TrainOn | None = field(
+        default=None,
+        metadata=_help(
+            "assistant | last_assistant | completion | all. Unset: the completion of prompt-completion rows, else all."
+        ),
+    )
+    completion_only_loss: bool | None = field(
+        default=None, metadata=_help("TRL's name for train_on: completion (True) or all (False).")
+    )
+    assistant_only_loss: bool = field(default=False, metadata=_help("TRL's name for train_on: assistant."))
+    allow_no_eos: bool = field(
+        default=False, metadata=_help("Accept data in which no supervised token ends a text: the model won't stop.")
+    )
+    loss_type: LossType = field(
+        default="nll", metadata=_help("nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
+    )
+
+    # Batches
+    packing: bool = field(default=False, metadata=_help("Fill rows of max_length tokens with several examples."))
+    packing_strategy: PackingStrategy = field(
+        default="bfd", metadata=_help("bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
+    )
+    eval_packing: bool | None = field(default=None, metadata=_help("Pack the eval data too; unset, as `packing`."))
+    padding_free: bool = field(
+        default=True, metadata=_help("Batches without padding; False pads, for comparison or an odd model.")
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default=None, metadata=_help("Pad rows to a multiple of this many tokens; needs padding_free: false.")
+    )
+    activation_offloading: bool = field(
+        default=False, metadata=_help("Keep activations in main memory during the forward: not supported yet.")
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_supervision()
+        self._check_batches()
+        self._refuse_unsupported()
+        self._choose_precision()
+        super().__post_init__()
+        for name in ("columns", "chat_template_kwargs", "dataset_kwargs", "model_init_kwargs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise TunesmithError(f"{name} is {value!r}; write an object, e.g. {{key: value}}")
+        unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
+        if unknown:
+            raise TunesmithError(f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset")
+
+    @property
+    def resolved_train_on(self) -> TrainOn | None:
+        """What the three fields say together; None leaves it to the format of the rows."""
+        if self.train_on is not None:
+            return self.train_on
+        if self.assistant_only_loss:
+            return "assistant"
+        if self.completion_only_loss is None:
+            return None
+        return "completion" if self.completion_only_loss else "all"
+
+    def _check_choices(self) -> None:
+        choices: dict[str, Any] = {
+            "loss_type": LossType,
+            "packing_strategy": PackingStrategy,
+            "overlong": Overlong,
+            "train_on": TrainOn,
+            "precision": Precision,
+        }
+        for name, kind in choices.items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if value is not None and value not in allowed:
+                raise TunesmithError(f"{name} is {value!r}; choose {' | '.join(allowed)}{nearest(str(value), allowed)}")
+        if self.loss_type == "chunked_nll":
+            self.loss_type = "nll"
+
+    def _check_supervision(self) -> None:
+        named = {
+            "train_on": self.train_on,
+            "assistant_only_loss": "assistant" if self.assistant_only_loss else None,
+            "completion_only_loss": "completion" if self.completion_only_loss else None,
+        }
+        if self.completion_only_loss is False and self.train_on == "completion":
+            named["completion_only_loss"] = "not completion"
+        said = {name: value for name, value in named.items() if value is not None}
+        if len(set(said.values())) > 1:
+            listed = " and ".join(f"{name} ({value})" for name, value in said.items())
+            raise TunesmithError(f"{listed} contradict each other; set only train_on")
+
+    def _check_batches(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise TunesmithError(f"max_length is {self.max_length}; at least 2 tokens are needed to predict one")
+        if self.packing and self.max_length is None:
+            raise TunesmithError("packing needs max_length, the size of a pack; it is None")
+        if self.packing and not self.padding_free:
+            raise TunesmithError("packing puts examples side by side, which padding_free: false forbids; drop one")
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
+        if self.pad_to_multiple_of is not None and self.padding_free:
+            raise TunesmithError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches have no padding; "
+                "drop it, or set padding_free: false"
+            )
+        if self.truncation_mode != "keep_start":
+            raise TunesmithError(
+                f"truncation_mode is {self.truncation_mode!r}; only 'keep_start' is supported. "
+                "To keep the end of long prompts use truncate_prompt: true"
+            )
+
+    def _refuse_unsupported(self) -> None:
+        reasons = {
+            "router_aux_loss_coef": (
+                self.router_aux_loss_coef,
+                "this loss is not supported; leave it unset",
+            ),
+            "activation_offloading": (self.activation_offloading, "not supported yet; use gradient_checkpointing"),
+            "use_liger_kernel": (
+                self.use_liger_kernel,
+                "Liger replaces the forward that computes our loss, which never makes the full logits either",
+            ),
+            "torch_compile": (self.torch_compile, "not supported yet with batches of changing length"),
+        }
+        for name, (value, reason) in reasons.items():
+            if value:
+                raise TunesmithError(f"{name} is {value!r}: {reason}")
+
+    def _choose_precision(self) -> None:
+        """Settle `precision`, and the flags `bf16` and `fp16` that `transformers` reads, on one format."""
+        flagged: PrecisionName | None = None
+        if self.bf16 is not None or self.fp16:
+            flagged = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+        if self.precision == "auto":
+            self.precision = flagged or self._measured_precision()
+        elif flagged not in (None, self.precision):
+            raise TunesmithError(
+                f"precision is {self.precision!r}, but bf16 and fp16 say {flagged}; set only precision"
+            )
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+
+    def _measured_precision(self) -> PrecisionName:
+        import torch
+
+        device = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        device_type = "cpu" if device is None else device.type
+        speeds = measure(device_type)
+        choice = decide(speeds, device_type)
+        if device_type == "cpu":
+            self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
+            self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
+        self.precision_note = describe(choice, speeds, device_type)
+        return choice

@@ -1,0 +1,196 @@
+"""SFTConfig: TRL's names and defaults, and a word for each setting that can't be meant."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from tunesmith.config import SFTConfig
+from tunesmith.errors import TunesmithError
+
+# TRL 1.16's `SFTConfig` on top of `TrainingArguments`, with its defaults.
+TRL_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-5,
+    "logging_steps": 10,
+    "bf16": None,
+    "model_init_kwargs": None,
+    "trust_remote_code": False,
+    "router_aux_loss_coef": None,
+    "chat_template_path": None,
+    "dataset_text_field": "text",
+    "dataset_kwargs": None,
+    "dataset_num_proc": None,
+    "eos_token": None,
+    "pad_token": None,
+    "max_length": 1024,
+    "truncation_mode": "keep_start",
+    "shuffle_dataset": False,
+    "packing": False,
+    "packing_strategy": "bfd",
+    "eval_packing": None,
+    "completion_only_loss": None,
+    "assistant_only_loss": False,
+    "loss_type": "nll",
+    "activation_offloading": False,
+}
+OTHER_DEFAULTS = {"padding_free": True, "pad_to_multiple_of": None, "gradient_checkpointing": None}
+"""Those that differ from TRL's: batches have no padding, and computing twice costs time that small models can save."""
+
+
+def make(**settings: Any) -> SFTConfig:
+    common: dict[str, Any] = {"output_dir": "run", "precision": "fp32", "use_cpu": True, "report_to": "none"}
+    return SFTConfig(**common | settings)
+
+
+def refused(message: str, **settings: Any) -> None:
+    with pytest.raises(TunesmithError, match=re.escape(message)):
+        make(**settings)
+
+
+def test_trls_names_are_fields_with_trls_defaults() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    assert {name: defaults[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
+    assert {name: defaults[name] for name in OTHER_DEFAULTS} == OTHER_DEFAULTS
+
+
+def test_every_field_of_training_arguments_is_a_field() -> None:
+    ours, theirs = (
+        {field.name: field.default for field in dataclasses.fields(kind)} for kind in (SFTConfig, TrainingArguments)
+    )
+    changed = {name for name, default in theirs.items() if ours[name] != default}
+    assert changed == {"learning_rate", "logging_steps", "bf16"}
+
+
+def test_every_field_of_ours_has_a_line_of_help() -> None:
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for field in dataclasses.fields(SFTConfig):
+        if field.name not in theirs:
+            text = field.metadata["help"]
+            assert len(text) > 10, field.name
+            assert "\n" not in text
+            assert text.endswith("."), field.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"train_on": "last_assistant"}, "last_assistant"),
+        ({"assistant_only_loss": True}, "assistant"),
+        ({"completion_only_loss": True}, "completion"),
+        ({"completion_only_loss": False}, "all"),
+        ({"completion_only_loss": False, "assistant_only_loss": True}, "assistant"),
+        ({"completion_only_loss": False, "train_on": "all"}, "all"),
+        ({"completion_only_loss": True, "train_on": "completion"}, "completion"),
+        ({"assistant_only_loss": True, "train_on": "assistant"}, "assistant"),
+    ],
+    ids=str,
+)
+def test_what_is_trained_on_is_said_in_one_of_three_ways(settings: dict[str, Any], expected: str | None) -> None:
+    assert make(**settings).resolved_train_on == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (
+            {"completion_only_loss": True, "assistant_only_loss": True},
+            "assistant_only_loss (assistant) and completion_only_loss (completion)",
+        ),
+        (
+            {"train_on": "all", "assistant_only_loss": True},
+            "train_on (all) and assistant_only_loss (assistant)",
+        ),
+        (
+            {"train_on": "assistant", "completion_only_loss": True},
+            "train_on (assistant) and completion_only_loss (completion)",
+        ),
+        (
+            {"train_on": "all", "completion_only_loss": True},
+            "train_on (all) and completion_only_loss (completion)",
+        ),
+    ],
+    ids=str,
+)
+def test_contradictions_about_what_is_trained_on_are_errors(settings: dict[str, Any], found: str) -> None:
+    refused(f"{found} contradict each other; set only train_on", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("loss_type", "nnl", "choose nll | dft | chunked_nll; did you mean 'nll'?"),
+        ("packing_strategy", "bfd-split", "choose bfd | bfd_split | wrapped; did you mean 'bfd_split'?"),
+        ("overlong", "truncat", "choose truncate | drop | split | error; did you mean 'truncate'?"),
+        ("train_on", "assistants", "choose all | completion | assistant | last_assistant; did you mean 'assistant'?"),
+        ("precision", "bf-16", "choose auto | fp32 | bf16 | fp16; did you mean 'bf16'?"),
+        ("loss_type", "rocket", "choose nll | dft | chunked_nll"),
+    ],
+)
+def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value: str, hint: str) -> None:
+    with pytest.raises(TunesmithError) as caught:
+        make(**{name: value})
+    assert str(caught.value) == f"{name} is {value!r}; {hint}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef is 0.1: this loss is not supported; leave it unset"),
+        ({"activation_offloading": True}, "activation_offloading is True: not supported yet"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is True: Liger replaces the forward"),
+        ({"torch_compile": True}, "torch_compile is True: not supported yet"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'; only 'keep_start' is supported"),
+        ({"max_length": 1}, "max_length is 1; at least 2 tokens are needed to predict one"),
+        ({"packing": True, "max_length": None}, "packing needs max_length, the size of a pack; it is None"),
+        ({"packing": True, "padding_free": False}, "which padding_free: false forbids; drop one"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of is 8, but batches have no padding"),
+        ({"columns": "question"}, "write an object"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs is [1]; write an object, e.g. {key: value}"),
+        ({"dataset_kwargs": {"add_special_tokens": False}}, "dataset_kwargs: 'add_special_tokens' is unknown"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_supported_or_can_not_be_meant_is_an_error(settings: dict[str, Any], message: str) -> None:
+    refused(message, **settings)
+
+
+def test_settings_off_are_accepted_as_off() -> None:
+    make(activation_offloading=False, use_liger_kernel=False, torch_compile=False, router_aux_loss_coef=0.0)
+
+
+def test_trls_other_names_for_our_defaults_are_accepted() -> None:
+    found = make(pad_to_multiple_of="auto", loss_type="chunked_nll")
+    assert found.pad_to_multiple_of is None
+    assert found.loss_type == "nll"
+
+
+def test_padded_batches_may_be_padded_to_a_multiple() -> None:
+    assert make(pad_to_multiple_of=8, padding_free=False).pad_to_multiple_of == 8
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "dataset_kwargs", "chat_template_kwargs", "columns"])
+def test_objects_may_be_json_text(name: str) -> None:
+    value = {"skip_prepare_dataset": True} if name == "dataset_kwargs" else {"prompt": "question"}
+    text = '{"skip_prepare_dataset": true}' if name == "dataset_kwargs" else '{"prompt": "question"}'
+    assert getattr(make(**{name: text}), name) == value
+    assert getattr(make(**{name: value}), name) == value
+
+
+def test_gradient_checkpointing_under_both_of_its_names(recwarn: pytest.WarningsRecorder) -> None:
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        assert make(**{name: True}).activation_checkpointing is True
+    assert not make().activation_checkpointing
+
+
+def test_a_config_survives_its_own_dictionary(tmp_path: Path) -> None:
+    config = make(output_dir=str(tmp_path), packing=True, max_length=64, columns={"prompt": "q"}, eval_packing=False)
+    again = SFTConfig(**config.to_dict())
+    assert again.to_dict() == config.to_dict()
+
+
+def test_the_users_mistake_is_a_value_error() -> None:
+    assert issubclass(TunesmithError, ValueError)
