@@ -1,0 +1,167 @@
+"""Prepared data on disk: written once in shards, read back memory-mapped, found again by content.
+
+A prepared data set is a folder of Arrow files and a `manifest.json`. Its name is a digest of everything that went in:
+the rows, the tokenizer, the template, every option that matters, and this package's own code for the data. A folder is
+written under another name and renamed when it is complete, so that half a data set is never read.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import TunesmithError
+from tunesmith.home import home
+
+MANIFEST = "manifest.json"
+KEEP_DAYS = 30
+"""Prepared data that was not read for so long is removed when new data is written."""
+
+
+def fingerprint(*parts: Any) -> str:
+    """A digest of JSON-like values, dataclasses and bytes, in order: equal for equal content only.
+
+    Raises TypeError for anything else: an object whose content can't be told must not look unchanged.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        _update(digest, part)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, part: Any) -> None:
+    if is_dataclass(part) and not isinstance(part, type):
+        part = asdict(part)
+    if isinstance(part, bytes):
+        text = part
+    elif isinstance(part, Path):
+        with part.open("rb") as file:
+            text = hashlib.file_digest(file, "blake2b").digest()
+    elif isinstance(part, Mapping | list | tuple | str | int | float | bool | None):
+        text = json.dumps(part, sort_keys=True, ensure_ascii=False, default=_refuse).encode("utf-8", "surrogatepass")
+    else:
+        _refuse(part)
+    digest.update(f"{type(part).__name__} {len(text)} ".encode())
+    digest.update(text)
+
+
+def _refuse(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no fingerprint")
+
+
+@cache
+def code_fingerprint() -> str:
+    """A digest of the modules that turn rows into tokens: data prepared by other code is not used."""
+    return fingerprint(*sorted(path.read_bytes() for path in Path(__file__).parent.glob("*.py")))
+
+
+class Store:
+    """Prepared data sets under one folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or home() / "prepared"
+
+    def find(self, key: str) -> tuple[Any, dict[str, Any]] | None:
+        """The data set of `key`, memory-mapped, and what was noted about it; None when there is none, whole."""
+        folder = self.folder / key
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            if any((folder / name).stat().st_size != size for name, size in manifest["files"].items()):
+                return None
+            (folder / MANIFEST).touch()
+        except (OSError, ValueError, KeyError):
+            return None
+        return open_shards([folder / name for name in manifest["files"]]), manifest["notes"]
+
+    def write(self, key: str | None, tables: Iterable[Any], notes: Callable[[Any], dict[str, Any]]) -> Any:
+        """Write `tables` (Arrow, one schema) as the data set of `key`; returns it memory-mapped.
+
+        `notes` is given the data set when all tables are written, and returns what to keep with it. Without a key the
+        files live as long as this process, and are found by nobody else.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_old()
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        except OSError as error:
+            raise TunesmithError(
+                f"prepared data can't be written to {self.folder}: {error.strerror}. "
+                "Set TUNESMITH_HOME to a folder that you can write"
+            ) from error
+        try:
+            files = write_shards(partial, tables)
+            kept = notes(open_shards(files))
+            if key is None:
+                return _Temporary.adopt(partial, files)
+            manifest = {"files": {file.name: file.stat().st_size for file in files}, "notes": kept}
+            (partial / MANIFEST).write_text(json.dumps(manifest))
+            folder = self.folder / key
+            if folder.exists():  # damaged, or written by another process meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise TunesmithError(f"prepared data can't be written to {self.folder}: {error.strerror}") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return open_shards([folder / file.name for file in files])
+
+    def _remove_old(self) -> None:
+        oldest = time.time() - KEEP_DAYS * 86400
+        for folder in self.folder.iterdir():
+            mark = folder / MANIFEST
+            touched = mark if mark.exists() else folder
+            if folder.is_dir() and touched.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Temporary:
+    """Folders that go when the process ends."""
+
+    _folders: list[tempfile.TemporaryDirectory[str]] = []  # noqa: RUF012 (one list for the process is the point)
+
+    @classmethod
+    def adopt(cls, partial: Path, files: list[Path]) -> Any:
+        holder = tempfile.TemporaryDirectory(prefix="tunesmith-", ignore_cleanup_errors=True)
+        cls._folders.append(holder)
+        moved = [Path(shutil.move(file, Path(holder.name) / file.name)) for file in files]
+        partial.rmdir()
+        return open_shards(moved)
+
+
+def write_shards(folder: Path, tables: Iterable[Any], rows_per_shard: int = 100_000) -> list[Path]:
+    """`tables` as Arrow streams of about `rows_per_shard` rows; holds one table in memory at a time."""
+    import pyarrow as pa
+
+    files: list[Path] = []
+    writer, rows = None, 0
+    try:
+        for table in tables:
+            if writer is None or rows >= rows_per_shard:
+                if writer is not None:
+                    writer.close()
+                files.append(folder / f"data-{len(files):05d}.arrow")
+                writer, rows = pa.ipc.new_stream(str(files[-1]), table.schema), 0
+            writer.write_table(table)
+            rows += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return files
+
+
+def open_shards(files: list[Path]) -> Any:
+    """The shards as one `datasets.Dataset`, memory-mapped."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [Dataset.from_file(str(file)) for file in files]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)

@@ -1,0 +1,398 @@
+"""Chat templates: a conversation to the text a model sees, and the spans of it that are supervised.
+
+A template is a program; what it does with a message can depend on all others (Qwen 3 drops earlier reasoning). So
+nothing is assembled from pieces: a conversation is rendered once, in full, and the spans are found *in that text*.
+
+What is supervised of an assistant turn is what the model would have to generate: from the end of the generation prompt
+through what ends the turn. White space that the template puts behind an end token is not.
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
+                                                           ~~~~~~~~~~~~~~~~
+
+The messages before a turn, rendered with the generation prompt, end where the turn starts, and the messages through it
+end where it ends, if both are beginnings of the full text. If not, because the template renders history otherwise than
+the present, a message is found from what *follows* it: that is what two renderings with other contents both end with.
+A turn that can't be found so, or whose text is not what the message says, is refused with the reason.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import dropwhile, pairwise, takewhile
+from typing import Any, TypeAlias
+
+from tunesmith.data.formats import template_arguments
+from tunesmith.errors import TunesmithError
+from tunesmith.types import Conversation, TrainOn
+
+Fields: TypeAlias = Mapping[str, Any]
+Marks: TypeAlias = list[tuple[int, int]]
+
+PROBES = ("Xprobe answerX", "Yprobe answerY")
+"""Two contents whose first and last characters differ: what two renderings share ends exactly at the content."""
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TAG = r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]"
+REASONING_TAG = re.compile(TAG, re.IGNORECASE)
+REASONING_END = re.compile(rf"(?:{TAG}\s*)+\Z", re.IGNORECASE)
+"""How a generation prompt ends that opens the reasoning, or closes it at once. History may lack this part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Characters [start, stop) of a rendered text, supervised with `weight`."""
+
+    start: int
+    stop: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A text and what is supervised of it.
+
+    `prompt` is the number of characters before the completion of a prompt-completion row, else None.
+    `special_tokens`: the tokenizer is to add its own, as it does to plain text. `closed`: the text ends with what is
+    supervised, so that an end token belongs there.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    prompt: int | None = None
+    special_tokens: bool = False
+    closed: bool = True
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with the arguments of the run.
+
+    The time that a template sees is that of this object's making, so that all renderings have the same date. `special`
+    matches special tokens, `ends` are those that can end a turn. Raises TunesmithError when there is no template.
+    """
+
+    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+        if tokenizer.chat_template is None:
+            raise TunesmithError(
+                "the rows are conversations, but the tokenizer has no chat template. Set `chat_template_path` to a "
+                ".jinja file or to a model that has one"
+            )
+        now = {"strftime_now": datetime.now().strftime}
+        self._variables = {"documents": None, **tokenizer.special_tokens_map, **now, **template_arguments(kwargs or {})}
+        self._tokenizer = tokenizer
+        self.shows_calls = False  # not known yet
+        self._programs: dict[bool, tuple[Any, bool, dict[str, Any]]] = {}
+        tokens = tokenizer.added_tokens_decoder
+        self.ends = tuple(tokens[i].content for i in end_ids(tokenizer) if i in tokens)
+        special = {token.content for token in tokens.values() if token.special} | {*self.ends}
+        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def program(self, tools: list[Any] | None) -> tuple[Any, bool, dict[str, Any]]:
+        """The template in the sandbox of `transformers`, whether it marks what is generated, and what it sees always.
+
+        A tokenizer may have another template for conversations with tools.
+        """
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        if (key := tools is None) not in self._programs:
+            try:
+                source = self._tokenizer.get_chat_template(tools=tools)
+                program = _compile_jinja_template(source)
+            except Exception as error:
+                raise TunesmithError(f"the chat template can't be read: {error}") from error
+            marked = GENERATION.search(source) is not None
+            self._programs[key] = program, marked, {**program.globals, **self._variables}
+        return self._programs[key]
+
+    def pieces(self, text: str) -> list[str]:
+        """`text` cut before and behind each special token."""
+        cuts = [0, *(cut for match in self.special.finditer(text) for cut in match.span()), len(text)]
+        return [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
+
+
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that can end a text: the end-of-sequence token, and special tokens that have no other role."""
+    roles = ("bos_token_id", "unk_token_id", "pad_token_id", "mask_token_id", "cls_token_id")
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {getattr(tokenizer, role, None) for role in roles}
+    return frozenset(special | {tokenizer.eos_token_id} - {None})
+
+
+class Chat:
+    """A conversation bound to its template. `text` is the full rendering, `marks` its `{% generation %}` blocks."""
+
+    def __init__(self, conversation: Conversation, template: ChatTemplate) -> None:
+        from transformers.utils import chat_template_utils as hf
+
+        self.conversation, self.template = conversation, template
+        self._program, marked, variables = template.program(conversation.tools)
+        self._variables = variables | conversation.template_kwargs | {"tools": conversation.tools}
+        # Newer transformers show a message's reasoning to the template under all of its usual names.
+        aliased = getattr(hf, "_alias_reasoning_fields", list)
+        self.messages: list[Fields] = aliased([message.fields for message in conversation.messages])
+        self.marks: Marks | None = [] if marked else None
+        self.text = self.render(self.messages, marks=self.marks)
+
+    def render(self, messages: Sequence[Fields], *, ask: bool = False, marks: Marks | None = None) -> str:
+        """`messages` as text, with the generation prompt when asked; `{% generation %}` blocks are added to `marks`."""
+        variables = {**self._variables, "messages": messages, "add_generation_prompt": ask}
+        # As in `Template.render`, less the copying of variables that it does for each call.
+        context = self._program.new_context(variables, shared=True)
+        try:
+            if marks is None:
+                return "".join(self._program.root_render_func(context))
+            blocks: list[str] = []
+            with self._program.environment.activate_tracker(blocks, marks):
+                for block in self._program.root_render_func(context):
+                    blocks.append(block)  # one by one: the tracker counts their characters meanwhile
+            return "".join(blocks)
+        except Exception as error:  # a template is a program: whatever it raises, it refuses
+            roles = " ".join(str(message.get("role")) for message in messages)
+            raise TunesmithError(f"the chat template refuses the conversation ({roles}): {error}") from error
+
+    def varied(self, index: int, stop: int | None, *, ask: bool = False) -> list[str]:
+        """The messages before `stop` as text, with either probe as the content of message `index`."""
+        before, message, after = self.messages[:index], self.messages[index], self.messages[index + 1 : stop]
+        parts = isinstance(message.get("content"), list)
+        probes = [{"content": [{"type": "text", "text": probe}] if parts else probe} for probe in PROBES]
+        return [self.render([*before, {**message, **probe}, *after], ask=ask) for probe in probes]
+
+    def behind(self, index: int, stop: int | None = None, *, ask: bool = False) -> str:
+        """All that follows the content of message `index` when the messages before `stop` are rendered."""
+        one, two = self.varied(index, stop, ask=ask)
+        tail = one[len(one) - _shared(one[::-1], two[::-1]) :]
+        if not one.removesuffix(tail).endswith(PROBES[0]):
+            raise TunesmithError(f"the template does not show the content of message {index + 1} as it is")
+        return tail
+
+
+def render(conversation: Conversation, template: ChatTemplate, train_on: TrainOn) -> Rendered:
+    """`conversation` as text with its supervised spans; no spans when nothing of it is to be trained on.
+
+    Raises TunesmithError when a span can't be determined with certainty, and when the prompt that inference would
+    render is not the beginning of the text that would be trained on.
+    """
+    chat, prompt = Chat(conversation, template), conversation.prompt_length
+    _check_calls(chat)
+    if train_on == "all":
+        return Rendered(text=chat.text, spans=_everything(chat), closed=conversation.messages[-1].weight > 0)
+    turns = [i for i, message in enumerate(conversation.messages) if message.role == "assistant" and i >= (prompt or 0)]
+    if train_on == "completion" and prompt is None:
+        raise TunesmithError("train_on: completion needs 'prompt' and 'completion'; for conversations use assistant")
+    if train_on == "completion" and turns[:1] != [prompt]:
+        raise TunesmithError("'completion' must begin with a message of the assistant")
+    if train_on == "last_assistant":
+        turns = turns[-1:]
+    weights = {i: conversation.messages[i].weight * conversation.weight for i in turns}
+    exact = prompt if train_on == "completion" else None
+    found = {i: _turn(chat, i, exact=i == exact) for i in turns if weights[i] > 0}
+    if any(one[1] > two[0] for one, two in pairwise(found.values())):
+        raise TunesmithError("two turns overlap in the rendered text: the template changes the order of messages")
+    spans = tuple(Span(start=start, stop=stop, weight=weights[i]) for i, (start, stop) in found.items())
+    begin, closed = found[prompt][0] if prompt in found else None, len(chat.messages) - 1 in found
+    return Rendered(text=chat.text, spans=spans, prompt=begin, closed=closed)
+
+
+def _everything(chat: Chat) -> tuple[Span, ...]:
+    """Spans that cover the whole text; assistant turns with a weight of their own have it."""
+    whole, spans, position = chat.conversation.weight, list[Span](), 0
+    for i, message in enumerate(chat.conversation.messages):
+        if message.weight == 1.0:
+            continue
+        if message.role != "assistant":
+            raise TunesmithError(
+                f"message {i + 1} ({message.role}) has weight {message.weight}; only assistant turns can have one"
+            )
+        start, stop = _turn(chat, i)
+        spans += Span(start=position, stop=start), Span(start=start, stop=stop, weight=message.weight)
+        position = stop
+    spans.append(Span(start=position, stop=len(chat.text)))
+    weighted = (Span(start=span.start, stop=span.stop, weight=span.weight * whole) for span in spans)
+    return tuple(span for span in weighted if span.weight > 0 and span.start < span.stop)
+
+
+def _turn(chat: Chat, index: int, *, exact: bool = False) -> tuple[int, int]:
+    """Start and stop in the full text of what the model generates as message `index`.
+
+    With `exact`, and in the last message, only the prompt that inference would render may stand before it.
+    """
+    text, template, last = chat.text, chat.template, index == len(chat.messages) - 1
+    try:
+        start = _start(chat, index, exact=exact or last)
+        stop, cut = _stop(chat, index, start)
+        _check_said(chat, index, start, stop)
+        bare = start + len(text[start:stop].rstrip())
+        if not cut and text.endswith(template.ends, start, bare):
+            stop = _without_closing(chat, start, bare) if last and chat.marks is None else bare
+        elif not cut and chat.marks is None:  # as in GLM, where the header of the next message is what ends this one
+            header = template.special.match(text, stop)
+            stop = header.end() if header and header[0] in template.ends else stop
+        _check_marked(chat, start, stop)
+    except TunesmithError as error:
+        hint = "" if last else "\nTo leave this turn out, give the message `weight: 0`"
+        raise TunesmithError(f"message {index + 1} (assistant): {error}{hint}") from error
+    return start, stop
+
+
+def _start(chat: Chat, index: int, *, exact: bool) -> int:
+    """Where the generation prompt of message `index` ends in the full text."""
+    if not index:
+        return _first_start(chat, exact=exact)
+    text, prompt = chat.text, chat.render(chat.messages[:index], ask=True)
+    if text.startswith(prompt):
+        return len(prompt)
+    if exact:
+        raise TunesmithError(_not_a_prefix(prompt, text))
+    header = REASONING_END.sub("", prompt)
+    if text.startswith(header) and len(header) >= _shared(prompt, chat.render(chat.messages[:index])):
+        return len(header)
+    tail, rest = chat.behind(index - 1, index, ask=True), chat.behind(index - 1)
+    for header in (tail, REASONING_END.sub("", tail)):
+        if text.endswith(rest) and rest.startswith(header) and header.strip():
+            return len(text) - len(rest) + len(header)
+    raise TunesmithError(_not_a_prefix(prompt, text))
+
+
+def _first_start(chat: Chat, *, exact: bool) -> int:
+    """Where the generation prompt ends of a conversation that begins with the assistant.
+
+    Nothing can be rendered before such a turn, so the header is looked for in front of its content.
+    """
+    user = [{"role": "user", "content": PROBES[0]}]
+    prompt, (one, two) = chat.render(user, ask=True), chat.varied(0, None)
+    header, before = prompt[_shared(prompt, chat.render(user)) :], one[: _shared(one, two)]
+    for candidate in (header,) if exact else (header, REASONING_END.sub("", header)):
+        start = before.rfind(candidate) + len(candidate)
+        if candidate.strip() and candidate in before and chat.text.startswith(before[:start]):
+            return start
+    raise TunesmithError("the conversation begins with it, and the template does not show where its text starts")
+
+
+def _not_a_prefix(prompt: str, text: str) -> str:
+    same = _shared(prompt, text)
+    part = slice(max(0, same - 40), same + 40)
+    return (
+        "the prompt that inference would render is not the beginning of the text to train on. They part at character "
+        f"{same}:\n  inference: ...{prompt[part]!r}\n  training:  ...{text[part]!r}\n"
+        "Use a template that renders both alike, or set its arguments (chat_template_kwargs) so that it does"
+    )
+
+
+def _stop(chat: Chat, index: int, start: int) -> tuple[int, bool]:
+    """Where message `index` ends in the full text, with what white space follows it, and whether its end is cut off.
+
+    An end that the template writes in its place once the conversation goes on is not what the model generates.
+    """
+    text, template = chat.text, chat.template
+    through = text if index == len(chat.messages) - 1 else chat.render(chat.messages[: index + 1])
+    if text.startswith(through) and start <= len(through):
+        return len(through), False
+    # Either the text before this turn changed, or this turn: is what was generated still here?
+    prompt = chat.render(chat.messages[:index], ask=True) if index else ""
+    for before in (prompt, REASONING_END.sub("", prompt)):
+        turn = through.removeprefix(before).rstrip() if before and through.startswith(before) else ""
+        if turn.endswith(template.ends) and text.startswith(turn, start):
+            return start + len(turn), False
+    # This turn did. Its end is what follows its content now as it followed it then.
+    then, rest = chat.behind(index, index + 1), chat.behind(index)
+    end = _common(template.pieces(then), rest)
+    stop = len(text) - len(rest) + len(end)
+    if not text.endswith(rest[len(end) :]) or stop < start or not text[start:stop].endswith(end.lstrip()):
+        raise TunesmithError("its end can't be found in the rendered text: its content changes what comes after it")
+    return stop, bool(then[len(end) :].strip()) and not end.rstrip().endswith(template.ends)
+
+
+def _common(pieces: Sequence[str], text: str) -> str:
+    """The first `pieces`, as far as `text` begins with them."""
+    same = ""
+    while len(pieces) and text.startswith(same + pieces[0]):
+        same, pieces = same + pieces[0], pieces[1:]
+    return same
+
+
+def _shared(one: str, two: str) -> int:
+    """How many characters two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
+
+
+def _said(content: Any) -> list[str]:
+    """What an assistant says to the user: each text without the reasoning before it."""
+    texts = [content or ""] if not isinstance(content, list) else [part["text"] for part in content]
+    return [said for text in texts if (said := REASONING_TAG.split(text)[-1].strip())]
+
+
+def _check_said(chat: Chat, index: int, start: int, stop: int) -> None:
+    """The turn text[start:stop] must be what the message says and its end."""
+    message, turn, template = chat.messages[index], chat.text[start:stop], chat.template
+    said = _said(message.get("content"))
+    if message.get("tool_calls") or not said:
+        return
+    if lost := next((part for part in said if part not in turn), None):
+        raise TunesmithError(
+            f"the template changes what the assistant says, from {lost[:80]!r} to {turn[:80]!r}, so it can't be told "
+            "what to supervise"
+        )
+    tail = turn[turn.rindex(said[-1]) + len(said[-1]) :]
+    end = template.special.search(tail)
+    added = tail[end.end() :].strip() if end else ""
+    if added and (template.special.sub("", added).strip() or chat.text[:start].rstrip().endswith(added)):
+        raise TunesmithError(
+            f"the template writes {added!r} behind the turn's end, which the model would learn to write too; a "
+            "generation prompt belongs behind `add_generation_prompt` only. Mend the template"
+        )
+
+
+def _without_closing(chat: Chat, start: int, stop: int) -> int:
+    """Where the last turn text[start:stop] ends, without a token that closes the whole text behind its own end.
+
+    Phi 3 and others have one, which the model would never come to write: it goes when the conversation goes on.
+    """
+    text = chat.text
+    if len(_ends(chat, text[start:stop])) < 2:
+        return stop
+    with suppress(TunesmithError):  # for calls that hide the content, or when nothing may follow, there is no telling
+        ends = _ends(chat, chat.behind(len(chat.messages) - 1))
+        longer = chat.render([*chat.messages, {"role": "user", "content": PROBES[0]}])
+        position = len(text.rstrip()) - len("".join(ends).rstrip())
+        kept = _common(ends, longer.removeprefix(text[:position])).rstrip()
+        return position + len(kept) if kept and len(ends) > 1 else stop
+    return stop
+
+
+def _ends(chat: Chat, text: str) -> list[str]:
+    """The special tokens that `text` ends with, and the white space between them."""
+    special, pieces = chat.template.special.fullmatch, reversed(chat.template.pieces(text))
+    ends = [*takewhile(lambda piece: special(piece) or piece.isspace(), pieces)]
+    return [*dropwhile(str.isspace, reversed(ends))]
+
+
+def _check_calls(chat: Chat) -> None:
+    """A template that knows nothing of tools leaves calls out without a word."""
+    index = next((i for i, message in enumerate(chat.messages) if "tool_calls" in message), -1)
+    if index < 0 or chat.template.shows_calls:
+        return
+    first, *others = chat.messages[index]["tool_calls"]
+    name = {"name": PROBES[0]}
+    call = first | name | {"function": first.get("function", first) | name}
+    message = {**chat.messages[index], "tool_calls": [call, *others]}
+    if PROBES[0] not in chat.render([*chat.messages[:index], message, *chat.messages[index + 1 :]]):
+        raise TunesmithError("the chat template does not show tool calls; set `chat_template_path` to one that does")
+    chat.template.shows_calls = True
+
+
+def _check_marked(chat: Chat, start: int, stop: int) -> None:
+    """Where the template marks what is generated, it must mark this turn and no more, white space at the ends aside."""
+    if chat.marks is None:
+        return
+    text, merged = chat.text, Marks()
+    for mark in chat.marks:
+        joins = merged and not text[merged[-1][1] : mark[0]].strip()
+        merged.append((merged.pop()[0], mark[1]) if joins else mark)
+    turn = text[start:stop].strip()
+    marked = [text[first:last].strip() for first, last in merged if first < stop and last > start]
+    if [part for part in marked if part] != [turn] * bool(turn):
+        raise TunesmithError(
+            f"the {{% generation %}} blocks of the template mark {[part[-60:] for part in marked]} of it, but the "
+            f"model generates {turn[-60:]!r}. Mend the template: a block goes from behind the generation prompt "
+            "through the token that ends the turn"
+        )

@@ -1,0 +1,197 @@
+"""What would go wrong in training, counted on the prepared examples before any weight is loaded.
+
+A problem stops the run; a note is odd but legal and is only listed.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.columns import flat_weights
+from tunesmith.data.tokenize import Counts
+from tunesmith.errors import TunesmithError
+from tunesmith.types import IGNORE_INDEX
+
+BUCKETS = 8
+NAMED_EXAMPLES = 5
+LOW_SUPERVISION = 0.02
+HIGH_LOSS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitReport:
+    """One split, in numbers. `lengths` is a histogram: (first length, last length, examples)."""
+
+    counts: Counts
+    longest: int
+    lengths: list[tuple[int, int, int]]
+    duplicates: int
+    without_end: int
+    double_bos: int
+    weightless: int
+
+    @property
+    def supervised_share(self) -> float:
+        return self.counts.supervised / max(1, self.counts.tokens)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"supervised_share": self.supervised_share}
+
+    @classmethod
+    def from_json(cls, report: Mapping[str, Any]) -> "SplitReport":
+        """What `as_json` gave, after a way through JSON."""
+        values = {name: value for name, value in report.items() if name != "supervised_share"}
+        lengths = [(low, high, count) for low, high, count in values["lengths"]]
+        return cls(**values | {"counts": Counts.from_json(values["counts"]), "lengths": lengths})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """All splits of a run, what stops it, and what is only worth knowing."""
+
+    splits: Mapping[str, SplitReport]
+    problems: list[str]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        splits = {name: report.as_json() for name, report in self.splits.items()}
+        return {"splits": splits, "problems": self.problems, "notes": self.notes}
+
+    def stop_on_problems(self) -> None:
+        """Raises TunesmithError when training on this data would be wrong."""
+        if self.problems:
+            raise TunesmithError("\n".join(self.problems))
+
+
+def examine(dataset: Any, counts: Counts, bos_token_id: int | None) -> SplitReport:
+    """Count over prepared examples (before packing). By arrays and a chunk at a time: a million rows take seconds, and
+    memory for their lengths and digests only."""
+    lengths: list[Any] = []
+    double = weightless = 0
+    for chunk in _chunks(dataset):
+        offsets, ids = _list(chunk, "input_ids")
+        lengths.append(np.diff(offsets))
+        starts = offsets[:-1][lengths[-1] > 1]
+        double += int(((ids[starts] == bos_token_id) & (ids[starts + 1] == bos_token_id)).sum())
+        weighted = chunk.column("weights") if "weights" in chunk.schema.names else None
+        if weighted is not None and weighted.null_count < len(weighted):
+            supervised = _list(chunk, "labels")[1] != IGNORE_INDEX
+            totals = np.add.reduceat(np.where(supervised, flat_weights(weighted, lengths[-1]), 0), offsets[:-1])
+            weightless += int((totals == 0).sum())
+    sizes = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+    return SplitReport(
+        counts=counts,
+        longest=int(sizes.max(initial=0)),
+        lengths=histogram(sizes),
+        duplicates=len(sizes) - len(digests(dataset)),
+        without_end=counts.examples - sum(counts.ends.values()),
+        double_bos=double if bos_token_id is not None else 0,
+        weightless=weightless,
+    )
+
+
+def digests(dataset: Any) -> Any:
+    """One 64-bit digest of its token ids for each different example, sorted (uint64)."""
+    found: list[bytes] = []
+    for chunk in _chunks(dataset):
+        offsets, ids = _list(chunk, "input_ids")
+        raw, places = memoryview(ids.tobytes()), (offsets * ids.dtype.itemsize).tolist()
+        found += [hashlib.blake2b(raw[start:stop], digest_size=8).digest() for start, stop in pairwise(places)]
+    return np.unique(np.frombuffer(b"".join(found), np.uint64))
+
+
+def shared_examples(datasets: Mapping[str, Any]) -> dict[str, int]:
+    """How many different examples of each other split are in a split of the training data, too."""
+    train = [digests(dataset) for name, dataset in datasets.items() if is_train(name)]
+    if not train or len(train) == len(datasets):
+        return {}
+    known = np.concatenate(train)
+    return {
+        name: len(np.intersect1d(known, digests(dataset))) for name, dataset in datasets.items() if not is_train(name)
+    }
+
+
+def is_train(split: str) -> bool:
+    """Whether a split is trained on: "train", and "train/NAME" for a source of a mixture."""
+    return split.split("/")[0] == "train"
+
+
+def histogram(lengths: Any) -> list[tuple[int, int, int]]:
+    """Lengths in up to eight buckets whose bounds double, the shortest first."""
+    if not len(lengths):
+        return []
+    bounds = [int(lengths.max())]
+    while len(bounds) < BUCKETS and bounds[-1] > max(16, int(lengths.min())):
+        bounds.append(bounds[-1] // 2)
+    bounds = [0, *reversed(bounds)]
+    if bounds[1] < int(lengths.min()):
+        bounds[0] = bounds[1]
+    pairs = pairwise(bounds)
+    found = [(low + 1, high, int(((lengths > low) & (lengths <= high)).sum())) for low, high in pairs]
+    return [bucket for bucket in found if bucket[2]]
+
+
+def judge(
+    splits: Mapping[str, SplitReport], *, shared: Mapping[str, int], allow_no_eos: bool, end_tokens: str
+) -> Preflight:
+    """What stops the run and what is worth knowing.
+
+    `shared` is what `shared_examples` gives; `end_tokens` names the tokens that would end a text.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    if not allow_no_eos and not any(report.counts.stops for name, report in splits.items() if is_train(name)):
+        problems.append(
+            f"train data: no supervised token ends a text ({end_tokens}), so the model would never learn to stop. "
+            "Train on whole turns or texts, raise max_length if all are cut, or set allow_no_eos: true"
+        )
+    for name, report in splits.items():
+        if report.without_end and not problems:
+            notes.append(f"{name}: {report.without_end:,} examples do not end with an end token (cut, or meant so)")
+        if report.double_bos:
+            problems.append(
+                f"{name} data: {report.double_bos:,} examples begin with two BOS tokens; take the BOS text out of the "
+                "rows, or out of the template"
+            )
+        notes += _notes(name, report)
+    notes += [
+        f"{name}: {count:,} examples are in the training data too; its loss will look too good"
+        for name, count in shared.items()
+        if count
+    ]
+    return Preflight(splits=splits, problems=problems, notes=notes)
+
+
+def _notes(name: str, report: SplitReport) -> list[str]:
+    counts, notes = report.counts, []
+    for reason, (count, places) in counts.dropped.items():
+        notes.append(
+            f"{name}: {count:,} rows dropped, {reason}: {', '.join(places)}{', ...' if count > len(places) else ''}"
+        )
+    if counts.truncated:
+        share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
+        more = "; raise max_length" if share > HIGH_LOSS else ""
+        notes.append(f"{name}: {counts.truncated:,} examples truncated, {share:.1%} of the tokens lost{more}")
+    if report.duplicates:
+        notes.append(f"{name}: {report.duplicates:,} examples are exact copies of another")
+    if report.supervised_share < LOW_SUPERVISION:
+        notes.append(f"{name}: only {report.supervised_share:.2%} of the tokens are supervised")
+    if report.weightless:
+        notes.append(f"{name}: {report.weightless:,} examples have weight 0 throughout")
+    return notes
+
+
+def _chunks(dataset: Any) -> Iterator[Any]:
+    """The record batches of a data set, as they lie on the disk."""
+    yield from dataset.data.table.to_batches()
+
+
+def _list(chunk: Any, name: str) -> tuple[Any, Any]:
+    """A list column of a record batch as offsets (N + 1,) from 0, and values."""
+    column = chunk.column(name)
+    offsets = column.offsets.to_numpy()
+    return offsets.astype(np.int64) - offsets[0], column.flatten().to_numpy()

@@ -1,0 +1,77 @@
+"""Several named sources in one training set: how often each row is used, and which rows are held out.
+
+Everything follows from the seed and the source's name, so adding a source changes nothing in the others.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.errors import TunesmithError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """One source of a mixture.
+
+    `weight` is how often each row is seen in an epoch: 2 uses every row twice, 0.5 a random half. `count` says instead
+    how many rows are used. `held_out` is the share of rows (below 1) kept for evaluation, chosen before all else.
+    `columns` and `text_field` are those of this source; unset, the run's.
+    """
+
+    rows: Any
+    weight: float | None = None
+    count: int | None = None
+    held_out: float = 0.0
+    columns: Mapping[str, str] | None = None
+    text_field: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.count is not None:
+            raise TunesmithError("a source has a weight or a count of rows, not both")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise TunesmithError(f"weight is {self.weight}; expected a number above 0, such as 2 (every row twice)")
+        if self.count is not None and self.count < 1:
+            raise TunesmithError(f"count is {self.count}; expected at least 1 row")
+        if not 0 <= self.held_out < 1:
+            raise TunesmithError(f"held_out is {self.held_out}; expected a share of rows from 0 to below 1")
+
+
+def split_rows(name: str, rows: Iterable[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """`rows` in two lists, to train on and held out, each in its order; `share` of them, at least one, held out."""
+    listed = list(rows)
+    if not share:
+        return listed, []
+    if len(listed) < 2:
+        raise TunesmithError(f"source {name!r} has {len(listed)} row, of which none can be held out; set held_out: 0")
+    count = min(len(listed) - 1, max(1, round(share * len(listed))))
+    held = {int(i) for i in _generator(name, seed, "held out").permutation(len(listed))[:count]}
+    return (
+        [row for i, row in enumerate(listed) if i not in held],
+        [row for i, row in enumerate(listed) if i in held],
+    )
+
+
+def used(name: str, source: DataSource, examples: int, seed: int) -> Any:
+    """Which of a source's `examples` an epoch uses (int64 indices): whole repeats and a random part of one more."""
+    wanted = source.count if source.count is not None else round(examples * (source.weight or 1.0))
+    repeats, rest = divmod(max(1, wanted), examples)
+    part = np.sort(_generator(name, seed, "used").permutation(examples)[:rest])
+    return np.concatenate([np.tile(np.arange(examples), repeats), part])
+
+
+def mixed(sizes: Mapping[str, int], sources: Mapping[str, DataSource], seed: int) -> Any:
+    """The order of a mixture: indices into the sources' examples laid one after another, shuffled together."""
+    parts, offset = [], 0
+    for name, size in sizes.items():
+        parts.append(used(name, sources[name], size, seed) + offset)
+        offset += size
+    order = np.concatenate(parts)
+    return order[_generator("", seed, "order").permutation(len(order))]
+
+
+def _generator(name: str, seed: int, purpose: str) -> Any:
+    return np.random.default_rng([seed, zlib.crc32(f"{purpose} {name}".encode())])

@@ -1,0 +1,395 @@
+"""Rows to examples: token ids and labels from one tokenization of one text.
+
+The mask follows characters: a token is supervised when all its characters lie in a supervised span. A token that
+straddles a boundary is not, because the model would have had to generate characters of its own prompt.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
+from tunesmith.data.columns import Columns
+from tunesmith.data.formats import FormatOptions, detect, format_row, parse
+from tunesmith.errors import TunesmithError
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Text, Tokens, TrainOn
+
+Placed: TypeAlias = "tuple[str, Rendered | Tokens]"
+BATCH_ROWS = 1000
+NAMED_ROWS = 5
+"""How many dropped rows a report names for each reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeOptions:
+    """What is supervised and what happens to examples over `max_length` tokens. See SFTConfig for the fields."""
+
+    train_on: TrainOn | None = None
+    max_length: int | None = 1024
+    overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
+    truncate_prompt: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Counts:
+    """What became of the rows; grows while a data set is prepared.
+
+    `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts rows of which
+    `lost_tokens` tokens were cut off.
+
+    `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
+    never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    lost_tokens: int = 0
+    dropped: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+    stops: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Counts":
+        """What `dataclasses.asdict` gave, after a way through JSON, which knows only text as keys and no tuples."""
+        dropped = {reason: (count, places) for reason, (count, places) in values["dropped"].items()}
+        tokens = {name: {int(token): count for token, count in values[name].items()} for name in ("ends", "stops")}
+        return cls(**{**values, "dropped": dropped, **tokens})
+
+    def update(self, part: "Counts") -> None:
+        """Add the counts of later rows."""
+        for name in ("rows", "examples", "tokens", "supervised", "truncated", "lost_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for reason, (count, places) in part.dropped.items():
+            known, named = self.dropped.get(reason, (0, []))
+            self.dropped[reason] = (known + count, [*named, *places][:NAMED_ROWS])
+        for mine, theirs in ((self.ends, part.ends), (self.stops, part.stops)):
+            for token, count in theirs.items():
+                mine[token] = mine.get(token, 0) + count
+
+    def drop(self, reason: str, place: str) -> None:
+        count, places = self.dropped.get(reason, (0, []))
+        self.dropped[reason] = (count + 1, [*places, place][:NAMED_ROWS])
+
+
+class Encoder:
+    """Rows to examples with one tokenizer and one set of options."""
+
+    def __init__(self, tokenizer: Any, options: EncodeOptions) -> None:
+        if tokenizer.eos_token_id is None:
+            raise TunesmithError("the tokenizer has no end-of-sequence token; set `eos_token` to one of its tokens")
+        self.tokenizer, self.options = tokenizer, options
+        self.end_ids, self._eos, self._bos = end_ids(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id
+        self._backend = _untrimmed(tokenizer)
+        self._blanks: dict[int, bool] = {}
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.options.template_kwargs)
+
+    def encode(self, rows: Sequence[tuple[str, Row]], counts: Counts) -> list[Example]:
+        """Examples of `rows`, pairs of a place ("row 7") and a row. Adds to `counts`; errors name the place."""
+        rendered = self.render(rows)
+        examples = self.examples(rendered, self.tokenize(rendered), counts)
+        self.count(Columns.of(examples), counts)
+        return examples
+
+    def render(self, rows: Sequence[tuple[str, Row]]) -> list[Placed]:
+        """First step: the text of each row and what is supervised of it."""
+        return [(place, self._at(place, self._rendered, row)) for place, row in rows]
+
+    def tokenize(self, rendered: Sequence[Placed]) -> Iterator[Any]:
+        """Second step, all outside of Python's lock: the encoding of each text, in order."""
+        texts = [item for _, item in rendered if isinstance(item, Rendered)]
+        batches = {
+            # Text that a template rendered already holds its special tokens.
+            added: iter(
+                self._backend.encode_batch(
+                    [item.text for item in texts if item.special_tokens is added], add_special_tokens=added
+                )
+            )
+            for added in {item.special_tokens for item in texts}
+        }
+        return (next(batches[item.special_tokens]) for item in texts)
+
+    def examples(self, rendered: Sequence[Placed], encodings: Iterator[Any], counts: Counts) -> list[Example]:
+        """Third step: ids, labels and weights within max_length."""
+        examples: list[Example] = []
+        for place, item in rendered:
+            counts.rows += 1
+            if isinstance(item, Rendered):
+                example, prompt = self._example(item, next(encodings))
+            else:
+                example, prompt = self._at(place, self._of_tokens, item), 0
+            kept = self._at(place, self._fit, example, prompt)
+            lost = len(example.input_ids) - sum(len(piece.input_ids) for piece in kept)
+            if not kept:
+                counts.drop(self._reason(example), place)
+            elif lost:
+                counts.truncated += 1
+                counts.lost_tokens += lost
+            examples += kept
+        return examples
+
+    @staticmethod
+    def _at(place: str, step: Any, *args: Any) -> Any:
+        try:
+            return step(*args)
+        except TunesmithError as error:
+            raise TunesmithError(f"{place}: {error}") from error
+
+    def _rendered(self, row: Row) -> Rendered | Tokens:
+        train_on = self.options.train_on
+        if isinstance(row, Tokens):
+            if train_on not in (None, "all"):
+                raise TunesmithError(f"train_on: {train_on} needs text; this row is tokens, whose `labels` say it")
+            return row
+        if isinstance(row, Conversation):
+            return render(row, self.template, train_on or ("all" if row.prompt_length is None else "completion"))
+        if train_on in ("assistant", "last_assistant"):
+            raise TunesmithError(f"train_on: {train_on} needs conversations; this row is plain text")
+        if train_on == "completion" and row.prompt is None:
+            raise TunesmithError("train_on: completion needs rows with 'prompt' and 'completion'; this row is one text")
+        start = 0 if row.prompt is None or train_on == "all" else len(row.prompt)
+        wanted = row.weight > 0 and (row.text.strip() or row.prompt is not None)
+        spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if wanted else ()
+        prompt = None if row.prompt is None else len(row.prompt)
+        return Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True)
+
+    def _example(self, rendered: Rendered, encoding: Any) -> tuple[Example, int]:
+        """The example of one encoding, and how many of its tokens are the prompt of a prompt-completion row."""
+        ids = encoding.ids
+        labels, weights = [IGNORE_INDEX] * len(ids), None
+        if any(span.weight != 1.0 for span in rendered.spans):
+            weights = [0.0] * len(ids)
+        for span in rendered.spans:
+            whole = span.start == 0 and span.stop == len(rendered.text)
+            # The tokenizer's special tokens at the ends have no characters.
+            first, last = (0, len(ids)) if whole else token_range(encoding, span.start, span.stop)
+            labels[first:last] = ids[first:last]
+            if weights is not None:
+                weights[first:last] = [span.weight] * (last - first)
+        prompt = token_range(encoding, 0, rendered.prompt)[1] if rendered.prompt else 0
+        columns: list[list[Any]] = [ids, labels] if weights is None else [ids, labels, weights]
+        added = encoding.special_tokens_mask if rendered.special_tokens else [0] * len(ids)
+        front, back = self._doubled(ids, added)
+        for column in columns if front or back else ():
+            column[:] = column[front : len(column) - back]
+        if rendered.spans and rendered.closed:
+            self._close(columns, rendered.spans[-1].weight, supervise=added[-1:] == [1] and not back)
+        return Example(input_ids=ids, labels=labels, weights=weights), prompt - front
+
+    def _doubled(self, ids: Sequence[int], added: Sequence[int]) -> tuple[int, int]:
+        """How many tokens the tokenizer added in front and behind though the text brought its own BOS or EOS."""
+        front = ids[:2] == [self._bos] * 2 and added[0] == 1
+        back = ids[-2:] == [self._eos] * 2 and added[-1] == 1
+        return int(front), int(back)
+
+    def _close(self, columns: list[list[Any]], weight: float, *, supervise: bool) -> None:
+        """Append a supervised end-of-sequence token to ids, labels and weights that have no end token.
+
+        One that the tokenizer put there is supervised with `supervise`; one of a template is what its turns say.
+        """
+        ids, labels = columns[:2]
+        end = self._end_token(ids)
+        if end is None or (labels[end] == IGNORE_INDEX and {*labels[end:]} != {IGNORE_INDEX}):
+            for column, value in zip(columns, (self._eos, self._eos, weight), strict=False):
+                column.append(value)  # there is none, or only the header of an empty turn
+        elif supervise:
+            for column, value in zip(columns[1:], (ids[end], weight), strict=False):
+                column[end] = value
+
+    def _end_token(self, tokens: Sequence[int]) -> int | None:
+        """Where the end token is that `tokens` end with, white space behind it left aside; None without one."""
+        for i in range(len(tokens) - 1, max(-1, len(tokens) - 4), -1):
+            if tokens[i] in self.end_ids:
+                return i
+            if not self._is_blank(tokens[i]):
+                return None
+        return None
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blanks:
+            self._blanks[token] = token != IGNORE_INDEX and not self.tokenizer.decode([token]).strip()
+        return self._blanks[token]
+
+    def count(self, columns: Columns, counts: Counts) -> None:
+        """Add the examples of `columns` to `counts`."""
+        labels, ends = columns.labels, np.cumsum(columns.sizes)
+        supervised = labels != IGNORE_INDEX
+        counts.examples += len(ends)
+        counts.tokens += len(labels)
+        counts.supervised += int(supervised.sum())
+        followed = np.append(supervised[1:], False)
+        followed[ends - 1] = False
+        closing = np.flatnonzero(supervised & ~followed)
+        lasts = {*(np.searchsorted(closing, ends) - 1).tolist()}  # the last place of each example
+        for i, place in enumerate(closing.tolist()):
+            tail = labels[max(0, place - 2) : place + 1].tolist()
+            if (end := self._end_token(tail)) is not None:
+                counts.stops[tail[end]] = counts.stops.get(tail[end], 0) + 1
+                if i in lasts:
+                    counts.ends[tail[end]] = counts.ends.get(tail[end], 0) + 1
+
+    def _of_tokens(self, row: Tokens) -> Example:
+        """The row as its owner tokenized it."""
+        wrong = next((token for token in row.input_ids if not 0 <= token < len(self.tokenizer)), None)
+        if wrong is not None:
+            raise TunesmithError(
+                f"'input_ids' has {wrong}, but the tokenizer has {len(self.tokenizer)} ; was it another tokenizer?"
+            )
+        labels = list(row.input_ids if row.labels is None else row.labels)
+        if row.weight == 0:
+            labels = [IGNORE_INDEX] * len(labels)
+        weights = None if row.weight in (0.0, 1.0) else [row.weight] * len(labels)
+        return Example(input_ids=list(row.input_ids), labels=labels, weights=weights)
+
+    def _fit(self, example: Example, prompt: int) -> list[Example]:
+        """`example` within max_length: one, several (split), or none."""
+        limit, size = self.options.max_length, len(example.input_ids)
+        pieces = [example]
+        if limit is not None and size > limit:
+            if self.options.overlong == "error":
+                raise TunesmithError(f"{size} tokens, more than max_length {limit} (overlong: error)")
+            pieces = [] if self.options.overlong == "drop" else self._shorten(example, prompt, limit)
+        return [piece for piece in pieces if _supervised(piece)]
+
+    def _shorten(self, example: Example, prompt: int, limit: int) -> list[Example]:
+        size = len(example.input_ids)
+        if self.options.overlong == "split":
+            return [_cut(example, start, start + limit) for start in range(0, size, limit)]
+        bos = int(example.input_ids[0] == self._bos)
+        excess = size - limit
+        if self.options.truncate_prompt and prompt > excess + bos:
+            return [_cut(example, bos + excess, size, head=bos)]
+        return [_cut(example, 0, limit)]
+
+    def _reason(self, example: Example) -> str:
+        limit = self.options.max_length
+        if not _supervised(example):
+            return "nothing in it to train on"
+        if self.options.overlong == "drop":
+            return f"longer than max_length {limit}"
+        return f"no supervised token within max_length {limit}"
+
+
+def _supervised(example: Example) -> bool:
+    """Whether a token has a label that counts: nothing predicts the first."""
+    labels = example.labels
+    return len(labels) > labels.count(IGNORE_INDEX) + (labels[:1] != [IGNORE_INDEX])
+
+
+def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
+    """The tokens [first, last) all of whose characters lie in [start, stop)."""
+    while start < stop and encoding.char_to_token(start) is None:
+        start += 1  # a character that the normalizer dropped
+    while stop > start and encoding.char_to_token(stop - 1) is None:
+        stop -= 1
+    if start >= stop:
+        return 0, 0
+    first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+    if encoding.token_to_chars(first)[0] < start:
+        first += 1
+    size = len(encoding.ids)
+    # Several tokens share a character whose bytes were split; `last` is the first of them.
+    while last < size and (chars := encoding.token_to_chars(last)) is not None and chars[1] <= stop and chars[0] < stop:
+        last += 1
+    return first, max(first, last)
+
+
+def _untrimmed(tokenizer: Any) -> Any:
+    """The tokenizer's backend, with offsets that include the white space at a token's ends.
+
+    Byte-level tokenizers can leave it out of the offsets they report, which would hide that a token straddles a
+    boundary.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TunesmithError(
+            f"{type(tokenizer).__name__} has no `tokenizers` backend, which says where each token's characters are; "
+            "use the fast tokenizer of this model"
+        )
+    state = json.loads(backend.to_str())
+    _keep_offsets(state["post_processor"])
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _keep_offsets(part: Any) -> None:
+    """Turn `trim_offsets` off in a post-processor, and in those that it is made of."""
+    if isinstance(part, dict):
+        if "trim_offsets" in part:
+            part["trim_offsets"] = False
+        for processor in part.get("processors", ()):
+            _keep_offsets(processor)
+
+
+def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:
+    """Tokens [start, stop) of `example`, behind its first `head` ones."""
+
+    def cut(values: list[Any]) -> list[Any]:
+        return values[:head] + values[start:stop]
+
+    weights = None if example.weights is None else cut(example.weights)
+    return Example(input_ids=cut(example.input_ids), labels=cut(example.labels), weights=weights)
+
+
+def parsed(rows: Iterable[tuple[str, Mapping[str, Any]]], options: FormatOptions) -> Iterator[tuple[str, Row]]:
+    """Source rows with their places to typed rows, all in the format of the first."""
+    format_name = None
+    kind = None
+    for place, row in rows:
+        try:
+            if options.formatting_func is not None:
+                value = format_row(row, options)
+            else:
+                format_name = format_name or detect(row, options)
+                value = parse(row, format_name, options)
+            kind = kind or _kind(value)
+            if _kind(value) != kind:
+                raise TunesmithError(f"this row is {_kind(value)}, the rows before it are each {kind}")
+        except TunesmithError as error:
+            raise TunesmithError(f"{place}: {error}") from error
+        yield place, value
+
+
+def _kind(row: Row) -> str:
+    """What a row is, in words: rows of two kinds would be trained on differently."""
+    if isinstance(row, Tokens):
+        return "tokens"
+    if isinstance(row, Text):
+        return "a text" if row.prompt is None else "a prompt and a completion, both text"
+    return "a conversation" if row.prompt_length is None else "a prompt and a completion, both messages"
+
+
+def encoded(rows: Iterator[tuple[str, Row]], encoder: Encoder, counts: Counts) -> Iterator[Columns]:
+    """Examples in batches: one is tokenized while the next is rendered."""
+    with ThreadPoolExecutor(1) as pool:
+        started: list[tuple[list[Placed], Future[Iterator[Any]]]] = []
+        while part := list(islice(rows, BATCH_ROWS)):
+            rendered = encoder.render(part)
+            started.append((rendered, pool.submit(encoder.tokenize, rendered)))
+            if len(started) > 1:
+                yield _finished(*started.pop(0), encoder, counts)
+        for waiting in started:
+            yield _finished(*waiting, encoder, counts)
+
+
+def _finished(rendered: list[Placed], encodings: "Future[Iterator[Any]]", encoder: Encoder, counts: Counts) -> Columns:
+    columns = Columns.of(encoder.examples(rendered, encodings.result(), counts))
+    encoder.count(columns, counts)
+    return columns

@@ -1,0 +1,138 @@
+"""Conversations and templates that are refused, and why: what can't be right must not be trained on."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from tests.data.styles import assistant, calls, conversation, spans, supervised, template, user, with_template, words
+from tunesmith.data.chat import ChatTemplate, render
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
+from tunesmith.errors import TunesmithError
+from tunesmith.types import Conversation
+
+ONE = [user("Hi"), assistant("Yes")]
+TWO = [user("Hi"), assistant("Yes"), user("Why?"), assistant("No")]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "message"),
+    [
+        (
+            "generation_header",
+            ONE,
+            r"mark \['<\|im_start\|>assistant\\nYes<\|im_end\|>'\] of it, but .* 'Yes<\|im_end\|>'",
+        ),
+        ("generation_no_end", ONE, r"mark \['Yes'\] of it, but the model generates 'Yes<\|im_end\|>'"),
+        ("drops_think", ONE, r"inference: .*<\|Assistant\|><think>\\n'\n  training:  .*<\|Assistant\|>Yes</s>'"),
+        ("drops_think", TWO, r"message 4 \(assistant\): the prompt that inference would render is not the beginning"),
+        ("always_asks", ONE, r"writes '<\|im_start\|>assistant' behind the turn's end"),
+        ("counted", ONE, r"part at character 13:\n  inference: .*1 of 1.*\n  training:  .*1 of 2"),
+        ("counted", TWO, r"message 2 \(assistant\): the prompt that inference would render"),
+        ("chatml", [user("Hi"), calls("f")], "does not show tool calls"),
+        ("llama2", [user("Hi"), user("Hi"), assistant("Yes")], r"\(user user assistant\): roles must alternate"),
+        ("gemma", [user("Hi"), assistant("Yes"), assistant("No")], "Conversation roles must alternate"),
+        ("llama2", [user("Hi"), assistant("Yes"), assistant("No")], "roles must alternate"),
+        (
+            "harmony",
+            [user("Hi"), assistant("Yes"), assistant("No")],
+            r"message 3 \(assistant\): the prompt that inference",
+        ),
+        ("parts", ONE, r"changes what the assistant says, from 'Yes' to '<\|im_end\|>"),
+    ],
+)
+def test_what_cannot_be_supervised_with_certainty_is_refused(name: str, messages: Any, message: str) -> None:
+    with pytest.raises(TunesmithError, match=message):
+        spans(
+            render(conversation(messages), template(name, eos="<|im_end|>" if "gen" in name else "</s>"), "assistant")
+        )
+
+
+def test_an_answer_that_the_template_rewrites_is_refused() -> None:
+    shouting = words("chatml", "<|im_end|>").chat_template.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(TunesmithError, match="changes what the assistant says, from 'Yes' to 'YES"):
+        render(conversation(ONE), with_template(shouting), "assistant")
+
+
+def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
+    # Every turn but the last says how long the answer was.
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '!' * (m.content | length) if not loop.last }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(TunesmithError, match="message 2"):
+        render(conversation(TWO), with_template(source), "assistant")
+
+
+def test_a_template_that_turns_the_order_around_is_refused() -> None:
+    source = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(TunesmithError, match="its end can't be found"):
+        render(conversation(TWO), with_template(source), "assistant")
+
+
+def test_a_prompt_that_is_no_beginning_of_the_text_is_refused_in_the_middle_of_a_completion_too() -> None:
+    row = conversation([user("Hi"), assistant("Yes"), user("Why?")], prompt_length=1)
+    assert spans(render(row, template("drops_think"), "assistant")) == ["Yes</s>"]
+    with pytest.raises(TunesmithError, match="not the beginning of the text to train on"):
+        render(row, template("drops_think"), "completion")
+
+
+def test_completions_must_begin_with_an_answer() -> None:
+    with pytest.raises(TunesmithError, match="'completion' must begin with a message of the assistant"):
+        supervised("chatml", [user("Hi"), user("Why?"), assistant("Yes")], "completion", prompt_length=1)
+    with pytest.raises(TunesmithError, match="train_on: completion needs 'prompt' and 'completion'"):
+        supervised("chatml", ONE, "completion")
+
+
+def test_weights_of_other_messages_are_refused_where_they_would_count() -> None:
+    messages = [{**user("Hi"), "weight": 0.0}, assistant("Yes")]
+    with pytest.raises(TunesmithError, match=r"message 1 \(user\) has weight 0.0; only assistant turns can"):
+        supervised("chatml", messages, "all")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "refuses the conversation"),
+        ("{{ messages.append(1) }}", "refuses the conversation"),
+        ("{{ messages[0].update({'role': 'x'}) }}", "refuses the conversation"),
+        ("{{ ''.join.__globals__['x'] }}", "refuses the conversation"),
+        ("{{ strftime_now.__self__.year }}", "refuses the conversation"),
+        ("{% for %}", "can't be read"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ raise_exception('No such role') }}", "No such role"),
+    ],
+)
+def test_templates_run_in_a_sandbox(source: str, message: str) -> None:
+    with pytest.raises(TunesmithError, match=message):
+        render(conversation(ONE), with_template(source), "assistant")
+
+
+def test_a_tokenizer_without_a_template_is_refused() -> None:
+    with pytest.raises(TunesmithError, match=r"no chat template\. Set `chat_template_path`"):
+        ChatTemplate(words("", "</s>"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"messages": []}, "'messages' can't be given"),
+        ({"add_generation_prompt": True}, "'add_generation_prompt' can't be given"),
+        ({"day": datetime(2024, 1, 1)}, r"chat_template_kwargs: 'day' has datetime"),
+    ],
+)
+def test_arguments_that_are_not_the_templates_are_refused(kwargs: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(TunesmithError, match=message):
+        ChatTemplate(words("chatml", "<|im_end|>"), kwargs)
+
+
+def test_a_row_is_named_in_the_error() -> None:
+    encoder = Encoder(words("drops_think", "</s>", "<s>"), EncodeOptions(train_on="assistant"))
+    rows: list[tuple[str, Conversation]] = [
+        ("row 0", conversation([user("Hi")])),
+        ("rows.jsonl, line 2", conversation(ONE)),
+    ]
+    with pytest.raises(TunesmithError, match=r"^rows.jsonl, line 2: message 2 \(assistant\): "):
+        encoder.encode(rows, Counts())
