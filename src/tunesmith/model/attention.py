@@ -1,0 +1,179 @@
+"""Attention over documents that lie side by side in one row, without padding and without FlashAttention.
+
+A flat batch is one row of T tokens that holds D documents one after another. `transformers` hands a 4-D attention mask
+through to every layer unchanged; in its place we send the *document map*, the D+1 token offsets at which documents
+start and end, in a tensor of shape (1, 1, 1, D+1). Each layer then attends within documents. Because the map travels as
+an argument of the layers, gradient checkpointing sees the same documents when it computes a layer again.
+
+Shapes: B batch, T tokens, D documents, N query heads, K key/value heads, H head size.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tunesmith.errors import TunesmithError
+
+PREFIX = "tunesmith_"
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# What a layer may pass to its attention. An argument outside these sets is an error by name: ignoring it could train
+# another model than the one that was loaded.
+HANDLED = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"}
+HARMLESS = {"position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "deterministic"}
+PAD_INSTEAD = "set padding_free: false (and packing: false) to train this model"
+
+
+def document_map(lengths: Sequence[int]) -> Tensor:
+    """Token offsets of documents of `lengths`: int32 of shape (1, 1, 1, D+1), kept on the CPU.
+
+    It stays there on every device: its numbers choose slices, and reading them off an accelerator would wait for it.
+    """
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).view(1, 1, 1, -1)
+
+
+def is_document_map(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[:3] == (1, 1, 1)
+
+
+def supports_documents(model: PreTrainedModel) -> str:
+    """Why `model` can't attend over documents in one row, or an empty string when it can.
+
+    Such a model is trained on padded batches instead. Layers that carry a state along the row (Mamba, linear
+    attention) would leak it from one document to the next, and chunked attention counts from the start of the row.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    if getattr(model, "_is_stateful", False):
+        return f"{type(model).__name__} carries a state from token to token"
+    config = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{type(model).__name__} is an encoder-decoder model"
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
+    unknown = sorted(kinds - KNOWN_LAYERS - {"attention"})
+    return f"its layers of type {', '.join(unknown)} do not keep documents apart" if unknown else ""
+
+
+def use_documents(model: PreTrainedModel) -> None:
+    """Switch `model` to document attention. Other masks go to the implementation it had, so generation still works."""
+    base = model.config._attn_implementation
+    if not base.startswith(PREFIX):
+        register(base)
+        model.set_attn_implementation(PREFIX + base)
+
+
+def register(base: str) -> None:
+    """Register document attention over `base` ("sdpa", "eager", ...) with `transformers`' two interfaces."""
+
+    # The names are those that transformers gives the arguments: some models pass them by name.
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if attention_mask is None or not is_document_map(attention_mask):
+            return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+        return attend_documents(module, query, key, value, attention_mask, **kwargs), None
+
+    AttentionInterface.register(PREFIX + base, forward)
+    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
+    # "eager" is not in the registry: each modeling file has a function of its own.
+    own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)
+
+
+def attend_documents(
+    module: nn.Module, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, documents: Tensor, **kwargs: Any
+) -> Tensor:
+    """Causal attention within each document.
+
+    `q` is (1, N, T, H), `k` and `v` are (1, K, T, H) with N a multiple of K. Returns (1, T, N, H). Layers with a
+    window, a softcap or sinks are computed as their own `eager` implementation does.
+    Raises TunesmithError for a layer that attends in another way: with an argument that is not known here, not
+    causally, or within a window that it leaves to the mask.
+    """
+    offsets = documents.view(-1).tolist()
+    lengths = [stop - start for start, stop in pairwise(offsets)]
+    _refuse_other_attention(module, max(lengths), kwargs)
+    scaling = kwargs.get("scaling")
+    scale = q_NTH.shape[-1] ** -0.5 if scaling is None else scaling
+    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
+    window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    # One `split` has one cat as its backward; D slices would each allocate a gradient of the whole row.
+    parts = zip(*(x.split(lengths, dim=2) for x in (q_NTH, k_KTH, v_KTH)), strict=True)
+    attend = _attend_eager if softcap is not None or sinks is not None else _attend_sdpa
+    outputs = [attend(q, k, v, scale, dropout, window, softcap, sinks).transpose(1, 2) for q, k, v in parts]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
+
+
+def _refuse_other_attention(module: nn.Module, longest: int, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    for argument in kwargs.keys() - HANDLED - HARMLESS:
+        if kwargs[argument] is not None and kwargs[argument] is not False:
+            raise TunesmithError(f"{name} passes {argument!r}, which document attention can't apply; {PAD_INSTEAD}")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise TunesmithError(f"{name} is not causal: its tokens see later ones. Take a causal language model")
+    window = None if "sliding_window" in kwargs else _masked_window(module)
+    if window and longest > window:
+        raise TunesmithError(
+            f"{name} leaves its window of {window} tokens to the mask, and a document has {longest}; "
+            f"shorten max_length to {window}, or {PAD_INSTEAD}"
+        )
+
+
+def _masked_window(module: nn.Module) -> int | None:
+    """The window of a layer that does not name one, where its model may still mask with one."""
+    windowed = hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")
+    return getattr(getattr(module, "config", None), "sliding_window", None) if windowed else None
+
+
+def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, L) bool: which keys a query sees; the last `window` ones, itself included, when there is a window."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, _softcap: None, _sinks: None
+) -> Tensor:
+    length = q.shape[2]
+    mask = None if window is None or length <= window else _causal(length, window, q.device)
+    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
+    )
+
+
+def _attend_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Gemma 2's soft-capped scores and gpt-oss's sinks, which scaled_dot_product_attention has no argument for."""
+    heads, length = q.shape[1], q.shape[2]
+    scores = q @ _repeat(k, heads).transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    seen = _causal(length, window, q.device)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, heads, length, 1)], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :length]
+    return F.dropout(weights, dropout) @ _repeat(v, heads)

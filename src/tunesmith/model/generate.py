@@ -1,0 +1,209 @@
+"""Answers of a model: batched for measuring, streamed for chatting.
+
+Shapes: B prompts, T tokens of the longest one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from tunesmith.errors import TunesmithError
+
+Messages = Sequence[Mapping[str, Any]]
+Model = PreTrainedModel | PeftModel
+PROBE = "Xprobe answerX"
+PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How answers are drawn. `temperature` 0 takes the likeliest token; above, `torch`'s global generator draws among
+    the likeliest tokens that have the probability `top_p` together."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise TunesmithError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise TunesmithError(
+                f"temperature is {self.temperature}; write 0 for the likeliest answer, or a number above"
+            )
+        if not 0 < self.top_p <= 1:
+            raise TunesmithError(f"top_p is {self.top_p}, a share above 0 and up to 1")
+
+
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One answer for each of `prompts`, in their order, without special tokens. See `Sampling` for the arguments.
+
+    `progress` is told how many answers are finished. The model's training mode is restored.
+
+    Raises TunesmithError for a prompt without tokens, or one that leaves the model no room to answer.
+    """
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    encoded = [prompt_ids(tokenizer, messages) for messages in prompts]
+    # The longest first: like lengths pad least, and what doesn't fit in memory fails at once.
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    answers = [""] * len(encoded)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            outputs = _answers(model, tokenizer, [encoded[i] for i in chosen], sampling)
+            for i, ids in zip(chosen, outputs, strict=True):
+                answers[i] = str(tokenizer.decode(ids, **PLAIN))
+            if progress is not None:
+                progress(start + len(chosen))
+    finally:
+        model.train(training)
+    return answers
+
+
+def stream(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    write: Callable[[str], None],
+    sampling: Sampling,
+) -> str:
+    """The answer to one prompt, which `write` gets piece by piece as it comes; raises as `generate` does.
+
+    The model must be in evaluation mode.
+    """
+    streamer = _Streamer(tokenizer, write)
+    _answers(model, tokenizer, [prompt_ids(tokenizer, messages)], sampling, streamer)
+    return "".join(streamer.pieces)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
+    one message is the text to go on with."""
+    if tokenizer.chat_template is not None:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    elif len(messages) == 1:
+        ids = tokenizer(messages[0]["content"], verbose=False)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            ids = ids[:-1]
+    else:
+        raise TunesmithError(
+            f"the tokenizer has no chat template, so a prompt is one text; this one is {len(messages)} messages"
+        )
+    if not ids:
+        raise TunesmithError("the prompt is empty")
+    return list(ids)
+
+
+def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which an answer ends: the tokenizer's and the generation config's end of sequence, and the special
+    token that the chat template puts behind an answer, which may be another one."""
+    own = _base(model).generation_config
+    of_model = own.eos_token_id if own is not None else None
+    ids = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model]), _end_of_turn(tokenizer)]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    after = text.rpartition(PROBE)[2].lstrip()
+    added = tokenizer.added_tokens_decoder.items()
+    return next((i for i, token in added if token.special and after.startswith(token.content)), None)
+
+
+def _base(model: Model) -> PreTrainedModel:
+    """The model whose layers hold the adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase, stops: list[int], sampling: Sampling) -> GenerationConfig:
+    pad = tokenizer.pad_token_id
+    settings = GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        eos_token_id=stops or None,
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
+        use_cache=True,
+    )
+    if settings.do_sample:
+        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
+    return settings
+
+
+@torch.inference_mode()
+def _answers(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to its end. Padding is on the left, so that all answers begin in one column."""
+    base = _base(model)
+    longest = max(map(len, prompts))
+    room = getattr(base.config.get_text_config(), "max_position_embeddings", None) or longest + sampling.max_new_tokens
+    if longest >= room:
+        raise TunesmithError(f"the prompt has {longest} tokens, but the model has room for {room}, answer included")
+    stops = stop_ids(model, tokenizer)
+    settings = _settings(tokenizer, stops, sampling)
+    settings.max_new_tokens = min(sampling.max_new_tokens, room - longest)
+    ids_BT = [[settings.pad_token_id] * (longest - len(ids)) + list(ids) for ids in prompts]
+    mask_BT = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    with _defaults_only(base):
+        output: Any = base.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(ids_BT, device=base.device),
+            attention_mask=torch.tensor(mask_BT, device=base.device),
+            generation_config=settings,
+            streamer=streamer,
+        )
+    return [_until(stops, ids) for ids in output[:, longest:].tolist()]
+
+
+def _until(stops: Sequence[int], ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+
+
+@contextmanager
+def _defaults_only(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own generation config, of which `transformers` takes what the caller left unset: a greedy
+    answer would have its repetition penalty, and a warning about its temperature."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Streamer(TextStreamer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **PLAIN)
+        self.pieces: list[str] = []
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+        self._write(text)

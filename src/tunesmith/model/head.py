@@ -1,0 +1,234 @@
+"""From a batch to the loss on supervised positions, in one call of the model.
+
+`teach` gives a causal language model's `forward` one more argument, `supervise`. With it, the model runs its decoder,
+picks the hidden states of the supervised positions, and returns their loss: no logits of the sequence are made. Going
+through `forward` keeps what wraps it working: PEFT, DistributedDataParallel, FSDP, autocast, gradient checkpointing.
+
+Shapes: B rows, T tokens a row, S supervised positions, H hidden size, V vocabulary.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.errors import TunesmithError
+from tunesmith.model.attention import PAD_INSTEAD, document_map
+from tunesmith.model.loss import LossOptions, Supervised, head_logits, linear_cross_entropy
+from tunesmith.types import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+CHECKED_TOKENS = 4
+"""Size of each of the two documents that the first batch is checked with."""
+
+# How a model's config says what its forward does to the head's product. A model that does something else is found by
+# `_check`, and its own logits are used.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Where the loss is taken: indices (S,) into the B*T flattened positions, their next tokens (S,), weights (S,)."""
+
+    positions: Tensor
+    tokens: Tensor
+    weights: Tensor | None = None
+
+
+def next_token_targets(labels_BT: Tensor, weights_BT: Tensor | None = None) -> Targets:
+    """Shift labels by one: position t predicts the label of t + 1. The only place where labels are shifted.
+
+    The first label of a row is never a target. In a flat row the same must hold for the first label of each document;
+    the collator has set it to IGNORE_INDEX.
+    """
+    shifted = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    positions = (shifted != IGNORE_INDEX).nonzero()[:, 0]
+    weights = None
+    if weights_BT is not None:
+        weights = nn.functional.pad(weights_BT[:, 1:], (0, 1)).reshape(-1)[positions]
+    return Targets(positions=positions, tokens=shifted[positions], weights=weights)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Path:
+    """What the first batches showed. `fused`: whether the loss may be taken from the hidden states (None: not tried);
+    `documents`: whether documents side by side were tried, and are kept apart."""
+
+    fused: bool | None = None
+    documents: bool = False
+
+
+def teach(model: PreTrainedModel) -> None:
+    """Let `model(..., supervise=Targets, loss_options=LossOptions)` return a `Supervised`; other calls are unchanged.
+
+    `lengths`, the token counts of the documents in a flat row, goes with `supervise` and restricts attention to them.
+    The first such call checks on a few tokens what the fast paths take for granted, and raises TunesmithError for a
+    model whose tokens see later ones, or tokens of other documents.
+    """
+    original = model.forward
+    plain = getattr(original, "__func__", None) or (lambda _self, *args, **kwargs: original(*args, **kwargs))
+    path = _Path()
+
+    @functools.wraps(plain)
+    def forward(self: PreTrainedModel, *args: Any, supervise: Targets | None = None, **kwargs: Any) -> Any:
+        if supervise is None:
+            return plain(self, *args, **kwargs)
+        return _supervised(self, functools.partial(plain, self), path, supervise, *args, **kwargs)
+
+    # A method, not a function: a deep copy of the model, and accelerate's wrapper, bind it to themselves.
+    model.forward = MethodType(forward, model)
+
+
+def _supervised(
+    model: PreTrainedModel,
+    original: Callable[..., Any],
+    path: _Path,
+    supervise: Targets,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    lengths: list[int] | None = None,
+    loss_options: LossOptions | None = None,
+    **kwargs: Any,
+) -> Supervised:
+    options = loss_options or LossOptions()
+    mask = attention_mask if lengths is None else document_map(lengths)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False, **kwargs}
+    head = plain_head(model)
+    if path.fused is None or (lengths is not None and not path.documents):
+        _check(model, original, path, head, input_ids, documents=lengths is not None)
+    if head is None or not path.fused:
+        logits = original(**inputs).logits
+        return cross_entropy(logits.flatten(0, 1)[supervise.positions.to(logits.device)], supervise, options)
+    hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    positions = supervise.positions.to(hidden.device)
+    picked = hidden[positions].to(head.weight.device)
+    tokens, weights = (None if x is None else x.to(picked.device) for x in (supervise.tokens, supervise.weights))
+    assert tokens is not None
+    return linear_cross_entropy(picked, head.weight, head.bias, tokens, weights, head_options(model, options))
+
+
+def _check(
+    model: PreTrainedModel,
+    original: Callable[..., Any],
+    path: _Path,
+    head: nn.Linear | None,
+    input_ids: Tensor,
+    *,
+    documents: bool,
+) -> None:
+    """Try on two short documents, the first tokens of a batch, what the fast paths take for granted, and note it.
+
+    Raises TunesmithError when tokens see later ones, or when documents in one row see each other.
+    """
+    size = min(CHECKED_TOKENS, input_ids.shape[1] // 2)
+    if size == 0:
+        return
+    row = input_ids[:1, : 2 * size]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = original(input_ids=row.view(2, size), use_cache=False).logits
+            whole = original(input_ids=row, use_cache=False).logits
+            if not _close(whole[0, :size], apart[0]):
+                raise TunesmithError(
+                    f"a token of {type(model).__name__} sees the tokens behind it, so it can't learn to predict them; "
+                    "take a causal language model (an encoder such as BERT needs is_decoder=True in its config)"
+                )
+            path.fused = head is not None and _is_product(model, head, row.view(2, size), apart)
+            if documents:
+                _check_documents(model, original, row, apart)
+                path.documents = True
+    finally:
+        model.train(training)
+    if not path.fused:
+        logger.info("%s: the loss is taken from its own logits, which needs more memory", type(model).__name__)
+
+
+def _is_product(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, logits: Tensor) -> bool:
+    """Whether the model's `logits` are what `linear_cross_entropy` would make of the output of its decoder."""
+    if model.base_model is model:
+        return False
+    hidden = getattr(model.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != head.in_features:
+        return False
+    found = head_logits(hidden.to(head.weight.device), head.weight, head.bias, head_options(model))
+    return found.shape == logits.shape and _close(found.to(logits.device), logits)
+
+
+def _check_documents(model: PreTrainedModel, original: Callable[..., Any], row: Tensor, apart: Tensor) -> None:
+    size = row.shape[1] // 2
+    positions = torch.arange(size, device=row.device).repeat(2)[None]
+    found = "they don't give the outputs that they give apart"
+    try:
+        mask = document_map([size, size])
+        together = original(input_ids=row, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        if _close(together[0, size:], apart[1]):
+            return
+    except RuntimeError as error:
+        found = str(error)
+    raise TunesmithError(f"{type(model).__name__} can't take documents side by side ({found}); {PAD_INSTEAD}")
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits (..., V) agree at most positions: a router that is in doubt may send a few tokens elsewhere."""
+    exact = expected.dtype == torch.float32 and not torch.is_autocast_enabled(expected.device.type)
+    found, expected = found.float(), expected.float()
+    error = (found - expected).abs().amax(dim=-1)
+    return bool(error.median() <= (1e-3 if exact else 0.1) * expected.abs().amax())
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output layer when it is an ordinary linear layer, else None: an adapter or a quantized layer on the head
+    computes more than a product with its weight, and takes the path through the model's own logits."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    return head if type(head) is nn.Linear else None
+
+
+def head_options(model: PreTrainedModel, options: LossOptions | None = None) -> LossOptions:
+    """`options` with the logit scaling and soft-capping that the model's own forward applies."""
+    options, config = options or LossOptions(), model.config.get_text_config()
+    scale, softcap = options.scale, options.softcap
+    for name in FACTORS:
+        scale *= _number(config, name) or 1.0
+    for name in DIVISORS:
+        scale /= _number(config, name) or 1.0
+    for name in SOFTCAPS:
+        softcap = _number(config, name) or softcap
+    return LossOptions(scale=scale, softcap=softcap, smoothing=options.smoothing, dft=options.dft)
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int | float) else None
+
+
+def cross_entropy(logits_SV: Tensor, targets: Targets, options: LossOptions) -> Supervised:
+    """The loss of `linear_cross_entropy` from finished logits, by autograd: for heads that are not a plain product."""
+    logits, tokens = logits_SV.float(), targets.tokens.to(logits_SV.device)
+    log_z = torch.logsumexp(logits, dim=-1)
+    nll = log_z - logits.gather(-1, tokens[:, None])[:, 0]
+    losses = nll
+    if options.smoothing:
+        losses = (1 - options.smoothing) * nll + options.smoothing * (log_z - logits.mean(dim=-1))
+    if options.dft:
+        losses = losses * (-nll).detach().exp()
+    if targets.weights is not None:
+        losses = losses * targets.weights.to(losses.device)
+    with torch.no_grad():
+        probabilities = torch.softmax(logits, dim=-1)
+        entropy = log_z - (probabilities * logits.nan_to_num(neginf=0.0)).sum(dim=-1)
+        correct = logits.argmax(dim=-1) == tokens
+    return Supervised(loss=losses.sum(), nll=nll.detach(), entropy=entropy, correct=correct)

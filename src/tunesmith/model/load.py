@@ -1,0 +1,229 @@
+"""Models and tokenizers by name: the demo model, a folder, a name on the hub, or a finished run.
+
+Weights are read from safetensors only, and code that comes with a model runs only when the user says so.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from tunesmith.config import SFTConfig
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.demo import DEMO, demo_model_path
+
+CONFIG = "config.json"
+ADAPTERS = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
+"""The demo model's cache folder, on whatever machine."""
+
+Progress = Callable[[str], None]
+
+
+def compute_dtype(config: SFTConfig) -> torch.dtype:
+    """The precision of frozen weights: the one that the run computes in."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def resolve_model(name: str, progress: Progress | None = None) -> str:
+    """What `from_pretrained` takes for `name`: a folder that is there, or a name on the hub.
+
+    "demo" is the demo model; a folder of that name is written "./demo". Raises TunesmithError for a file, and for a
+    folder that isn't there.
+    """
+    if name == DEMO:
+        return str(demo_model_path(progress))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise TunesmithError(f"model {name} is a file; give the folder that it is in")
+    in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+    if in_a_folder or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise TunesmithError(f"no folder {name}{_nearest_folder(path)}")
+    return name
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """The causal language model `name`; `kwargs` are those of `from_pretrained`.
+
+    `dtype` is float32 unless said otherwise: weights that are trained must hold updates far smaller than themselves;
+    "auto" takes the checkpoint's. Raises TunesmithError when the model can't be loaded, or lacks weights.
+    """
+    path = resolve_model(name)
+    dtype = kwargs.pop("torch_dtype", dtype)  # its earlier name in transformers
+    if Path(path).is_dir():
+        _check_folder(Path(path), name, kwargs)
+    with _explained(name), _no_bars(path):
+        if not trust_remote_code:
+            _refuse_code(path, kwargs.get("revision"))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise TunesmithError(
+            f"model {name} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return model
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `name`; `kwargs` are those of `from_pretrained`. Raises TunesmithError."""
+    path = resolve_model(name)
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    with _explained(name, "tokenizer of "):
+        if not trust_remote_code:
+            _refuse_code(path, kwargs.get("revision"))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **given)
+    return tokenizer
+
+
+def load_run(
+    name: str, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A run's model, with its adapters, and tokenizer, ready to generate on the best device; or any model by name.
+
+    A folder that holds nothing but checkpoints stands for the newest of them. On a CPU the weights are float32, which
+    every one computes in natively; elsewhere they are what was saved.
+    """
+    folder = _run_folder(Path(resolve_model(name, progress)))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    model: PreTrainedModel | PeftModel
+    source = str(folder)
+    if (folder / ADAPTERS).is_file():
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise TunesmithError(
+                f"{folder} has {ADAPTERS}, but not {ADAPTER_WEIGHTS}: adapters in safetensors are needed"
+            )
+        base, revision = _base(folder)
+        resolve_model(base, progress)
+        source = str(folder) if (folder / "tokenizer_config.json").is_file() else base
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, **revision)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with _explained(name, "adapters of "):
+            model = PeftModel.from_pretrained(model, str(folder))
+    else:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step in a run's folder, or None."""
+    steps = {
+        int(item.name.removeprefix("checkpoint-")): item
+        for item in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", item.name) and any((item / file).is_file() for file in (CONFIG, ADAPTERS))
+    }
+    return steps[max(steps)] if steps else None
+
+
+def _run_folder(path: Path) -> Path:
+    if not path.is_dir() or any((path / name).is_file() for name in (CONFIG, ADAPTERS)):
+        return path
+    return newest_checkpoint(path) or path
+
+
+def _base(folder: Path) -> tuple[str, dict[str, str]]:
+    """The name of the model that adapters belong to, and its revision as an argument. The demo model's folder may be
+    elsewhere than on the machine that trained."""
+    with _explained(str(folder), "adapters of "):
+        config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if not base:
+        raise TunesmithError(f"{folder}/{ADAPTERS} does not name the base model; set base_model_name_or_path in it")
+    if DEMO_FOLDER.search(base) and not Path(base).is_dir():
+        base = DEMO
+    return base, {"revision": config.revision} if config.revision else {}
+
+
+def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises for a folder whose files can't be a model in safetensors; `transformers` would say it less clearly."""
+    if "gguf_file" in kwargs or kwargs.get("subfolder"):
+        return
+    found = {item.suffix for item in folder.iterdir()}
+    if not (folder / CONFIG).is_file():
+        if (folder / ADAPTERS).is_file():
+            raise TunesmithError(
+                f"{name} holds adapters, not a whole model; `tunesmith chat {name}` loads them with their base model"
+            )
+        raise TunesmithError(f"{name} is no model: it has no {CONFIG}")
+    if ".safetensors" in found:
+        return
+    if found & {".bin", ".pt", ".pth"}:
+        raise TunesmithError(
+            f"{name} has its weights in pickle files (.bin), which can run code when they are read. Convert them: load "
+            "the model where you trust it and call save_pretrained, which writes safetensors"
+        )
+    raise TunesmithError(f"{name} has no weights: there is no .safetensors file in it")
+
+
+def _refuse_code(path: str, revision: str | None) -> None:
+    """Raises for a model that `transformers` has no class for, and whose files bring one."""
+    if Path(path).is_dir() and not (Path(path) / CONFIG).is_file():
+        return
+    settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        raise TunesmithError(
+            f"model {path} needs code of its own, which comes with its files and would run here; read it, and set "
+            "trust_remote_code: true if you trust it"
+        )
+
+
+def _nearest_folder(path: Path) -> str:
+    siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+    return nearest(path.name, siblings)
+
+
+@contextmanager
+def _explained(name: str, part: str = "model ") -> Iterator[None]:
+    """What `transformers` and `peft` raise for a wrong name, a missing file, no network, as TunesmithError."""
+    try:
+        yield
+    except TunesmithError:
+        raise
+    except (OSError, ValueError, ImportError, TypeError, SafetensorError) as error:
+        local = name == DEMO or Path(name).expanduser().is_dir()
+        hint = "" if local else f"\nThere is no folder {name} here either{_nearest_folder(Path(name))}"
+        raise TunesmithError(f"{part}{name} could not be loaded: {error}{hint}") from error
+
+
+@contextmanager
+def _no_bars(path: str) -> Iterator[None]:
+    """Without the bars over weights that are here already; those of a download stay."""
+    hide = Path(path).is_dir() and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
