@@ -1,0 +1,201 @@
+"""From names to a model that is ready to train: tokenizer, weights, adapters, and their agreement on special tokens."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from tunesmith.config import SFTConfig
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.attention import supports_documents, use_documents
+from tunesmith.model.head import teach
+from tunesmith.model.load import compute_dtype, load_model, load_tokenizer
+from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
+
+ROWS_MULTIPLE = 64
+"""Grown embeddings have a multiple of so many rows, which matrix products on GPUs are fastest with."""
+
+logger = logging.getLogger(__name__)
+Model = PreTrainedModel | PeftModel
+
+
+def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
+    """`args` as SFTConfig; without any, the output folder is named after the model."""
+    if isinstance(args, SFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
+        return SFTConfig(output_dir=f"{Path(name).name}-SFT")
+    return SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: str | Model, args: SFTConfig
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The run's tokenizer, with the template and the special tokens that `args` asks for; and the ids of the tokens
+    that it lacked."""
+    init: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
+    if tokenizer is None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        if not name:
+            raise TunesmithError("the model does not say where it came from; pass its tokenizer as processing_class")
+        tokenizer = load_tokenizer(name, revision=init.get("revision"), trust_remote_code=args.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TunesmithError(
+            f"processing_class is {type(tokenizer).__name__}; a tokenizer is needed (images are not supported)"
+        )
+    source, added = args.chat_template_path, []
+    if source is not None:
+        added = extend_tokenizer(tokenizer, source, trust_remote_code=args.trust_remote_code)
+    for role in ("eos_token", "pad_token"):
+        token = getattr(args, role)
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise TunesmithError(
+                    f"{role} is {token!r}, which is not in the tokenizer's vocabulary"
+                    f"{nearest(token, tokenizer.added_tokens_encoder)}"
+                )
+            setattr(tokenizer, role, token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, added
+
+
+def prepare_model(
+    model: str | Model,
+    args: SFTConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    added: Sequence[int],
+) -> Model:
+    """The model with its adapters, its frozen weights in the compute precision, and a row for each token; `added` are
+    the ids of new tokens, whose rows are trained."""
+    if isinstance(model, str):
+        init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        if quantization_config is not None:
+            if "quantization_config" in init:
+                raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
+            init["quantization_config"] = quantization_config
+        if peft_config is not None or quantization_config is not None:
+            init.setdefault("dtype", compute_dtype(args))
+        model = load_model(model, trust_remote_code=args.trust_remote_code, **init)
+    else:
+        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+        for name, value in given.items():
+            if value is not None:
+                raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
+    new = [] if args.chat_template_path is None else _new_tokens(model, tokenizer, added)
+    if peft_config is None:
+        if new:
+            resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
+        _check_trainable(model)
+        return model
+    return _with_adapters(model, args, peft_config, tokenizer, new)
+
+
+def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> list[int]:
+    """The tokens whose rows hold nothing yet: those `added` to the tokenizer, now or before it was given to us."""
+    rows: int = base_model(model).get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
+    if not beyond <= tokenizer.added_tokens_decoder.keys():
+        raise TunesmithError(
+            f"the tokenizer has token ids up to {max(beyond)}, and the model's embeddings have {rows} rows: it is the "
+            "tokenizer of another model"
+        )
+    new = sorted(beyond.union(added))
+    if new and isinstance(model, PeftModel):
+        raise TunesmithError(
+            f"the tokenizer has {len(new)} tokens that the model lacks, and the model has adapters already; call "
+            "clone_chat_template(model, tokenizer, source) before adding them, or give the bare model and peft_config"
+        )
+    return new
+
+
+def _with_adapters(
+    model: Model, args: SFTConfig, peft_config: PeftConfig, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]
+) -> PeftModel:
+    if not isinstance(peft_config, PeftConfig):
+        raise TunesmithError(f"peft_config is {type(peft_config).__name__}; expected a peft config such as LoraConfig")
+    if isinstance(model, PeftModel):
+        raise TunesmithError(
+            "the model has adapters and peft_config asks for more; merge them first (model.merge_and_unload()), "
+            "or leave peft_config out to go on training them"
+        )
+    if peft_config.is_prompt_learning:
+        raise TunesmithError(f"{type(peft_config).__name__} (prompt learning) is not supported yet; use LoraConfig")
+    if new:
+        # No padding rows: loading the adapters, `peft` grows the base model to as many rows as there are tokens.
+        resize_for(model, tokenizer, new, None)
+        peft_config = train_new_tokens(peft_config, model, new)
+    if _quantized(model):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(args.activation_checkpointing))
+    elif args.activation_checkpointing:
+        model.enable_input_require_grads()
+    try:
+        # A copy: peft writes the names that "all-linear" means for this model into the config it is given.
+        adapted = get_peft_model(model, copy.deepcopy(peft_config))
+    except ValueError as error:
+        raise TunesmithError(f"peft_config does not fit the model: {error}") from error
+    if new:
+        save_rows_only(adapted)
+    return adapted
+
+
+def _quantized(model: Model) -> bool:
+    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def _check_trainable(model: Model) -> None:
+    if _quantized(model) and not isinstance(model, PeftModel):
+        raise TunesmithError("8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TunesmithError(
+            "no parameter of the model requires a gradient, so nothing would be trained; "
+            "load adapters with is_trainable=True"
+        )
+
+
+def base_model(model: Model) -> PreTrainedModel:
+    """The causal language model inside the adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def teach_model(model: Model, *, flat: bool) -> bool:
+    """Give the model the `supervise` argument; returns whether it takes flat batches. Says so when it can't."""
+    base = base_model(model)
+    if base.get_output_embeddings() is None:
+        raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
+    teach(base)
+    if not flat:
+        return False
+    reason = supports_documents(base)
+    if reason:
+        logger.warning("Batches are padded: %s.", reason)
+        return False
+    use_documents(base)
+    return True
+
+
+def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+    """Make config, generation config and tokenizer agree: what ends a text, what pads.
+
+    `ends` are the tokens that end the supervised texts; generation must stop at each of them.
+    """
+    base = base_model(model)
+    config, generation = base.config.get_text_config(), base.generation_config
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    if generation is not None:
+        known = generation.eos_token_id
+        known = [] if known is None else known if isinstance(known, list) else [known]
+        stops = list(dict.fromkeys([tokenizer.eos_token_id, *known, *sorted(ends)]))
+        generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+        generation.pad_token_id = tokenizer.pad_token_id

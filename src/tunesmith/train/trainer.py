@@ -1,0 +1,281 @@
+"""SFTTrainer: `transformers.Trainer` on flat batches, with the loss on supervised positions."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+
+from tunesmith.config import SFTConfig
+from tunesmith.data.collate import flat, padded
+from tunesmith.data.sources import DataSource
+from tunesmith.errors import TunesmithError
+from tunesmith.model.head import next_token_targets
+from tunesmith.model.loss import LossOptions, Supervised
+from tunesmith.train.data import COLUMNS, DataPreparer, Source, evened
+from tunesmith.train.meter import Meter
+from tunesmith.train.setup import (
+    Model,
+    align_tokens,
+    as_sft_config,
+    prepare_model,
+    prepare_tokenizer,
+    teach_model,
+)
+from tunesmith.types import IGNORE_INDEX
+
+Sources: TypeAlias = Source | Mapping[str, Source]
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning with the arguments of TRL's trainer of the same name.
+
+    `model` is a name, a folder, "demo", or a loaded causal language model (with or without adapters). `train_dataset`
+    is a `datasets.Dataset`, an `IterableDataset` (then `args.max_steps` must be set), a list of rows, or a mixture of
+    them: named sources, each as it is or in a `DataSource` with its weight and held-out share, whose eval loss is
+    reported as `eval_NAME_loss`; `trainer.preflight` says what was found in the data. Afterwards
+    `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
+    `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches.
+
+    The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
+    """
+
+    _tag_names = ("tunesmith", "sft")
+    # The loss is divided by the tokens of the whole step, so accumulation needs no further division.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | Model,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Source | Mapping[str, Source | DataSource] | None = None,
+        eval_dataset: Sources | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        args = as_sft_config(args, model)
+        if train_dataset is None:
+            raise TunesmithError("train_dataset is missing: give a Dataset, an IterableDataset or a list of rows")
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
+        if args.loss_type == "dft" and compute_loss_func is not None:
+            raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
+        tokenizer, added = prepare_tokenizer(processing_class, model, args)
+        self._prepare = DataPreparer(args, tokenizer, formatting_func)
+        train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, compute_metrics is not None)
+        set_seed(args.seed)  # adapters start from random numbers
+        model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
+        self._flat = teach_model(model, flat=args.padding_free and compute_loss_func is None and _unhooked(args))
+        align_tokens(model, tokenizer, self._prepare.stops)
+        self._padded = partial(padded, pad_token_id=tokenizer.pad_token_id, multiple=int(args.pad_to_multiple_of or 1))
+        self._loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
+        self._custom_collator = data_collator is not None
+        self._meters = {mode: Meter() for mode in ("train", "eval")}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or (flat if self._flat else self._padded),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if self.args.n_gpu > 1:
+            raise TunesmithError(
+                "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
+                "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        model.add_model_tags(list(self._tag_names))
+
+    # Data
+
+    def _prepare_all(
+        self, train_dataset: Any, eval_dataset: Sources | None, args: SFTConfig, by_row: bool
+    ) -> tuple[Any, Any]:
+        """Both data sets, and a look at them before any weight is loaded."""
+        eval_packing = not by_row and (args.packing if args.eval_packing is None else args.eval_packing)
+        prepared_eval = self._prepare_eval(eval_dataset, args, by_row=by_row)
+        if isinstance(train_dataset, Mapping):
+            prepared, held_out = self._prepare.mixture(train_dataset, packing=args.packing, eval_packing=eval_packing)
+            if held_out and prepared_eval is not None:
+                raise TunesmithError("eval_dataset is given, and sources hold rows out; keep one of them")
+            prepared_eval = held_out or prepared_eval
+        else:
+            prepared = self._prepare(train_dataset, "train", packing=args.packing)
+        self.preflight = self._prepare.preflight()
+        self.preflight.stop_on_problems()
+        return prepared, prepared_eval
+
+    def _prepare_eval(self, eval_dataset: Sources | None, args: SFTConfig, *, by_row: bool) -> Any:
+        """`by_row`: logits are wanted row by row, so rows are not packed."""
+        if by_row and args.eval_packing:
+            raise TunesmithError("compute_metrics gets logits row by row, and eval_packing: true packs rows; drop one")
+        packing = not by_row and (args.packing if args.eval_packing is None else args.eval_packing)
+        if eval_dataset is None:
+            return None
+        if isinstance(eval_dataset, Mapping):
+            return {name: self._prepare(source, name, packing=packing) for name, source in eval_dataset.items()}
+        return self._prepare(eval_dataset, "eval", packing=packing)
+
+    def evaluate(
+        self,
+        eval_dataset: Sources | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `transformers`; a data set given here is prepared like the one of the constructor."""
+        if isinstance(eval_dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, source in eval_dataset.items():
+                metrics |= self.evaluate(source, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            args = cast(SFTConfig, self.args)
+            eval_dataset = self._prepare_eval(eval_dataset, args, by_row=self.compute_metrics is not None)
+        return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Source, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Logits (rows, T, V) and labels (rows, T), padded with -100, of rows like those of the constructor."""
+        prepared = self._prepare(test_dataset, metric_key_prefix, packing=False)
+        return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = cast(Any, COLUMNS)
+
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
+    ) -> Any:
+        """Metrics and predictions want logits by row, so their batches are padded; the rest take the run's collator."""
+        if self.args.world_size > 1 and isinstance(dataset, Dataset) and not kwargs.get("is_training"):
+            dataset = evened(dataset, batch_size * self.args.world_size)
+        collator = self.data_collator
+        by_row = description == "test" or (self.compute_metrics is not None and not kwargs.get("is_training"))
+        if by_row and not self._custom_collator:
+            self.data_collator = self._padded
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    # Loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """The weight of all supervised tokens of a step: every micro-batch, and every process."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        weight = sum(_weight(batch) for batch in batch_samples)
+        assert isinstance(weight, Tensor)
+        weight = weight.to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weight = self.accelerator.gather(weight).sum()
+        return weight
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum over supervised tokens / their weight in the whole step. With `return_outputs`, the logits as well."""
+        if num_items_in_batch is None:
+            num_items_in_batch = _weight(inputs)
+        labels, weights = inputs["labels"], inputs.get("weights")
+        forward = {name: value for name, value in inputs.items() if name not in ("labels", "weights")}
+        outputs = None
+        self._meter.read(inputs)
+        if self.compute_loss_func is not None:
+            outputs = model(**forward, use_cache=False)
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        else:
+            targets = next_token_targets(labels, weights)
+            result: Supervised = model(**forward, supervise=targets, loss_options=self._loss_options)
+            self._meter.add(result, targets)
+            # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
+            total = torch.as_tensor(num_items_in_batch, device=result.loss.device)
+            loss = result.loss / torch.where(total > 0, total, torch.ones_like(total))
+        if model.training and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
+        if not return_outputs:
+            return loss
+        if outputs is None:
+            with torch.no_grad():
+                outputs = model(**forward, use_cache=False)
+        return loss, outputs
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs.logits, inputs["labels"]
+
+    # What is reported
+
+    @property
+    def _meter(self) -> Meter:
+        return self._meters["train" if cast(nn.Module, self.model).training else "eval"]
+
+    def evaluation_loop(  # type: ignore[override]
+        self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The eval loss is the mean over supervised tokens, not over batches of unequal size."""
+        self._meters["eval"].reset()
+        output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
+        _, measured = self._meters["eval"].report(self.accelerator)
+        metrics = cast(dict[str, float], output.metrics)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds TRL's `entropy`, `mean_token_accuracy` and `num_tokens` (tokens read since the start)."""
+        if "loss" in logs:
+            tokens, measured = self._meters["train"].report(self.accelerator)
+            logs |= {name: measured[name] for name in ("entropy", "mean_token_accuracy") if measured}
+            logs["num_tokens"] = tokens
+        super().log(logs, start_time)
+
+
+def _unhooked(args: SFTConfig) -> bool:
+    # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
+    return args.neftune_noise_alpha is None
+
+
+def _weight(batch: Mapping[str, Any]) -> Tensor:
+    supervised = batch["labels"][..., 1:] != IGNORE_INDEX
+    weights = batch.get("weights")
+    return supervised.sum() if weights is None else (weights[..., 1:] * supervised).sum()

@@ -1,0 +1,45 @@
+"""Rows to train on, and what is measured of a run."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tunesmith import SFTTrainer
+
+TEXTS = ["a", "on", "the mat", "sat there, it seems", "cat", "A longer line of text.", "of", "it is so, and so on"]
+TEXT_ROWS = [{"text": text} for text in TEXTS]
+PAIR_ROWS = [{"prompt": text[:-1] or "?", "completion": text[-1:] * (i + 1)} for i, text in enumerate(TEXTS)]
+END = 2
+"""The id of <|im_end|>."""
+
+Weights = dict[str, Tensor]
+
+
+def weights_of(trainer: SFTTrainer) -> Weights:
+    model: Any = trainer.model
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def trained(trainer: SFTTrainer, **arguments: Any) -> Weights:
+    trainer.train(**arguments)
+    return weights_of(trainer)
+
+
+def largest_difference(first: Weights, second: Weights) -> float:
+    assert first.keys() == second.keys()
+    return max(float((value - second[name]).abs().max()) for name, value in first.items())
+
+
+def token_losses(model: Any, dataset: Any, smoothing: float = 0.0) -> list[Tensor]:
+    """The losses of each row's supervised tokens, row by row, by PyTorch."""
+    found = []
+    model.eval()
+    for row in dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses = cross_entropy(logits, labels[1:], reduction="none", label_smoothing=smoothing)
+        found.append(losses[labels[1:] != -100])
+    return found

@@ -1,0 +1,234 @@
+"""Training with a chat template that brings tokens: rows, what ends a text, and saved runs that load anywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tests.model.test_tokens import EOS, llama, phi, small_tokenizer
+from tunesmith import SFTConfig, SFTTrainer, TunesmithError
+from tunesmith.model.load import load_run
+
+ROWS = [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in (("ab", "xy"), ("cd", "zw"))
+]
+PROMPT = [{"role": "user", "content": "ab"}]
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def trainer(model: Any, output: Path, *, lora: bool = False, tokenizer: Any = None, **settings: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "chat_template_path": "chatml",
+        "train_on": "assistant",
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return SFTTrainer(
+        model,
+        args=SFTConfig(output_dir=str(output), **(defaults | settings)),
+        train_dataset=ROWS,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+
+
+def untied() -> PreTrainedModel:
+    return llama(tied=False)
+
+
+each_head = pytest.mark.parametrize("make", [llama, untied, phi], ids=["tied", "untied", "head with a bias"])
+
+
+def test_full_training_grows_the_rows_to_a_multiple_and_everything_saved_agrees_on_the_end(tmp_path: Path) -> None:
+    run = trainer(save_base(llama(), tmp_path / "base"), tmp_path / "run")
+    run.train()
+    run.save_model()
+    model, tokenizer = load(tmp_path / "run")
+    assert (model.config.vocab_size, len(tokenizer)) == (320, 259)
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 258
+    assert model.generation_config.eos_token_id[0] == 258
+    assert tokenizer.pad_token_id == model.config.pad_token_id == model.generation_config.pad_token_id == EOS
+    assert tokenizer.apply_chat_template(PROMPT, tokenize=False) == "<|im_start|>user\nab<|im_end|>\n"
+
+
+def test_a_saved_model_that_learned_to_end_stops_there_with_its_own_generation_config(tmp_path: Path) -> None:
+    run = trainer(
+        save_base(llama(), tmp_path / "base"),
+        tmp_path / "run",
+        max_steps=60,
+        learning_rate=2e-2,
+        lr_scheduler_type="linear",
+    )
+    run.train()
+    run.save_model()
+    model, tokenizer = load(tmp_path / "run")
+    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    answer = model.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+    assert tokenizer.decode(answer) == "xy<|im_end|>"
+
+
+def test_generation_stops_at_the_eos_token_of_the_config(tmp_path: Path) -> None:
+    """The saved model is made to emit <|stop|>, whatever it reads."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens("<|stop|>", special_tokens=True)
+    run = trainer(llama(rows=258), tmp_path, tokenizer=tokenizer, chat_template_path="plain", eos_token="<|stop|>")
+    run.save_model()
+    model, saved = load(tmp_path)
+    assert saved.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id[0] == 257
+    model.lm_head = torch.nn.Linear(32, 258)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.copy_(torch.arange(258) == 257)
+    generated = model.generate(torch.tensor([[65, 66]]), max_new_tokens=20, do_sample=False)
+    assert generated[0, 2:].tolist() == [257]
+
+
+def test_an_eos_token_that_is_not_in_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TunesmithError, match=r"eos_token is '<\|im_end>'.*did you mean '<\|im_end\|>'"):
+        trainer(llama(), tmp_path, tokenizer=small_tokenizer(), eos_token="<|im_end>")
+
+
+def test_the_eos_token_of_the_config_may_be_one_that_the_template_brings(tmp_path: Path) -> None:
+    run = trainer(llama(), tmp_path, tokenizer=small_tokenizer(), eos_token="<|im_start|>")
+    assert run.processing_class.eos_token_id == 257
+
+
+@each_head
+def test_adapters_with_new_rows_load_with_plain_peft_and_give_the_same_logits(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    run = trainer(save_base(make(), tmp_path / "base"), tmp_path / "run", lora=True)
+    run.train()
+    run.save_model()
+    loaded: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    ids = torch.tensor([[257, 65, 66, 258, 10, 257]])
+    with torch.no_grad():
+        expected = run.model.eval()(input_ids=ids).logits
+        found = loaded.eval()(input_ids=ids).logits
+        merged = loaded.merge_and_unload()(input_ids=ids).logits
+    assert expected.shape[-1] == 259
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+
+
+@each_head
+def test_load_run_gives_the_base_model_rows_for_the_adapters(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    run = trainer(save_base(make(), tmp_path / "base"), tmp_path / "run", lora=True)
+    run.train()
+    run.save_model()
+    model, tokenizer = load_run(str(tmp_path / "run"))
+    ids = torch.tensor([[257, 65, 66, 258, 10, 257]])
+    with torch.no_grad():
+        expected = run.model.eval()(input_ids=ids).logits
+        found = model(input_ids=ids.to(model.device)).logits.cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (258, 259)
+
+
+@each_head
+def test_the_new_rows_are_trained_and_no_others(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    base: Any = make()
+    before = {
+        "embeddings": base.get_input_embeddings().weight.detach().clone(),
+        "head": base.get_output_embeddings().weight.detach().clone(),
+    }
+    run = trainer(save_base(base, tmp_path / "base"), tmp_path / "run", lora=True)
+    run.train()
+    merged = run.model.merge_and_unload()
+    after = {"embeddings": merged.get_input_embeddings().weight, "head": merged.get_output_embeddings().weight}
+    for name, rows in before.items():
+        moved = (after[name][257:] - rows.mean(0)).abs().amax(dim=1)
+        assert (moved > 1e-3).all(), f"{name}: rows moved by {moved.tolist()}"
+        if make is not phi or name != "head":
+            assert torch.equal(after[name][:257], rows)
+
+
+@pytest.mark.parametrize("make", [llama, untied], ids=["tied", "untied"])
+def test_saved_adapters_hold_the_new_rows_and_not_the_embeddings(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    run = trainer(
+        save_base(make(), tmp_path / "base"), tmp_path / "run", lora=True, save_strategy="steps", save_steps=3
+    )
+    run.train()
+    saved = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+    rows = {name: tuple(tensor.shape) for name, tensor in saved.items() if "lora" not in name}
+    delta = "token_adapter.trainable_tokens_delta"
+    assert rows == {
+        f"base_model.model.{layer}.{delta}": (2, 32)
+        for layer in ("model.embed_tokens", *(() if make is llama else ("lm_head",)))
+    }
+
+
+def test_a_run_with_new_rows_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    base = save_base(untied(), tmp_path / "base")
+    settings: dict[str, Any] = {"lora": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = trainer(base, tmp_path / "whole", **settings)
+    whole.train()
+    first = trainer(base, tmp_path / "parts", **settings)
+    first.train()
+    second = trainer(base, tmp_path / "parts", **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    theirs = dict(second.model.named_parameters())
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(theirs[name], parameter, rtol=0, atol=1e-6)
+
+
+def test_a_jinja_file_sets_the_template_and_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}")
+    run = trainer(llama(), tmp_path, tokenizer=small_tokenizer(), chat_template_path=str(template), train_on="all")
+    assert run.model.config.vocab_size == 257
+    assert run.processing_class.chat_template == template.read_text()
+
+
+def test_a_folder_brings_its_tokens_with_its_template(tmp_path: Path) -> None:
+    source = small_tokenizer(eos_token="<end>")
+    source.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<end>{% endfor %}"
+    source.save_pretrained(tmp_path / "source")
+    run = trainer(
+        llama(), tmp_path, tokenizer=small_tokenizer(), chat_template_path=str(tmp_path / "source"), train_on="all"
+    )
+    assert run.model.config.vocab_size == 320
+    assert run.model.config.eos_token_id == 257
+
+
+def test_a_second_run_with_the_tokenizer_of_the_first_gets_its_rows_too(tmp_path: Path) -> None:
+    base, tokenizer = save_base(llama(), tmp_path / "base"), small_tokenizer()
+    for _ in range(2):
+        run = trainer(base, tmp_path / "run", tokenizer=tokenizer, lora=True)
+        indices = run.model.peft_config["default"].trainable_token_indices
+        assert indices == {"model.embed_tokens": [257, 258]}
+
+
+def test_the_tokenizer_of_another_model_is_not_a_reason_to_grow(tmp_path: Path) -> None:
+    with pytest.raises(TunesmithError, match="it is the tokenizer of another model"):
+        trainer(llama(rows=100), tmp_path, tokenizer=small_tokenizer())
+
+
+def test_new_tokens_for_a_model_that_has_adapters_are_refused(tmp_path: Path) -> None:
+    model = trainer(llama(), tmp_path, tokenizer=small_tokenizer(), chat_template_path="plain", lora=True).model
+    with pytest.raises(TunesmithError, match="the model has adapters already; call clone_chat_template"):
+        trainer(model, tmp_path, tokenizer=small_tokenizer())
