@@ -1,0 +1,104 @@
+"""`tunesmith chat`: talk to a run."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.model.generate import Sampling
+
+COMMANDS = "/reset starts anew, /exit or Ctrl-D leaves"
+
+
+def chat(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, a model's folder or name, or demo.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this, and exit. Without it: a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the likeliest token. Above: the higher, the freer.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this share of probability.")] = 1.0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+) -> None:
+    """Talk to a run, to a model, or to the demo model."""
+    from tunesmith.model.generate import Sampling
+    from tunesmith.model.load import load_run
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    model, tokenizer = load_run(run, trust_remote_code=trust_remote_code, progress=_say)
+    conversation = Conversation(model, tokenizer, system, sampling)
+    if prompt is not None:
+        conversation.answer(prompt)
+    else:
+        _talk(run, conversation)
+
+
+class Conversation:
+    """The messages so far; `answer` adds two, and prints the second as it is generated."""
+
+    def __init__(self, model: Any, tokenizer: Any, system: str | None, sampling: "Sampling") -> None:
+        self.has_roles = tokenizer.chat_template is not None
+        if system is not None and not self.has_roles:
+            raise TunesmithError("this model has no chat template, so there is no place for a system message")
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = list(self._start)
+
+    def answer(self, text: str) -> None:
+        """Streams the answer to stdout. Text that fails, or is interrupted, leaves the conversation as it was."""
+        from tunesmith.model.generate import stream
+
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            answer = stream(self._model, self._tokenizer, asked, _write, self._sampling)
+        finally:
+            typer.echo()
+        if self.has_roles:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _talk(run: str, conversation: Conversation) -> None:
+    """Lines from stdin until its end. Ctrl-C stops an answer, and at the prompt the conversation."""
+    memory = (
+        "" if conversation.has_roles else " It has no chat template: it goes on with each text, and keeps no memory."
+    )
+    _say(f"{run}: {COMMANDS}.{memory}")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            typer.echo()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            conversation.reset()
+        elif text.startswith("/"):
+            _say(f"unknown command {text.split()[0]}: {COMMANDS}")
+        elif text:
+            _answer(conversation, text)
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    try:
+        conversation.answer(text)
+    except KeyboardInterrupt:
+        _say("stopped; this turn is forgotten")
+    except TunesmithError as error:  # the conversation has become too long, say: it can go on after a /reset
+        _say(f"error: {error} ({COMMANDS})")
+
+
+def _write(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+def _say(text: str) -> None:
+    """What is not an answer goes to stderr, so that stdout can be piped."""
+    typer.echo(text, err=True)

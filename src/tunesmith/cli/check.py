@@ -1,0 +1,86 @@
+"""`tunesmith check`: what training would find in the data, before any weight is loaded."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tunesmith.data.preflight import Preflight, SplitReport
+    from tunesmith.recipe import Recipe
+
+USAGE = "[RECIPE.yaml] [--json] [--SETTING VALUE]..."
+HELP = """Look at the data as training would, and say what is odd or wrong with it.
+
+Only the tokenizer is loaded. Exit code 2 when training would stop here.
+
+[bold]tunesmith check recipe.yaml --json[/bold]
+"""
+BAR = 30
+
+
+def check(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Look at the data as training would, and say what is odd or wrong with it."""
+    from tunesmith.cli.inspect import SAME_DATA
+    from tunesmith.recipe import parse_options, resolve
+
+    path, overrides = parse_options(ctx.args)
+    for alias in ("output", "output_dir"):
+        overrides.pop(alias, None)
+    preflight = examined(resolve(path, overrides | SAME_DATA))
+    if as_json:
+        typer.echo(json.dumps(preflight.as_json(), ensure_ascii=False))
+    else:
+        show(preflight)
+    if preflight.problems:
+        raise typer.Exit(2)
+
+
+def examined(recipe: "Recipe") -> "Preflight":
+    """All of a recipe's data, prepared and looked at."""
+    from tunesmith.cli.rows import eval_rows, training_rows
+    from tunesmith.model.load import resolve_model
+    from tunesmith.train.data import DataPreparer
+    from tunesmith.train.setup import prepare_tokenizer
+
+    rows, held_out = training_rows(recipe), eval_rows(recipe)
+    resolve_model(recipe.model, lambda line: typer.echo(line, err=True))
+    tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
+    preparer = DataPreparer(recipe.config, tokenizer, None)
+    if isinstance(rows, dict):
+        preparer.mixture(rows, packing=False, eval_packing=False)
+    else:
+        preparer(rows, "train", packing=False)
+    if held_out is not None:
+        preparer(held_out, "eval", packing=False)
+    return preparer.preflight()
+
+
+def show(preflight: "Preflight") -> None:
+    """The report as text: what was read, lengths, then problems and notes."""
+    for name, report in preflight.splits.items():
+        for line in lines(name, report):
+            typer.echo(line)
+    for problem in preflight.problems:
+        typer.secho(f"stop: {problem}", fg=typer.colors.RED)
+    for note in preflight.notes:
+        typer.echo(f"note: {note}")
+    if not preflight.problems:
+        typer.echo("ready to train" + ("" if preflight.notes else "; nothing odd found"))
+
+
+def lines(name: str, report: "SplitReport") -> list[str]:
+    counts = report.counts
+    share = report.supervised_share
+    found = [
+        f"{name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens, "
+        f"{counts.supervised:,} supervised ({share:.0%}), longest {report.longest:,}"
+    ]
+    most = max((count for _, _, count in report.lengths), default=1)
+    for low, high, count in report.lengths:
+        bar = "#" * max(1, round(BAR * count / most))
+        found.append(f"  {low:>6,} to {high:>6,} tokens  {bar:<{BAR}} {count:,}")
+    return found

@@ -1,0 +1,166 @@
+"""`tunesmith inspect`: the tokens of the batch, and which of them are trained on."""
+
+import random as random_numbers
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from tunesmith.recipe import Recipe
+    from tunesmith.report.inspect import InspectedRow
+
+FIRST = 3
+"""How many rows are shown when none are asked for."""
+SAME_DATA: dict[str, Any] = {
+    "output_dir": "unused",
+    "use_cpu": True,
+    "precision": "fp32",
+    "bf16": False,
+    "fp16": False,
+    "tf32": None,
+}
+"""Settings that a run has and its data doesn't depend on. So set, a recipe needs no output, the device is not measured,
+and a recipe for a GPU can be inspected where there is none."""
+USAGE = "[RECIPE.yaml] [--row N | --random K] [--html FILE] [--ids] [--SETTING VALUE]..."
+HELP = """Show the tokens of the batch, and which of them are trained on.
+
+Prepares the training data exactly as [cyan]tunesmith train[/cyan] does, with the same recipe and the same options;
+only the tokenizer is loaded, no weights. Shows the first three rows, unless told which:
+
+[bold]tunesmith inspect recipe.yaml --row 7 --ids[/bold]
+
+[bold]tunesmith inspect --model demo --data rows.jsonl --train-on assistant --random 5 --html rows.html[/bold]
+"""
+
+
+def inspect(
+    ctx: typer.Context,
+    row: Annotated[
+        int | None, typer.Option(metavar="N", help="Show the N-th prepared example (or pack), counted from 1.")
+    ] = None,
+    random: Annotated[int | None, typer.Option(metavar="K", help="Show K random ones, drawn with --seed.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write them to an HTML page instead of the terminal.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids, too.")] = False,
+) -> None:
+    """Show the tokens of the batch, and which of them are trained on."""
+    from tunesmith.recipe import parse_options, resolve
+
+    if row is not None and random is not None:
+        raise TunesmithError("--row and --random both say what to show; keep one")
+    if random is not None and random < 1:
+        raise TunesmithError(f"--random is {random}; show at least 1")
+    _check_page(html)
+    path, overrides = parse_options(ctx.args)
+    for alias in ("output", "output_dir"):
+        overrides.pop(alias, None)
+    facts, rows = prepared(resolve(path, overrides | SAME_DATA), row, random)
+    _show(facts, rows, html, ids=ids)
+
+
+def _check_page(html: Path | None) -> None:
+    """Before the data is prepared. The suffix keeps a slip of the hand from overwriting a recipe."""
+    if html is None:
+        return
+    if html.suffix.lower() not in (".html", ".htm"):
+        raise TunesmithError(f"--html {html}: name the page *.html")
+    if not html.parent.is_dir():
+        raise TunesmithError(f"--html {html}: there is no folder {html.parent}")
+
+
+def prepared(
+    recipe: "Recipe", row: int | None, random: int | None
+) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
+    """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
+    from tunesmith.cli.rows import training_rows
+    from tunesmith.data.collate import flat
+    from tunesmith.model.load import resolve_model
+    from tunesmith.report.inspect import count_facts, inspect_row, vocabulary
+    from tunesmith.train.data import DataPreparer
+    from tunesmith.train.setup import prepare_tokenizer
+
+    source = training_rows(recipe)
+    resolve_model(recipe.model, lambda line: typer.echo(line, err=True))
+    tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
+    preparer = DataPreparer(recipe.config, tokenizer, None)
+    packing = recipe.config.packing
+    dataset: Any
+    if isinstance(source, dict):
+        dataset, _ = preparer.mixture(source, packing=packing, eval_packing=packing)
+    else:
+        dataset = preparer(source, "train", packing=packing)
+    words, kind = vocabulary(tokenizer), "pack" if recipe.config.packing else "example"
+    rows = []
+    for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
+        batch = flat([dataset[number - 1]])
+        weights = batch["weights"][0].tolist() if "weights" in batch else None
+        ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
+        title = f"{kind} {number:,} of {len(dataset):,}"
+        rows.append(inspect_row(title, ids, labels, weights, batch["lengths"], words))
+    facts = _settings(recipe)
+    for split, counts in preparer.counts.items():
+        facts += [("split", split)] if len(preparer.counts) > 1 else []
+        facts += count_facts(counts)
+    if packing:
+        facts.append(_packs(dataset, recipe))
+    return facts, rows
+
+
+def _chosen(count: int, kind: str, row: int | None, random: int | None, seed: int) -> Sequence[int]:
+    """Numbers, from 1, of the rows to show."""
+    if row is not None:
+        if not 1 <= row <= count:
+            raise TunesmithError(f"--row {row}: there are {kind}s 1 to {count:,}")
+        return [row]
+    if random is not None:
+        return sorted(random_numbers.Random(seed).sample(range(1, count + 1), min(random, count)))
+    return range(1, min(FIRST, count) + 1)
+
+
+def _settings(recipe: "Recipe") -> list[tuple[str, str]]:
+    config = recipe.config
+    trained = config.resolved_train_on or "the completion of prompt-completion rows, else all (train_on is unset)"
+    packing = config.packing_strategy if config.packing else "no"
+    return [
+        ("model", f"{recipe.model} (its tokenizer; no weights are loaded)"),
+        ("data", f"{', '.join(recipe.data or recipe.sources)}, prepared exactly as tunesmith train does"),
+        ("trained on", trained),
+        ("max_length", f"{config.max_length} (overlong: {config.overlong}), packing: {packing}"),
+    ]
+
+
+def _packs(dataset: "Dataset", recipe: "Recipe") -> tuple[str, str]:
+    size = recipe.config.max_length
+    assert size is not None
+    tokens = sum(len(row) for row in dataset["input_ids"])
+    return "packs", f"{len(dataset):,} of up to {size:,} tokens, {tokens / (len(dataset) * size):.0%} full"
+
+
+def _show(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path | None, *, ids: bool) -> None:
+    from rich.console import Console
+
+    from tunesmith.report.inspect import legend, terminal
+    from tunesmith.report.inspect_html import page
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    plain = console.no_color or console.color_system is None
+    for name, value in facts:
+        console.print(f"{name:<12}{value}", soft_wrap=True)
+    if html is None:
+        for text in (legend(plain=plain), *(terminal(row, plain=plain, ids=ids) for row in rows)):
+            console.print()
+            # The terminal wraps: rich would drop spaces at the ends of lines, and characters where it errs in widths.
+            console.print(text, end="", soft_wrap=True)
+        return
+    try:
+        html.write_text(page("tunesmith inspect", facts, rows, ids=ids), encoding="utf-8")
+    except OSError as error:
+        raise TunesmithError(f"--html {html} can't be written: {error.strerror}") from error
+    console.print(f"wrote {', '.join(row.title for row in rows)} to {html}", soft_wrap=True)

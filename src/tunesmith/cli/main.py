@@ -1,0 +1,95 @@
+"""The command `tunesmith`. What is heavy is imported by the commands when they run.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C.
+"""
+
+import logging
+import traceback
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tunesmith import __version__
+from tunesmith.cli.chat import chat
+from tunesmith.cli.check import HELP as CHECK_HELP
+from tunesmith.cli.check import USAGE as CHECK_USAGE
+from tunesmith.cli.check import check
+from tunesmith.cli.demo import demo
+from tunesmith.cli.inspect import HELP as INSPECT_HELP
+from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
+from tunesmith.cli.inspect import inspect
+from tunesmith.cli.train import HELP as TRAIN_HELP
+from tunesmith.cli.train import USAGE as TRAIN_USAGE
+from tunesmith.cli.train import train
+from tunesmith.errors import TunesmithError
+
+MISTAKE = 2
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Turns a TunesmithError of any command into a message and exit code 2, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TunesmithError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(MISTAKE) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they print the values of all variables, tokens and texts among them
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a mistake, too.")] = False,
+) -> None:
+    """Supervised fine-tuning of language models."""
+    # bitsandbytes tells everybody on a CPU to install a package for faster 4-bit inference; peft reads a name that
+    # transformers deprecates. Nobody who runs a command can act on either.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+# These sort out their options themselves: every key of a recipe is one.
+for command, text, usage in (
+    (train, TRAIN_HELP, TRAIN_USAGE),
+    (check, CHECK_HELP, CHECK_USAGE),
+    (inspect, INSPECT_HELP, INSPECT_USAGE),
+):
+    app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        help=text,
+        options_metavar=usage,
+    )(command)
+app.command()(chat)
+app.command()(demo)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app()

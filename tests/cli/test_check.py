@@ -1,0 +1,86 @@
+"""`tunesmith check` reports on the data as training would see it; its exit code says whether training would start."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tunesmith.cli.main import app
+
+
+def check(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    pairs = [("1+1=", "2"), ("1+2=", "3"), ("1+1=", "2")]
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return path
+
+
+def test_the_report_has_counts_lengths_and_notes(rows: Path, tiny_model: Path) -> None:
+    done = check("--model", tiny_model, "--data", rows)
+    assert done.exit_code == 0, done.output
+    assert "train: 3 rows, 3 examples, 18 tokens, 6 supervised (33%), longest 6" in done.output
+    assert "1 to      6 tokens" in done.output
+    assert "note: train: 1 examples are exact copies of another" in done.output
+    assert done.output.endswith("ready to train\n")
+
+
+def test_json_is_for_machines(rows: Path, tiny_model: Path) -> None:
+    done = check("--model", tiny_model, "--data", rows, "--eval-data", rows, "--json")
+    report = json.loads(done.stdout)
+    assert report["splits"]["train"]["counts"]["supervised"] == 6
+    assert report["problems"] == []
+    assert "eval: 2 examples are in the training data too; its loss will look too good" in report["notes"]
+
+
+def test_data_that_would_train_wrongly_exits_with_2(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text(json.dumps({"text": "a text that is cut before its end"}) + "\n")
+    done = check("--model", tiny_model, "--data", path, "--max-length", 8)
+    assert done.exit_code == 2
+    assert "stop: train data: no supervised token ends a text (<|im_end|>)" in done.output
+    assert check("--model", tiny_model, "--data", path, "--max-length", 8, "--allow-no-eos").exit_code == 0
+
+
+def test_a_broken_row_is_named_with_its_line(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+    done = check("--model", tiny_model, "--data", path)
+    assert done.exit_code == 2
+    assert "line 2" in done.output
+    assert "both must be text" in done.output
+
+
+def test_named_sources_are_reported_one_by_one(rows: Path, tmp_path: Path, tiny_model: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\ndata:\n  sums: {{path: {rows}, weight: 2, held_out: 0.34}}\n"
+        f"  again: {{path: {rows}, count: 1, columns: {{text: prompt}}}}\n"
+    )
+    done = check(recipe, "--train-on", "all")
+    assert done.exit_code == 0, done.output
+    assert "train/sums: 2 rows" in done.output
+    assert "\nsums: 1 rows" in done.output
+    assert "train: an epoch uses 4 of sums, 1 of again" in done.output
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{path: x.jsonl, wieght: 2}", "unknown key 'wieght'; did you mean 'weight'?"),
+        ("{weight: 2}", "source 'a' has no path"),
+        ("{path: x.jsonl, weight: much}", "weight of source 'a' is 'much' (text), expected a number"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_refused(source: str, message: str, tmp_path: Path, tiny_model: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_model}\ndata: {{a: {source}}}\n")
+    done = check(recipe)
+    assert done.exit_code == 2
+    assert message in done.output
