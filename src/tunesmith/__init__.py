@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tunesmith.config import SFTConfig
+    from tunesmith.data.sources import DataSource
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.train.trainer import SFTTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["SFTConfig", "SFTTrainer", "TunesmithError", "__version__", "clone_chat_template"]
+__all__ = ["DataSource", "SFTConfig", "SFTTrainer", "TunesmithError", "__version__", "clone_chat_template"]
 
 _DEFINED_IN = {
+    "DataSource": "tunesmith.data.sources",
     "SFTConfig": "tunesmith.config",
     "SFTTrainer": "tunesmith.train.trainer",
     "TunesmithError": "tunesmith.errors",

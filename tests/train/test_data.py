@@ -170,3 +170,25 @@ def test_a_data_set_is_evened_with_rows_without_labels(
         assert row.get("seq_lengths", [1]) == [1]
     if len(longer) != len(dataset):
         assert longer.total_dataset_length == len(dataset)
+
+
+def test_a_stream_has_the_format_of_its_first_row_in_every_batch(prepare: Prepare) -> None:
+    rows = [*PAIR_ROWS * 200, {"text": "another format"}]
+    stream = prepare(Dataset.from_list(rows).to_iterable_dataset())
+    with pytest.raises(TunesmithError, match=f"row {len(rows) - 1}: .*'prompt'"):
+        list(stream)
+
+
+def test_a_streams_end_tokens_are_known_before_training(
+    config: Callable[..., SFTConfig], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    preparer = DataPreparer(config(), tokenizer, None)
+    preparer(Dataset.from_list(TEXT_ROWS).to_iterable_dataset(), "train", packing=False)
+    assert preparer.stops == {END}
+
+
+def test_a_stream_of_texts_without_an_end_is_refused_unless_allowed(prepare: Prepare) -> None:
+    stream = Dataset.from_list([{"text": "cut before its end"}]).to_iterable_dataset()
+    with pytest.raises(TunesmithError, match="no supervised token ends a text in the first 1 rows"):
+        prepare(stream, max_length=4)
+    assert len(list(prepare(stream, max_length=4, allow_no_eos=True))) == 1

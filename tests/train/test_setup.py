@@ -1,5 +1,6 @@
 """What the trainer refuses, and the special tokens on which model and tokenizer must agree."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,3 +197,16 @@ def test_a_model_that_can_not_take_flat_batches_says_so_and_pads(
     assert "Batches are padded: GPTNeoForCausalLM does not use transformers' attention interface." in caplog.text
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape[0] == len(PAIR_ROWS)
+
+
+def test_a_saved_folder_holds_the_settings_as_json_and_no_pickle(
+    trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = trainer_of(hub_token="secret")
+    trainer.save_model(str(tmp_path / "saved"))
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert "training_args.json" in names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl"))}
+    text = (tmp_path / "saved" / "training_args.json").read_text()
+    assert json.loads(text)["max_length"] == 1024
+    assert "secret" not in text

@@ -23,6 +23,8 @@ from datetime import datetime
 from itertools import dropwhile, pairwise, takewhile
 from typing import Any, TypeAlias
 
+from jinja2.runtime import new_context
+
 from tunesmith.data.formats import template_arguments
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, TrainOn
@@ -100,8 +102,7 @@ class ChatTemplate:
                 program = _compile_jinja_template(source)
             except Exception as error:
                 raise TunesmithError(f"the chat template can't be read: {error}") from error
-            marked = GENERATION.search(source) is not None
-            self._programs[key] = program, marked, {**program.globals, **self._variables}
+            self._programs[key] = program, bool(GENERATION.search(source)), {**program.globals, **self._variables}
         return self._programs[key]
 
     def pieces(self, text: str) -> list[str]:
@@ -134,15 +135,16 @@ class Chat:
         self.text = self.render(self.messages, marks=self.marks)
 
     def render(self, messages: Sequence[Fields], *, ask: bool = False, marks: Marks | None = None) -> str:
-        """`messages` as text, with the generation prompt when asked; `{% generation %}` blocks are added to `marks`."""
+        """`messages` as text, with the generation prompt when asked; `{% generation %}` blocks are added to `marks`.
+
+        As `Template.render`, less the copying of variables that it does for each call.
+        """
         variables = {**self._variables, "messages": messages, "add_generation_prompt": ask}
-        # As in `Template.render`, less the copying of variables that it does for each call.
-        context = self._program.new_context(variables, shared=True)
+        context = new_context(self._program.environment, None, self._program.blocks, variables, shared=True)
         try:
             if marks is None:
                 return "".join(self._program.root_render_func(context))
-            blocks: list[str] = []
-            with self._program.environment.activate_tracker(blocks, marks):
+            with self._program.environment.activate_tracker(blocks := list[str](), marks):
                 for block in self._program.root_render_func(context):
                     blocks.append(block)  # one by one: the tracker counts their characters meanwhile
             return "".join(blocks)
@@ -181,8 +183,7 @@ def render(conversation: Conversation, template: ChatTemplate, train_on: TrainOn
         raise TunesmithError("train_on: completion needs 'prompt' and 'completion'; for conversations use assistant")
     if train_on == "completion" and turns[:1] != [prompt]:
         raise TunesmithError("'completion' must begin with a message of the assistant")
-    if train_on == "last_assistant":
-        turns = turns[-1:]
+    turns = turns[-1:] if train_on == "last_assistant" else turns
     weights = {i: conversation.messages[i].weight * conversation.weight for i in turns}
     exact = prompt if train_on == "completion" else None
     found = {i: _turn(chat, i, exact=i == exact) for i in turns if weights[i] > 0}
@@ -200,9 +201,7 @@ def _everything(chat: Chat) -> tuple[Span, ...]:
         if message.weight == 1.0:
             continue
         if message.role != "assistant":
-            raise TunesmithError(
-                f"message {i + 1} ({message.role}) has weight {message.weight}; only assistant turns can have one"
-            )
+            raise TunesmithError(f"message {i + 1} has weight {message.weight}; only assistant turns can have one")
         start, stop = _turn(chat, i)
         spans += Span(start=position, stop=start), Span(start=start, stop=stop, weight=message.weight)
         position = stop
@@ -243,9 +242,7 @@ def _start(chat: Chat, index: int, *, exact: bool) -> int:
         return len(prompt)
     if exact:
         raise TunesmithError(_not_a_prefix(prompt, text))
-    header = REASONING_END.sub("", prompt)
-    if text.startswith(header) and len(header) >= _shared(prompt, chat.render(chat.messages[:index])):
-        return len(header)
+    # What follows the message before, up to the generation prompt's end, follows it in the full text as well.
     tail, rest = chat.behind(index - 1, index, ask=True), chat.behind(index - 1)
     for header in (tail, REASONING_END.sub("", tail)):
         if text.endswith(rest) and rest.startswith(header) and header.strip():
@@ -311,8 +308,12 @@ def _common(pieces: Sequence[str], text: str) -> str:
 
 
 def _shared(one: str, two: str) -> int:
-    """How many characters two texts begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
+    """How many characters two texts begin with alike; by halves, as whole pieces compare fast."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == two[low:middle] else (low, middle - 1)
+    return low
 
 
 def _said(content: Any) -> list[str]:
@@ -324,15 +325,13 @@ def _said(content: Any) -> list[str]:
 def _check_said(chat: Chat, index: int, start: int, stop: int) -> None:
     """The turn text[start:stop] must be what the message says and its end."""
     message, turn, template = chat.messages[index], chat.text[start:stop], chat.template
-    said = _said(message.get("content"))
-    if message.get("tool_calls") or not said:
-        return
+    said = [] if message.get("tool_calls") else _said(message.get("content"))
     if lost := next((part for part in said if part not in turn), None):
         raise TunesmithError(
             f"the template changes what the assistant says, from {lost[:80]!r} to {turn[:80]!r}, so it can't be told "
             "what to supervise"
         )
-    tail = turn[turn.rindex(said[-1]) + len(said[-1]) :]
+    tail = turn[turn.rindex(said[-1]) + len(said[-1]) :] if said else ""
     end = template.special.search(tail)
     added = tail[end.end() :].strip() if end else ""
     if added and (template.special.sub("", added).strip() or chat.text[:start].rstrip().endswith(added)):
@@ -361,9 +360,9 @@ def _without_closing(chat: Chat, start: int, stop: int) -> int:
 
 def _ends(chat: Chat, text: str) -> list[str]:
     """The special tokens that `text` ends with, and the white space between them."""
-    special, pieces = chat.template.special.fullmatch, reversed(chat.template.pieces(text))
-    ends = [*takewhile(lambda piece: special(piece) or piece.isspace(), pieces)]
-    return [*dropwhile(str.isspace, reversed(ends))]
+    special, pieces = chat.template.special.fullmatch, chat.template.pieces(text)[::-1]
+    ends = [*takewhile(lambda piece: special(piece) or piece.isspace(), pieces)][::-1]
+    return [*dropwhile(str.isspace, ends)]
 
 
 def _check_calls(chat: Chat) -> None:

@@ -203,7 +203,7 @@ def plain(value: Any, place: str, *, nulls: bool = True) -> Any:
     """
     if type(value) in ATOMS:
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):
         return {
             str(name): item if type(item) in ATOMS else plain(item, place, nulls=nulls)
             for name, item in value.items()
@@ -223,7 +223,7 @@ def template_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         raise TunesmithError(f"{place} is {_kind(turn)}, expected an object with 'role' and 'content'")
     fields = {name: value for name, value in turn.items() if value is not None}
     if "role" not in fields and "from" in fields:
@@ -252,8 +252,8 @@ def _message(turn: Any, place: str) -> Message:
 def _part(part: Any, place: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        found = repr(part.get("type")) if isinstance(part, Mapping) else _kind(part)
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        found = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
         raise TunesmithError(f"{place} is {found}; only text parts {{'type': 'text', 'text': ...}} can be trained on")
     return {name: value for name, value in part.items() if value is not None}
 

@@ -33,7 +33,7 @@ from tunesmith.errors import TunesmithError
 TASK_SYSTEM = "Extract the order as JSON."
 """The system message of every row; without one, SmolLM2's chat template puts in a longer one of its own."""
 
-TRAINING_COUNT = 250
+TRAINING_COUNT = 270
 HELD_OUT_COUNT = 60
 
 FIRST_YEAR, YEARS = 2025, 3
@@ -134,7 +134,7 @@ def _row(pool: Pool, dice: Dice) -> Row:
         customer=_customer(pool, dice),
         items=_items(pool, dice),
         day=_day(dice),
-        urgent=dice.chance(0.45),
+        urgent=dice.chance(0.4),
     )
     messages = [
         {"role": "system", "content": TASK_SYSTEM},
@@ -150,14 +150,13 @@ def _customer(pool: Pool, dice: Dice) -> str:
 
 
 def _day(dice: Dice) -> date:
-    """A day up to the 28th; half are below the 10th, where the answer needs a zero that the e-mail may not have."""
-    day = 1 + dice.below(9) if dice.chance(0.5) else 10 + dice.below(19)
-    return date(FIRST_YEAR + dice.below(YEARS), 1 + dice.below(12), day)
+    """A day from the 10th to the 28th, whose two digits are the answer's: only the month has to be translated."""
+    return date(FIRST_YEAR + dice.below(YEARS), 1 + dice.below(12), 10 + dice.below(19))
 
 
 def _items(pool: Pool, dice: Dice) -> tuple[Item, ...]:
     """One to three items with different nouns; mostly one or two."""
-    count = dice.pick((1, 1, 1, 2, 2, 3))
+    count = dice.pick((1, 1, 1, 2, 2, 2, 3))
     nouns: list[str] = []
     while len(nouns) < count:
         noun = dice.pick(pool.nouns)
@@ -167,23 +166,19 @@ def _items(pool: Pool, dice: Dice) -> tuple[Item, ...]:
 
 
 def _item(noun: str, pool: Pool, dice: Dice) -> Item:
-    kind = dice.below(20)
-    if kind < 2:
-        quantity = 1
-    elif kind < 12:
+    if dice.chance(0.4):
         quantity = dice.pick(tuple(QUANTITY_WORDS.values()))
     else:
         quantity = 2 + dice.below(LAST_QUANTITY - 1)
-    name = f"{dice.pick(pool.adjectives)} {noun}"
-    return Item(name=name if quantity == 1 else f"{name}s", quantity=quantity)
+    return Item(name=f"{dice.pick(pool.adjectives)} {noun}s", quantity=quantity)
 
 
 def _email(order: Order, pool: Pool, dice: Dice) -> str:
     """The e-mail: its phrases are joined, spoiled, and only then filled in, so that no typing error hits an entity."""
     body = [dice.pick(pool.requests)]
-    if order.urgent or dice.chance(0.6):
+    if order.urgent or dice.chance(0.5):
         body.insert(dice.below(2), "{urgency}")
-    if dice.chance(0.2):
+    if dice.chance(0.3):
         body.insert(dice.below(len(body) + 1), dice.pick(pool.strays))
     parts = [" ".join(body), dice.pick(pool.closings)]
     if dice.chance(0.6):
@@ -209,8 +204,6 @@ def _written_items(items: tuple[Item, ...], dice: Dice) -> str:
 def _written_quantity(item: Item, words: bool, dice: Dice) -> str:
     if not words:
         return str(item.quantity)
-    if item.quantity == 1:
-        return "one"
     names = [word for word, value in QUANTITY_WORDS.items() if value == item.quantity]
     return dice.pick(names) if names else str(item.quantity)
 

@@ -175,12 +175,12 @@ TRAINING = Pool(
 
 HELD_OUT = Pool(
     first_names=_words(
-        """Alice Bruno Clara David Esther Farid George Hannah Isaac Jana Kevin Lucia Martin Nora Omar Paula Ruth Stefan
-        Tara Umberto"""
+        """Alice Bruno Clara David Edward Emily George Hannah Isaac Kevin Lucy Martin Arthur Paul Ruth Sarah Stefan
+        Tara Thomas Walter"""
     ),
     last_names=_words(
-        """Andersen Bianchi Clark Dvorak Edwards Fernandez Green Hoffman Ito Jackson Keller Lewis Morris Nielsen
-        Ortega Perez Roberts Singh Turner Wagner"""
+        """Anderson Clark Edwards Green Hoffman Jackson Keller Lewis Morris Nelson Parker Roberts Singh Taylor Turner
+        Wagner Ward Watson White Wright"""
     ),
     clerks=("Mike", "Angela", "Mr. Stone", "Mrs. Reed"),
     adjectives=_words(
@@ -271,7 +271,7 @@ QUANTITY_WORDS: dict[str, int] = {
     "twelve": 12,
     "a dozen": 12,
 }
-"""Quantities in words; 1 is "one"."""
+"""Quantities in words; the others are written in digits."""
 
 MONTHS = (
     "January",

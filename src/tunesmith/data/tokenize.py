@@ -283,9 +283,9 @@ class Encoder:
 
 
 def _supervised(example: Example) -> bool:
-    """Whether a token has a label that counts: nothing predicts the first."""
+    """Whether a token has a label that counts: nothing predicts the first. Most examples show it at their end."""
     labels = example.labels
-    return len(labels) > labels.count(IGNORE_INDEX) + (labels[:1] != [IGNORE_INDEX])
+    return any(labels[i] != IGNORE_INDEX for i in range(len(labels) - 1, 0, -1))
 
 
 def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:

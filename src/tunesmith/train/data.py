@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
 
@@ -23,6 +24,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX
 
 Source: TypeAlias = Dataset | IterableDataset | Rows | Sequence[Mapping[str, Any]]
+LOOKED_AT = 64
+"""How many rows of a stream are looked at before training."""
 COLUMNS = ["input_ids", "labels", "weights", "seq_lengths"]
 
 
@@ -49,6 +52,7 @@ class DataPreparer:
         self._examples: dict[str, Dataset] = {}
         self._made: WeakSet[Dataset | IterableDataset] = WeakSet()
         self._mixture: dict[str, int] = {}
+        self._looked: dict[str, Counts] = {}
 
     def __call__(self, source: Source, split: str, *, packing: bool) -> Dataset | IterableDataset:
         """`source` ready for the collator. Rows that are tokenized already pass through the same checks; what was made
@@ -73,6 +77,7 @@ class DataPreparer:
                 self.formats,
                 columns=self.formats.columns if source.columns is None else source.columns,
                 text_field=source.text_field or self.formats.text_field,
+                arrow=_through_arrow(source.rows),
             )
             rows, kept = source.rows, None
             if source.held_out:
@@ -106,7 +111,9 @@ class DataPreparer:
 
     @property
     def stops(self) -> set[int]:
-        return {token for counts in self.counts.values() for token in counts.stops}
+        """The tokens at which generation is to stop: all that end a supervised turn or text."""
+        found = [*self.counts.values(), *self._looked.values()]
+        return {token for counts in found for token in counts.stops}
 
     def _make(self, source: Source, split: str, packing: bool) -> Dataset | IterableDataset:
         if cast(dict[str, Any], self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
@@ -118,7 +125,8 @@ class DataPreparer:
             if packing:
                 raise TunesmithError(f"{split}: packing needs all lengths; load the stream, or set packing: false")
             return self._stream(source, split, Encoder(self.tokenizer, options))
-        dataset = self._prepared(source, split, options, self.formats)
+        formats = replace(self.formats, arrow=_through_arrow(source))
+        dataset = self._prepared(source, split, options, formats)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
@@ -145,23 +153,36 @@ class DataPreparer:
         )
 
     def _stream(self, source: IterableDataset, split: str, encoder: Encoder) -> IterableDataset:
+        """A stream whose rows are prepared as they come. Its first rows are looked at now, in place of a preflight."""
         counts = self.counts[split] = Counts()
+        ahead = list(source.take(LOOKED_AT))
+        if not ahead:
+            raise TunesmithError(f"{split} data: the stream is empty")
+
+        def typed(batch: Iterable[Mapping[str, Any]], numbers: Iterable[int]) -> list[Any]:
+            rows = ((f"row {i}", row) for i, row in zip(numbers, batch, strict=True))
+            # The first row says what the format of every batch must be.
+            return list(islice(parsed(chain([("row 0", ahead[0])], rows), self.formats), 1, None))
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            rows = ((f"row {i}", row) for i, row in zip(indices, unbatched(batch), strict=True))
-            examples = encoder.encode(list(parsed(rows, self.formats)), counts)
+            examples = encoder.encode(typed(unbatched(batch), indices), counts)
             return {
                 "input_ids": [example.input_ids for example in examples],
                 "labels": [example.labels for example in examples],
                 "weights": [example.weights for example in examples],
             }
 
-        first = next(iter(source), None)
-        if first is None:
-            raise TunesmithError(f"{split} data: the stream is empty")
+        looked = Counts()
+        encoder.encode(typed(ahead, range(len(ahead))), looked)
+        if is_train(split) and not looked.stops and not self.args.allow_no_eos:
+            raise TunesmithError(
+                f"{split} data: no supervised token ends a text in the first {len(ahead)} rows of the stream, so the "
+                "model would never learn to stop. Train on whole texts, raise max_length, or set allow_no_eos: true"
+            )
+        self._looked[split] = looked
         if self.args.shuffle_dataset:
             source = source.shuffle(seed=self.args.seed)
-        return source.map(encode, batched=True, with_indices=True, remove_columns=list(first))
+        return source.map(encode, batched=True, with_indices=True, remove_columns=list(ahead[0]))
 
     def _pack(self, dataset: Dataset) -> Dataset:
         assert self.args.max_length is not None
@@ -200,6 +221,11 @@ def numbered(source: Dataset | Iterable[Mapping[str, Any]], split: str) -> Itera
 def unbatched(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """The rows of a batch of columns."""
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def _through_arrow(source: Any) -> bool:
+    """Whether rows passed through Arrow, which puts a null where a row lacks a key that another row has."""
+    return isinstance(source, Dataset | IterableDataset)
 
 
 def _in_order(dataset: Dataset) -> Dataset:
