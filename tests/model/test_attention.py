@@ -88,7 +88,9 @@ def test_the_first_document_does_not_change_the_second(name: str) -> None:
     with torch.no_grad():
         first, second = (model(**x, use_cache=False).logits[0] for x in (inputs, other))
     assert not torch.equal(first[:5], second[:5])
-    assert torch.equal(first[5:], second[5:])
+    # An expert multiplies the tokens of both documents at once, and the shape of a product changes how it rounds.
+    rounding = 1e-6 if name == "gpt_oss" else 0.0
+    torch.testing.assert_close(first[5:], second[5:], rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

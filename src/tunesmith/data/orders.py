@@ -166,10 +166,8 @@ def _items(pool: Pool, dice: Dice) -> tuple[Item, ...]:
 
 
 def _item(noun: str, pool: Pool, dice: Dice) -> Item:
-    if dice.chance(0.4):
-        quantity = dice.pick(tuple(QUANTITY_WORDS.values()))
-    else:
-        quantity = 2 + dice.below(LAST_QUANTITY - 1)
+    in_words = tuple(QUANTITY_WORDS.values())
+    quantity = dice.pick(in_words) if dice.chance(0.4) else 2 + dice.below(LAST_QUANTITY - 1)
     return Item(name=f"{dice.pick(pool.adjectives)} {noun}s", quantity=quantity)
 
 

@@ -53,8 +53,9 @@ class TrainingProgress(TrainerCallback):
             self._show(logs, state)
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith("loss"):
-                what = name.removeprefix("eval_").removesuffix("loss").strip("_")
-                self.console.print(f"step {state.global_step}  eval loss {what} {value:.4f}".replace("  ", " "))
+                source = name.removeprefix("eval_").removesuffix("loss").rstrip("_")
+                what = f"eval loss of {source}" if source else "eval loss"
+                self.console.print(f"step {state.global_step}  {what} {value:.4f}", highlight=False)
 
     def _show(self, logs: dict[str, Any], state: TrainerState) -> None:
         elapsed = time.perf_counter() - self._started
