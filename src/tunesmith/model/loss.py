@@ -92,13 +92,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, size, rows):
             part = slice(start, min(start + rows, size))
             logits = head_logits(hidden[part], weight, bias, options)
-            stats = _statistics(logits, targets[part])
-            nll[part], entropy[part], correct[part] = stats[:3]
+            nll[part], entropy[part], correct[part], log_z, softmax = _statistics(logits, targets[part])
             w = torch.ones_like(nll[part]) if weights is None else weights[part].float()
-            loss += _token_losses(logits, nll[part], stats[3], options).mul_(w).sum()
+            loss += _token_losses(logits, nll[part], log_z, options).mul_(w).sum()
             if need_hidden or need_weight or need_bias:
-                _gradient_(logits, targets[part], nll[part], stats[3], w, options)
-                _accumulate(ctx.grads, part, logits, hidden, weight)
+                _gradient_(softmax, logits, targets[part], nll[part], w, options)
+                _accumulate(ctx.grads, part, softmax, hidden, weight)
         ctx.mark_non_differentiable(nll, entropy, correct)
         return loss, nll, entropy, correct
 
@@ -121,13 +120,15 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Lo
     return logits
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row: negative log-likelihood, entropy, whether the target is the most likely token, log of the normaliser."""
+def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row: negative log-likelihood, entropy, whether the target is the most likely token, log of the normaliser;
+    and the softmax (S, V), which the gradient is made of."""
+    logits.clamp_(min=torch.finfo(logits.dtype).min)  # -inf times its probability 0 would be nan
     log_z = torch.logsumexp(logits, dim=-1)
     target = logits.gather(-1, targets[:, None])[:, 0]
-    # -sum p log p = log Z - sum p * logit; a logit of -inf has p = 0 and must not turn the product into nan.
-    expected = torch.einsum("sv,sv->s", (logits - log_z[:, None]).exp_(), logits.nan_to_num(neginf=0.0))
-    return log_z - target, log_z - expected, logits.argmax(dim=-1) == targets, log_z
+    softmax = (logits - log_z[:, None]).exp_()
+    entropy = log_z - torch.einsum("sv,sv->s", softmax, logits)  # -sum p log p = log Z - sum p * logit
+    return log_z - target, entropy, logits.argmax(dim=-1) == targets, log_z, softmax
 
 
 def _token_losses(logits: Tensor, nll: Tensor, log_z: Tensor, options: LossOptions) -> Tensor:
@@ -138,20 +139,18 @@ def _token_losses(logits: Tensor, nll: Tensor, log_z: Tensor, options: LossOptio
 
 
 def _gradient_(
-    logits: Tensor, targets: Tensor, nll: Tensor, log_z: Tensor, weights: Tensor, options: LossOptions
+    softmax: Tensor, logits: Tensor, targets: Tensor, nll: Tensor, weights: Tensor, options: LossOptions
 ) -> None:
-    """Overwrite `logits` with the gradient of the weighted loss by the head's product (before scale and softcap)."""
-    rows = torch.arange(len(targets), device=logits.device)
-    slope = None if options.softcap is None else 1 - (logits / options.softcap).square_()
-    logits.sub_(log_z[:, None]).exp_()  # the softmax
+    """Overwrite `softmax` with the gradient of the weighted loss by the head's product (before scale and softcap)."""
+    rows = torch.arange(len(targets), device=softmax.device)
     if options.smoothing:
-        logits -= options.smoothing / logits.shape[-1]
-    logits[rows, targets] -= 1 - options.smoothing
-    logits *= (weights * (-nll).exp() if options.dft else weights)[:, None]
-    if slope is not None:
-        logits *= slope
+        softmax -= options.smoothing / softmax.shape[-1]
+    softmax[rows, targets] -= 1 - options.smoothing
+    softmax *= (weights * (-nll).exp() if options.dft else weights)[:, None]
+    if options.softcap is not None:
+        softmax *= 1 - (logits / options.softcap).square_()
     if options.scale != 1.0:
-        logits *= options.scale
+        softmax *= options.scale
 
 
 def _accumulate(
