@@ -40,6 +40,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def no_prepared_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test prepares its data itself, and leaves none in the user's cache."""
+    monkeypatch.setattr("tunesmith.data.cache.home", lambda: tmp_path / "prepared-home")
+
+
+@pytest.fixture(autouse=True)
 def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees a processor without fast bfloat16, so that results don't depend on the machine that runs them."""
     import tunesmith.config

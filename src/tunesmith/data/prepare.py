@@ -59,9 +59,8 @@ class Preparation:
 def identity(source: Any) -> str | None:
     """What tells a source's rows from all others by their content, or None when that can't be told."""
     if isinstance(source, Rows):
-        return (
-            fingerprint("files", [str(file.suffix) for file in source.files], *source.files) if source.files else None
-        )
+        # The name belongs to it: the kept report names the places of dropped rows, file and line.
+        return fingerprint("files", source.name, *source.files) if source.files else None
     if isinstance(source, Sequence):
         try:
             return fingerprint("rows", list(source))
