@@ -194,3 +194,9 @@ def test_a_config_survives_its_own_dictionary(tmp_path: Path) -> None:
 
 def test_the_users_mistake_is_a_value_error() -> None:
     assert issubclass(TunesmithError, ValueError)
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_a_strategy_that_cuts_long_examples_itself_takes_no_other_word_on_them(strategy: Any) -> None:
+    with pytest.raises(TunesmithError, match=f"overlong is 'drop', but packing_strategy: {strategy}"):
+        SFTConfig(output_dir="unused", packing=True, packing_strategy=strategy, overlong="drop")

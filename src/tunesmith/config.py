@@ -187,6 +187,11 @@ class SFTConfig(TrainingArguments):
             raise TunesmithError(f"max_length is {self.max_length}; at least 2 tokens are needed to predict one")
         if self.packing and self.max_length is None:
             raise TunesmithError("packing needs max_length, the size of a pack; it is None")
+        if self.packing and self.packing_strategy != "bfd" and self.overlong != "truncate":
+            raise TunesmithError(
+                f"overlong is {self.overlong!r}, but packing_strategy: {self.packing_strategy} cuts every long example "
+                "into pieces itself; drop one of them"
+            )
         if self.packing and not self.padding_free:
             raise TunesmithError("packing puts examples side by side, which padding_free: false forbids; drop one")
         if self.pad_to_multiple_of == "auto":

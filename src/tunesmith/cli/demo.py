@@ -87,7 +87,7 @@ def _trainer(output: Path, rows: list[dict[str, Any]], console: Console) -> Any:
         report_to="none",
         disable_tqdm=True,
     )
-    console.print(f"Settled on {args.precision_note}.", highlight=False)
+    console.print(f"Settled on {args.precision_note}.", highlight=False, soft_wrap=True)
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return SFTTrainer(model=DEMO, args=args, train_dataset=rows, peft_config=adapter)
 
