@@ -59,7 +59,7 @@ def expected(style: Style, messages: list[dict[str, Any]]) -> tuple[str, list[bo
 
 def expected_example(encoder: Encoder, style: Style, text: str, marks: list[bool], answered: bool) -> Any:
     """Ids and labels: a token is supervised when all of its characters are."""
-    (tokens,) = encoder.tokenize([("row 0", Rendered(text=text, spans=()))])
+    (tokens,) = encoder.tokenize([("row 0", Rendered(text=text, spans=(), prompt=1))])
     ids, offsets = tokens.ids, tokens.offsets
     labels = [i if all(marks[start:stop]) else IGNORE_INDEX for i, (start, stop) in zip(ids, offsets, strict=True)]
     if answered and style.name in ("endless", "glm"):  # whose templates end no text

@@ -65,6 +65,11 @@ class Rendered:
     special_tokens: bool = False
     closed: bool = True
 
+    @property
+    def whole(self) -> bool:
+        """Whether no token is divided from another: then nobody asks where a token's characters are."""
+        return not self.prompt and all(span.start == 0 and span.stop == len(self.text) for span in self.spans)
+
 
 class ChatTemplate:
     """A tokenizer's chat template with the arguments of the run.

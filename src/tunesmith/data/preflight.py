@@ -96,12 +96,13 @@ def examine(dataset: Any, counts: Counts, bos_token_id: int | None) -> SplitRepo
 
 def digests(dataset: Any) -> Any:
     """One 64-bit digest of its token ids for each different example, sorted (uint64)."""
-    found: list[bytes] = []
+    found = bytearray()
     for chunk in _chunks(dataset):
         offsets, ids = _list(chunk, "input_ids")
         raw, places = memoryview(ids.tobytes()), (offsets * ids.dtype.itemsize).tolist()
-        found += [hashlib.blake2b(raw[start:stop], digest_size=8).digest() for start, stop in pairwise(places)]
-    return np.unique(np.frombuffer(b"".join(found), np.uint64))
+        for start, stop in pairwise(places):
+            found += hashlib.blake2b(raw[start:stop], digest_size=8).digest()
+    return np.unique(np.frombuffer(found, np.uint64))
 
 
 def shared_examples(datasets: Mapping[str, Any]) -> dict[str, int]:

@@ -4,8 +4,10 @@ Rows flow through in batches: what is in memory does not grow with the data. A d
 the same rows by the same means, is found in the cache instead.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from itertools import islice
@@ -106,8 +108,22 @@ def prepare(
         if not counts.rows:
             raise TunesmithError("the data set is empty")
 
-    dataset = store.write(key, tables(), notes)
+    with _frozen_garbage():
+        dataset = store.write(key, tables(), notes)
     return _without_empty_weights(dataset, made["weighted"]), made["report"]
+
+
+@contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """The collector leaves out what existed before: its passes over all imported code cost a tenth of the time."""
+    if gc.get_freeze_count():  # somebody else's choice, and unfreezing would undo it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _without_empty_weights(dataset: Any, weighted: bool) -> Any:

@@ -110,16 +110,14 @@ class Encoder:
     def tokenize(self, rendered: Sequence[Placed]) -> Iterator[Any]:
         """Second step, all outside of Python's lock: the encoding of each text, in order."""
         texts = [item for _, item in rendered if isinstance(item, Rendered)]
-        batches = {
-            # Text that a template rendered already holds its special tokens.
-            added: iter(
-                self._backend.encode_batch(
-                    [item.text for item in texts if item.special_tokens is added], add_special_tokens=added
-                )
-            )
-            for added in {item.special_tokens for item in texts}
-        }
-        return (next(batches[item.special_tokens]) for item in texts)
+        # Text that a template rendered already holds its special tokens.
+        kinds = [(item.special_tokens, item.whole) for item in texts]
+        batches = {}
+        for added, whole in {*kinds}:
+            encode = self._backend.encode_batch_fast if whole else self._backend.encode_batch
+            chosen = [item.text for item, kind in zip(texts, kinds, strict=True) if kind == (added, whole)]
+            batches[added, whole] = iter(encode(chosen, add_special_tokens=added))
+        return (next(batches[kind]) for kind in kinds)
 
     def examples(self, rendered: Sequence[Placed], encodings: Iterator[Any], counts: Counts) -> list[Example]:
         """Third step: ids, labels and weights within max_length."""
@@ -172,9 +170,8 @@ class Encoder:
         if any(span.weight != 1.0 for span in rendered.spans):
             weights = [0.0] * len(ids)
         for span in rendered.spans:
-            whole = span.start == 0 and span.stop == len(rendered.text)
             # The tokenizer's special tokens at the ends have no characters.
-            first, last = (0, len(ids)) if whole else token_range(encoding, span.start, span.stop)
+            first, last = (0, len(ids)) if rendered.whole else token_range(encoding, span.start, span.stop)
             labels[first:last] = ids[first:last]
             if weights is not None:
                 weights[first:last] = [span.weight] * (last - first)
@@ -320,9 +317,12 @@ def _untrimmed(tokenizer: Any) -> Any:
             f"{type(tokenizer).__name__} has no `tokenizers` backend, which says where each token's characters are; "
             "use the fast tokenizer of this model"
         )
-    state = json.loads(backend.to_str())
-    _keep_offsets(state["post_processor"])
-    backend = Tokenizer.from_str(json.dumps(state))
+    backend = Tokenizer.from_str(backend.to_str())
+    if (processor := backend.post_processor) is not None:
+        state = json.loads(processor.__getstate__())
+        _keep_offsets(state)
+        processor.__setstate__(json.dumps(state).encode())
+        backend.post_processor = processor
     backend.encode_special_tokens = tokenizer.split_special_tokens
     backend.no_truncation()
     backend.no_padding()
