@@ -13,8 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.pack import STRATEGIES, Packs, Piece, by_tokens, pack, shuffled
+from tunesmith.data.formats import FormatOptions
+from tunesmith.data.pack import STRATEGIES, Packs, Piece, pack, shuffled
+from tunesmith.data.prepare import Preparation, prepare
+from tunesmith.data.tokenize import EncodeOptions
 from tunesmith.errors import TunesmithError
+from tunesmith.model.load import load_tokenizer
+from tunesmith.train.data import numbered
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 MAX_LENGTH = st.integers(1, 24)
@@ -65,20 +70,30 @@ def test_documented_example_of_wrapped() -> None:
     assert (packs.truncated_tokens, packs.empty_documents) == (0, 1)
 
 
+def least_packs(tokens: list[int], max_length: int) -> int:
+    return -(-sum(tokens) // max_length)
+
+
 @given(lengths=LENGTHS, max_length=MAX_LENGTH)
-def test_bfd_places_every_document_where_the_plain_reference_does(lengths: list[int], max_length: int) -> None:
+def test_bfd_places_every_document_where_the_plain_reference_does_or_saves_a_pack(
+    lengths: list[int], max_length: int
+) -> None:
     capped = [min(length, max_length) for length in lengths]
     kept = [document for document, length in enumerate(lengths) if length]
     reference = best_fit_decreasing([capped[document] for document in kept], max_length)
-    expected = [[(kept[index], 0, capped[kept[index]]) for index in documents] for documents in reference]
-    assert spans(pack(lengths, max_length)) == expected
+    found = spans(pack(lengths, max_length))
+    if len(found) == len(reference):
+        assert found == [[(kept[index], 0, capped[kept[index]]) for index in documents] for documents in reference]
+    else:
+        assert least_packs(capped, max_length) <= len(found) < len(reference)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bfd_places_a_thousand_documents_where_the_plain_reference_does(seed: int) -> None:
     lengths = np.random.default_rng(seed).lognormal(4, 1, 1000).clip(1, 512).astype(int).tolist()
-    packs = pack(lengths, 512)
-    assert [[piece.document for piece in pieces] for pieces in packs] == best_fit_decreasing(lengths, 512)
+    reference = best_fit_decreasing(lengths, 512)
+    assert len(reference) == least_packs(lengths, 512)  # or packs could have been saved
+    assert [[piece.document for piece in pieces] for pieces in pack(lengths, 512)] == reference
 
 
 @given(lengths=LENGTHS, max_length=MAX_LENGTH)
@@ -88,8 +103,39 @@ def test_bfd_split_is_bfd_of_the_pieces(lengths: list[int], max_length: int) -> 
         for document, length in enumerate(lengths)
         for start in range(0, length, max_length)
     ]
-    reference = best_fit_decreasing([stop - start for _, start, stop in pieces], max_length)
-    assert spans(pack(lengths, max_length, "bfd_split")) == [[pieces[index] for index in bin_] for bin_ in reference]
+    whole = spans(pack([stop - start for _, start, stop in pieces], max_length))
+    expected = [[pieces[index] for index, _, _ in documents] for documents in whole]
+    assert spans(pack(lengths, max_length, "bfd_split")) == expected
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packs_are_filled_anew_where_best_fit_decreasing_wastes_one(strategy: str) -> None:
+    lengths = [6, 5, 3, 2, 2, 2]
+    assert best_fit_decreasing(lengths, 10) == [[0, 2], [1, 3, 4], [5]]  # 9 + 9 + 2
+    assert spans(pack(lengths, 10, strategy)) == [
+        [(0, 0, 6), (3, 0, 2), (4, 0, 2)],
+        [(1, 0, 5), (2, 0, 3), (5, 0, 2)],
+    ]
+
+
+@given(cuts=st.lists(st.lists(st.integers(1, 63), max_size=6), min_size=1, max_size=12))
+def test_pieces_of_full_packs_are_packed_at_least_as_tightly_as_by_best_fit(cuts: list[list[int]]) -> None:
+    """Packs of 64 tokens cut anywhere: packs without any room are known to exist."""
+    lengths = [b - a for pack_cuts in cuts for a, b in pairwise([0, *sorted(set(pack_cuts)), 64])]
+    packs = pack(lengths, 64)
+    assert len(cuts) <= len(packs) <= len(best_fit_decreasing(lengths, 64))
+    assert sorted(packs.document.tolist()) == list(range(len(lengths)))
+    assert packs.lengths().max() <= 64
+
+
+def test_packing_depends_on_the_lengths_and_not_on_their_order() -> None:
+    lengths = np.random.default_rng(0).integers(5, 120, 80)
+    assert len(pack(lengths, 256)) < len(best_fit_decreasing(lengths.tolist(), 256))  # some were filled anew
+
+    def sizes(lengths: np.ndarray) -> list[list[int]]:
+        return [[piece.stop for piece in pieces] for pieces in pack(lengths, 256)]
+
+    assert sizes(lengths) == sizes(lengths[::-1]) == sizes(np.sort(lengths))
 
 
 @given(lengths=LENGTHS, max_length=MAX_LENGTH)
@@ -139,7 +185,6 @@ def test_no_documents_make_no_packs(strategy: str) -> None:
         packs = pack(lengths, 8, strategy)
         assert (len(packs), list(packs), packs.lengths().tolist(), packs.fill(8)) == (0, [], [], 0.0)
         assert packs.empty_documents == len(lengths)
-        assert shuffled(packs, seed=0, epoch=0).tolist() == []
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -184,44 +229,19 @@ def test_a_mistake_is_refused_with_what_to_write(
         pack(lengths, max_length, strategy)
 
 
-def test_shuffled_is_a_pinned_order_of_all_packs() -> None:
-    packs = pack([4] * 8, 4)
-    assert shuffled(packs, seed=42, epoch=0).tolist() == [4, 1, 3, 6, 0, 7, 2, 5]
+def test_shuffled_is_a_pinned_order() -> None:
+    assert shuffled(8, 42, 0).tolist() == [4, 1, 3, 6, 0, 7, 2, 5]
 
 
-def test_shuffled_differs_between_epochs_and_seeds_and_loses_no_pack() -> None:
-    packs = pack([4] * 50, 4)
-    orders = [shuffled(packs, seed, epoch).tolist() for seed in range(4) for epoch in range(4)]
-    assert len({tuple(order) for order in orders}) == 16
+def test_shuffled_differs_between_keys_and_loses_nothing() -> None:
+    orders = [shuffled(50, seed, epoch, part).tolist() for seed in range(4) for epoch in range(4) for part in (1, 2)]
+    assert len({tuple(order) for order in orders}) == 32
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
 def test_shuffled_refuses_a_negative_seed() -> None:
-    with pytest.raises(TunesmithError, match="seed=-1, epoch=0: write numbers of 0 or more"):
-        shuffled(pack([4], 4), seed=-1, epoch=0)
-
-
-def test_by_tokens_cuts_where_the_next_document_would_not_fit() -> None:
-    assert by_tokens([3, 4, 1, 9, 2, 6, 1], 8) == [range(0, 3), range(3, 4), range(4, 6), range(6, 7)]
-
-
-@given(lengths=st.lists(st.integers(1, 40), max_size=60), max_tokens=st.integers(1, 50))
-def test_by_tokens_covers_the_documents_in_order_with_as_few_cuts_as_it_can(
-    lengths: list[int], max_tokens: int
-) -> None:
-    batches = by_tokens(lengths, max_tokens)
-    assert [document for batch in batches for document in batch] == list(range(len(lengths)))
-    tokens = [sum(lengths[document] for document in batch) for batch in batches]
-    assert all(count <= max_tokens or len(batch) == 1 for count, batch in zip(tokens, batches, strict=True))
-    for (count, _), (_, following) in pairwise(zip(tokens, batches, strict=True)):
-        assert count + lengths[following[0]] > max_tokens
-
-
-def test_by_tokens_refuses_a_document_of_no_tokens_and_a_limit_of_none() -> None:
-    with pytest.raises(TunesmithError, match="document 1 has no tokens"):
-        by_tokens([3, 0, 2], 8)
-    with pytest.raises(TunesmithError, match="write a max_tokens of 1 or more"):
-        by_tokens([3], 0)
+    with pytest.raises(TunesmithError, match="cannot shuffle with -1, 0: write seeds and epochs of 0 or more"):
+        shuffled(1, -1, 0)
 
 
 def test_a_million_documents_are_packed_in_under_three_seconds() -> None:
@@ -240,11 +260,27 @@ def test_packing_needs_no_torch() -> None:
     assert result.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("low", "high", "max_length"), [(200, 1500, 2048), (900, 1100, 2048), (30_000, 60_000, 131_072)]
+)
+def test_a_million_documents_that_fit_badly_are_packed_in_under_three_seconds(
+    low: int, high: int, max_length: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(low, high, 1_000_000)
+    begin = time.process_time()
+    packs = pack(lengths, max_length)
+    assert time.process_time() - begin < 3.0
+    assert packs.lengths().max() <= max_length
+
+
 def test_instruction_rows_fill_packs_of_2048_to_over_99_percent(shared_data: Path) -> None:
-    """Four characters a token, roughly: a count that needs no tokenizer."""
+    """As few packs as can be, from the rows that the demo model's tokenizer makes."""
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
-    lengths = [len(row["instruction"] + row["input"] + row["output"]) // 4 + 1 for row in rows]
+    encode = EncodeOptions(max_length=2048)
+    preparation = Preparation(tokenizer=load_tokenizer("demo"), encode=encode, formats=FormatOptions(), processes=1)
+    dataset, _ = prepare(numbered(rows, "train"), preparation, source=rows)
+    lengths = [len(ids) for ids in dataset["input_ids"]]
     packs = pack(lengths, 2048)
+    assert len(packs) == least_packs(lengths, 2048)
     assert packs.fill(2048) > 0.99
     assert int(packs.lengths().sum()) == sum(lengths)

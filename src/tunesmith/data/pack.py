@@ -20,6 +20,9 @@ from tunesmith.errors import TunesmithError, nearest
 
 Ints = NDArray[np.int64]
 Lengths = Sequence[int] | NDArray[np.integer]
+# What is filled anew: at most so many pieces, fewer where packs are so long that a search in them takes longer.
+_REFILLED_PIECES = 2048
+_REFILLED_TOKENS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +82,9 @@ class Packs:
 def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
     """Packs of at most `max_length` tokens from documents of `lengths` tokens (B,).
 
-    - `bfd`: best-fit decreasing. A longer document keeps its first `max_length` tokens; the rest is counted in
-      `truncated_tokens`.
-    - `bfd_split`: best-fit decreasing. A longer document is cut every `max_length` tokens and each piece becomes a
+    - `bfd`: best-fit decreasing, and the emptiest packs filled anew where that saves one. A longer document keeps its
+      first `max_length` tokens; the rest is counted in `truncated_tokens`.
+    - `bfd_split`: the same packing. A longer document is cut every `max_length` tokens and each piece becomes a
       document of its own: it may land in any pack, its positions start at 0 again, and it sees nothing of the pieces
       before it.
     - `wrapped`: the documents one after the other in the given order, cut every `max_length` tokens. Only the last pack
@@ -102,43 +105,18 @@ def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
     return _STRATEGIES[strategy](_checked(lengths), max_length)
 
 
-def shuffled(packs: Packs, seed: int, epoch: int) -> Ints:
-    """The order (N,) in which an epoch visits the packs: the same for the same seed and epoch, another for every epoch.
+def shuffled(count: int, *key: int) -> Ints:
+    """An order (count,) of `range(count)`: the same for the same key (a seed and an epoch, say), another for others.
 
     It sorts raw 64-bit draws of PCG64, a fixed algorithm, so that a run resumed under another numpy release goes on in
     the same order; numpy allows itself to change what `Generator.permutation` gives (NEP 19).
 
     Raises:
-        TunesmithError: a negative seed or epoch.
+        TunesmithError: a negative number in the key.
     """
-    if seed < 0 or epoch < 0:
-        raise TunesmithError(f"cannot shuffle packs with seed={seed}, epoch={epoch}: write numbers of 0 or more")
-    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(len(packs))
-    return np.argsort(draws, kind="stable")
-
-
-def by_tokens(lengths: Lengths, max_tokens: int) -> list[range]:
-    """Cuts documents, in the given order, into micro-batches of at most `max_tokens` tokens each.
-
-    Returns consecutive ranges of positions in `lengths` that cover it. Each takes as many documents as fit; a document
-    longer than `max_tokens` gets a range to itself. For an epoch's `order`, pass `lengths[order]`; the documents of
-    micro-batch `r` are then `order[r.start : r.stop]`.
-
-    Raises:
-        TunesmithError: `max_tokens` below 1, or a document of no tokens (a range cannot leave it out).
-    """
-    if max_tokens < 1:
-        raise TunesmithError(f"cannot fill micro-batches of {max_tokens} tokens: write a max_tokens of 1 or more")
-    checked = _checked(lengths)
-    if not checked.all():
-        raise TunesmithError(f"document {int(checked.argmin())} has no tokens: leave it out before batching by tokens")
-    ends = np.cumsum(checked)
-    batches, first, before = [], 0, 0
-    while first < len(ends):
-        stop = max(first + 1, int(ends.searchsorted(before + max_tokens, side="right")))
-        batches.append(range(first, stop))
-        first, before = stop, int(ends[stop - 1])
-    return batches
+    if min(key) < 0:
+        raise TunesmithError(f"cannot shuffle with {', '.join(map(str, key))}: write seeds and epochs of 0 or more")
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
 
 def _checked(lengths: Lengths) -> Ints:
@@ -204,9 +182,10 @@ def _packed(
     truncated_tokens: int = 0,
     empty_documents: int = 0,
 ) -> Packs:
-    """Packs the pieces (P,) by best-fit decreasing: the longest first, equal ones in their order."""
+    """Packs the pieces (P,) by best-fit decreasing and a repair: the longest first, equal ones in their order."""
     decreasing = np.argsort(start - stop, kind="stable")
-    bins = _best_fit(stop[decreasing] - start[decreasing], max_length)
+    lengths = stop[decreasing] - start[decreasing]
+    bins = _repaired(lengths, _best_fit(lengths, max_length), max_length)
     chosen = decreasing[np.argsort(bins, kind="stable")]
     return Packs(
         document=document[chosen],
@@ -275,6 +254,57 @@ def _place(sizes: list[int], counts: list[int], max_length: int) -> list[tuple[i
                     usable.append((room - left * size, first, 1))
                     left = 0
     return placements
+
+
+def _repaired(lengths: Ints, bins: Ints, max_length: int) -> Ints:
+    """`bins` (P,), or fewer bins: the emptiest of them filled anew where the room in them adds up to a bin.
+
+    `lengths` (P,) in decreasing order. A limit on the pieces taken out keeps this under a second; a data set with more
+    pieces than that has so many short ones that best-fit decreasing leaves next to no room.
+    """
+    tokens = np.bincount(bins, lengths).astype(np.int64)
+    emptiest = np.argsort(tokens, kind="stable")
+    most = min(_REFILLED_PIECES, _REFILLED_TOKENS // max_length)
+    pool = emptiest[: np.cumsum(np.bincount(bins)[emptiest]).searchsorted(most, side="right")]
+    if len(pool) <= -(-int(tokens[pool].sum()) // max_length):
+        return bins
+    pieces = np.flatnonzero(np.isin(bins, pool))
+    filled = _fill_up(lengths[pieces].tolist(), max_length)
+    if len(filled) >= len(pool):
+        return bins
+    bins = bins.copy()
+    for number, members in zip(np.sort(pool).tolist(), filled, strict=False):
+        bins[pieces[members]] = number
+    return np.unique(bins, return_inverse=True)[1]
+
+
+def _fill_up(sizes: list[int], max_length: int) -> list[list[int]]:
+    """Bins of indices into `sizes`, which are in decreasing order: the longest piece left, and the rest filled up.
+
+    Minimum bin slack (Gupta and Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999) with
+    a fixed first piece (MBS', Fleszar and Hindi, 2002). Of all sets of pieces that are left, the one that fills the bin
+    best is found exactly: bit `t` of `reach[k]` says whether some of the first `k` pieces have `t` tokens together.
+    """
+    bins: list[list[int]] = []
+    left = list(range(len(sizes)))
+    while left:
+        first, *left = left
+        room = max_length - sizes[first]
+        fits = (1 << (room + 1)) - 1
+        reach = [1]
+        for index in left:
+            if reach[-1] >> room:
+                break
+            reach.append((reach[-1] | reach[-1] << sizes[index]) & fits)
+        tokens = reach[-1].bit_length() - 1
+        chosen = set()
+        for k in range(len(reach) - 1, 0, -1):
+            if not reach[k - 1] >> tokens & 1:  # out of reach without this piece
+                chosen.add(left[k - 1])
+                tokens -= sizes[left[k - 1]]
+        bins.append([first, *sorted(chosen)])
+        left = [index for index in left if index not in chosen]
+    return bins
 
 
 def _within(counts: Ints) -> Ints:
