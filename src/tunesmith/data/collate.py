@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.data.prefix import shared
 from tunesmith.types import IGNORE_INDEX
 
 Rows = Sequence[dict[str, Any]]
@@ -36,22 +37,35 @@ def _weighted(rows: Rows) -> bool:
     return any(row.get("weights") is not None for row in rows)
 
 
-def flat(rows: Rows) -> dict[str, Any]:
+def flat(rows: Rows, *, share_prefix: bool = False) -> dict[str, Any]:
     """One row (1, T) with all documents side by side.
 
-    `lengths` are their token counts; positions start at 0 in each; `weights` (1, T) only where a row has weights.
+    `lengths` are their token counts; positions start at 0 in each; `weights` (1, T) only where a row has weights. With
+    `share_prefix`, and where that saves enough, documents that begin alike share their beginning (`data.prefix`): then
+    `lengths` and `parents` tell the segments of the shorter `input_ids`, `labels` and `weights` stay those of all
+    documents, and `places` (T,) says where in the row each of their tokens is.
 
     >>> batch = flat([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
     >>> batch["labels"].tolist(), batch["position_ids"].tolist(), batch["lengths"]
     ([[-100, 6, 7, -100, 9]], [[0, 1, 2, 0, 1]], [3, 2])
     """
     parts = list(documents(rows))
-    batch: dict[str, Any] = {
-        "input_ids": torch.tensor([[token for ids, _, _ in parts for token in ids]]),
-        "labels": torch.tensor([[label for _, labels, _ in parts for label in labels]]),
-        "position_ids": torch.tensor([[position for ids, _, _ in parts for position in range(len(ids))]]),
-        "lengths": [len(ids) for ids, _, _ in parts],
-    }
+    segments = shared([ids for ids, _, _ in parts]) if share_prefix else None
+    batch: dict[str, Any] = {"labels": torch.tensor([[label for _, labels, _ in parts for label in labels]])}
+    if segments is None:
+        batch |= {
+            "input_ids": torch.tensor([[token for ids, _, _ in parts for token in ids]]),
+            "position_ids": torch.tensor([[position for ids, _, _ in parts for position in range(len(ids))]]),
+            "lengths": [len(ids) for ids, _, _ in parts],
+        }
+    else:
+        batch |= {
+            "input_ids": torch.tensor([segments.tokens]),
+            "position_ids": torch.tensor([segments.positions]),
+            "lengths": segments.lengths,
+            "parents": segments.parents,
+            "places": torch.tensor([place for places in segments.places for place in places]),
+        }
     if _weighted(rows):
         batch["weights"] = torch.tensor([[weight for _, _, weights in parts for weight in weights]])
     return batch

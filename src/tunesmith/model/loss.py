@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.model.linear import product
+
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's fp32 logits. Larger chunks were no faster on a CPU, and the peak memory follows them."""
+FINITE = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +95,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, size, rows):
             part = slice(start, min(start + rows, size))
             logits = head_logits(hidden[part], weight, bias, options)
-            nll[part], entropy[part], correct[part], log_z, softmax = _statistics(logits, targets[part])
+            log_p = torch.log_softmax(logits, dim=-1).clamp_(min=FINITE)  # -inf times its probability 0 would be nan
+            nll[part] = -log_p.gather(-1, targets[part, None])[:, 0]
+            correct[part] = log_p.argmax(dim=-1) == targets[part]
             w = torch.ones_like(nll[part]) if weights is None else weights[part].float()
-            loss += _token_losses(logits, nll[part], log_z, options).mul_(w).sum()
+            loss += _token_losses(log_p, nll[part], options).mul_(w).sum()
+            logits = logits if options.softcap is not None else log_p  # drops what is not needed any more
+            p = log_p.exp()
+            entropy[part] = -torch.einsum("sv,sv->s", p, log_p)
             if need_hidden or need_weight or need_bias:
-                _gradient_(softmax, logits, targets[part], nll[part], w, options)
-                _accumulate(ctx.grads, part, softmax, hidden, weight)
+                _gradient_(p, logits, targets[part], nll[part], w, options)
+                _accumulate(ctx.grads, part, p, hidden, weight)
         ctx.mark_non_differentiable(nll, entropy, correct)
         return loss, nll, entropy, correct
 
@@ -112,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
     """fp32 logits (..., V) of hidden states (..., H), scaled and soft-capped in place: not for autograd."""
-    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    logits = product(hidden.to(weight.dtype), weight, bias).float()
     if options.scale != 1.0:
         logits *= options.scale
     if options.softcap is not None:
@@ -120,21 +128,10 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Lo
     return logits
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per row: negative log-likelihood, entropy, whether the target is the most likely token, log of the normaliser;
-    and the softmax (S, V), which the gradient is made of."""
-    logits.clamp_(min=torch.finfo(logits.dtype).min)  # -inf times its probability 0 would be nan
-    log_z = torch.logsumexp(logits, dim=-1)
-    target = logits.gather(-1, targets[:, None])[:, 0]
-    softmax = (logits - log_z[:, None]).exp_()
-    entropy = log_z - torch.einsum("sv,sv->s", softmax, logits)  # -sum p log p = log Z - sum p * logit
-    return log_z - target, entropy, logits.argmax(dim=-1) == targets, log_z, softmax
-
-
-def _token_losses(logits: Tensor, nll: Tensor, log_z: Tensor, options: LossOptions) -> Tensor:
+def _token_losses(log_p: Tensor, nll: Tensor, options: LossOptions) -> Tensor:
     losses = nll.clone()
     if options.smoothing:
-        losses = (1 - options.smoothing) * nll + options.smoothing * (log_z - logits.mean(dim=-1))
+        losses = (1 - options.smoothing) * nll - options.smoothing * log_p.mean(dim=-1)
     return losses * (-nll).exp() if options.dft else losses
 
 
@@ -163,7 +160,7 @@ def _accumulate(
     grad_hidden, grad_weight, grad_bias = grads
     d = dlogits.to(weight.dtype)
     if grad_hidden is not None:
-        grad_hidden[part] = d @ weight
+        grad_hidden[part] = product(d, weight.t())
     if grad_weight is not None:
         grad_weight += d.T @ hidden[part].to(weight.dtype)
     if grad_bias is not None:

@@ -1,0 +1,240 @@
+"""Tokens per second, memory and loss of training: ours against TRL's, in turns, on the same model, rows and settings.
+
+    python benchmarks/train.py --data alpaca_en_demo.json [--pairs 3] [--steps 3] [--modes lora,full,packed]
+                               [--json out.json] [--plot out.svg]
+
+Each measurement is a process of its own: fp32, AdamW, the rows in the same order, no gradient checkpointing. Tokens are
+those of the rows, never padding. The first step is left out of the rates: it also loads libraries and, on our side,
+checks the model. Needs `pip install -e '.[bench]'`.
+
+The roofline is the rate of the best large fp32 product of the same process, by either library inside torch. Products
+are counted as 2 FLOP for each multiply-add: 4 x (weights in products) a token for adapters on a frozen model (forward,
+and the gradient of the inputs), 6 x for full training; 6 x the adapters' own weights besides. Attention's own products
+depend on the rows and are left out, so the share of the roofline is a little too low, for both sides.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS = 8
+LENGTH = 2048
+RANK = 16
+MODES = ("lora", "full", "packed")
+
+
+def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
+    """Train `steps` steps; the seconds and tokens of each step but the first, the loss of each, the peak memory."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    if side == "ours":
+        from tunesmith import SFTConfig, SFTTrainer
+    else:
+        from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.losses: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    tokens: list[int] = []
+
+    class Ordered(SFTTrainer):  # type: ignore[misc, valid-type]
+        """Batches in the order of the rows, so that both sides see the same; and their tokens are counted."""
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            samples, count = super().get_batch_samples(*args, **kwargs)
+            tokens.append(sum(_tokens(batch) for batch in samples))
+            return samples, count
+
+    packed = mode == "packed"
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    rows = rows if packed else rows[: ROWS * steps]
+    text = "{instruction}\n{input}\n\n{output}<|im_end|>"
+    args = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=1 if packed else ROWS,
+        packing=packed,
+        max_length=LENGTH if packed else 1024,
+        max_steps=steps,
+        learning_rate=1e-3 if mode != "full" else 2e-5,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    from datasets import Dataset
+
+    clock = Clock()
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = Ordered(
+        AutoModelForCausalLM.from_pretrained(demo(), dtype=torch.float32),
+        args,
+        train_dataset=Dataset.from_list([{"text": text.format(**row)} for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(demo()),
+        peft_config=None if mode == "full" else lora,
+        callbacks=[clock],
+    )
+    trainer.train()
+    return {
+        "seconds": clock.seconds[1:],
+        "tokens": tokens[1 : len(clock.seconds)],
+        "losses": clock.losses,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "roofline": roofline(),
+        "flop_per_token": flop_per_token(trainer.model, mode),
+    }
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+
+
+def flop_per_token(model: Any, mode: str) -> float:
+    products = adapters = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            adapters += parameter.numel()
+        elif parameter.dim() == 2:  # the embedding is the head as well
+            products += parameter.numel()
+    return (6 if mode == "full" else 4) * products + 6 * adapters
+
+
+def roofline() -> float:
+    """GFLOP/s of the best large fp32 product."""
+    import torch
+
+    from tunesmith.model.linear import _onednn
+
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = float("inf")
+    for _ in range(4):
+        for way in (torch.nn.functional.linear, _onednn):
+            started = time.perf_counter()
+            way(a, b)
+            best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best / 1e9
+
+
+def demo() -> str:
+    from tunesmith.model.demo import demo_model_path
+
+    return str(demo_model_path())
+
+
+def measure(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, "--data", str(data), "--side", side, "--modes", mode, "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found["rate"] = sum(found["tokens"]) / sum(found["seconds"])
+    found["share"] = found["rate"] * found["flop_per_token"] / found["roofline"] / 1e9
+    return found
+
+
+def compare(mode: str, data: Path, steps: int, pairs: int) -> dict[str, Any]:
+    """Pairs of measurements in turns, and the medians of their ratios."""
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
+    for pair in range(pairs):
+        for side, results in found.items():
+            results.append(measure(side, mode, data, steps))
+            last = results[-1]
+            print(
+                f"{mode}, pair {pair + 1}, {side}: {last['rate']:.1f} tokens/s, {last['peak_mb']:,.0f} MB, "
+                f"{last['share']:.0%} of {last['roofline']:.0f} GFLOP/s, losses "
+                + " ".join(f"{loss:.4f}" for loss in last["losses"]),
+                flush=True,
+            )
+    both = list(zip(found["ours"], found["trl"], strict=True))
+    return {
+        "mode": mode,
+        "runs": found,
+        "rate": {side: statistics.median(run["rate"] for run in runs) for side, runs in found.items()},
+        "peak_mb": {side: statistics.median(run["peak_mb"] for run in runs) for side, runs in found.items()},
+        "speed": statistics.median(ours["rate"] / trl["rate"] for ours, trl in both),
+        "memory": statistics.median(ours["peak_mb"] / trl["peak_mb"] for ours, trl in both),
+        "share": statistics.median(run["share"] for run in found["ours"]),
+        "loss_difference": max(
+            abs(a - b) for ours, trl in both for a, b in zip(ours["losses"], trl["losses"], strict=True)
+        ),
+    }
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
+    for axis, key, label in ((axes[0], "rate", "tokens per second"), (axes[1], "peak_mb", "peak memory, MB")):
+        for shift, side in ((-0.2, "trl"), (0.2, "ours")):
+            axis.bar([i + shift for i in range(len(results))], [r[key][side] for r in results], 0.4, label=side)
+        axis.set_xticks(range(len(results)), [r["mode"] for r in results])
+        axis.set_title(label)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(run(arguments.side, arguments.modes, arguments.data, arguments.steps)))
+        return
+    demo()  # converted before the first clock starts
+    modes = arguments.modes.split(",")
+    results = [compare(mode, arguments.data, arguments.steps, arguments.pairs) for mode in modes]
+    print("\n| training | TRL tokens/s | ours | ratio | TRL MB | ours | ratio | of the roofline | loss differs by |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in results:
+        print(
+            f"| {r['mode']} | {r['rate']['trl']:.1f} | {r['rate']['ours']:.1f} | {r['speed']:.1f}x "
+            f"| {r['peak_mb']['trl']:,.0f} | {r['peak_mb']['ours']:,.0f} | {r['memory']:.2f} "
+            f"| {r['share']:.0%} | {r['loss_difference']:.1e} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Linear layers and their LoRA adapters in fewer passes, with the faster of two matrix libraries.
+
+Shapes: T tokens (all leading dimensions together), I inputs, O outputs, R rank.
+
+`peft` computes `base(x) + lora_B(lora_A(x)) * scaling` with three more passes over (T, O) values, each into new memory,
+and as many over (T, I) ones in the backward. Here the low-rank product is added into the outputs in place, both ways.
+Modules and weights stay `peft`'s: only `forward` is replaced, and wherever anything but plain LoRA is asked of a layer,
+its own forward runs.
+
+On a CPU, fp32 products go through oneDNN where it is faster than the BLAS that PyTorch calls: MKL leaves a fifth to a
+third of an AMD processor's rate unused. torch has both inside; the choice is measured once.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+GAIN = 1.05
+ROUNDS = 4
+SIZE = 1024
+"""Tokens, inputs and outputs of the timed product."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` (T, I) times the transpose of `weight` (O, I), plus `bias` (O,): (T, O). Both factors may be transposed
+    views. Not for autograd."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster() and len(x):
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether fp32 products on this CPU are faster through oneDNN. Takes some tenths of a second, once."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    x, weight = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE)  # random ones would change the run's random numbers
+    best = {F.linear: float("inf"), _onednn: float("inf")}
+    for _ in range(ROUNDS):  # in turns, so that another program's load meets both
+        for way in best:
+            best[way] = min(best[way], _seconds(way, x, weight))
+    return best[F.linear] > GAIN * best[_onednn]
+
+
+def _seconds(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
+    started = time.perf_counter()
+    way(x, weight)
+    return time.perf_counter() - started
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """x (T, I), weight (O, I), bias (O,) or None -> (T, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            product(dy, weight.t()) if need_x else None,
+            dy.t() @ x if need_weight else None,
+            dy.sum(dim=0) if need_bias else None,
+        )
+
+
+class _Adapted(torch.autograd.Function):
+    """x (T, I), frozen weight (O, I) and bias, A (R, I), B (O, R) -> x @ (weight + scaling * B @ A).T + bias (T, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Any:
+        u = x @ a.t()
+        ctx.save_for_backward(x, weight, a, b, u)
+        ctx.scaling = scaling
+        return product(x, weight, bias).addmm_(u, b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, a, b, u = ctx.saved_tensors
+        v = dy @ b
+        # The layers below the lowest adapter need no gradient.
+        dx = product(dy, weight.t()).addmm_(v, a, alpha=ctx.scaling) if ctx.needs_input_grad[0] else None
+        return dx, None, None, (v.t() @ x).mul_(ctx.scaling), (dy.t() @ u).mul_(ctx.scaling), None
+
+
+def speed_up(model: nn.Module) -> None:
+    """Replace `forward` of the linear layers in `model` that can be computed faster. Values agree to rounding."""
+    faster = next(model.parameters()).device.type == "cpu" and onednn_is_faster()
+    for module in list(model.modules()):
+        if type(module) is LoraLinear:
+            _replace(module, _lora_forward)
+        elif type(module) is nn.Linear and faster:
+            _replace(module, _linear_forward)
+
+
+def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    if "forward" not in vars(module):  # somebody else's: hooks of accelerate, for example
+        module.forward = MethodType(forward, module)
+
+
+def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    plain = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
+    if not plain or torch.is_autocast_enabled("cpu"):
+        return F.linear(input, self.weight, self.bias)
+    flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
+    return flat.view(*input.shape[:-1], -1)
+
+
+def _lora_forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = _plain_adapter(self)
+    if name is None or args or kwargs:
+        return LoraLinear.forward(self, x, *args, **kwargs)
+    base: nn.Linear = self.get_base_layer()  # type: ignore[assignment]
+    adapter = self.lora_A[name].weight, self.lora_B[name].weight
+    tensors: tuple[Any, ...] = (x, base.weight, base.bias, *adapter)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    elif len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
+        return LoraLinear.forward(self, x)
+    flat = _Adapted.apply(tensors[0].reshape(-1, x.shape[-1]), *tensors[1:], self.scaling[name])
+    return flat.view(*x.shape[:-1], -1)
+
+
+def _plain_adapter(layer: LoraLinear) -> str | None:
+    """The name of the one adapter that is at work, when it is LoRA without any extra on a frozen linear layer."""
+    base = layer.get_base_layer()
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(names) != 1 or type(base) is not nn.Linear:
+        return None
+    name = names[0]
+    dropout = layer.lora_dropout[name]
+    extra = (
+        name in layer.lora_variant
+        or layer.lora_bias.get(name)
+        or (layer.training and getattr(dropout, "p", 0.0) > 0)
+        or type(layer.lora_A[name]) is not nn.Linear
+    )
+    hooked = base._forward_hooks or base._forward_pre_hooks
+    return None if extra or hooked or base.weight.requires_grad else name

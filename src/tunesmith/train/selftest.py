@@ -1,0 +1,217 @@
+"""Before the first step: does this model give the same losses in our batches as in its own forward, text by text?
+
+A few of the run's own examples go through the model twice, adapters and all: side by side in one batch with the loss
+that training takes, and each alone, with the cross-entropy of the logits that the model itself returns. What would
+train another model than the one that was loaded (documents that see each other, positions that run on, a head that does
+more than its product) shows as a difference, on the user's device and in the run's precision.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+
+from tunesmith.config import SFTConfig
+from tunesmith.data.collate import documents, padded
+from tunesmith.data.collate import flat as side_by_side
+from tunesmith.errors import TunesmithError
+from tunesmith.model.attention import PAD_INSTEAD
+from tunesmith.model.head import next_token_targets
+from tunesmith.precision import PrecisionName
+from tunesmith.train.setup import Model, base_model
+
+logger = logging.getLogger(__name__)
+EXAMPLES = 4
+LONGEST = 64
+"""Tokens that an example is cut to: the test costs less than a step."""
+ROUTERS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """How far losses may be apart, in nats or, above a loss of 1, relative to it: the `mean` over all tokens, and the
+    typical (median) `token` of each document.
+
+    fp32 sums in another order are some 1e-6 apart. The 8 bits of bfloat16 put single tokens some 1e-2 apart, less in
+    the mean; a router that is in doubt between experts may send a token elsewhere, in any precision.
+    """
+
+    mean: float
+    token: float
+
+
+EXACT = Tolerance(mean=1e-4, token=1e-4)
+ROUNDED = Tolerance(mean=2e-2, token=1e-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentTest:
+    """One document: its tokens, its mean loss in our batch and by the model's own forward, and the median difference
+    of its tokens, all in nats."""
+
+    tokens: int
+    ours: float
+    theirs: float
+    typical: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens: {self.ours:.4f}, alone {self.theirs:.4f}, a token typically {self.typical:.1e} off"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfTest:
+    """What was found: the mean loss over all tokens, `ours` and `theirs`; `worst` is the largest median difference of a
+    token among the documents, relative to the document's loss where that is above 1."""
+
+    ours: float
+    theirs: float
+    worst: float
+    documents: tuple[DocumentTest, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"Self-test on {len(self.documents)} examples: loss {self.ours:.4f} in one batch, {self.theirs:.4f} one by "
+            f"one; a token is typically {self.worst:.1e} off."
+        )
+
+
+def check_before_training(model: Model, dataset: Any, args: SFTConfig, *, flat: bool) -> SelfTest | None:
+    """The self-test that `args.self_test` asks for, on the first examples of the prepared `dataset`. None: there was
+    none, because it is off or, with "auto", can't be done.
+
+    Raises TunesmithError when losses differ, and with "always" when the test can't be done.
+    """
+    if args.self_test == "off":
+        return None
+    always = args.self_test == "always"
+    reason = _impossible(model, args)
+    # The rows of a stream are read once for each look at them, which may be slow, or not repeat.
+    examples = [] if reason or not (always or isinstance(dataset, Dataset)) else _examples(dataset)
+    if examples:
+        assert args.precision != "auto"
+        found = self_test(model, examples, flat=flat, precision=args.precision)
+        logger.info("%s", found)
+        return found
+    reason = reason or "the training data has no rows with two tokens in `input_ids` to test on"
+    if always:
+        raise TunesmithError(f"self_test is 'always', but {reason}; set self_test: auto")
+    logger.info("No self-test: %s.", reason)
+    return None
+
+
+def _impossible(model: Model, args: SFTConfig) -> str:
+    if args.deepspeed or args.fsdp or any(parameter.is_meta for parameter in model.parameters()):
+        return "the model's weights are shared out over processes, and its own forward needs them all"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "8-bit products round by what else is in the batch"
+    return ""
+
+
+def _examples(dataset: Any) -> list[list[int]]:
+    """Ids of the first documents, at most LONGEST of each; a packed row has several."""
+    rows = (row for row in islice(iter(dataset), EXAMPLES) if row.get("input_ids") is not None)
+    found = (ids[:LONGEST] for row in rows for ids, _, _ in documents([row]))
+    return list(islice((ids for ids in found if len(ids) > 1), EXAMPLES))
+
+
+def self_test(model: Model, rows: Sequence[list[int]], *, flat: bool, precision: PrecisionName) -> SelfTest:
+    """Compare `model` on `rows`, token ids of at least two each, with itself. It must have been taught `supervise`;
+    `flat` says whether its batches are flat or padded. Modes, gradients and random numbers stay as they are.
+
+    Raises TunesmithError with the losses of each document when they differ, and when they are no numbers.
+    """
+    device = base_model(model).device
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with _untouched(model, device), torch.autocast(device.type, dtype=low, enabled=low is not None):
+        alone = [_alone(model, row, device) for row in rows]
+        _refuse_no_numbers(torch.cat(alone), model)
+        loss, together = _together(model, rows, device, flat=flat)
+    theirs = torch.cat(alone)
+    tests = tuple(_test(mine, own) for mine, own in zip(together.split([len(x) for x in alone]), alone, strict=True))
+    found = SelfTest(
+        ours=loss / len(theirs),
+        theirs=float(theirs.mean()),
+        worst=max(test.typical / max(1.0, test.theirs) for test in tests),
+        documents=tests,
+    )
+    _judge(found, model, ROUNDED if low is not None or not _exact(model) else EXACT, flat=flat)
+    return found
+
+
+@contextmanager
+def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
+    """Negative log-likelihoods (T - 1,) of a row by the model's own forward."""
+    ids = torch.tensor([row], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
+    return F.cross_entropy(logits, ids[0, 1:].cpu(), reduction="none")
+
+
+def _together(model: Model, rows: Sequence[list[int]], device: torch.device, *, flat: bool) -> tuple[float, Tensor]:
+    """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training."""
+    batch: dict[str, Any] = (side_by_side if flat else padded)([{"input_ids": row} for row in rows])
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    result = model(supervise=next_token_targets(batch.pop("labels")), **batch)
+    return float(result.loss), result.nll.float().cpu()
+
+
+def _test(ours: Tensor, theirs: Tensor) -> DocumentTest:
+    return DocumentTest(
+        tokens=len(ours) + 1,
+        ours=float(ours.mean()),
+        theirs=float(theirs.mean()),
+        typical=float((ours - theirs).abs().median()),
+    )
+
+
+def _exact(model: Model) -> bool:
+    """Whether all computation is in full fp32, and no token can be sent elsewhere."""
+    base = base_model(model)
+    config = base.config.get_text_config()
+    return (
+        all(p.dtype == torch.float32 for p in model.parameters())
+        and torch.get_float32_matmul_precision() == "highest"
+        and not any(getattr(config, name, None) for name in ROUTERS)
+    )
+
+
+def _refuse_no_numbers(losses: Tensor, model: Model) -> None:
+    if not losses.isfinite().all():
+        raise TunesmithError(
+            f"self-test: {type(base_model(model)).__name__} gives a loss of {float(losses.mean())} on its first "
+            "examples, in its own forward. Its weights are damaged, or its numbers too large for this precision: set "
+            "precision: fp32, or bf16 in place of fp16"
+        )
+
+
+def _judge(found: SelfTest, model: Model, tolerance: Tolerance, *, flat: bool) -> None:
+    name = type(base_model(model)).__name__
+    difference = abs(found.ours - found.theirs) / max(1.0, found.theirs)
+    if difference <= tolerance.mean and found.worst <= tolerance.token:
+        return
+    lines = "".join(f"\n  {test}" for test in found.documents)
+    remedy = f"{PAD_INSTEAD}, and report it" if flat else "report it, with the name of the model"
+    raise TunesmithError(
+        f"self-test: {name} gives other losses in this run's batches than text by text in its own forward, so another "
+        f"model would be trained: {found.ours:.4f} and {found.theirs:.4f} on {len(found.documents)} examples (they may "
+        f"be {tolerance.mean:g} apart, a typical token {tolerance.token:g}); {remedy}{lines}"
+    )
