@@ -21,12 +21,13 @@ installed := $(venv)/.installed
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
 supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test bench check format clean
 
 help:
 	@echo "Each target installs what it needs into $(venv) first, once."
 	@echo "make demo     fine-tune a small model and see it answer before and after"
 	@echo "make test     run the whole test suite"
+	@echo "make bench    compare speed and memory with TRL (needs DATA=alpaca_en_demo.json, some 40 minutes)"
 	@echo "make check    lint, formatting and types: ruff, mypy"
 	@echo "make format   let ruff fix and format the code"
 	@echo "make clean    remove caches and build outputs (the environment stays: rm -r $(venv))"
@@ -38,6 +39,15 @@ demo: $(installed)
 test: $(installed)
 	@echo "==> Running the tests"
 	@$(bin)/pytest --durations=10
+
+# TRL comes without what it depends on: all that it imports is installed already.
+bench: $(installed)
+	@test -n "$(DATA)" || { echo "Say which rows to train on: make bench DATA=path/to/alpaca_en_demo.json" >&2; exit 1; }
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "matplotlib>=3.10,<4"
+	@mkdir -p build
+	@echo "==> Training in turns with TRL"
+	@$(bin)/python benchmarks/train.py --data "$(DATA)" --json build/bench.json --plot build/bench.svg
 
 check: $(installed)
 	@echo "==> Lint (ruff check)"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from tunesmith.config import SFTConfig
@@ -126,6 +127,7 @@ def test_contradictions_about_what_is_trained_on_are_errors(settings: dict[str, 
         ("packing_strategy", "bfd-split", "choose bfd | bfd_split | wrapped; did you mean 'bfd_split'?"),
         ("overlong", "truncat", "choose truncate | drop | split | error; did you mean 'truncate'?"),
         ("train_on", "assistants", "choose all | completion | assistant | last_assistant; did you mean 'assistant'?"),
+        ("self_test", "alway", "choose auto | always | off; did you mean 'always'?"),
         ("precision", "bf-16", "choose auto | fp32 | bf16 | fp16; did you mean 'bf16'?"),
         ("loss_type", "rocket", "choose nll | dft | chunked_nll"),
     ],
@@ -140,9 +142,10 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
     ("settings", "message"),
     [
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef is 0.1: this loss is not supported; leave it unset"),
-        ({"activation_offloading": True}, "activation_offloading is True: not supported yet"),
+        ({"activation_offloading": True}, "activation_offloading is True, but this run is on cpu, where activations"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True: Liger replaces the forward"),
-        ({"torch_compile": True}, "torch_compile is True: not supported yet"),
+        ({"torch_compile_mode": "reduce-overhead"}, "choose default | max-autotune-no-cudagraphs"),
+        ({"torch_compile": True, "gradient_checkpointing": True}, "torch_compile is True, and so is gradient_check"),
         ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'; only 'keep_start' is supported"),
         ({"max_length": 1}, "max_length is 1; at least 2 tokens are needed to predict one"),
         ({"packing": True, "max_length": None}, "packing needs max_length, the size of a pack; it is None"),
@@ -156,6 +159,43 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
 )
 def test_what_is_not_supported_or_can_not_be_meant_is_an_error(settings: dict[str, Any], message: str) -> None:
     refused(message, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size is 4"),
+        ({"packing": True}, "packing is True"),
+        ({"eval_packing": True}, "eval_packing is True"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential'"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last is True"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches is True"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is True"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_batches_by_tokens_leave_no_word_to_what_counts_rows(settings: dict[str, Any], found: str) -> None:
+    make(**settings)
+    message = f"{found}, and max_tokens_per_batch: 4096 makes batches by tokens; drop one"
+    refused(message, max_tokens_per_batch=4096, **settings)
+
+
+def test_batches_by_tokens_go_with_accumulation_and_padding() -> None:
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 4, "padding_free": False, "eval_packing": False}
+    assert make(max_tokens_per_batch=4096, **settings).max_tokens_per_batch == 4096
+    refused("max_tokens_per_batch is 1; at least 2 tokens are needed to predict one", max_tokens_per_batch=1)
+
+
+def test_layers_may_be_compiled_in_modes_that_take_changing_lengths() -> None:
+    for mode in (None, "default", "max-autotune-no-cudagraphs"):
+        assert make(torch_compile=True, torch_compile_mode=mode).torch_compile_backend == "inductor"
+    assert make(torch_compile_backend="aot_eager").torch_compile is True
+
+
+def test_activations_may_leave_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTConfig, "device", torch.device("cuda", 0))
+    assert make(activation_offloading=True).activation_offloading is True
 
 
 def test_settings_off_are_accepted_as_off() -> None:

@@ -13,6 +13,9 @@ LossType = Literal["nll", "dft", "chunked_nll"]
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop", "split", "error"]
+SelfTestMode = Literal["auto", "always", "off"]
+COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
+"""The others record CUDA graphs, one for each length of a batch."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -118,6 +121,20 @@ class SFTConfig(TrainingArguments):
         default="bfd", metadata=_help("bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
     )
     eval_packing: bool | None = field(default=None, metadata=_help("Pack the eval data too; unset, as `packing`."))
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_help(
+            "Micro-batches of as many examples as fit in so many tokens (padding counts), in place of "
+            "per_device_train_batch_size rows."
+        ),
+    )
+    share_prefix: Literal["auto", "off"] = field(
+        default="auto",
+        metadata=_help(
+            "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
+            "| off."
+        ),
+    )
     padding_free: bool = field(
         default=True, metadata=_help("Batches without padding; False pads, for comparison or an odd model.")
     )
@@ -125,7 +142,14 @@ class SFTConfig(TrainingArguments):
         default=None, metadata=_help("Pad rows to a multiple of this many tokens; needs padding_free: false.")
     )
     activation_offloading: bool = field(
-        default=False, metadata=_help("Keep activations in main memory during the forward: not supported yet.")
+        default=False, metadata=_help("Keep what the backward needs in main memory; for GPUs, where it costs time.")
+    )
+    self_test: SelfTestMode = field(
+        default="auto",
+        metadata=_help(
+            "Before the first step, compare a few examples in one batch with each alone in the model's own forward: "
+            "auto (where that is possible) | always | off."
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -135,6 +159,9 @@ class SFTConfig(TrainingArguments):
         self._refuse_unsupported()
         self._choose_precision()
         super().__post_init__()
+        self._check_token_batches()
+        self._check_compile()
+        self._check_offloading()
         for name in ("columns", "chat_template_kwargs", "dataset_kwargs", "model_init_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
@@ -161,6 +188,7 @@ class SFTConfig(TrainingArguments):
             "overlong": Overlong,
             "train_on": TrainOn,
             "precision": Precision,
+            "self_test": SelfTestMode,
         }
         for name, kind in choices.items():
             value, allowed = getattr(self, name), get_args(kind)
@@ -207,18 +235,65 @@ class SFTConfig(TrainingArguments):
                 "To keep the end of long prompts use truncate_prompt: true"
             )
 
+    def _check_token_batches(self) -> None:
+        """What says how many rows share a batch, or which, contradicts batches by tokens."""
+        if self.max_tokens_per_batch is None:
+            return
+        if self.max_tokens_per_batch < 2:
+            found = self.max_tokens_per_batch
+            raise TunesmithError(f"max_tokens_per_batch is {found}; at least 2 tokens are needed to predict one")
+        dealt: Any = self.accelerator_config
+        others: dict[str, tuple[Any, Any]] = {  # what is set, and what would not contradict
+            "per_device_train_batch_size": (self.per_device_train_batch_size, 8),
+            "packing": (self.packing, False),
+            "eval_packing": (bool(self.eval_packing), False),
+            "train_sampling_strategy": (self.train_sampling_strategy, "random"),
+            "auto_find_batch_size": (self.auto_find_batch_size, False),
+            "dataloader_drop_last": (self.dataloader_drop_last, False),
+            "accelerator_config.split_batches": (dealt.split_batches, False),
+            "accelerator_config.dispatch_batches": (bool(dealt.dispatch_batches), False),
+        }
+        for name, (value, neutral) in others.items():
+            if value != neutral:
+                raise TunesmithError(
+                    f"{name} is {value!r}, and max_tokens_per_batch: {self.max_tokens_per_batch} makes batches "
+                    "by tokens; drop one"
+                )
+
+    def _check_compile(self) -> None:
+        if not self.torch_compile:
+            return
+        if self.torch_compile_mode not in COMPILE_MODES:
+            raise TunesmithError(
+                f"torch_compile_mode is {self.torch_compile_mode!r}, which records a CUDA graph for each length, and "
+                f"every batch has another; choose {' | '.join(mode for mode in COMPILE_MODES if mode)}"
+            )
+        others = {"gradient_checkpointing": self.activation_checkpointing, "deepspeed": self.deepspeed}
+        reasons = {
+            "gradient_checkpointing": "whose recomputed layers torch.compile leaves as they are",
+            "deepspeed": "which gathers weights inside the layers that are compiled",
+        }
+        for name, value in others.items():
+            if value:
+                raise TunesmithError(f"torch_compile is True, and so is {name}, {reasons[name]}; drop one")
+
+    def _check_offloading(self) -> None:
+        if self.activation_offloading and self.device.type in ("cpu", "mps"):
+            raise TunesmithError(
+                f"activation_offloading is True, but this run is on {self.device.type}, where activations are in main "
+                "memory already; leave it off, and use gradient_checkpointing to save memory"
+            )
+
     def _refuse_unsupported(self) -> None:
         reasons = {
             "router_aux_loss_coef": (
                 self.router_aux_loss_coef,
                 "this loss is not supported; leave it unset",
             ),
-            "activation_offloading": (self.activation_offloading, "not supported yet; use gradient_checkpointing"),
             "use_liger_kernel": (
                 self.use_liger_kernel,
                 "Liger replaces the forward that computes our loss, which never makes the full logits either",
             ),
-            "torch_compile": (self.torch_compile, "not supported yet with batches of changing length"),
         }
         for name, (value, reason) in reasons.items():
             if value:

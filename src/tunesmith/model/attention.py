@@ -5,6 +5,9 @@ through to every layer unchanged; in its place we send the *document map*, the D
 start and end, in a tensor of shape (1, 1, 1, D+1). Each layer then attends within documents. Because the map travels as
 an argument of the layers, gradient checkpointing sees the same documents when it computes a layer again.
 
+On CUDA a kernel that takes all documents at once is used where there is one (`varlen`); everywhere else, on CPUs, MPS
+and older GPUs too, each document goes through PyTorch's own attention.
+
 Shapes: B batch, T tokens, D documents, N query heads, K key/value heads, H head size.
 """
 
@@ -21,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model import varlen
 
 PREFIX = "tunesmith_"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -31,16 +35,20 @@ HARMLESS = {"position_ids", "position_embeddings", "cache_position", "use_cache"
 PAD_INSTEAD = "set padding_free: false (and packing: false) to train this model"
 
 
-def document_map(lengths: Sequence[int]) -> Tensor:
+def document_map(lengths: Sequence[int], parents: Sequence[int] | None = None) -> Tensor:
     """Token offsets of documents of `lengths`: int32 of shape (1, 1, 1, D+1), kept on the CPU.
 
     It stays there on every device: its numbers choose slices, and reading them off an accelerator would wait for it.
+    With `parents`, for each document the one before it that it continues, or -1 (`data.prefix`), the shape is
+    (1, 1, 2, D+1), and the second row begins with them.
     """
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).view(1, 1, 1, -1)
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows = [offsets] if parents is None else [offsets, torch.tensor([*parents, -1], dtype=torch.int32)]
+    return torch.stack(rows)[None, None]
 
 
 def is_document_map(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[:3] == (1, 1, 1)
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[:2] == (1, 1)
 
 
 def supports_documents(model: PreTrainedModel) -> str:
@@ -100,17 +108,26 @@ def attend_documents(
     Raises TunesmithError for a layer that attends in another way: with an argument that is not known here, not
     causally, or within a window that it leaves to the mask.
     """
-    offsets = documents.view(-1).tolist()
+    offsets, parents = documents[0, 0, 0].tolist(), documents[0, 0, 1].tolist() if documents.shape[2] > 1 else []
     lengths = [stop - start for start, stop in pairwise(offsets)]
-    _refuse_other_attention(module, max(lengths), kwargs)
+    fronts = [lengths[parent] if parent >= 0 else 0 for parent in parents or [-1] * len(lengths)]
+    _refuse_other_attention(module, max(map(sum, zip(fronts, lengths, strict=False))), kwargs)
     scaling = kwargs.get("scaling")
     scale = q_NTH.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    kernel = varlen.pick(q_NTH, v_KTH, window=window, softcap=softcap, sinks=sinks, dropout=dropout)
+    if kernel is not None and not parents:
+        call = varlen.Call(scale=scale, dropout=dropout, window=window, softcap=softcap)
+        return varlen.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
     # One `split` has one cat as its backward; D slices would each allocate a gradient of the whole row.
-    parts = zip(*(x.split(lengths, dim=2) for x in (q_NTH, k_KTH, v_KTH)), strict=True)
+    q, k, v = (x.split(lengths, dim=2) for x in (q_NTH, k_KTH, v_KTH))
     attend = _attend_eager if softcap is not None or sinks is not None else _attend_sdpa
-    outputs = [attend(q, k, v, scale, dropout, window, softcap, sinks).transpose(1, 2) for q, k, v in parts]
+    outputs = []
+    for i in range(len(lengths)):
+        keys = [parents[i], i] if parents and parents[i] >= 0 else [i]
+        k_i, v_i = (x[i] if len(keys) == 1 else torch.cat([x[key] for key in keys], dim=2) for x in (k, v))
+        outputs.append(attend(q[i], k_i, v_i, scale, dropout, window, softcap, sinks).transpose(1, 2))
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
 
 
@@ -135,10 +152,12 @@ def _masked_window(module: nn.Module) -> int | None:
     return getattr(getattr(module, "config", None), "sliding_window", None) if windowed else None
 
 
-def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: which keys a query sees; the last `window` ones, itself included, when there is a window."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen if window is None else seen.triu(1 - window)
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: which keys a query sees, of which the last is the last key's own; the last `window` ones,
+    itself included, when there is a window."""
+    before = keys - queries
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+    return seen if window is None else seen.triu(before + 1 - window)
 
 
 def _repeat(x: Tensor, heads: int) -> Tensor:
@@ -148,11 +167,15 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
 def _attend_sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, _softcap: None, _sinks: None
 ) -> Tensor:
-    length = q.shape[2]
-    mask = None if window is None or length <= window else _causal(length, window, q.device)
-    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    queries, keys = q.shape[2], k.shape[2]
+    plain = queries == keys and (window is None or keys <= window)
+    mask = None if plain else _causal(queries, keys, window, q.device)
+    # On a CPU the kernel shares key heads itself. On CUDA, asking for that can rule out all but the slowest kernel.
+    shared = q.device.type == "cpu"
+    if not shared:
+        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=shared
     )
 
 
@@ -167,13 +190,13 @@ def _attend_eager(
     sinks: Tensor | None,
 ) -> Tensor:
     """Gemma 2's soft-capped scores and gpt-oss's sinks, which scaled_dot_product_attention has no argument for."""
-    heads, length = q.shape[1], q.shape[2]
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     scores = q @ _repeat(k, heads).transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    seen = _causal(length, window, q.device)
+    seen = _causal(queries, keys, window, q.device)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, heads, length, 1)], dim=-1)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :length]
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, heads, queries, 1)], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :keys]
     return F.dropout(weights, dropout) @ _repeat(v, heads)

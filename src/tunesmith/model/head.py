@@ -44,8 +44,10 @@ class Targets:
     weights: Tensor | None = None
 
 
-def next_token_targets(labels_BT: Tensor, weights_BT: Tensor | None = None) -> Targets:
+def next_token_targets(labels_BT: Tensor, weights_BT: Tensor | None = None, places_T: Tensor | None = None) -> Targets:
     """Shift labels by one: position t predicts the label of t + 1. The only place where labels are shifted.
+
+    `places` says where in the row the token of each label is, when documents share prefixes; else that is its own.
 
     The first label of a row is never a target. In a flat row the same must hold for the first label of each document;
     the collator has set it to IGNORE_INDEX.
@@ -55,7 +57,8 @@ def next_token_targets(labels_BT: Tensor, weights_BT: Tensor | None = None) -> T
     weights = None
     if weights_BT is not None:
         weights = nn.functional.pad(weights_BT[:, 1:], (0, 1)).reshape(-1)[positions]
-    return Targets(positions=positions, tokens=shifted[positions], weights=weights)
+    places = positions if places_T is None else places_T[positions]
+    return Targets(positions=places, tokens=shifted[positions], weights=weights)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,7 +73,8 @@ class _Path:
 def teach(model: PreTrainedModel) -> None:
     """Let `model(..., supervise=Targets, loss_options=LossOptions)` return a `Supervised`; other calls are unchanged.
 
-    `lengths`, the token counts of the documents in a flat row, goes with `supervise` and restricts attention to them.
+    `lengths`, the token counts of the documents in a flat row, goes with `supervise` and restricts attention to them;
+    `parents` says which of them continue another (`document_map`).
     The first such call checks on a few tokens what the fast paths take for granted, and raises TunesmithError for a
     model whose tokens see later ones, or tokens of other documents.
     """
@@ -96,11 +100,12 @@ def _supervised(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     lengths: list[int] | None = None,
+    parents: list[int] | None = None,
     loss_options: LossOptions | None = None,
     **kwargs: Any,
 ) -> Supervised:
     options = loss_options or LossOptions()
-    mask = attention_mask if lengths is None else document_map(lengths)
+    mask = attention_mask if lengths is None else document_map(lengths, parents)
     kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
     inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False, **kwargs}
     head = plain_head(model)

@@ -26,7 +26,8 @@ class Meter:
     def read(self, batch: Mapping[str, Any]) -> None:
         """Count the tokens of a batch, padding left out."""
         mask = batch.get("attention_mask")
-        self._sums["tokens"] += batch["input_ids"].numel() if mask is None else mask.sum()
+        # Labels are there for each token of the rows, also where they share their beginning.
+        self._sums["tokens"] += batch.get("labels", batch["input_ids"]).numel() if mask is None else mask.sum()
 
     def add(self, result: Supervised, targets: Targets) -> None:
         """Add the outcome of a batch."""

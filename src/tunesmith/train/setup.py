@@ -167,8 +167,9 @@ def base_model(model: Model) -> PreTrainedModel:
     return base
 
 
-def teach_model(model: Model, *, flat: bool) -> bool:
-    """Give the model the `supervise` argument; returns whether it takes flat batches. Says so when it can't."""
+def teach_model(model: Model, *, flat: bool, grouped: bool = False) -> bool:
+    """Give the model the `supervise` argument; returns whether it takes flat batches. Says so when it can't, and
+    whether rows will be `grouped` by length then."""
     base = base_model(model)
     if base.get_output_embeddings() is None:
         raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
@@ -177,7 +178,7 @@ def teach_model(model: Model, *, flat: bool) -> bool:
         return False
     reason = supports_documents(base)
     if reason:
-        logger.warning("Batches are padded: %s.", reason)
+        logger.warning("Batches are padded%s: %s.", ", rows of like length together" if grouped else "", reason)
         return False
     use_documents(base)
     return True

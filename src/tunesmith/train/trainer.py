@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -22,14 +24,29 @@ from tunesmith.config import SFTConfig
 from tunesmith.data.collate import flat, padded
 from tunesmith.data.sources import DataSource
 from tunesmith.errors import TunesmithError
+from tunesmith.model.compiled import compile_layers
 from tunesmith.model.head import next_token_targets
+from tunesmith.model.linear import speed_up
 from tunesmith.model.loss import LossOptions, Supervised
+from tunesmith.train.batches import (
+    LengthGroups,
+    TokenBatches,
+    check_fit,
+    fitting_lengths,
+    lengths_of,
+    reached,
+    token_loader,
+)
 from tunesmith.train.data import COLUMNS, DataPreparer, Source, evened
+from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
+from tunesmith.train.offload import offloading
+from tunesmith.train.selftest import check_before_training
 from tunesmith.train.setup import (
     Model,
     align_tokens,
     as_sft_config,
+    base_model,
     prepare_model,
     prepare_tokenizer,
     teach_model,
@@ -86,16 +103,28 @@ class SFTTrainer(Trainer):
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, compute_metrics is not None)
         set_seed(args.seed)  # adapters start from random numbers
         model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
-        self._flat = teach_model(model, flat=args.padding_free and compute_loss_func is None and _unhooked(args))
+        flat_wanted = args.padding_free and compute_loss_func is None and _unhooked(args)
+        grouped = not args.packing and args.train_sampling_strategy == "random" and isinstance(train_dataset, Dataset)
+        self._flat = teach_model(model, flat=flat_wanted, grouped=grouped)
+        self._grouped = args.train_sampling_strategy == "group_by_length" or (
+            grouped and flat_wanted and not self._flat
+        )
+        if args.torch_compile:
+            assert args.torch_compile_backend is not None
+            compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        else:
+            speed_up(model)
         align_tokens(model, tokenizer, self._prepare.stops)
         self._padded = partial(padded, pad_token_id=tokenizer.pad_token_id, multiple=int(args.pad_to_multiple_of or 1))
+        self._sharing = partial(flat, share_prefix=args.share_prefix == "auto")
         self._loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
         self._custom_collator = data_collator is not None
+        self._rows_per_batch: float | None = None
         self._meters = {mode: Meter() for mode in ("train", "eval")}
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or (flat if self._flat else self._padded),
+            data_collator=data_collator or (self._sharing if self._flat else self._padded),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -106,6 +135,8 @@ class SFTTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         if self.args.n_gpu > 1:
             raise TunesmithError(
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
@@ -130,6 +161,7 @@ class SFTTrainer(Trainer):
             prepared = self._prepare(train_dataset, "train", packing=args.packing)
         self.preflight = self._prepare.preflight()
         self.preflight.stop_on_problems()
+        check_fit(args, prepared, None if by_row else prepared_eval)
         return prepared, prepared_eval
 
     def _prepare_eval(self, eval_dataset: Sources | None, args: SFTConfig, *, by_row: bool) -> Any:
@@ -173,17 +205,66 @@ class SFTTrainer(Trainer):
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> Any:
-        """Metrics and predictions want logits by row, so their batches are padded; the rest take the run's collator."""
-        if self.args.world_size > 1 and isinstance(dataset, Dataset) and not kwargs.get("is_training"):
-            dataset = evened(dataset, batch_size * self.args.world_size)
+        """Metrics and predictions want logits by row, in order, so their batches are padded; the rest take the run's
+        collator, and may be batches by tokens or of rows grouped by length."""
+        training = bool(kwargs.get("is_training"))
+        by_row = description == "test" or (self.compute_metrics is not None and not training)
+        by_tokens = cast(SFTConfig, self.args).max_tokens_per_batch is not None and not by_row
+        if self.args.world_size > 1 and isinstance(dataset, Dataset) and not training:
+            dataset = evened(dataset, self.args.world_size * (1 if by_tokens else batch_size))
+        if by_tokens:
+            return self._token_loader(dataset, training)
+        if self._grouped and isinstance(dataset, Dataset):
+            size = batch_size * self.args.world_size
+            kwargs["sampler_fn"] = SequentialSampler if by_row else partial(self._length_groups, batch_size=size)
         collator = self.data_collator
-        by_row = description == "test" or (self.compute_metrics is not None and not kwargs.get("is_training"))
         if by_row and not self._custom_collator:
             self.data_collator = self._padded
         try:
-            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+            return reached(super()._get_dataloader(dataset, description, batch_size, **kwargs))
         finally:
             self.data_collator = collator
+
+    def _token_loader(self, dataset: Any, training: bool) -> Any:
+        args = cast(SFTConfig, self.args)
+        split = "train" if training else "eval"
+        assert args.max_tokens_per_batch is not None
+        batches = TokenBatches(
+            fitting_lengths(dataset, split, args.max_tokens_per_batch, int(args.pad_to_multiple_of or 1)),
+            args.max_tokens_per_batch,
+            seed=self._data_seed if training else None,
+            # How much a collator of the user's pads is not known: no more than that.
+            padded=not self._flat or self._custom_collator,
+            multiple_of=args.world_size,
+        )
+        if training:
+            self._rows_per_batch = len(dataset) / len(batches)
+        dataset = self._remove_unused_columns(dataset, description=split)
+        return reached(self.accelerator.prepare(token_loader(dataset, batches, self.data_collator, args)))
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The rows of a step, from which rows per second are reported; of batches by tokens, the mean."""
+        rows = super().get_total_train_batch_size(args)
+        mean = self._rows_per_batch
+        return rows if mean is None else round(rows / self._train_batch_size * mean)
+
+    def _length_groups(self, dataset: Dataset, batch_size: int) -> LengthGroups:
+        return LengthGroups(lengths_of(dataset), batch_size, self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # Training
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As in `transformers`, but `accelerate` does not compile the whole model: its layers are compiled already."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`, after the self-test that `args.self_test` asks for."""
+        check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
+        return super().train(*args, **kwargs)
 
     # Loss
 
@@ -209,15 +290,16 @@ class SFTTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = _weight(inputs)
         labels, weights = inputs["labels"], inputs.get("weights")
-        forward = {name: value for name, value in inputs.items() if name not in ("labels", "weights")}
+        forward = {name: value for name, value in inputs.items() if name not in ("labels", "weights", "places")}
         outputs = None
         self._meter.read(inputs)
         if self.compute_loss_func is not None:
             outputs = model(**forward, use_cache=False)
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         else:
-            targets = next_token_targets(labels, weights)
-            result: Supervised = model(**forward, supervise=targets, loss_options=self._loss_options)
+            targets = next_token_targets(labels, weights, inputs.get("places"))
+            with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
+                result: Supervised = model(**forward, supervise=targets, loss_options=self._loss_options)
             self._meter.add(result, targets)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
             total = torch.as_tensor(num_items_in_batch, device=result.loss.device)

@@ -1,0 +1,77 @@
+"""Ways to the same weights: options that change time and memory, and nothing that is learned."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.train.runs import largest_difference, trained
+from tunesmith import SFTTrainer, TunesmithError
+from tunesmith.train import offload
+
+Make = Callable[..., SFTTrainer]
+PREAMBLE = "You are a helpful assistant that answers in one word. "
+ROWS = [
+    {"prompt": PREAMBLE + question, "completion": answer}
+    for question, answer in zip("abcdefgh", "stuvwxyz", strict=True)
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 256}], ids=["rows", "packs"])
+def test_shared_prefixes_give_the_weights_of_whole_documents(trainer_of: Make, settings: dict[str, Any]) -> None:
+    common = {"train_dataset": ROWS, "max_steps": 3, **settings}
+    alone, shared = (trainer_of(share_prefix=share, **common) for share in ("off", "auto"))
+    batch = next(iter(shared.get_train_dataloader()))
+    assert batch["input_ids"].numel() < batch["labels"].numel() / 2
+    assert largest_difference(trained(alone), trained(shared)) < 1e-5
+    assert alone.state.log_history[0]["num_tokens"] == shared.state.log_history[0]["num_tokens"]
+
+
+def test_compiled_layers_give_the_weights_of_plain_ones(trainer_of: Make) -> None:
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for extra in ({}, {"peft_config": lora}):
+        plain, compiled = trainer_of(max_steps=2, **extra), trainer_of(max_steps=2, torch_compile=True, **extra)
+        assert compiled.accelerator.state.dynamo_plugin.backend == "NO"
+        assert largest_difference(trained(plain), trained(compiled)) < 1e-4
+
+
+def test_a_run_begins_with_a_self_test_that_changes_nothing(trainer_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tunesmith")
+    tested = trained(trainer_of(max_steps=2))
+    assert "Self-test on 4 examples" in caplog.text
+    assert largest_difference(tested, trained(trainer_of(max_steps=2, self_test="off"))) == 0.0
+    assert caplog.text.count("Self-test") == 1
+
+
+def test_a_model_that_fails_the_self_test_is_not_trained(trainer_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}  # type: ignore[union-attr]
+    head: Any = trainer.model.lm_head  # type: ignore[union-attr]
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: 1.5 * forward(x))  # what the fused loss knows nothing of
+    from tunesmith.model import head as heads
+
+    monkeypatch.setattr(heads, "_check", lambda model, original, path, *_, **__: setattr(path, "fused", True))
+    with pytest.raises(TunesmithError, match="self-test"):
+        trainer.train()
+    after: dict[str, torch.Tensor] = trainer.model.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_the_forward_runs_with_activations_offloaded_when_asked(
+    trainer_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    real = offload.offloading
+
+    def offloading(model: Any, enabled: bool) -> Any:
+        asked.append(enabled)
+        return real(model, enabled)
+
+    monkeypatch.setattr("tunesmith.train.trainer.offloading", offloading)
+    trainer: Any = trainer_of()
+    trainer.args.activation_offloading = True  # the config refuses it on a CPU
+    trainer.train()
+    assert asked == [True]
