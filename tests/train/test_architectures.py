@@ -93,5 +93,6 @@ def test_trained_adapters_load_with_peft_and_answer(
     assert not list(Path(args.output_dir).glob("model*.safetensors"))
     loaded = AutoPeftModelForCausalLM.from_pretrained(args.output_dir)
     loaded_tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
-    assert torch.equal(logits(loaded), trained)
+    # In training the adapter's product is added in place, so the last bits round in another way.
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-5, atol=1e-6)
     assert answer_of(loaded, loaded_tokenizer) == answer_of(trainer.model, tokenizer)

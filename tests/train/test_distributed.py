@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
 SCRIPT = """
 import json, sys
 from pathlib import Path
+import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from tests.models import tiny
@@ -47,6 +48,7 @@ weights, numbers = trained(trainer), measured(trainer)
 if trainer.is_world_process_zero():
     save_file({name.removeprefix("module."): value for name, value in weights.items()}, folder / "weights.safetensors")
     (folder / "numbers.json").write_text(json.dumps(numbers))
+torch.distributed.destroy_process_group()
 """
 
 

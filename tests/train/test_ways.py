@@ -32,9 +32,14 @@ def test_shared_prefixes_give_the_weights_of_whole_documents(trainer_of: Make, s
 def test_compiled_layers_give_the_weights_of_plain_ones(trainer_of: Make) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     for extra in ({}, {"peft_config": lora}):
-        plain, compiled = trainer_of(max_steps=2, **extra), trainer_of(max_steps=2, torch_compile=True, **extra)
+        common = {
+            "max_steps": 2,
+            "optim": "sgd",
+            **extra,
+        }  # Adam's first steps are signs: rounding would be all there is
+        plain, compiled = trainer_of(**common), trainer_of(torch_compile=True, **common)
         assert compiled.accelerator.state.dynamo_plugin.backend == "NO"
-        assert largest_difference(trained(plain), trained(compiled)) < 1e-4
+        assert largest_difference(trained(plain), trained(compiled)) < 1e-5
 
 
 def test_a_run_begins_with_a_self_test_that_changes_nothing(trainer_of: Make, caplog: pytest.LogCaptureFixture) -> None:
