@@ -14,6 +14,7 @@ PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop", "split", "error"]
 SelfTestMode = Literal["auto", "always", "off"]
+SharePrefix = Literal["auto", "off"]
 COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 """The others record CUDA graphs, one for each length of a batch."""
 
@@ -128,7 +129,7 @@ class SFTConfig(TrainingArguments):
             "per_device_train_batch_size rows."
         ),
     )
-    share_prefix: Literal["auto", "off"] = field(
+    share_prefix: SharePrefix = field(
         default="auto",
         metadata=_help(
             "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
@@ -189,6 +190,7 @@ class SFTConfig(TrainingArguments):
             "train_on": TrainOn,
             "precision": Precision,
             "self_test": SelfTestMode,
+            "share_prefix": SharePrefix,
         }
         for name, kind in choices.items():
             value, allowed = getattr(self, name), get_args(kind)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
@@ -158,3 +159,15 @@ def test_hooks_on_the_layer_inside_still_run() -> None:
     layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
     model(input_ids=IDS)
     assert seen == [1]
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_brought_by_its_hooks() -> None:
+    model = adapted()
+    expected = outcome(model)["logits"]
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            cpu_offload(module.base_layer, execution_device=torch.device("cpu"))
+    speed_up(model)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)

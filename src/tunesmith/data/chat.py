@@ -332,10 +332,8 @@ def _check_said(chat: Chat, index: int, start: int, stop: int) -> None:
     message, turn, template = chat.messages[index], chat.text[start:stop], chat.template
     said = [] if message.get("tool_calls") else _said(message.get("content"))
     if lost := next((part for part in said if part not in turn), None):
-        raise TunesmithError(
-            f"the template changes what the assistant says, from {lost[:80]!r} to {turn[:80]!r}, so it can't be told "
-            "what to supervise"
-        )
+        change = f"from {lost[:80]!r} to {turn[:80]!r}"
+        raise TunesmithError(f"the template changes what the assistant says, {change}: what is to be supervised?")
     tail = turn[turn.rindex(said[-1]) + len(said[-1]) :] if said else ""
     end = template.special.search(tail)
     added = tail[end.end() :].strip() if end else ""

@@ -108,16 +108,17 @@ def attend_documents(
     Raises TunesmithError for a layer that attends in another way: with an argument that is not known here, not
     causally, or within a window that it leaves to the mask.
     """
-    offsets, parents = documents[0, 0, 0].tolist(), documents[0, 0, 1].tolist() if documents.shape[2] > 1 else []
+    offsets, *more = documents[0, 0].tolist()
     lengths = [stop - start for start, stop in pairwise(offsets)]
-    fronts = [lengths[parent] if parent >= 0 else 0 for parent in parents or [-1] * len(lengths)]
-    _refuse_other_attention(module, max(map(sum, zip(fronts, lengths, strict=False))), kwargs)
+    parents = more[0][:-1] if more else [-1] * len(lengths)
+    fronts = [lengths[parent] if parent >= 0 else 0 for parent in parents]
+    _refuse_other_attention(module, max(map(sum, zip(fronts, lengths, strict=True))), kwargs)
     scaling = kwargs.get("scaling")
     scale = q_NTH.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
     kernel = varlen.pick(q_NTH, v_KTH, window=window, softcap=softcap, sinks=sinks, dropout=dropout)
-    if kernel is not None and not parents:
+    if kernel is not None and not more:
         call = varlen.Call(scale=scale, dropout=dropout, window=window, softcap=softcap)
         return varlen.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
     # One `split` has one cat as its backward; D slices would each allocate a gradient of the whole row.
@@ -125,7 +126,7 @@ def attend_documents(
     attend = _attend_eager if softcap is not None or sinks is not None else _attend_sdpa
     outputs = []
     for i in range(len(lengths)):
-        keys = [parents[i], i] if parents and parents[i] >= 0 else [i]
+        keys = [parents[i], i] if parents[i] >= 0 else [i]
         k_i, v_i = (x[i] if len(keys) == 1 else torch.cat([x[key] for key in keys], dim=2) for x in (k, v))
         outputs.append(attend(q[i], k_i, v_i, scale, dropout, window, softcap, sinks).transpose(1, 2))
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()

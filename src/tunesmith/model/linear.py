@@ -150,5 +150,6 @@ def _plain_adapter(layer: LoraLinear) -> str | None:
         or (layer.training and getattr(dropout, "p", 0.0) > 0)
         or type(layer.lora_A[name]) is not nn.Linear
     )
-    hooked = base._forward_hooks or base._forward_pre_hooks
+    # Hooks bring weights that are elsewhere: DeepSpeed's, and accelerate's for a model spread over devices.
+    hooked = base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")
     return None if extra or hooked or base.weight.requires_grad else name
