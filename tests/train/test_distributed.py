@@ -82,7 +82,7 @@ def test_two_processes_train_and_evaluate_as_one_does(
         [*command, str(script), str(tmp_path), str(tiny_model)],
         env=environment, cwd=REPO, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert largest_difference(load_file(tmp_path / "weights.safetensors"), expected_weights) < 1e-6
     assert found["shapes"] == expected["shapes"] == [[5, 23, 259], [5, 23]]
