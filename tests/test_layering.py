@@ -19,8 +19,9 @@ SRC = REPO / "src"
 LAYERS = (
     ("base",),
     ("data", "model"),
+    ("ship",),
     ("train",),
-    ("ship", "report"),
+    ("report",),
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.

@@ -19,6 +19,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.compiled import compile_layers
 from tunesmith.model.head import next_token_targets
 from tunesmith.train import offload
+from tunesmith.train.selftest import self_test
 from tunesmith.train.setup import base_model, teach_model
 
 LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
@@ -162,3 +163,19 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", os.path.join("no", "such", "compiler"))
     with pytest.raises(TunesmithError, match=r"the C\+\+ compiler no.such.compiler is missing"):
         compile_layers(taught(), backend="inductor")
+
+
+def test_the_self_test_runs_compiled_layers() -> None:
+    ran: list[str] = []
+
+    def broken(module: Any, _example: Any) -> Any:
+        ran.append("compiled")
+        return lambda *args: [x * 1.5 if isinstance(x, Tensor) else x for x in module.forward(*args)]
+
+    model = taught()
+    compile_layers(model, backend=broken)  # type: ignore[arg-type]
+    rows = [row["input_ids"] for row in token_rows(9, 5)]
+    with pytest.raises(TunesmithError, match="gives other losses in this run's batches"):
+        self_test(model, rows, flat=True, precision="fp32")
+    assert ran
+    assert all(module.training for module in model.modules())

@@ -357,3 +357,13 @@ def test_a_factor_that_is_no_number_is_none(value: str | None) -> None:
 def test_every_architecture_that_is_padded_is_tested_so() -> None:
     assert {name for name, kind in BATCHES if kind == "padded"} == set(ARCHITECTURES)
     assert {name for name, _ in BATCHES} - {name for name, kind in BATCHES if kind == "flat"} == PADDED
+
+
+def test_a_model_that_gives_nan_is_named_so() -> None:
+    model: Any = tiny("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+    teach(model)
+    ids = torch.full((1, 8), 5)
+    with pytest.raises(TunesmithError, match="LlamaForCausalLM gives NaN for its first tokens"):
+        model(input_ids=ids, supervise=next_token_targets(ids))

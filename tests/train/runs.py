@@ -11,6 +11,9 @@ from tunesmith import SFTTrainer
 TEXTS = ["a", "on", "the mat", "sat there, it seems", "cat", "A longer line of text.", "of", "it is so, and so on"]
 TEXT_ROWS = [{"text": text} for text in TEXTS]
 PAIR_ROWS = [{"prompt": text[:-1] or "?", "completion": text[-1:] * (i + 1)} for i, text in enumerate(TEXTS)]
+_ALPHABET = "the quick brown fox jumps over the lazy dog, again and again"
+UNEVEN_ROWS = [{"prompt": _ALPHABET[: 1 + i * 7 % 23], "completion": _ALPHABET[: 1 + i * 5 % 17]} for i in range(24)]
+"""24 rows of 3 to 40 tokens."""
 END = 2
 """The id of <|im_end|>."""
 
@@ -42,4 +45,17 @@ def token_losses(model: Any, dataset: Any, smoothing: float = 0.0) -> list[Tenso
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         losses = cross_entropy(logits, labels[1:], reduction="none", label_smoothing=smoothing)
         found.append(losses[labels[1:] != -100])
+    return found
+
+
+def watched(trainer: SFTTrainer) -> list[list[tuple[int, ...]]]:
+    """The token ids of every document, by micro-batch, that the trainer will collate from now on."""
+    found: list[list[tuple[int, ...]]] = []
+    collate: Any = trainer.data_collator
+
+    def noting(rows: list[dict[str, Any]]) -> Any:
+        found.append([tuple(row["input_ids"]) for row in rows])
+        return collate(rows)
+
+    trainer.data_collator = noting
     return found

@@ -17,16 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from tests.train.runs import PAIR_ROWS, largest_difference, token_losses, trained
+from tests.train.runs import UNEVEN_ROWS, largest_difference, token_losses, trained, watched
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
 from tunesmith.train.batches import LengthGroups, TokenBatches, fitting_lengths, lengths_of, reached
 
 REPO = Path(__file__).resolve().parents[2]
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
-ALPHABET = "the quick brown fox jumps over the lazy dog, again and again"
-ROWS = [{"prompt": ALPHABET[: 1 + i * 7 % 23], "completion": ALPHABET[: 1 + i * 5 % 17]} for i in range(24)]
-"""24 rows of 3 to 40 tokens."""
 
 
 def epoch_of(batches: TokenBatches, epoch: int) -> list[list[int]]:
@@ -167,25 +164,12 @@ def test_data_without_token_lists_is_refused_with_its_columns() -> None:
 # Runs
 
 
-def watched(trainer: SFTTrainer) -> list[list[tuple[int, ...]]]:
-    """The token ids of every document, by micro-batch, that the trainer will collate from now on."""
-    found: list[list[tuple[int, ...]]] = []
-    collate: Any = trainer.data_collator
-
-    def noting(rows: list[dict[str, Any]]) -> Any:
-        found.append([tuple(row["input_ids"]) for row in rows])
-        return collate(rows)
-
-    trainer.data_collator = noting
-    return found
-
-
 @pytest.fixture
 def by_tokens(trainer_of: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a trainer with micro-batches of 64 tokens on ROWS."""
+    """Makes a trainer with micro-batches of 64 tokens on UNEVEN_ROWS."""
 
     def make(name: str = "llama", **arguments: Any) -> Any:
-        common = {"train_dataset": ROWS, "max_tokens_per_batch": 64, "per_device_train_batch_size": 8}
+        common = {"train_dataset": UNEVEN_ROWS, "max_tokens_per_batch": 64, "per_device_train_batch_size": 8}
         return trainer_of(name, **common | {"optim": "sgd"} | arguments)
 
     return make
@@ -199,7 +183,7 @@ def by_tokens(trainer_of: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_step_of_all_batches_is_the_step_of_one_batch_of_all_rows(
     name: str, settings: dict[str, Any], by_tokens: Callable[..., Any], trainer_of: Callable[..., Any]
 ) -> None:
-    whole = trainer_of(name, train_dataset=ROWS, optim="sgd", per_device_train_batch_size=24, **settings)
+    whole = trainer_of(name, train_dataset=UNEVEN_ROWS, optim="sgd", per_device_train_batch_size=24, **settings)
     expected = trained(whole)
     trainer = by_tokens(name, gradient_accumulation_steps=99, **settings)
     batches = watched(trainer)
@@ -249,7 +233,7 @@ def test_a_run_resumed_within_its_second_epoch_ends_where_an_uninterrupted_one_d
 ) -> None:
     def run(folder: str) -> SFTTrainer:
         common = {"max_steps": 8, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 6}
-        common |= {"per_device_train_batch_size": 3, "train_dataset": ROWS, "output_dir": str(tmp_path / folder)}
+        common |= {"per_device_train_batch_size": 3, "train_dataset": UNEVEN_ROWS, "output_dir": str(tmp_path / folder)}
         trainer: SFTTrainer = trainer_of(name, **common | settings)
         return trainer
 
@@ -276,7 +260,7 @@ def test_rows_per_second_count_the_rows_that_were_read(by_tokens: Callable[..., 
 def test_rows_eight_by_one_or_one_by_eight_end_in_the_same_weights(trainer_of: Callable[..., Any]) -> None:
     def run(batch: int, steps: int) -> Any:
         settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 6}
-        return trained(trainer_of(train_dataset=ROWS, optim="sgd", learning_rate=0.1, **settings))
+        return trained(trainer_of(train_dataset=UNEVEN_ROWS, optim="sgd", learning_rate=0.1, **settings))
 
     expected = run(8, 1)
     for batch, steps in [(1, 8), (4, 2)]:
@@ -287,9 +271,9 @@ def test_evaluation_by_tokens_is_evaluation_by_rows(
     by_tokens: Callable[..., Any], trainer_of: Callable[..., Any]
 ) -> None:
     names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
-    trainer = by_tokens(eval_dataset=ROWS[:11])
+    trainer = by_tokens(eval_dataset=UNEVEN_ROWS[:11])
     batches = watched(trainer)
-    found, expected = trainer.evaluate(), trainer_of(eval_dataset=ROWS[:11]).evaluate()
+    found, expected = trainer.evaluate(), trainer_of(eval_dataset=UNEVEN_ROWS[:11]).evaluate()
     assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], abs=1e-6)
     assert len(batches) > 1
     assert all(sum(map(len, batch)) <= 64 for batch in batches)
@@ -303,11 +287,11 @@ def test_metrics_and_predictions_still_come_row_by_row_in_order(by_tokens: Calla
         seen.extend([x for x in row if x != -100] for row in prediction.label_ids)
         return {}
 
-    trainer = by_tokens(eval_dataset=ROWS[:11], compute_metrics=compute_metrics, per_device_eval_batch_size=2)
+    trainer = by_tokens(eval_dataset=UNEVEN_ROWS[:11], compute_metrics=compute_metrics, per_device_eval_batch_size=2)
     trainer.evaluate()
     expected = [[x for x in row if x != -100] for row in trainer.eval_dataset["labels"]]
     assert seen == expected
-    found = trainer.predict(ROWS[:11]).label_ids
+    found = trainer.predict(UNEVEN_ROWS[:11]).label_ids
     assert [[x for x in row if x != -100] for row in found] == expected
 
 
@@ -316,7 +300,7 @@ def test_an_example_over_the_budget_stops_before_weights_load(
     split: str, by_tokens: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunesmith.train.trainer.prepare_model", lambda *_: pytest.fail("weights were loaded"))
-    long = [*ROWS[:2], {"prompt": "a" * 60, "completion": "b" * 10}]
+    long = [*UNEVEN_ROWS[:2], {"prompt": "a" * 60, "completion": "b" * 10}]
     data = {"train_dataset": long} if split == "train" else {"eval_dataset": {"eval": long}}
     with pytest.raises(TunesmithError, match=f"{split} data: row 2 takes 71 tokens, over max_tokens_per_batch: 64"):
         by_tokens(**data)
@@ -325,7 +309,7 @@ def test_an_example_over_the_budget_stops_before_weights_load(
 @pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
 def test_a_stream_has_no_lengths_to_batch_by(split: str, by_tokens: Callable[..., Any]) -> None:
     with pytest.raises(TunesmithError, match="needs all lengths, which a stream does not tell"):
-        by_tokens(**{split: Dataset.from_list(ROWS).to_iterable_dataset()})
+        by_tokens(**{split: Dataset.from_list(UNEVEN_ROWS).to_iterable_dataset()})
 
 
 SCRIPT = """
@@ -335,13 +319,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from tests.models import tiny
 from tests.train.runs import trained
-from tests.train.test_batches import ROWS, TWO_PROCESSES
+from tests.train.test_batches import UNEVEN_ROWS, TWO_PROCESSES
 from tunesmith import SFTConfig, SFTTrainer
 
 folder, tokenizer = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2])
 args = SFTConfig(output_dir=folder, report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
                  max_grad_norm=0.0, logging_steps=1, gradient_accumulation_steps=1, **TWO_PROCESSES)
-trainer = SFTTrainer(tiny("llama", len(tokenizer)), args, train_dataset=ROWS, eval_dataset=ROWS[:11],
+trainer = SFTTrainer(tiny("llama", len(tokenizer)), args, train_dataset=UNEVEN_ROWS, eval_dataset=UNEVEN_ROWS[:11],
                      processing_class=tokenizer)
 weights = trained(trainer, resume_from_checkpoint=(sys.argv[3:] or [None])[0])
 weights["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
@@ -364,7 +348,9 @@ TWO_PROCESSES: dict[str, Any] = {
 def test_two_processes_train_by_tokens_as_one_does_and_resume(
     trainer_of: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    one = trainer_of(train_dataset=ROWS, eval_dataset=ROWS[:11], gradient_accumulation_steps=2, **TWO_PROCESSES)
+    one = trainer_of(
+        train_dataset=UNEVEN_ROWS, eval_dataset=UNEVEN_ROWS[:11], gradient_accumulation_steps=2, **TWO_PROCESSES
+    )
     in_epoch = len(one.get_train_dataloader())
     assert in_epoch % 2 == 0  # or two processes would halve a batch
     assert in_epoch < 12 < 2 * in_epoch
@@ -386,62 +372,3 @@ def test_two_processes_train_by_tokens_as_one_does_and_resume(
     assert largest_difference(run(tmp_path / "whole"), expected) < 1e-6
     found = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
     assert largest_difference(found, expected) < 1e-6
-
-
-# Rows grouped by length
-
-
-def spread(batches: list[list[tuple[int, ...]]]) -> int:
-    """The tokens of padding in all batches."""
-    return sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in batches)
-
-
-def test_rows_are_grouped_by_length_where_a_model_needs_padding(
-    trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    def padding(name: str, **settings: Any) -> int:
-        trainer = trainer_of(name, train_dataset=ROWS * 4, num_train_epochs=1, max_steps=-1, **settings)
-        batches = watched(trainer)
-        trainer.train()
-        assert sorted(document for batch in batches for document in batch) == sorted(
-            tuple(ids) for ids in trainer.train_dataset["input_ids"]
-        )
-        return spread(batches)
-
-    grouped = padding("gpt_neo")
-    assert "Batches are padded, rows of like length together: GPTNeoForCausalLM does not use" in caplog.text
-    caplog.clear()
-    in_order = padding("gpt_neo", train_sampling_strategy="sequential")
-    assert "Batches are padded: GPTNeoForCausalLM does not use" in caplog.text
-    assert grouped < in_order / 2
-    assert padding("llama", padding_free=False) > grouped * 2  # asked for, and then as `transformers` has it
-    assert padding("llama", padding_free=False, train_sampling_strategy="group_by_length") < in_order / 2
-
-
-def test_grouping_reads_no_rows(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_of(train_sampling_strategy="group_by_length", eval_dataset=PAIR_ROWS)
-    monkeypatch.setattr(Dataset, "__iter__", lambda self: pytest.fail("the data set was read"))
-    monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: pytest.fail("the data set was read"))
-    trainer.get_train_dataloader()
-    trainer.get_eval_dataloader()
-
-
-# Packs
-
-
-def test_an_epoch_visits_the_packs_in_an_order_of_its_own(trainer_of: Callable[..., Any]) -> None:
-    def epochs(seed: int) -> tuple[list[Any], list[Any]]:
-        settings = {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "seed": seed}
-        trainer = trainer_of(train_dataset=ROWS, num_train_epochs=2, max_steps=-1, **settings)
-        batches = watched(trainer)
-        trainer.train()
-        half = len(trainer.train_dataset)
-        assert half > 5
-        assert len(batches) == 2 * half
-        return batches[:half], batches[half:]
-
-    first, second = epochs(0)
-    assert sorted(first) == sorted(second)
-    assert first != second
-    assert epochs(0) == (first, second)
-    assert epochs(1) != (first, second)

@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -56,6 +57,10 @@ def compile_layers(model: PreTrainedModel, *, backend: str, mode: str | None = N
     return len(layers)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer) and hasattr(vars(module).get("forward"), "compiled")
+
+
 def _in_training(plain: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:
     compiled = torch.compile(plain, backend=backend, mode=mode, dynamic=True)
 
@@ -63,4 +68,5 @@ def _in_training(plain: Callable[..., Any], backend: str, mode: str | None) -> C
     def forward(self: GradientCheckpointingLayer, *args: Any, **kwargs: Any) -> Any:
         return (compiled if self.training and torch.is_grad_enabled() else plain)(self, *args, **kwargs)
 
+    forward.compiled = compiled  # type: ignore[attr-defined]
     return forward

@@ -9,7 +9,8 @@ Shapes: B rows, T tokens a row, S supervised positions, H hidden size, V vocabul
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -27,6 +28,9 @@ from tunesmith.types import IGNORE_INDEX
 logger = logging.getLogger(__name__)
 CHECKED_TOKENS = 4
 """Size of each of the two documents that the first batch is checked with."""
+
+OURS = ("labels", "lengths", "parents", "loss_options")
+"""What a batch holds beside the arguments of the model's own forward."""
 
 # How a model's config says what its forward does to the head's product. A model that does something else is found by
 # `_check`, and its own logits are used.
@@ -86,31 +90,25 @@ def teach(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, supervise: Targets | None = None, **kwargs: Any) -> Any:
         if supervise is None:
             return plain(self, *args, **kwargs)
-        return _supervised(self, functools.partial(plain, self), path, supervise, *args, **kwargs)
+        assert not args  # a batch is given by name
+        return _supervised(self, functools.partial(plain, self), path, supervise, kwargs)
 
     # A method, not a function: a deep copy of the model, and accelerate's wrapper, bind it to themselves.
     model.forward = MethodType(forward, model)
 
 
 def _supervised(
-    model: PreTrainedModel,
-    original: Callable[..., Any],
-    path: _Path,
-    supervise: Targets,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    lengths: list[int] | None = None,
-    parents: list[int] | None = None,
-    loss_options: LossOptions | None = None,
-    **kwargs: Any,
+    model: PreTrainedModel, original: Callable[..., Any], path: _Path, supervise: Targets, batch: Mapping[str, Any]
 ) -> Supervised:
-    options = loss_options or LossOptions()
-    mask = attention_mask if lengths is None else document_map(lengths, parents)
-    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False, **kwargs}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if value is not None and name not in OURS}
+    options: LossOptions = batch.get("loss_options") or LossOptions()
+    lengths = batch.get("lengths")
+    if lengths is not None:
+        inputs["attention_mask"] = document_map(lengths, batch.get("parents"))
+    inputs["use_cache"] = False
     head = plain_head(model)
     if path.fused is None or (lengths is not None and not path.documents):
-        _check(model, original, path, head, input_ids, documents=lengths is not None)
+        _check(model, original, path, head, inputs["input_ids"], documents=lengths is not None)
     if head is None or not path.fused:
         logits = original(**inputs).logits
         return cross_entropy(logits.flatten(0, 1)[supervise.positions.to(logits.device)], supervise, options)
@@ -139,25 +137,41 @@ def _check(
     if size == 0:
         return
     row = input_ids[:1, : 2 * size]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            apart = original(input_ids=row.view(2, size), use_cache=False).logits
-            whole = original(input_ids=row, use_cache=False).logits
-            if not _close(whole[0, :size], apart[0]):
-                raise TunesmithError(
-                    f"a token of {type(model).__name__} sees the tokens behind it, so it can't learn to predict them; "
-                    "take a causal language model (an encoder such as BERT needs is_decoder=True in its config)"
-                )
-            path.fused = head is not None and _is_product(model, head, row.view(2, size), apart)
-            if documents:
-                _check_documents(model, original, row, apart)
-                path.documents = True
-    finally:
-        model.train(training)
+    with in_evaluation(model), torch.no_grad():
+        apart = original(input_ids=row.view(2, size), use_cache=False).logits
+        whole = original(input_ids=row, use_cache=False).logits
+        _refuse_nan(model, apart)
+        if not _close(whole[0, :size], apart[0]):
+            raise TunesmithError(
+                f"a token of {type(model).__name__} sees the tokens behind it, so it can't learn to predict them; "
+                "take a causal language model (an encoder such as BERT needs is_decoder=True in its config)"
+            )
+        path.fused = head is not None and _is_product(model, head, row.view(2, size), apart)
+        if documents:
+            _check_documents(model, original, row, apart)
+            path.documents = True
     if not path.fused:
         logger.info("%s: the loss is taken from its own logits, which needs more memory", type(model).__name__)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation, and afterwards each in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _refuse_nan(model: PreTrainedModel, logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise TunesmithError(
+            f"{type(model).__name__} gives NaN for its first tokens: its weights are damaged, or its numbers too large "
+            "for this precision; set precision: fp32, or bf16 in place of fp16"
+        )
 
 
 def _is_product(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, logits: Tensor) -> bool:

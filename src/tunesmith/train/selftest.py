@@ -23,7 +23,8 @@ from tunesmith.data.collate import documents, padded
 from tunesmith.data.collate import flat as side_by_side
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import PAD_INSTEAD
-from tunesmith.model.head import next_token_targets
+from tunesmith.model.compiled import is_compiled
+from tunesmith.model.head import in_evaluation, next_token_targets
 from tunesmith.precision import PrecisionName
 from tunesmith.train.setup import Model, base_model
 
@@ -134,7 +135,8 @@ def self_test(model: Model, rows: Sequence[list[int]], *, flat: bool, precision:
     with _untouched(model, device), torch.autocast(device.type, dtype=low, enabled=low is not None):
         alone = [_alone(model, row, device) for row in rows]
         _refuse_no_numbers(torch.cat(alone), model)
-        loss, together = _together(model, rows, device, flat=flat)
+        with _compiled_layers_at_work(model):
+            loss, together = _together(model, rows, device, flat=flat)
     theirs = torch.cat(alone)
     tests = tuple(_test(mine, own) for mine, own in zip(together.split([len(x) for x in alone]), alone, strict=True))
     found = SelfTest(
@@ -149,14 +151,21 @@ def self_test(model: Model, rows: Sequence[list[int]], *, flat: bool, precision:
 
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_evaluation(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _compiled_layers_at_work(model: Model) -> Iterator[None]:
+    """Compiled layers run in training only: put them into it, and none of what is in them. Models with a dropout that a
+    layer applies itself stay in evaluation, where their layers are as they were."""
+    settings = base_model(model).config.get_text_config().to_dict()
+    drops = any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings.items())
+    layers = [] if drops else [module for module in model.modules() if is_compiled(module)]
+    for layer in layers:
+        layer.training = True
+    with torch.set_grad_enabled(bool(layers)):
+        yield
 
 
 def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
@@ -171,7 +180,7 @@ def _together(model: Model, rows: Sequence[list[int]], device: torch.device, *, 
     batch: dict[str, Any] = (side_by_side if flat else padded)([{"input_ids": row} for row in rows])
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     result = model(supervise=next_token_targets(batch.pop("labels")), **batch)
-    return float(result.loss), result.nll.float().cpu()
+    return float(result.loss.detach()), result.nll.float().cpu()
 
 
 def _test(ours: Tensor, theirs: Tensor) -> DocumentTest:
