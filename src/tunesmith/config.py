@@ -152,11 +152,17 @@ class SFTConfig(TrainingArguments):
             "auto (where that is possible) | always | off."
         ),
     )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata=_help("LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."),
+    )
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_supervision()
         self._check_batches()
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
+            raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
         self._refuse_unsupported()
         self._choose_precision()
         super().__post_init__()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 import yaml
 
@@ -34,6 +34,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "lora": (
         bool | dict[str, Any] | str | None,
         "Train adapters: true, or r=16,alpha=32,dropout=0,target=all-linear.",
+    ),
+    "quantize": (
+        Literal["8bit", "4bit"] | None,
+        "Keep the base model's weights in 8 or 4 bits (needs lora, and bitsandbytes).",
     ),
     "split": (str, "The split of training data from the hub. Default: train."),
     "eval_split": (str, "The split of evaluation data from the hub. Default: test."),
@@ -93,6 +97,7 @@ class Recipe:
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     eval_data: tuple[str, ...] = ()
     lora: dict[str, Any] | str | bool | None = None
+    quantize: Literal["8bit", "4bit"] | None = None
     split: str | None = None
     eval_split: str | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -139,6 +144,7 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         sources=_sources(given["data"]) if isinstance(given["data"], dict) else {},
         eval_data=_listed(given.get("eval_data")),
         lora=given.get("lora"),
+        quantize=given.get("quantize"),
         split=given.get("split"),
         eval_split=given.get("eval_split"),
         given=given,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS
@@ -73,13 +73,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "the model has adapters and peft_config asks for more; merge them first",
     ),
     "no peft config": ({"peft_config": {"r": 8}}, "peft_config is dict; expected a peft config such as LoraConfig"),
-    "prompt learning": (
-        {"peft_config": PromptTuningConfig(num_virtual_tokens=2)},
-        "PromptTuningConfig (prompt learning) is not supported yet; use LoraConfig",
-    ),
     "unknown target": (
         {"peft_config": LoraConfig(target_modules=["query_projection"])},
-        "peft_config does not fit the model: Target modules {'query_projection'} not found",
+        "peft_config: target_modules has 'query_projection', which the model does not have",
     ),
     "frozen": ({"model": frozen}, "no parameter of the model requires a gradient, so nothing would be trained"),
     "frozen adapters": (

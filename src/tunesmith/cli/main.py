@@ -69,9 +69,10 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a mistake, too.")] = False,
 ) -> None:
     """Supervised fine-tuning of language models."""
-    # bitsandbytes tells everybody on a CPU to install a package for faster 4-bit inference; peft reads a name that
-    # transformers deprecates. Nobody who runs a command can act on either.
+    # bitsandbytes tells everybody on a CPU to install a package for faster 4-bit inference, and how it rounds; peft
+    # reads a name that transformers deprecates. Nobody who runs a command can act on any of these.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 

@@ -32,6 +32,7 @@ The settings used most:
 [cyan]--eval-data[/cyan]    the same, to evaluate on after each epoch
 [cyan]--output[/cyan]       the folder for the run
 [cyan]--lora[/cyan]         train adapters: alone, or r=16,alpha=32,target=all-linear
+[cyan]--quantize[/cyan]     8bit | 4bit: the base model in less memory
 [cyan]--train-on[/cyan]     all | completion | assistant | last_assistant
 [cyan]--max-length[/cyan]   most tokens of an example (1024)
 [cyan]--packing[/cyan]      several examples to a row of that length
@@ -63,8 +64,9 @@ def train(
 def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130."""
     from tunesmith.cli.rows import eval_rows, training_rows
-    from tunesmith.model.adapters import lora_config
-    from tunesmith.model.load import resolve_model
+    from tunesmith.model.load import compute_dtype, resolve_model
+    from tunesmith.model.lora import lora_config
+    from tunesmith.model.quantize import quantization
 
     adapters = lora_config(recipe.lora) if recipe.lora not in (None, False) else None
     _check_resume(recipe)
@@ -88,10 +90,14 @@ def run(recipe: "Recipe") -> None:
             train_dataset=rows,
             eval_dataset=held_out,
             peft_config=adapters,
+            quantization_config=quantization(recipe.quantize, compute_dtype(recipe.config))
+            if recipe.quantize
+            else None,
             callbacks=[stop],
         )
         _save_recipe(recipe, trainer)
         _say_preflight(trainer)
+        _say(trainer.trainable)
         with TrainingProgress.attach(trainer, Console()):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
     output = str(recipe.config.output_dir)
@@ -101,7 +107,7 @@ def run(recipe: "Recipe") -> None:
         _say(f"go on:  tunesmith train {recipe_file} --resume-from-checkpoint")
         raise typer.Exit(INTERRUPTED)
     trainer.save_model()
-    _say(f"saved {'the adapters' if adapters else 'the model'} to {output}")
+    _say(f"saved {'the adapters' if trainer.has_adapters else 'the model'} to {output}")
     _say(f"try it:  tunesmith chat {shlex.quote(output)}")
 
 
@@ -133,10 +139,10 @@ def _save_recipe(recipe: "Recipe", trainer: "SFTTrainer") -> None:
         (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _say(text: str) -> None:
+def _say(text: object) -> None:
     """Once, however many processes train."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(text)
+        typer.echo(str(text))
 
 
 def _print_settings() -> None:

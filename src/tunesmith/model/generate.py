@@ -6,13 +6,15 @@ Shapes: B prompts, T tokens of the longest one.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import has_virtual_tokens
 
 Messages = Sequence[Mapping[str, Any]]
 Model = PreTrainedModel | PeftModel
@@ -62,6 +64,8 @@ def generate(
     # The longest first: like lengths pad least, and what doesn't fit in memory fails at once.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(encoded)
+    if has_virtual_tokens(model):
+        batch_size = 1  # padding would come between them and the prompt
     training = model.training
     model.eval()
     try:
@@ -163,23 +167,43 @@ def _answers(
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to its end. Padding is on the left, so that all answers begin in one column."""
     base = _base(model)
+    virtual = has_virtual_tokens(model)
     longest = max(map(len, prompts))
     room = getattr(base.config.get_text_config(), "max_position_embeddings", None) or longest + sampling.max_new_tokens
+    if virtual:
+        room -= model.active_peft_config.num_virtual_tokens  # type: ignore[union-attr, operator]
     if longest >= room:
         raise TunesmithError(f"the prompt has {longest} tokens, but the model has room for {room}, answer included")
     stops = stop_ids(model, tokenizer)
     settings = _settings(tokenizer, stops, sampling)
     settings.max_new_tokens = min(sampling.max_new_tokens, room - longest)
-    ids_BT = [[settings.pad_token_id] * (longest - len(ids)) + list(ids) for ids in prompts]
-    mask_BT = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    padding = [longest - len(ids) for ids in prompts]
+    ids_BT = [[settings.pad_token_id] * left + list(ids) for left, ids in zip(padding, prompts, strict=True)]
+    mask_BT = [[0] * left + [1] * (longest - left) for left in padding]
+    given: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
+    given = {name: value.to(base.device) for name, value in given.items()}
+    if virtual:
+        given |= _in_front(cast(PeftModel, model), given["input_ids"])
+    before = 0 if "inputs_embeds" in given else given["input_ids"].shape[1]
     with _defaults_only(base):
         output: Any = base.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(ids_BT, device=base.device),
-            attention_mask=torch.tensor(mask_BT, device=base.device),
-            generation_config=settings,
-            streamer=streamer,
+            **given, generation_config=settings, streamer=streamer
         )
-    return [_until(stops, ids) for ids in output[:, longest:].tolist()]
+    return [_until(stops, ids) for ids in output[:, before:].tolist()]
+
+
+def _in_front(model: PeftModel, ids_BT: Tensor) -> dict[str, Any]:
+    """What `generate` takes in place of rows without padding, for virtual tokens in front of each: embeddings, or keys
+    and values, for which tokens stand that are never read."""
+    count = int(model.active_peft_config.num_virtual_tokens)
+    prompt: Any = model.get_prompt(batch_size=len(ids_BT))
+    mask = torch.ones(len(ids_BT), count + ids_BT.shape[1], dtype=torch.long, device=ids_BT.device)
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        unread = torch.zeros_like(mask[:, :count])
+        return {"input_ids": torch.cat([unread, ids_BT], dim=1), "past_key_values": prompt, "attention_mask": mask}
+    embeddings = _base(model).get_input_embeddings()(ids_BT)
+    whole = torch.cat([prompt.to(embeddings.dtype), embeddings], dim=1)
+    return {"input_ids": None, "inputs_embeds": whole, "attention_mask": mask}
 
 
 def _until(stops: Sequence[int], ids: list[int]) -> list[int]:

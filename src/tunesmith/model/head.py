@@ -120,6 +120,15 @@ def _supervised(
     return linear_cross_entropy(picked, head.weight, head.bias, tokens, weights, head_options(model, options))
 
 
+def behind_virtual_tokens(
+    model: nn.Module, batch: Mapping[str, Any], targets: Targets, options: LossOptions
+) -> Supervised:
+    """The loss of padded rows (B, T) for a model that puts virtual tokens in front of each: `peft` makes embeddings of
+    both, so the loss is taken from the logits of the last T positions."""
+    logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
+    return cross_entropy(logits.flatten(0, 1)[targets.positions.to(logits.device)], targets, options)
+
+
 def _check(
     model: PreTrainedModel,
     original: Callable[..., Any],

@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError, nearest
@@ -28,11 +30,13 @@ from tunesmith.model.demo import DEMO, demo_model_path
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
 """The demo model's cache folder, on whatever machine."""
 
 Progress = Callable[[str], None]
+Model = PreTrainedModel | PeftModel
 
 
 def compute_dtype(config: SFTConfig) -> torch.dtype:
@@ -92,9 +96,21 @@ def load_model(
     return model
 
 
+def load_config(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedConfig:
+    """The settings of the model `name`; `kwargs` are those of `from_pretrained`. Raises TunesmithError."""
+    path = resolve_model(name)
+    with _explained(name, "settings of "):
+        if not trust_remote_code:
+            _refuse_code(path, kwargs.get("revision"))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+    return config
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of the model `name`; `kwargs` are those of `from_pretrained`. Raises TunesmithError."""
     path = resolve_model(name)
+    if holds_adapters(name) and not _has(path, TOKENIZER):
+        path = resolve_model(base_of(path)[0])  # `peft` saves adapters alone
     given = {key: value for key, value in kwargs.items() if value is not None}
     with _explained(name, "tokenizer of "):
         if not trust_remote_code:
@@ -105,35 +121,57 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
 
 def load_run(
     name: str, *, trust_remote_code: bool = False, progress: Progress | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[Model, PreTrainedTokenizerBase]:
     """A run's model, with its adapters, and tokenizer, ready to generate on the best device; or any model by name.
 
     A folder that holds nothing but checkpoints stands for the newest of them. On a CPU the weights are float32, which
     every one computes in natively; elsewhere they are what was saved.
     """
-    folder = _run_folder(Path(resolve_model(name, progress)))
+    folder = run_folder(Path(resolve_model(name, progress)))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-    model: PreTrainedModel | PeftModel
-    source = str(folder)
-    if (folder / ADAPTERS).is_file():
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise TunesmithError(
-                f"{folder} has {ADAPTERS}, but not {ADAPTER_WEIGHTS}: adapters in safetensors are needed"
-            )
-        base, revision = _base(folder)
-        resolve_model(base, progress)
-        source = str(folder) if (folder / "tokenizer_config.json").is_file() else base
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, **revision)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with _explained(name, "adapters of "):
-            model = PeftModel.from_pretrained(model, str(folder))
-    else:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    load: Callable[..., Model] = load_adapted if holds_adapters(str(folder)) else load_model
+    model = load(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def load_adapted(
+    name: str,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> PeftModel:
+    """The adapters in the folder or of the hub's name `name`, on their base model; `kwargs` are those of
+    `from_pretrained` for the latter. Raises TunesmithError."""
+    path = resolve_model(name)
+    if not _has(path, ADAPTER_WEIGHTS):  # `peft` would take pickled ones
+        raise TunesmithError(f"{path} has {ADAPTERS}, but not {ADAPTER_WEIGHTS}: adapters in safetensors are needed")
+    base, revision = base_of(path)
+    model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, **(revision | kwargs))
+    rows = len(load_tokenizer(path, trust_remote_code=trust_remote_code))
+    if rows > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with _explained(name, "adapters of "):
+        return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+
+
+def holds_adapters(name: str) -> bool:
+    """Whether the folder or the hub's name `name` is of adapters; of a model that can't be reached, no."""
+    path = resolve_model(name)
+    return _has(path, ADAPTERS) and not _has(path, CONFIG)
+
+
+def _has(path: str, file: str) -> bool:
+    """Whether the folder or the hub's name has this file; no, where it can't be reached."""
+    if Path(path).is_dir():
+        return (Path(path) / file).is_file()
+    try:
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False) is not None
+    except OSError:
+        return False
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -146,20 +184,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def _run_folder(path: Path) -> Path:
+def run_folder(path: Path) -> Path:
+    """`path`, or where it holds nothing but checkpoints, the newest of them."""
     if not path.is_dir() or any((path / name).is_file() for name in (CONFIG, ADAPTERS)):
         return path
     return newest_checkpoint(path) or path
 
 
-def _base(folder: Path) -> tuple[str, dict[str, str]]:
-    """The name of the model that adapters belong to, and its revision as an argument. The demo model's folder may be
+def base_of(adapters: str) -> tuple[str, dict[str, str]]:
+    """The name of the model that `adapters` belong to, and its revision as an argument. The demo model's folder may be
     elsewhere than on the machine that trained."""
-    with _explained(str(folder), "adapters of "):
-        config = PeftConfig.from_pretrained(str(folder))
+    with _explained(adapters, "adapters of "):
+        config = PeftConfig.from_pretrained(adapters)
     base = config.base_model_name_or_path
     if not base:
-        raise TunesmithError(f"{folder}/{ADAPTERS} does not name the base model; set base_model_name_or_path in it")
+        raise TunesmithError(f"{adapters}/{ADAPTERS} does not name the base model; set base_model_name_or_path in it")
     if DEMO_FOLDER.search(base) and not Path(base).is_dir():
         base = DEMO
     return base, {"revision": config.revision} if config.revision else {}
@@ -188,7 +227,7 @@ def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any]) -> None:
 
 def _refuse_code(path: str, revision: str | None) -> None:
     """Raises for a model that `transformers` has no class for, and whose files bring one."""
-    if Path(path).is_dir() and not (Path(path) / CONFIG).is_file():
+    if not _has(path, CONFIG):
         return
     settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:

@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.adapters import is_named
 from tunesmith.model.load import load_tokenizer
 
 FILES = (".jinja", ".j2")
@@ -223,7 +224,7 @@ def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence
     if not isinstance(given, dict):
         given = {next(name for name, module in layers.items() if module is embeddings): given}
     for name in (name for name in names if name not in whole):  # in order: so the optimizer counts its parameters
-        theirs = [key for key in given if _is(name, key)]
+        theirs = [key for key in given if is_named(name, key)]
         rows = sorted({*added, *(row for key in theirs for row in given[key])})
         given = {key: value for key, value in given.items() if key not in theirs} | {name: rows}
     changed.trainable_token_indices = given
@@ -239,12 +240,9 @@ def _trains(config: PeftConfig, name: str) -> bool:
         listed, matched = [], targets != "all-linear" and re.fullmatch(targets, name) is not None
     else:
         listed, matched = list(targets), False
-    return matched or any(_is(name, other) for other in [*listed, *(getattr(config, "modules_to_save", None) or ())])
-
-
-def _is(name: str, ending: str) -> bool:
-    """Whether `ending` names the layer `name` as `peft` reads it: in full, or by its last parts."""
-    return name == ending or name.endswith(f".{ending}")
+    return matched or any(
+        is_named(name, other) for other in [*listed, *(getattr(config, "modules_to_save", None) or ())]
+    )
 
 
 def save_rows_only(model: PeftModel) -> None:

@@ -22,6 +22,7 @@ from tunesmith.config import SFTConfig
 from tunesmith.data.collate import documents, padded
 from tunesmith.data.collate import flat as side_by_side
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compiled import is_compiled
 from tunesmith.model.head import in_evaluation, next_token_targets
@@ -112,6 +113,8 @@ def check_before_training(model: Model, dataset: Any, args: SFTConfig, *, flat: 
 def _impossible(model: Model, args: SFTConfig) -> str:
     if args.deepspeed or args.fsdp or any(parameter.is_meta for parameter in model.parameters()):
         return "the model's weights are shared out over processes, and its own forward needs them all"
+    if has_virtual_tokens(model):
+        return "virtual tokens go in front of each row, and its own logits are taken already"
     if getattr(model, "is_loaded_in_8bit", False):
         return "8-bit products round by what else is in the batch"
     return ""

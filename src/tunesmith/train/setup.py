@@ -1,23 +1,25 @@
 """From names to a model that is ready to train: tokenizer, weights, adapters, and their agreement on special tokens."""
 
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import teach
-from tunesmith.model.load import compute_dtype, load_model, load_tokenizer
+from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
 
 ROWS_MULTIPLE = 64
 """Grown embeddings have a multiple of so many rows, which matrix products on GPUs are fastest with."""
+NO_ADAPTERS = "8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig() (--lora)"
 
 logger = logging.getLogger(__name__)
 Model = PreTrainedModel | PeftModel
@@ -74,28 +76,57 @@ def prepare_model(
     added: Sequence[int],
 ) -> Model:
     """The model with its adapters, its frozen weights in the compute precision, and a row for each token; `added` are
-    the ids of new tokens, whose rows are trained."""
+    the ids of new tokens, whose rows are trained. A `model` that names saved adapters goes on training these."""
     if isinstance(model, str):
-        init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-        if quantization_config is not None:
-            if "quantization_config" in init:
-                raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
-            init["quantization_config"] = quantization_config
-        if peft_config is not None or quantization_config is not None:
-            init.setdefault("dtype", compute_dtype(args))
-        model = load_model(model, trust_remote_code=args.trust_remote_code, **init)
+        model = _load(model, args, peft_config, quantization_config)
     else:
         given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
         for name, value in given.items():
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
+    if bits_of(base_model(model)):
+        keep_quantized(model)
     new = [] if args.chat_template_path is None else _new_tokens(model, tokenizer, added)
     if peft_config is None:
         if new:
             resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
         _check_trainable(model)
-        return model
-    return _with_adapters(model, args, peft_config, tokenizer, new)
+    else:
+        model = _with_adapters(model, peft_config, tokenizer, new)
+    if isinstance(model, PeftModel) and args.activation_checkpointing and not has_virtual_tokens(model):
+        model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+    if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
+        raise TunesmithError(
+            "loraplus_lr_ratio is set, but no LoRA adapters are trained; give a LoraConfig, or drop it"
+        )
+    logger.info("%s.", trainable(model))
+    return model
+
+
+def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
+    init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if quantization_config is not None:
+        if "quantization_config" in init:
+            raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
+        init["quantization_config"] = quantization_config
+    if init.get("quantization_config") is not None:
+        check_quantization(init["quantization_config"])
+        init.setdefault("dtype", compute_dtype(args))
+    adapters = holds_adapters(name)
+    if init.get("quantization_config") is not None and peft_config is None and not adapters:
+        raise TunesmithError(NO_ADAPTERS)
+    if adapters:
+        if peft_config is not None:
+            raise TunesmithError(
+                f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
+                "leave peft_config out to go on training them"
+            )
+        init.setdefault("dtype", compute_dtype(args))
+        logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
+        return load_adapted(name, trust_remote_code=args.trust_remote_code, is_trainable=True, **init)
+    if peft_config is not None:
+        init.setdefault("dtype", compute_dtype(args))
+    return load_model(name, trust_remote_code=args.trust_remote_code, **init)
 
 
 def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> list[int]:
@@ -117,42 +148,26 @@ def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequenc
 
 
 def _with_adapters(
-    model: Model, args: SFTConfig, peft_config: PeftConfig, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]
+    model: Model, peft_config: PeftConfig, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]
 ) -> PeftModel:
-    if not isinstance(peft_config, PeftConfig):
-        raise TunesmithError(f"peft_config is {type(peft_config).__name__}; expected a peft config such as LoraConfig")
     if isinstance(model, PeftModel):
         raise TunesmithError(
             "the model has adapters and peft_config asks for more; merge them first (model.merge_and_unload()), "
             "or leave peft_config out to go on training them"
         )
-    if peft_config.is_prompt_learning:
-        raise TunesmithError(f"{type(peft_config).__name__} (prompt learning) is not supported yet; use LoraConfig")
     if new:
         # No padding rows: loading the adapters, `peft` grows the base model to as many rows as there are tokens.
         resize_for(model, tokenizer, new, None)
         peft_config = train_new_tokens(peft_config, model, new)
-    if _quantized(model):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(args.activation_checkpointing))
-    elif args.activation_checkpointing:
-        model.enable_input_require_grads()
-    try:
-        # A copy: peft writes the names that "all-linear" means for this model into the config it is given.
-        adapted = get_peft_model(model, copy.deepcopy(peft_config))
-    except ValueError as error:
-        raise TunesmithError(f"peft_config does not fit the model: {error}") from error
+    adapted = adapt(model, peft_config)
     if new:
         save_rows_only(adapted)
     return adapted
 
 
-def _quantized(model: Model) -> bool:
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
-
-
 def _check_trainable(model: Model) -> None:
-    if _quantized(model) and not isinstance(model, PeftModel):
-        raise TunesmithError("8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig()")
+    if bits_of(model) and not isinstance(model, PeftModel):
+        raise TunesmithError(NO_ADAPTERS)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TunesmithError(
             "no parameter of the model requires a gradient, so nothing would be trained; "
@@ -173,6 +188,9 @@ def teach_model(model: Model, *, flat: bool, grouped: bool = False) -> bool:
     base = base_model(model)
     if base.get_output_embeddings() is None:
         raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
+    if has_virtual_tokens(model):
+        logger.warning("Batches are padded: the adapters put tokens of their own in front of each row.")
+        return False
     teach(base)
     if not flat:
         return False

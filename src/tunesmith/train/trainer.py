@@ -8,26 +8,30 @@ from typing import Any, TypeAlias, cast
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput
 
 from tunesmith.config import SFTConfig
 from tunesmith.data.collate import flat, padded
 from tunesmith.data.sources import DataSource
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import Trainable, has_virtual_tokens, starting_point, trainable
 from tunesmith.model.compiled import compile_layers
-from tunesmith.model.head import next_token_targets
+from tunesmith.model.head import behind_virtual_tokens, next_token_targets
 from tunesmith.model.linear import speed_up
 from tunesmith.model.loss import LossOptions, Supervised
+from tunesmith.model.quantize import check_optimizer
 from tunesmith.train.batches import (
     LengthGroups,
     TokenBatches,
@@ -92,28 +96,14 @@ class SFTTrainer(Trainer):
         formatting_func: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         args = as_sft_config(args, model)
-        if train_dataset is None:
-            raise TunesmithError("train_dataset is missing: give a Dataset, an IterableDataset or a list of rows")
-        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-            raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
-        if args.loss_type == "dft" and compute_loss_func is not None:
-            raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
+        _check_arguments(args, train_dataset, compute_loss_func)
         tokenizer, added = prepare_tokenizer(processing_class, model, args)
         self._prepare = DataPreparer(args, tokenizer, formatting_func)
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, compute_metrics is not None)
         set_seed(args.seed)  # adapters start from random numbers
         model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
-        flat_wanted = args.padding_free and compute_loss_func is None and _unhooked(args)
-        grouped = not args.packing and args.train_sampling_strategy == "random" and isinstance(train_dataset, Dataset)
-        self._flat = teach_model(model, flat=flat_wanted, grouped=grouped)
-        self._grouped = args.train_sampling_strategy == "group_by_length" or (
-            grouped and flat_wanted and not self._flat
-        )
-        if args.torch_compile:
-            assert args.torch_compile_backend is not None
-            compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        else:
-            speed_up(model)
+        self._base_changed = starting_point(model)
+        self._choose_batches(model, args, compute_loss_func is None, isinstance(train_dataset, Dataset))
         align_tokens(model, tokenizer, self._prepare.stops)
         self._padded = partial(padded, pad_token_id=tokenizer.pad_token_id, multiple=int(args.pad_to_multiple_of or 1))
         self._sharing = partial(flat, share_prefix=args.share_prefix == "auto")
@@ -143,6 +133,29 @@ class SFTTrainer(Trainer):
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
         model.add_model_tags(list(self._tag_names))
+
+    def _choose_batches(self, model: Model, args: SFTConfig, own_loss: bool, has_length: bool) -> None:
+        """Settle whether batches are flat, and whether rows of like length share one; and make the model's layers
+        faster for them."""
+        wanted = args.padding_free and own_loss and _unhooked(args)
+        grouped = not args.packing and args.train_sampling_strategy == "random" and has_length
+        self._flat = teach_model(model, flat=wanted, grouped=grouped)
+        by_length = args.train_sampling_strategy == "group_by_length"
+        self._grouped = by_length or (grouped and wanted and not self._flat)
+        if args.torch_compile:
+            assert args.torch_compile_backend is not None
+            compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        else:
+            speed_up(model)
+
+    @property
+    def trainable(self) -> Trainable:
+        """How much of the model is trained."""
+        return trainable(cast(nn.Module, self.model))
+
+    @property
+    def has_adapters(self) -> bool:
+        return isinstance(self.model, PeftModel)
 
     # Data
 
@@ -266,6 +279,15 @@ class SFTTrainer(Trainer):
         check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
         return super().train(*args, **kwargs)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `transformers`; with `loraplus_lr_ratio`, LoRA's B matrices learn faster than its A matrices."""
+        ratio = cast(SFTConfig, self.args).loraplus_lr_ratio
+        if ratio is not None and self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
+            settings |= {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(cast(PeftModel, self.model), kind, **settings)
+        return super().create_optimizer(model)
+
     # Loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -290,7 +312,10 @@ class SFTTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = _weight(inputs)
         labels, weights = inputs["labels"], inputs.get("weights")
-        forward = {name: value for name, value in inputs.items() if name not in ("labels", "weights", "places")}
+        virtual = has_virtual_tokens(cast(nn.Module, self.model))
+        # `peft` counts the positions of virtual tokens itself.
+        ours = {"labels", "weights", "places", *(("position_ids",) if virtual else ())}
+        forward = {name: value for name, value in inputs.items() if name not in ours}
         outputs = None
         self._meter.read(inputs)
         if self.compute_loss_func is not None:
@@ -299,7 +324,11 @@ class SFTTrainer(Trainer):
         else:
             targets = next_token_targets(labels, weights, inputs.get("places"))
             with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
-                result: Supervised = model(**forward, supervise=targets, loss_options=self._loss_options)
+                result: Supervised
+                if virtual:
+                    result = behind_virtual_tokens(model, forward, targets, self._loss_options)
+                else:
+                    result = model(**forward, supervise=targets, loss_options=self._loss_options)
             self._meter.add(result, targets)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
             total = torch.as_tensor(num_items_in_batch, device=result.loss.device)
@@ -311,6 +340,8 @@ class SFTTrainer(Trainer):
         if outputs is None:
             with torch.no_grad():
                 outputs = model(**forward, use_cache=False)
+        if virtual:
+            outputs.logits = outputs.logits[:, -labels.shape[1] :]
         return loss, outputs
 
     def prediction_step(
@@ -334,6 +365,8 @@ class SFTTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
+            if self._base_changed is not None and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+                self._base_changed.save_for_the_base(cast(PeftModel, self.model), folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
@@ -361,6 +394,19 @@ class SFTTrainer(Trainer):
             logs |= {name: measured[name] for name in ("entropy", "mean_token_accuracy") if measured}
             logs["num_tokens"] = tokens
         super().log(logs, start_time)
+
+
+def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any) -> None:
+    if train_dataset is None:
+        raise TunesmithError("train_dataset is missing: give a Dataset, an IterableDataset or a list of rows")
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
+    if args.loss_type == "dft" and compute_loss_func is not None:
+        raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
+    device = torch.accelerator.current_accelerator()
+    check_optimizer(
+        str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu or device is None else device.type
+    )
 
 
 def _unhooked(args: SFTConfig) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import lora_config
+from tunesmith.model.lora import lora_config
 
 
 def test_true_means_the_defaults() -> None:
@@ -32,7 +32,10 @@ def test_text_and_object_say_the_same(spec: Any) -> None:
     ("spec", "message"),
     [
         ("rank=8", r"lora: there is no 'rank'; the keys are r, alpha, dropout, target"),
-        ({"lora_alpha": 8}, r"there is no 'lora_alpha'; did you mean 'alpha'\?"),
+        ({"apha": 8}, r"there is no 'apha'; did you mean 'alpha'\?"),
+        ("init=pizza", r"init is 'pizza'; choose .*did you mean 'pissa'"),
+        ("layers_to_transform=0,1", "lora: `layers_to_transform` cannot be used when `target_modules` is a str"),
+        ("bias=some", "bias is 'some'; choose none | all | lora_only"),
         ("r=eight", r"lora: r is 'eight' \(text\), expected a whole number"),
         ("r=0", "r is 0; the rank of an adapter is at least 1"),
         ("alpha=0", "alpha is 0; it must be above 0"),
@@ -47,3 +50,20 @@ def test_text_and_object_say_the_same(spec: Any) -> None:
 def test_a_mistake_is_named(spec: Any, message: str) -> None:
     with pytest.raises(TunesmithError, match=message):
         lora_config(spec)
+
+
+def test_everything_else_lora_has_is_said_by_its_name() -> None:
+    config = lora_config(
+        "r=8,target=q_proj,o_proj,dora=true,rslora=true,init=pissa,modules_to_save=lm_head,embed_tokens,layers_to_transform=0,1,bias=all"
+    )
+    assert (config.use_dora, config.use_rslora, config.init_lora_weights) == (True, True, "pissa")
+    assert (config.modules_to_save, config.layers_to_transform) == (["lm_head", "embed_tokens"], [0, 1])
+    assert config.bias == "all"
+    config = lora_config({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 8}, "target_parameters": ["w"]})
+    assert (config.rank_pattern, config.alpha_pattern) == ({"q_proj": 4}, {"q_proj": 8})
+    assert config.target_parameters == ["w"]
+
+
+def test_the_names_of_peft_are_taken_too() -> None:
+    config = lora_config({"lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "q_proj", "use_dora": True})
+    assert (config.lora_alpha, config.lora_dropout, config.target_modules, config.use_dora) == (4, 0.1, "q_proj", True)
