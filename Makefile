@@ -44,7 +44,6 @@ test: $(installed)
 bench: $(installed)
 	@test -n "$(DATA)" || { echo "Say which rows to train on: make bench DATA=path/to/alpaca_en_demo.json" >&2; exit 1; }
 	@$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "matplotlib>=3.10,<4"
 	@mkdir -p build
 	@echo "==> Training in turns with TRL"
 	@$(bin)/python benchmarks/train.py --data "$(DATA)" --json build/bench.json --plot build/bench.svg

@@ -3,9 +3,9 @@
     python benchmarks/scaling.py --data alpaca_en_demo.json [--tokens 1024,2048,4096,8192,16384] [--rounds 2]
                                  [--json out.json] [--plot out.svg]
 
-LoRA on the demo model, fp32, the rows of the file side by side until the batch has so many tokens; forward, backward and
-AdamW. Gradient checkpointing is on, so that 16k tokens fit in 16 GB; it adds a forward to each step alike. The sizes
-take turns, and the fastest round of each counts.
+LoRA on the demo model, fp32, the rows of the file side by side until the batch has so many tokens: forward, backward,
+AdamW. Gradient checkpointing is on, so that 16k
+tokens fit in 16 GB; it adds a forward to each step alike. The sizes take turns, and the fastest round of each counts.
 """
 
 import argparse

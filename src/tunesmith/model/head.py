@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import PAD_INSTEAD, document_map
 from tunesmith.model.loss import LossOptions, Supervised, head_logits, linear_cross_entropy
+from tunesmith.model.quantize import bits_of
 from tunesmith.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -150,14 +151,15 @@ def _check(
         apart = original(input_ids=row.view(2, size), use_cache=False).logits
         whole = original(input_ids=row, use_cache=False).logits
         _refuse_nan(model, apart)
-        if not _close(whole[0, :size], apart[0]):
+        exact = _is_exact(model, apart)
+        if not _close(whole[0, :size], apart[0], exact):
             raise TunesmithError(
                 f"a token of {type(model).__name__} sees the tokens behind it, so it can't learn to predict them; "
                 "take a causal language model (an encoder such as BERT needs is_decoder=True in its config)"
             )
-        path.fused = head is not None and _is_product(model, head, row.view(2, size), apart)
+        path.fused = head is not None and _is_product(model, head, row.view(2, size), apart, exact)
         if documents:
-            _check_documents(model, original, row, apart)
+            _check_documents(model, original, row, apart, exact)
             path.documents = True
     if not path.fused:
         logger.info("%s: the loss is taken from its own logits, which needs more memory", type(model).__name__)
@@ -183,7 +185,7 @@ def _refuse_nan(model: PreTrainedModel, logits: Tensor) -> None:
         )
 
 
-def _is_product(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, logits: Tensor) -> bool:
+def _is_product(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, logits: Tensor, exact: bool) -> bool:
     """Whether the model's `logits` are what `linear_cross_entropy` would make of the output of its decoder."""
     if model.base_model is model:
         return False
@@ -191,26 +193,33 @@ def _is_product(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, logi
     if hidden is None or hidden.shape[-1] != head.in_features:
         return False
     found = head_logits(hidden.to(head.weight.device), head.weight, head.bias, head_options(model))
-    return found.shape == logits.shape and _close(found.to(logits.device), logits)
+    return found.shape == logits.shape and _close(found.to(logits.device), logits, exact)
 
 
-def _check_documents(model: PreTrainedModel, original: Callable[..., Any], row: Tensor, apart: Tensor) -> None:
+def _check_documents(
+    model: PreTrainedModel, original: Callable[..., Any], row: Tensor, apart: Tensor, exact: bool
+) -> None:
     size = row.shape[1] // 2
     positions = torch.arange(size, device=row.device).repeat(2)[None]
     found = "they don't give the outputs that they give apart"
     try:
         mask = document_map([size, size])
         together = original(input_ids=row, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        if _close(together[0, size:], apart[1]):
+        if _close(together[0, size:], apart[1], exact):
             return
     except RuntimeError as error:
         found = str(error)
     raise TunesmithError(f"{type(model).__name__} can't take documents side by side ({found}); {PAD_INSTEAD}")
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def _is_exact(model: PreTrainedModel, logits: Tensor) -> bool:
+    """Whether logits are equal to rounding in fp32. Products in 8 bits round by what else is in the batch."""
+    whole = logits.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
+    return whole and bits_of(model) != "8bit"
+
+
+def _close(found: Tensor, expected: Tensor, exact: bool) -> bool:
     """Whether logits (..., V) agree at most positions: a router that is in doubt may send a few tokens elsewhere."""
-    exact = expected.dtype == torch.float32 and not torch.is_autocast_enabled(expected.device.type)
     found, expected = found.float(), expected.float()
     error = (found - expected).abs().amax(dim=-1)
     return bool(error.median() <= (1e-3 if exact else 0.1) * expected.abs().amax())

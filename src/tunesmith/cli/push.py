@@ -1,0 +1,66 @@
+"""`tunesmith push`: a run to the hub, with its card."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tunesmith.ship.push import Plan
+
+
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Where to; made when it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private; a public one is refused.")] = False,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="The branch, made when it is missing.")] = "main",
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Such as apache-2.0; without it, the base model's.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="The base model on the hub, where the run names a folder.")
+    ] = None,
+    no_samples: Annotated[bool, typer.Option("--no-samples", help="Show no prompts and answers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and ask nobody.")] = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with a card that says what it is.
+
+    Goes on where an interrupted upload stopped. Log in first: `hf auth login`, or set HF_TOKEN.
+    """
+    from tunesmith.ship.push import MESSAGE, PushOptions
+    from tunesmith.ship.push import plan as plan_push
+    from tunesmith.ship.push import push as push_run
+
+    options = PushOptions(
+        private=private,
+        revision=revision,
+        message=MESSAGE if message is None else message,
+        licence=licence,
+        base_model=base_model,
+        samples=not no_samples,
+    )
+    if dry_run:
+        _show(plan_push(run, repo, options))
+        typer.echo("a dry run: nothing was sent")
+        return
+    report = push_run(run, repo, options, progress=_say)
+    _show(report.plan)
+    for name in report.removed:
+        typer.echo(f"removed {name}, which an earlier push left")
+    typer.echo(f"pushed to {report.url}")
+
+
+def _show(plan: "Plan") -> None:
+    """Each file with its size, the total, and what stays here."""
+    width = max(len(f"{item.size:,}") for item in plan.items)
+    for item in plan.items:
+        typer.echo(f"{item.size:>{width},} bytes  {item.path}")
+    typer.echo(f"{plan.size:>{width},} bytes in {len(plan.items)} files for {plan.repo}")
+    if plan.left_out:
+        typer.echo(f"not sent: {', '.join(plan.left_out)}")
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,75 @@
+"""Under which licence a tuned model may be passed on, as far as it can be known without asking anybody."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from tunesmith.errors import TunesmithError
+from tunesmith.ship.record import Origin
+
+HEADER = re.compile(r"\A\s*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+DEMO_LICENCE = "apache-2.0"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Licence:
+    """The hub's identifier of a licence, None where it isn't known; `name` and `link` go with "other"; `source` says in
+    words where it was found."""
+
+    identifier: str | None
+    source: str
+    name: str | None = None
+    link: str | None = None
+
+
+def licence_of(base: Origin, base_folder: str | None, given: str | None) -> Licence:
+    """What was `given`, else what the base model's card says: the one in `base_folder`, or that in the hub's cache.
+
+    Raises TunesmithError when `given` is no identifier of the hub's.
+    """
+    if given is not None:
+        if not IDENTIFIER.fullmatch(given):
+            raise TunesmithError(
+                f"--license is {given!r}; write the hub's identifier, such as apache-2.0, mit or llama3.1 "
+                "(https://huggingface.co/docs/hub/repositories-licenses)"
+            )
+        return Licence(identifier=given, source="as given")
+    if base.kind == "demo":
+        return Licence(identifier=DEMO_LICENCE, source="that of the base model")
+    for card in _cards(base, base_folder):
+        header = _header(card)
+        found = header.get("license")
+        if isinstance(found, str) and IDENTIFIER.fullmatch(found.lower()):
+            name, link = (header.get(key) for key in ("license_name", "license_link"))
+            other = found.lower() == "other"
+            return Licence(
+                identifier=found.lower(),
+                source="that of the base model",
+                name=str(name) if other and name else None,
+                # a link within the base model's repository leads nowhere in another
+                link=str(link) if other and str(link).startswith("https://") else None,
+            )
+    return Licence(identifier=None, source="not known here; that of the base model applies")
+
+
+def _cards(base: Origin, folder: str | None) -> list[Path]:
+    places: list[Any] = [Path(folder) / "README.md"] if folder and Path(folder).is_dir() else []
+    if base.kind == "hub":
+        places.append(try_to_load_from_cache(base.name, "README.md"))
+    return [Path(place) for place in places if isinstance(place, str | Path) and Path(place).is_file()]
+
+
+def _header(card: Path) -> Mapping[str, Any]:
+    """The YAML that a card begins with; empty where it can't be read, as somebody else wrote it."""
+    try:
+        found = HEADER.match(card.read_text(encoding="utf-8-sig"))
+        values = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
