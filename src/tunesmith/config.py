@@ -306,6 +306,12 @@ class SFTConfig(TrainingArguments):
         for name, (value, reason) in reasons.items():
             if value:
                 raise TunesmithError(f"{name} is {value!r}: {reason}")
+        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
+            raise TunesmithError(
+                f"hub_strategy is {strategy}, which sends the optimizer's state; take every_save or end, which send what "
+                "others can use"
+            )
 
     def _choose_precision(self) -> None:
         """Settle `precision`, and the flags `bf16` and `fp16` that `transformers` reads, on one format."""

@@ -17,9 +17,12 @@ from tunesmith.cli.check import HELP as CHECK_HELP
 from tunesmith.cli.check import USAGE as CHECK_USAGE
 from tunesmith.cli.check import check
 from tunesmith.cli.demo import demo
+from tunesmith.cli.export import export
 from tunesmith.cli.inspect import HELP as INSPECT_HELP
 from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
 from tunesmith.cli.inspect import inspect
+from tunesmith.cli.merge import merge
+from tunesmith.cli.push import push
 from tunesmith.cli.train import HELP as TRAIN_HELP
 from tunesmith.cli.train import USAGE as TRAIN_USAGE
 from tunesmith.cli.train import train
@@ -87,8 +90,8 @@ for command, text, usage in (
         help=text,
         options_metavar=usage,
     )(command)
-app.command()(chat)
-app.command()(demo)
+for plain in (chat, demo, merge, export, push):
+    app.command()(plain)
 
 
 def main() -> None:

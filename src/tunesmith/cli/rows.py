@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tunesmith.data.read import Rows
     from tunesmith.data.sources import DataSource
     from tunesmith.recipe import Recipe
+    from tunesmith.ship.record import Origin
 
 
 def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":
@@ -27,6 +28,22 @@ def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":
 def eval_rows(recipe: "Recipe") -> "Rows | None":
     """The rows of `eval_data`, None without any."""
     return _opened(recipe.eval_data, recipe.eval_split, "test") if recipe.eval_data else None
+
+
+def origins(recipe: "Recipe") -> "dict[str, Origin]":
+    """Where the data come from, by split or by the name of the source."""
+    from tunesmith.ship.record import Origin
+
+    given: dict[str, Any] = {name: source["path"] for name, source in recipe.sources.items()}
+    given |= {"train": recipe.data, "eval": recipe.eval_data}
+    found: dict[str, Origin] = {}
+    for name, paths in given.items():
+        listed = [Origin.of_data(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        if len(listed) > 1:
+            listed = [Origin(kind="file", name=", ".join(origin.name for origin in listed))]
+        if listed:
+            found[name] = listed[0]
+    return found
 
 
 def _opened(paths: Sequence[str], split: str | None, default_split: str) -> Any:

@@ -63,7 +63,7 @@ def train(
 
 def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130."""
-    from tunesmith.cli.rows import eval_rows, training_rows
+    from tunesmith.cli.rows import eval_rows, origins, training_rows
     from tunesmith.model.load import compute_dtype, resolve_model
     from tunesmith.model.lora import lora_config
     from tunesmith.model.quantize import quantization
@@ -95,6 +95,7 @@ def run(recipe: "Recipe") -> None:
             else None,
             callbacks=[stop],
         )
+        trainer.origins |= origins(recipe)
         _save_recipe(recipe, trainer)
         _say_preflight(trainer)
         _say(trainer.trainable)

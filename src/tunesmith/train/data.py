@@ -21,7 +21,7 @@ from tunesmith.data.read import Rows
 from tunesmith.data.sources import DataSource, mixed, split_rows, used
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, parsed
 from tunesmith.errors import TunesmithError
-from tunesmith.types import IGNORE_INDEX
+from tunesmith.types import IGNORE_INDEX, Row
 
 Source: TypeAlias = Dataset | IterableDataset | Rows | Sequence[Mapping[str, Any]]
 LOOKED_AT = 64
@@ -53,6 +53,7 @@ class DataPreparer:
         self._made: WeakSet[Dataset | IterableDataset] = WeakSet()
         self._mixture: dict[str, int] = {}
         self._looked: dict[str, Counts] = {}
+        self._sources: dict[str, tuple[Source, FormatOptions]] = {}
 
     def __call__(self, source: Source, split: str, *, packing: bool) -> Dataset | IterableDataset:
         """`source` ready for the collator. Rows that are tokenized already pass through the same checks; what was made
@@ -109,6 +110,12 @@ class DataPreparer:
             found.notes.insert(0, f"train: an epoch uses {parts}")
         return found
 
+    def first_rows(self, count: int = LOOKED_AT) -> Iterator[Row]:
+        """The first rows of each source, as they were understood; those that are not trained on come first."""
+        for split, (source, formats) in sorted(self._sources.items(), key=lambda item: is_train(item[0])):
+            for _, row in islice(parsed(numbered(source, split), formats), count):
+                yield row
+
     @property
     def stops(self) -> set[int]:
         """The tokens at which generation is to stop: all that end a supervised turn or text."""
@@ -140,6 +147,7 @@ class DataPreparer:
         except TunesmithError as error:
             raise TunesmithError(f"{split} data: {error}") from error
         self.counts[split], self.reports[split], self._examples[split] = report.counts, report, dataset
+        self._sources[split] = source, formats
         return dataset
 
     def _options(self, packing: bool) -> EncodeOptions:

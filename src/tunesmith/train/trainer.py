@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -11,40 +10,32 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from tunesmith.config import SFTConfig
 from tunesmith.data.collate import flat, padded
 from tunesmith.data.sources import DataSource
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Trainable, has_virtual_tokens, starting_point, trainable
+from tunesmith.model.adapters import has_virtual_tokens, starting_point
 from tunesmith.model.compiled import compile_layers
 from tunesmith.model.head import behind_virtual_tokens, next_token_targets
 from tunesmith.model.linear import speed_up
 from tunesmith.model.loss import LossOptions, Supervised
 from tunesmith.model.quantize import check_optimizer
-from tunesmith.train.batches import (
-    LengthGroups,
-    TokenBatches,
-    check_fit,
-    fitting_lengths,
-    lengths_of,
-    reached,
-    token_loader,
-)
-from tunesmith.train.data import COLUMNS, DataPreparer, Source, evened
+from tunesmith.ship.record import Origin
+from tunesmith.train.batches import check_fit
+from tunesmith.train.data import DataPreparer, Source
 from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
 from tunesmith.train.offload import offloading
+from tunesmith.train.publishing import PublishingTrainer
 from tunesmith.train.selftest import check_before_training
 from tunesmith.train.setup import (
     Model,
@@ -60,13 +51,14 @@ from tunesmith.types import IGNORE_INDEX
 Sources: TypeAlias = Source | Mapping[str, Source]
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(PublishingTrainer):
     """Supervised fine-tuning with the arguments of TRL's trainer of the same name.
 
     `model` is a name, a folder, "demo", or a loaded causal language model (with or without adapters). `train_dataset`
     is a `datasets.Dataset`, an `IterableDataset` (then `args.max_steps` must be set), a list of rows, or a mixture of
     them: named sources, each as it is or in a `DataSource` with its weight and held-out share, whose eval loss is
-    reported as `eval_NAME_loss`; `trainer.preflight` says what was found in the data. Afterwards
+    reported as `eval_NAME_loss`; `trainer.preflight` says what was found in the data, and `trainer.origins` may say
+    where it came from, by split or source, for the card. Afterwards
     `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
     `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches.
 
@@ -109,7 +101,7 @@ class SFTTrainer(Trainer):
         self._sharing = partial(flat, share_prefix=args.share_prefix == "auto")
         self._loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
         self._custom_collator = data_collator is not None
-        self._rows_per_batch: float | None = None
+        self.origins: dict[str, Origin] = {}
         self._meters = {mode: Meter() for mode in ("train", "eval")}
         super().__init__(
             model=model,
@@ -147,15 +139,6 @@ class SFTTrainer(Trainer):
             compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         else:
             speed_up(model)
-
-    @property
-    def trainable(self) -> Trainable:
-        """How much of the model is trained."""
-        return trainable(cast(nn.Module, self.model))
-
-    @property
-    def has_adapters(self) -> bool:
-        return isinstance(self.model, PeftModel)
 
     # Data
 
@@ -211,62 +194,6 @@ class SFTTrainer(Trainer):
         """Logits (rows, T, V) and labels (rows, T), padded with -100, of rows like those of the constructor."""
         prepared = self._prepare(test_dataset, metric_key_prefix, packing=False)
         return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = cast(Any, COLUMNS)
-
-    def _get_dataloader(  # type: ignore[override]
-        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
-    ) -> Any:
-        """Metrics and predictions want logits by row, in order, so their batches are padded; the rest take the run's
-        collator, and may be batches by tokens or of rows grouped by length."""
-        training = bool(kwargs.get("is_training"))
-        by_row = description == "test" or (self.compute_metrics is not None and not training)
-        by_tokens = cast(SFTConfig, self.args).max_tokens_per_batch is not None and not by_row
-        if self.args.world_size > 1 and isinstance(dataset, Dataset) and not training:
-            dataset = evened(dataset, self.args.world_size * (1 if by_tokens else batch_size))
-        if by_tokens:
-            return self._token_loader(dataset, training)
-        if self._grouped and isinstance(dataset, Dataset):
-            size = batch_size * self.args.world_size
-            kwargs["sampler_fn"] = SequentialSampler if by_row else partial(self._length_groups, batch_size=size)
-        collator = self.data_collator
-        if by_row and not self._custom_collator:
-            self.data_collator = self._padded
-        try:
-            return reached(super()._get_dataloader(dataset, description, batch_size, **kwargs))
-        finally:
-            self.data_collator = collator
-
-    def _token_loader(self, dataset: Any, training: bool) -> Any:
-        args = cast(SFTConfig, self.args)
-        split = "train" if training else "eval"
-        assert args.max_tokens_per_batch is not None
-        batches = TokenBatches(
-            fitting_lengths(dataset, split, args.max_tokens_per_batch, int(args.pad_to_multiple_of or 1)),
-            args.max_tokens_per_batch,
-            seed=self._data_seed if training else None,
-            # How much a collator of the user's pads is not known: no more than that.
-            padded=not self._flat or self._custom_collator,
-            multiple_of=args.world_size,
-        )
-        if training:
-            self._rows_per_batch = len(dataset) / len(batches)
-        dataset = self._remove_unused_columns(dataset, description=split)
-        return reached(self.accelerator.prepare(token_loader(dataset, batches, self.data_collator, args)))
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The rows of a step, from which rows per second are reported; of batches by tokens, the mean."""
-        rows = super().get_total_train_batch_size(args)
-        mean = self._rows_per_batch
-        return rows if mean is None else round(rows / self._train_batch_size * mean)
-
-    def _length_groups(self, dataset: Dataset, batch_size: int) -> LengthGroups:
-        return LengthGroups(lengths_of(dataset), batch_size, self._data_seed)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # Training
 
@@ -357,18 +284,6 @@ class SFTTrainer(Trainer):
                 return self.compute_loss(model, inputs).detach(), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), outputs.logits, inputs["labels"]
-
-    # What is saved
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The settings go with the model as JSON; `transformers` would pickle them, and a pickle is code."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            if self._base_changed is not None and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-                self._base_changed.save_for_the_base(cast(PeftModel, self.model), folder)
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     # What is reported
 

@@ -1,0 +1,275 @@
+"""A base model without weights, with adapters that have theirs: what of the base changes, and into what.
+
+`peft` builds its layers around a model on the meta device, and merges them with its own code, one at a time: a layer's
+base weights are read, merged, handed out, and dropped.
+
+Shapes: R rows of the embeddings, H hidden size.
+"""
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.save_and_load import get_base_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tunesmith.errors import TunesmithError
+from tunesmith.model.load import ADAPTER_WEIGHTS, ADAPTERS
+
+NAME = "default"
+"""What `peft` calls the adapters here, however they were called in training."""
+REPEATED = ("pissa", "olora")
+"""Ways to start adapters that take their start away from the base weights, and do it again whenever they are loaded."""
+LOST = ("pissa_niter", "loftq", "corda", "lora_ga")
+"""Ways to start adapters that change the base weights and can't be repeated: they draw numbers, or need data."""
+
+ENDS = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight")
+"""What follows the name of an adapted embedding where its weights were saved whole."""
+
+Read = Callable[[str, torch.Size], Tensor]
+"""The base model's weight of that name in fp32, and of that shape."""
+
+
+def adapter_settings(folder: Path) -> PeftConfig:
+    """The settings of the adapters in `folder`. Raises TunesmithError for adapters that can't be merged."""
+    for file in (ADAPTERS, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise TunesmithError(f"{folder} has no {file}: the folder of a run that trained adapters is needed")
+    with explained(f"the adapters in {folder} can't be read"):
+        start = json.loads((folder / ADAPTERS).read_text(encoding="utf-8")).get("init_lora_weights")
+        _refuse_lost(start, folder)  # before peft wants what it needs to start them
+        settings = PeftConfig.from_pretrained(str(folder))
+    kind = PeftType(settings.peft_type).value
+    if settings.is_prompt_learning or settings.is_adaption_prompt:
+        raise TunesmithError(
+            f"{folder} holds {kind} adapters, which add to the prompt or to attention and change no weight: there is "
+            "nothing to merge; load them with peft"
+        )
+    return settings
+
+
+def _refuse_lost(start: Any, folder: Path) -> None:
+    if isinstance(start, str) and start.startswith(LOST):
+        raise TunesmithError(
+            f"{folder}: these adapters were started with init_lora_weights={start!r}, which changed the base model's "
+            "weights, and the change was not saved. Convert them to plain LoRA where they were trained: "
+            "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...), see the peft documentation"
+        )
+
+
+def rows_in_adapters(folder: Path, base: PreTrainedModel) -> int:
+    """The rows (R) of the embeddings that the adapters in `folder` fit onto; 0 where they don't say."""
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    paths = [name for name, module in base.named_modules() if module in layers]
+    rows = 0
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            path = name.removeprefix("base_model.model.")
+            shape = file.get_slice(name).get_shape()
+            if path in {f"{own}{end}" for own in paths for end in ENDS}:
+                rows = max(rows, shape[0])
+            elif path in {f"{own}.lora_embedding_A" for own in paths}:
+                rows = max(rows, shape[1])
+    return rows
+
+
+def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device: its layers and their shapes, and no weights."""
+    with torch.device("meta"), explained("the base model can't be built"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def shared_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """The names of each weight that has several, such as the head's of tied embeddings; the embeddings' come first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+class Adapted:
+    """The adapters in `folder` around `base`, a model on the meta device, which is changed.
+
+    `shapes` has the shape of every tensor in the base model's state dict by its name there, `own` those tensors that
+    came with the adapters (trained biases, whole embeddings), and `layers` every outermost layer that `peft` put in
+    the place of the base model's, by its name. Raises TunesmithError where adapters and base don't fit.
+    """
+
+    def __init__(self, base: PreTrainedModel, folder: Path, settings: PeftConfig) -> None:
+        self.settings = settings
+        plain = copy.deepcopy(settings)
+        plain.inference_mode = True
+        if isinstance(getattr(plain, "init_lora_weights", None), str):
+            plain.init_lora_weights = True  # type: ignore[attr-defined]  # the weights are loaded, not started
+        with explained(f"the adapters in {folder} don't fit their base model"):
+            model = get_peft_model(base, plain, adapter_name=NAME, low_cpu_mem_usage=True)
+            _load(model, folder)
+        self._adapters = {name: module for name, module in base.named_modules() if _replaces(module)}
+        self.layers = {name: module for name, module in self._adapters.items() if not self._inside(name)}
+        tensors = get_base_model_state_dict(model)
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.own = {
+            name: tensor for name, tensor in tensors.items() if not tensor.is_meta and self.layer_of(name) is None
+        }
+        if not self.layers:
+            raise TunesmithError(f"the adapters in {folder} adapt no layer of {type(base).__name__}")
+
+    def _inside(self, name: str) -> bool:
+        parents = name.split(".")[:-1]
+        return any(".".join(parents[:depth]) in self._adapters for depth in range(1, len(parents) + 1))
+
+    def layer_of(self, name: str) -> str | None:
+        """The adapted layer that the base model's tensor `name` belongs to, or None."""
+        parts = name.split(".")[:-1]
+        paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        return next((path for path in paths if path in self.layers), None)
+
+    def merged(self, path: str, read: Read) -> dict[str, Tensor]:
+        """The tensors of the layer `path` after merging, in fp32, by the base model's names.
+
+        `read` gives the base model's. Raises TunesmithError where `peft` can't merge the layer.
+        """
+        layer: Any = self.layers[path]
+        base = _base_layer(layer, path)
+        with torch.no_grad(), explained(f"the adapters of {path} can't be merged"):
+            before = base.state_dict() if base is not None else {}
+            if base is not None:
+                needed = {
+                    name: read(f"{path}.{name}", tensor.shape) if tensor.is_meta else tensor.float()
+                    for name, tensor in before.items()
+                }
+                base.load_state_dict(needed, assign=True)
+            _repeat_start(layer, self.settings)
+            module = _merge(layer)
+            found = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        lacking = [name for name, tensor in found.items() if tensor.is_meta]
+        if lacking:
+            raise TunesmithError(f"the adapters hold no weights for {lacking[0]}; were they saved whole?")
+        if base is not None:
+            base.load_state_dict(before, assign=True)
+            _forget(layer)
+        return found
+
+
+def _load(model: PeftModel, folder: Path) -> None:
+    """Gives the adapter layers their weights, while the base model stays on the meta device. `peft` copies into what is
+    there, which is nothing, so the names that it translated them to are noted, and each is put in its place."""
+    noted: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, tensors: Mapping[str, Tensor], *_: Any) -> None:
+        noted.update(tensors)
+
+    handle = model.register_load_state_dict_pre_hook(note)
+    try:
+        mapping = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
+        result = model.load_adapter(str(folder), NAME, torch_device="cpu", key_mapping=mapping)
+    finally:
+        handle.remove()
+    # What was trained of embeddings that have grown is saved once more, by names that nothing has.
+    strange = [name for name in result.unexpected_keys if not re.search(r"\.(modules_to_save|token_adapter)\.", name)]
+    for problem, bad in (("lack", result.missing_keys), ("hold what the model has no place for:", strange)):
+        if bad:
+            raise TunesmithError(f"the adapters in {folder} {problem} {bad[0]} ({len(bad)} in all)")
+    whole = {name: tensor if ".modules_to_save." in name else tensor.float() for name, tensor in noted.items()}
+    model.load_state_dict(whole, strict=False, assign=True)
+    _tie_again(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and f".{NAME}" in name and "trainable_tokens_original" not in name:
+            kind = PeftType(model.peft_config[NAME].peft_type).value
+            raise TunesmithError(
+                f"{kind} adapters keep {name} outside of their file, and can't be merged layer by layer; merge them "
+                "with peft: PeftModel.from_pretrained(...).merge_and_unload()"
+            )
+
+
+def _tie_again(model: PeftModel) -> None:
+    """A head that is trained as one with the embeddings has their weights again, as in training."""
+    names = getattr(model.peft_config[NAME], "modules_to_tie", None) or ()
+    embeddings: Any = model.get_base_model().get_input_embeddings()  # type: ignore[operator]
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(path == n or path.endswith(f".{n}") for n in names):
+            module.modules_to_save[NAME].weight = embeddings.modules_to_save[NAME].weight
+
+
+def _replaces(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def _base_layer(layer: Any, path: str) -> nn.Module | None:
+    """The base model's layer inside of `layer`; None where all of it was trained anew."""
+    if isinstance(layer, ModulesToSaveWrapper):
+        return None
+    if isinstance(layer, TrainableTokensWrapper):
+        layer = layer.token_adapter
+        if isinstance(layer.base_layer, BaseTunerLayer):
+            raise TunesmithError(
+                f"{path} has both adapters and trainable_token_indices, which peft can't merge together"
+            )
+    base: nn.Module = layer.get_base_layer()
+    inner = next((name for name, module in base.named_modules() if _replaces(module)), None)
+    if inner is not None:
+        raise TunesmithError(f"{path} has adapters, and so has {inner} inside of it, which can't be merged")
+    return base
+
+
+def _repeat_start(layer: Any, settings: PeftConfig) -> None:
+    """Takes away from the base weights what the adapters started with, as `peft` does when it loads such adapters."""
+    start = getattr(settings, "init_lora_weights", True)
+    if start not in REPEATED or not isinstance(layer, LoraLayer) or NAME not in layer.lora_A:
+        return
+    trained = [layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data]
+    if start == "pissa":
+        layer.pissa_init(NAME, start)
+    else:
+        layer.olora_init(NAME)
+    layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data = trained
+
+
+def _merge(layer: Any) -> nn.Module:
+    """As `peft`'s `merge_and_unload` does for each layer."""
+    module: nn.Module
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+    else:
+        layer.merge(safe_merge=True)
+        module = layer.get_base_layer()
+    return module
+
+
+def _forget(layer: nn.Module) -> None:
+    """Lets the layer be merged again: its base weights are as before."""
+    for module in layer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merged_adapters.clear()
+
+
+@contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """What `peft` and `transformers` raise for what can't be done, as TunesmithError; and without their warnings on
+    merging, which are about what is taken care of here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"peft\.")
+            warnings.filterwarnings("ignore", ".* copying from a non-meta parameter")
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    except TunesmithError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+        first, *more = str(error).splitlines() or [type(error).__name__]  # one for every layer, sometimes
+        said = " ".join([first, *(line.strip() for line in more[:1])]) + (" ..." if more[1:] else "")
+        raise TunesmithError(f"{problem}: {said}") from error
