@@ -1,5 +1,6 @@
 """Values from YAML or the command line to the type that a setting has."""
 
+import re
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -19,6 +20,9 @@ _NAMES: dict[Any, str] = {
     str: "text",
     NoneType: "null",
 }
+
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -161,3 +165,12 @@ def found(value: Any) -> str:
 def shorten(text: str, width: int = 80) -> str:
     """`text` in at most `width` characters."""
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a size such as "2GB" (10^9), "1.5 GiB" (2^30) or "500MB". Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    size = 0 if found is None or found[2] not in UNITS else int(float(found[1]) * UNITS[found[2]])
+    if size < 1:
+        raise ValueError(f"is {text!r}; write for example 2GB or 500MB")
+    return size

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens a row. Labels stay unshifted here; `model.head.next_token_targets` shifts them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -92,3 +92,28 @@ def padded(rows: Rows, pad_token_id: int = 0, multiple: int = 1) -> dict[str, to
     if _weighted(rows):
         batch["weights"] = torch.tensor([pad(weights, 0.0) for _, _, weights in parts])
     return batch
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a batch that `flat` or `padded` made, each a row again, with its labels and weights."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    weights = tensors.get("weights")
+    if "attention_mask" in tensors:
+        sizes = tensors["attention_mask"].sum(dim=1).tolist()
+        ids, labels = tensors["input_ids"], tensors["labels"]
+        parts = [
+            (ids[i, :size], labels[i, :size], None if weights is None else weights[i, :size])
+            for i, size in enumerate(sizes)
+        ]
+    else:
+        places = tensors.get("places", slice(None))
+        ids, positions = (tensors[name][0][places] for name in ("input_ids", "position_ids"))
+        sizes = torch.diff((positions == 0).nonzero()[:, 0], append=positions.new_tensor([len(positions)])).tolist()
+        scales = [None] * len(sizes) if weights is None else weights[0].split(sizes)
+        parts = list(zip(ids.split(sizes), tensors["labels"][0].split(sizes), scales, strict=True))
+    return [_row(*part) for part in parts]
+
+
+def _row(ids: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> dict[str, Any]:
+    row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
+    return row if weights is None else row | {"weights": weights.tolist()}

@@ -6,7 +6,6 @@ it. What was written is loaded and compared with the adapters on the base model 
 
 import gc
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from tunesmith.coerce import byte_count
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
@@ -34,7 +34,6 @@ from tunesmith.ship.names import NamesInFiles, names_in_files
 from tunesmith.ship.shards import LoadedWeights, Piece, Weights, stored_weights, write_shards
 
 Progress = Callable[[str], None]
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SPARE = 64 * 2**20
 """Bytes for the tokenizer and the settings."""
 
@@ -67,11 +66,10 @@ class MergeOptions:
         self.shard_bytes()
 
     def shard_bytes(self) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", self.max_shard_size.strip().upper())
-        size = 0 if found is None or found[2] not in UNITS else int(float(found[1]) * UNITS[found[2]])
-        if size < 1:
-            raise TunesmithError(f"max_shard_size is {self.max_shard_size!r}; write for example 2GB or 500MB")
-        return size
+        try:
+            return byte_count(self.max_shard_size)
+        except ValueError as error:
+            raise TunesmithError(f"max_shard_size {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,21 +56,25 @@ class BatchingTrainer(Trainer):
         finally:
             self.data_collator = collator
 
-    def _token_loader(self, dataset: Any, training: bool) -> Any:
+    def _token_batches(self, dataset: Any, training: bool) -> TokenBatches:
         args = cast(SFTConfig, self.args)
-        split = "train" if training else "eval"
         assert args.max_tokens_per_batch is not None
-        batches = TokenBatches(
-            fitting_lengths(dataset, split, args.max_tokens_per_batch, int(args.pad_to_multiple_of or 1)),
+        split, multiple = "train" if training else "eval", int(args.pad_to_multiple_of or 1)
+        return TokenBatches(
+            fitting_lengths(dataset, split, args.max_tokens_per_batch, multiple),
             args.max_tokens_per_batch,
             seed=self._data_seed if training else None,
             # How much a collator of the user's pads is not known: no more than that.
             padded=not self._flat or self._custom_collator,
             multiple_of=args.world_size,
         )
+
+    def _token_loader(self, dataset: Any, training: bool) -> Any:
+        args = cast(SFTConfig, self.args)
+        batches = self._token_batches(dataset, training)
         if training:
             self._rows_per_batch = len(dataset) / len(batches)
-        dataset = self._remove_unused_columns(dataset, description=split)
+        dataset = self._remove_unused_columns(dataset, description="train" if training else "eval")
         return reached(self.accelerator.prepare(token_loader(dataset, batches, self.data_collator, args)))
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:

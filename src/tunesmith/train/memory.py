@@ -1,7 +1,16 @@
-"""Main memory that a CPU trains in: kept between steps."""
+"""Memory: kept between steps on a CPU, watched, and given back when it is out."""
 
 import ctypes
+import gc
+import os
 import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunesmith.errors import TunesmithError
 
 # From glibc's malloc.h; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -19,3 +28,55 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+class MemoryLimit(RuntimeError):
+    """The process has come to hold more than `memory_limit`."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory that `error` is about: a GPU's, the limit of ours, or what the system would give."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | MemoryLimit):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text.lower())
+
+
+def resident() -> int | None:
+    """Bytes that the process has in main memory; None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def limit_memory(model: nn.Module, limit: int) -> None:
+    """Let each layer of `model` raise MemoryLimit, before it runs, when the process holds more than `limit` bytes.
+
+    Raises TunesmithError where that can't be told, and when it holds more already.
+    """
+    held = resident()
+    if held is None:
+        raise TunesmithError("memory_limit: this system does not tell how much memory a process has; leave it out")
+    if held > limit:
+        raise TunesmithError(
+            f"memory_limit is {limit / 1e9:.2f} GB, and the process holds {held / 1e9:.2f} GB before training; raise it"
+        )
+
+    def check(*_: object) -> None:
+        now = resident() or 0
+        if now > limit and torch.is_grad_enabled():
+            raise MemoryLimit(f"{now / 1e9:.2f} GB, and memory_limit is {limit / 1e9:.2f} GB")
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(check)
+
+
+def give_back() -> None:
+    """Free what nobody holds, and give it back: to the GPU, and to the system."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
