@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 from jinja2.runtime import new_context
 
 from tunesmith.data.formats import template_arguments
+from tunesmith.data.sandbox import compiled, refuse_long
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, TrainOn
 
@@ -99,12 +100,10 @@ class ChatTemplate:
 
         A tokenizer may have another template for conversations with tools.
         """
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
         if (key := tools is None) not in self._programs:
             try:
                 source = self._tokenizer.get_chat_template(tools=tools)
-                program = _compile_jinja_template(source)
+                program = compiled(source)
             except Exception as error:
                 raise TunesmithError(f"the chat template can't be read: {error}") from error
             self._programs[key] = program, bool(GENERATION.search(source)), {**program.globals, **self._variables}
@@ -148,9 +147,9 @@ class Chat:
         context = new_context(self._program.environment, None, self._program.blocks, variables, shared=True)
         try:
             if marks is None:
-                return "".join(self._program.root_render_func(context))
+                return "".join(refuse_long(self._program.root_render_func(context)))
             with self._program.environment.activate_tracker(blocks := list[str](), marks):
-                for block in self._program.root_render_func(context):
+                for block in refuse_long(self._program.root_render_func(context)):
                     blocks.append(block)  # one by one: the tracker counts their characters meanwhile
             return "".join(blocks)
         except Exception as error:  # a template is a program: whatever it raises, it refuses

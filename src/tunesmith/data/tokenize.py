@@ -17,6 +17,7 @@ import numpy as np
 from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
 from tunesmith.data.columns import Columns
 from tunesmith.data.formats import FormatOptions, detect, format_row, parse
+from tunesmith.data.sandbox import time_limit
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Text, Tokens, TrainOn
 
@@ -105,7 +106,8 @@ class Encoder:
 
     def render(self, rows: Sequence[tuple[str, Row]]) -> list[Placed]:
         """First step: the text of each row and what is supervised of it."""
-        return [(place, self._at(place, self._rendered, row)) for place, row in rows]
+        with time_limit():
+            return [(place, self._at(place, self._rendered, row)) for place, row in rows]
 
     def tokenize(self, rendered: Sequence[Placed]) -> Iterator[Any]:
         """Second step, all outside of Python's lock: the encoding of each text, in order."""
