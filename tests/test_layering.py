@@ -25,7 +25,7 @@ LAYERS = (
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
-TOP_LEVEL = dict.fromkeys(("errors", "types", "home", "precision", "coerce", "config", "recipe"), "base") | {
+TOP_LEVEL = dict.fromkeys(("errors", "types", "home", "precision", "coerce", "sandbox", "config", "recipe"), "base") | {
     "__main__": "cli"
 }
 HEIGHT = {place: height for height, row in enumerate(LAYERS) for place in row}
@@ -36,6 +36,7 @@ TORCH_FREE = (
     "types",
     "home",
     "coerce",
+    "sandbox",
     "recipe",
     "data.read",
     "data.formats",

@@ -26,8 +26,8 @@ from typing import Any, TypeAlias
 from jinja2.runtime import new_context
 
 from tunesmith.data.formats import template_arguments
-from tunesmith.data.sandbox import compiled, refuse_long
 from tunesmith.errors import TunesmithError
+from tunesmith.sandbox import compiled, refuse_long
 from tunesmith.types import Conversation, TrainOn
 
 Fields: TypeAlias = Mapping[str, Any]

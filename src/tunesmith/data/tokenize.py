@@ -17,8 +17,8 @@ import numpy as np
 from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
 from tunesmith.data.columns import Columns
 from tunesmith.data.formats import FormatOptions, detect, format_row, parse
-from tunesmith.data.sandbox import time_limit
 from tunesmith.errors import TunesmithError
+from tunesmith.sandbox import time_limit
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Text, Tokens, TrainOn
 
 Placed: TypeAlias = "tuple[str, Rendered | Tokens]"

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import has_virtual_tokens
+from tunesmith.sandbox import time_limit
 
 Messages = Sequence[Mapping[str, Any]]
 Model = PreTrainedModel | PeftModel
@@ -101,9 +102,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
     """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
     one message is the text to go on with."""
     if tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-        )
+        with time_limit():
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     elif len(messages) == 1:
         ids = tokenizer(messages[0]["content"], verbose=False)["input_ids"]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import CHATML
-from tunesmith.data import sandbox
-from tunesmith.data.sandbox import TooLong, compiled, refuse_long, time_limit
+from tunesmith import sandbox
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
+from tunesmith.sandbox import TooLong, compiled, refuse_long, time_limit
 from tunesmith.types import Conversation, Message
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
