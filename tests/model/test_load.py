@@ -152,6 +152,10 @@ def test_a_folder_without_a_model_says_what_is_missing(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(TunesmithError, match=r"pickle files \(\.bin\)"):
         load_model(str(copy))
+    state = {name: value.clone() for name, value in load_file(copy / "pytorch_model.bin").items()}
+    torch.save(state, copy / "pytorch_model.bin")
+    trusted = load_model(str(copy), allow_pickle=True)
+    assert torch.equal(trusted.get_parameter("model.norm.weight"), state["model.norm.weight"])
     (copy / "pytorch_model.bin").unlink()
     with pytest.raises(TunesmithError, match=r"has no weights: there is no \.safetensors file"):
         load_model(str(copy))

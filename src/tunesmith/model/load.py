@@ -64,17 +64,23 @@ def resolve_model(name: str, progress: Progress | None = None) -> str:
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False, **kwargs: Any
+    name: str,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """The causal language model `name`; `kwargs` are those of `from_pretrained`.
 
     `dtype` is float32 unless said otherwise: weights that are trained must hold updates far smaller than themselves;
-    "auto" takes the checkpoint's. Raises TunesmithError when the model can't be loaded, or lacks weights.
+    "auto" takes the checkpoint's. With `allow_pickle`, weights may also be in pickle files, of which torch then reads
+    numbers only. Raises TunesmithError when the model can't be loaded, or lacks weights.
     """
     path = resolve_model(name)
     dtype = kwargs.pop("torch_dtype", dtype)  # its earlier name in transformers
     if Path(path).is_dir():
-        _check_folder(Path(path), name, kwargs)
+        _check_folder(Path(path), name, kwargs, allow_pickle)
     with _explained(name), _no_bars(path):
         if not trust_remote_code:
             _refuse_code(path, kwargs.get("revision"))
@@ -82,7 +88,7 @@ def load_model(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             **kwargs,
         )
@@ -204,7 +210,7 @@ def base_of(adapters: str) -> tuple[str, dict[str, str]]:
     return base, {"revision": config.revision} if config.revision else {}
 
 
-def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any]) -> None:
+def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any], allow_pickle: bool) -> None:
     """Raises for a folder whose files can't be a model in safetensors; `transformers` would say it less clearly."""
     if "gguf_file" in kwargs or kwargs.get("subfolder"):
         return
@@ -218,9 +224,11 @@ def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any]) -> None:
     if ".safetensors" in found:
         return
     if found & {".bin", ".pt", ".pth"}:
+        if allow_pickle:
+            return
         raise TunesmithError(
-            f"{name} has its weights in pickle files (.bin), which can run code when they are read. Convert them: load "
-            "the model where you trust it and call save_pretrained, which writes safetensors"
+            f"{name} has its weights in pickle files (.bin), which can run code when they are read. If you trust "
+            "them, set allow_pickle: true; or convert them: load the model and call save_pretrained"
         )
     raise TunesmithError(f"{name} has no weights: there is no .safetensors file in it")
 

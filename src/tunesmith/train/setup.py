@@ -112,6 +112,7 @@ def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantizati
     if init.get("quantization_config") is not None:
         check_quantization(init["quantization_config"])
         init.setdefault("dtype", compute_dtype(args))
+    trusted = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
     adapters = holds_adapters(name)
     if init.get("quantization_config") is not None and peft_config is None and not adapters:
         raise TunesmithError(NO_ADAPTERS)
@@ -123,10 +124,10 @@ def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantizati
             )
         init.setdefault("dtype", compute_dtype(args))
         logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
-        return load_adapted(name, trust_remote_code=args.trust_remote_code, is_trainable=True, **init)
+        return load_adapted(name, is_trainable=True, **trusted, **init)
     if peft_config is not None:
         init.setdefault("dtype", compute_dtype(args))
-    return load_model(name, trust_remote_code=args.trust_remote_code, **init)
+    return load_model(name, **trusted, **init)
 
 
 def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> list[int]:
