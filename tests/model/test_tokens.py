@@ -1,4 +1,4 @@
-"""Built-in chat templates, the tokens they bring, the rows of the model for them, and the adapters that train these."""
+"""The tokens that a chat template brings, the rows of the model for them, and the adapters that train these."""
 
 import subprocess
 import sys
@@ -7,223 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import ByteLevel
-from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 from transformers import (
     AddedToken,
-    LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 import tunesmith
+from tests.model.token_models import BYTES, RENDERED, TALK, embeddings, head, llama, phi, small_tokenizer
 from tunesmith import TunesmithError, clone_chat_template
-from tunesmith.data.chat import ChatTemplate, render
-from tunesmith.model.tokens import BUILT_IN, TEMPLATES, extend_tokenizer, resize_for, train_new_tokens
-from tunesmith.types import Conversation, Message
-
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-EOS = len(BYTES)
-
-
-def small_tokenizer(bos: str | None = None, **roles: Any) -> PreTrainedTokenizerFast:
-    """A token for each byte, and <|endoftext|> with id 256; with `bos`, one more token, which begins each text."""
-    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(BYTES)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in ("<|endoftext|>", bos) if token]
-    )
-    if bos is not None:
-        backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, EOS + 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, **({"eos_token": "<|endoftext|>"} | roles))
-
-
-def llama(rows: int = EOS + 1, *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=rows,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config)
-
-
-def phi(rows: int = EOS + 1) -> PreTrainedModel:
-    """Its head has a bias."""
-    torch.manual_seed(0)
-    config = PhiConfig(
-        vocab_size=rows, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=None, eos_token_id=EOS,
-    )  # fmt: skip
-    model = PhiForCausalLM(config)
-    torch.nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-def embeddings(model: PreTrainedModel) -> Tensor:
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    return weight.detach().clone()
-
-
-def head(model: PreTrainedModel) -> Any:
-    return model.get_output_embeddings()
-
-
-# The built-in templates
-
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "See you"},
-]
-RENDERED = {
-    "chatml": (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
-        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSee you<|im_end|>\n"
-    ),
-    "llama3": (
-        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nSee you<|eot_id|>"
-    ),
-    "zephyr": (
-        "<|system|>\nBe brief.<|endoftext|>\n<|user|>\nHi<|endoftext|>\n<|assistant|>\nHello<|endoftext|>\n"
-        "<|user|>\nBye<|endoftext|>\n<|assistant|>\nSee you<|endoftext|>\n"
-    ),
-    "mistral": "[INST] Be brief.\n\nHi [/INST] Hello<|endoftext|>[INST] Bye [/INST] See you<|endoftext|>",
-    "gemma": (
-        "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
-        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nSee you<end_of_turn>\n"
-    ),
-    "alpaca": (
-        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello<|endoftext|>"
-        "\n\n### Instruction:\nBye\n\n### Response:\nSee you<|endoftext|>"
-    ),
-    "plain": (
-        "System: Be brief.\nUser: Hi\nAssistant: Hello<|endoftext|>\nUser: Bye\nAssistant: See you<|endoftext|>\n"
-    ),
-}
-END = {name: template.eos or "<|endoftext|>" for name, template in BUILT_IN.items()}
-SPACE = {name: " " if name in ("mistral", "plain") else "" for name in BUILT_IN}  # before an answer
-each_template = pytest.mark.parametrize("name", BUILT_IN)
-
-
-def with_template(name: str, **kwargs: Any) -> PreTrainedTokenizerFast:
-    tokenizer = small_tokenizer(**kwargs)
-    extend_tokenizer(tokenizer, name)
-    return tokenizer
-
-
-def shown(name: str, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-    return str(with_template(name).apply_chat_template(messages, tokenize=False, **kwargs))
-
-
-def test_the_package_has_the_templates_that_the_specification_names() -> None:
-    assert set(BUILT_IN) == {"chatml", "llama3", "zephyr", "mistral", "gemma", "alpaca", "plain"} == set(RENDERED)
-    assert {file.name for file in TEMPLATES.iterdir()} == {f"{name}.jinja" for name in BUILT_IN}
-
-
-@each_template
-def test_a_conversation_with_a_system_message_and_two_turns_is_rendered_as_written_here(name: str) -> None:
-    assert shown(name, TALK) == RENDERED[name]
-
-
-@each_template
-@pytest.mark.parametrize("length", [2, 4])
-def test_what_inference_renders_is_the_beginning_of_the_conversation_up_to_the_answer(name: str, length: int) -> None:
-    prompt = shown(name, TALK[:length], add_generation_prompt=True)
-    answer = SPACE[name] + TALK[length]["content"] + END[name]
-    assert RENDERED[name].startswith(prompt + answer)
-
-
-@each_template
-def test_a_conversation_without_a_system_message_has_the_same_turns(name: str) -> None:
-    turns = RENDERED[name].replace("Be brief.\n\n", "", 1) if name in ("mistral", "gemma") else RENDERED[name]
-    turns = turns[turns.index({"alpaca": "\n\n###", "plain": "User", "chatml": "<|im_start|>user", "zephyr": "<|user|>",
-                               "llama3": "<|start_header_id|>user"}.get(name, turns[:1])) :]  # fmt: skip
-    introduction = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    )
-    assert shown(name, TALK[1:]) == (introduction if name == "alpaca" else "") + turns
-
-
-@each_template
-@pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "completion"])
-def test_the_trained_spans_are_the_answers_with_their_end_token(name: str, train_on: Any) -> None:
-    """`render` compares its spans with the {% generation %} blocks, and refuses where they differ."""
-    messages = tuple(Message(fields=message) for message in TALK)
-    conversation = Conversation(messages=messages, prompt_length=4 if train_on == "completion" else None)
-    rendered = render(conversation, ChatTemplate(with_template(name)), train_on)
-    answers = [SPACE[name] + text + END[name] for text in ("Hello", "See you")]
-    spans = [rendered.text[span.start : span.stop] for span in rendered.spans]
-    assert spans == (answers if train_on == "assistant" else answers[1:])
-
-
-@each_template
-def test_the_generation_blocks_cover_an_answer_from_behind_the_prompt_through_its_end_token(name: str) -> None:
-    tokenizer = with_template(name)
-    encoded: Any = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
-    marked = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(marked) == "".join(SPACE[name] + text + END[name] for text in ("Hello", "See you"))
-
-
-@each_template
-@pytest.mark.parametrize(
-    ("messages", "tools"),
-    [
-        ([{"role": "tool", "content": "4"}], None),
-        ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], None),
-        ([TALK[1], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}], None),
-        (TALK, [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
-    ],
-    ids=["tool message", "content of parts", "tool call", "tools"],
-)
-def test_what_a_template_has_no_place_for_is_refused(name: str, messages: Any, tools: Any) -> None:
-    with pytest.raises(TemplateError, match=rf"The {name} template (takes|has no place)"):
-        shown(name, messages, tools=tools)
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma"])
-@pytest.mark.parametrize(
-    "roles", ["user user", "assistant", "user assistant assistant", "user system", "system system"]
-)
-def test_templates_of_strict_turns_refuse_another_order(name: str, roles: str) -> None:
-    with pytest.raises(TemplateError, match=f"The {name} template takes user and assistant messages in turn"):
-        shown(name, [{"role": role, "content": "Hi"} for role in roles.split()])
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma"])
-def test_a_system_message_that_could_not_be_put_anywhere_is_refused(name: str) -> None:
-    with pytest.raises(TemplateError, match="needs a user message behind a system message"):
-        shown(name, TALK[:1], add_generation_prompt=True)
-
-
-@each_template
-def test_texts_begin_as_the_tokenizer_begins_them(name: str) -> None:
-    plain = with_template(name, bos="<s>").apply_chat_template(TALK, tokenize=False)
-    assert plain == "<s>" + RENDERED[name]
-
+from tunesmith.model.tokens import extend_tokenizer, resize_for, train_new_tokens
 
 # Sources
 

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tests.model.test_tokens import EOS, llama, phi, small_tokenizer
+from tests.model.token_models import EOS, llama, phi, small_tokenizer
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
 from tunesmith.model.load import load_run
 
