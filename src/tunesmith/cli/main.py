@@ -17,6 +17,8 @@ from tunesmith.cli.check import HELP as CHECK_HELP
 from tunesmith.cli.check import USAGE as CHECK_USAGE
 from tunesmith.cli.check import check
 from tunesmith.cli.demo import demo
+from tunesmith.cli.doctor import doctor
+from tunesmith.cli.eval import evaluate
 from tunesmith.cli.export import export
 from tunesmith.cli.inspect import HELP as INSPECT_HELP
 from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
@@ -90,7 +92,8 @@ for command, text, usage in (
         help=text,
         options_metavar=usage,
     )(command)
-for plain in (chat, demo, merge, export, push):
+app.command("eval")(evaluate)
+for plain in (chat, demo, merge, export, push, doctor):
     app.command()(plain)
 
 

@@ -43,6 +43,14 @@ class Sampling:
             raise TunesmithError(f"top_p is {self.top_p}, a share above 0 and up to 1")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """`ended`: the model ended it. Otherwise it was cut off, at `max_new_tokens` or where the model's room ends."""
+
+    text: str
+    ended: bool
+
+
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,9 +70,23 @@ def generate(
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     encoded = [prompt_ids(tokenizer, messages) for messages in prompts]
+    answers = generate_from_ids(model, tokenizer, encoded, sampling, batch_size=batch_size, progress=progress)
+    return [answer.text for answer in answers]
+
+
+def generate_from_ids(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """`generate` for prompts that are token ids already, in their order; says of each answer how it came to an end."""
     # The longest first: like lengths pad least, and what doesn't fit in memory fails at once.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    answers = [""] * len(encoded)
+    answers = [Answer(text="", ended=False)] * len(encoded)
     if has_virtual_tokens(model):
         batch_size = 1  # padding would come between them and the prompt
     training = model.training
@@ -73,8 +95,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             outputs = _answers(model, tokenizer, [encoded[i] for i in chosen], sampling)
-            for i, ids in zip(chosen, outputs, strict=True):
-                answers[i] = str(tokenizer.decode(ids, **PLAIN))
+            for i, (ids, ended) in zip(chosen, outputs, strict=True):
+                answers[i] = Answer(text=str(tokenizer.decode(ids, **PLAIN)), ended=ended)
             if progress is not None:
                 progress(start + len(chosen))
     finally:
@@ -98,19 +120,22 @@ def stream(
     return "".join(streamer.pieces)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, arguments: Mapping[str, Any] | None = None
+) -> list[int]:
     """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
-    one message is the text to go on with."""
+    one message is the text to go on with. `arguments` are the chat template's, `tools` among them."""
     if tokenizer.chat_template is not None:
         with time_limit():
             text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                **(arguments or {}),
             )
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     elif len(messages) == 1:
-        ids = tokenizer(messages[0]["content"], verbose=False)["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            ids = ids[:-1]
+        return text_ids(tokenizer, messages[0]["content"])
     else:
         raise TunesmithError(
             f"the tokenizer has no chat template, so a prompt is one text; this one is {len(messages)} messages"
@@ -118,6 +143,24 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
     if not ids:
         raise TunesmithError("the prompt is empty")
     return list(ids)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text to go on with. Raises TunesmithError where there are none."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids = ids[:-1]
+    if not ids:
+        raise TunesmithError("the prompt is empty")
+    return list(ids)
+
+
+def room_of(model: Model) -> int | None:
+    """How many tokens a prompt and its answer may have together; None where the model sets no limit."""
+    room = getattr(_base(model).config.get_text_config(), "max_position_embeddings", None)
+    if room and has_virtual_tokens(model):
+        room -= model.active_peft_config.num_virtual_tokens  # type: ignore[union-attr]
+    return room or None
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -166,14 +209,13 @@ def _answers(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     streamer: TextStreamer | None = None,
-) -> list[list[int]]:
-    """The new tokens of each prompt, up to its end. Padding is on the left, so that all answers begin in one column."""
+) -> list[tuple[list[int], bool]]:
+    """The new tokens of each prompt, up to its end, and whether they had one. Padding is on the left, so that all
+    answers begin in one column."""
     base = _base(model)
     virtual = has_virtual_tokens(model)
     longest = max(map(len, prompts))
-    room = getattr(base.config.get_text_config(), "max_position_embeddings", None) or longest + sampling.max_new_tokens
-    if virtual:
-        room -= model.active_peft_config.num_virtual_tokens  # type: ignore[union-attr, operator]
+    room = room_of(model) or longest + sampling.max_new_tokens
     if longest >= room:
         raise TunesmithError(f"the prompt has {longest} tokens, but the model has room for {room}, answer included")
     stops = stop_ids(model, tokenizer)
@@ -208,8 +250,9 @@ def _in_front(model: PeftModel, ids_BT: Tensor) -> dict[str, Any]:
     return {"input_ids": None, "inputs_embeds": whole, "attention_mask": mask}
 
 
-def _until(stops: Sequence[int], ids: list[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+def _until(stops: Sequence[int], ids: list[int]) -> tuple[list[int], bool]:
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    return ids[:end], end is not None
 
 
 @contextmanager

@@ -1,0 +1,207 @@
+"""`tunesmith eval`: answers to rows that were not trained on, scored, those of the base model beside them."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.asking import Answered, Settings, ask, say
+from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.data.tokenize import Counts
+    from tunesmith.report.metrics import Estimate, Metric, Result
+
+WIDTH = 80
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, a model's folder or name, or demo.")],
+    data: Annotated[str, typer.Option(help="A file, or a name on the hub, with rows that were not trained on.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="exact_match, contains, json_valid, json_equal, number or rouge; give it several times for more. "
+            "Without it: what fits the data."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask so many rows, drawn at random.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Answers that are generated together.")] = 16,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system message, in place of the rows' own.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write each row with its answers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    columns: Annotated[
+        str | None, typer.Option(help="Names of columns: '{prompt: question, completion: answer}'.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of data on the hub. Without it: test.")] = None,
+    as_chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--text", help="How to ask prompts that are texts. Without it: as the run was trained."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the rows that are drawn, and of the intervals.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+) -> None:
+    """Ask a run rows that it was not trained on, and score its answers beside those of its base model."""
+    from tunesmith.data.tokenize import Counts
+    from tunesmith.report.metrics import chosen, fitting, refuse_unfit, scored
+    from tunesmith.report.questions import Source, questions
+
+    settings = Settings(
+        run=run,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        with_base=not no_base,
+        as_chat=as_chat,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    metrics = chosen(metric or ())
+    if output is not None:
+        _check_output(output)
+    counts = Counts()
+    found = questions(Source(data=data, split=split, columns=_columns(columns), system=system), counts)
+    expected = [item.expected for item in found]
+    metrics, why = (metrics, "") if metrics else fitting(expected)
+    if why:
+        say(f"metrics: {', '.join(item.name for item in metrics)}, because {why}")
+    refuse_unfit(metrics, expected)
+    answered = ask(found, settings, counts)
+    for note in answered.notes:
+        say(f"note: {note}")
+    expected = [item.expected for item in answered.questions]
+    tuned = [answer.text for answer in answered.tuned]
+    base = None if answered.base is None else [answer.text for answer in answered.base]
+    results = [scored(item, expected, tuned, base, seed) for item in metrics]
+    if output is not None:
+        _write(output, answered, metrics)
+    if as_json:
+        about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed, "metrics_chosen_for": why}
+        typer.echo(json.dumps(about | _as_json(answered, results, counts), ensure_ascii=False))
+    else:
+        _show(answered, results, counts, settings)
+
+
+# What is said
+
+
+def _columns(text: str | None) -> Mapping[str, str]:
+    from tunesmith.coerce import coerce
+
+    try:
+        return {} if text is None else coerce(text, dict[str, str])
+    except ValueError as error:
+        raise TunesmithError(f"columns {error}; write '{{prompt: question, completion: answer}}'") from error
+
+
+def _show(answered: Answered, results: Sequence["Result"], counts: "Counts", settings: Settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{len(answered.questions):,} rows that {settings.run} was asked", title_justify="left")
+    has_base = answered.base is not None
+    for heading in ("", "rows", *(("base", "tuned", "difference") if has_base else ("answers",))):
+        table.add_column(heading, justify="right" if heading else "left")
+    for result in results:
+        share = result.metric.is_share
+        cells = [_cell(item, share) for item in (result.base, result.tuned) if item is not None]
+        cells += [] if result.difference is None else [_cell(result.difference, share, "+")]
+        table.add_row(result.metric.name, f"{result.count:,}", *cells)
+    Console(width=WIDTH, highlight=False).print(table)
+    typer.echo("In brackets: 95% intervals." + (" Differences of shares: percentage points." if has_base else ""))
+    for line in _lines(answered, counts, settings):
+        typer.echo(line)
+
+
+def _cell(estimate: "Estimate", is_share: bool, sign: str = "") -> str:
+    """`92% (83, 97)`, or `0.41 (0.38, 0.44)`; a difference has a sign."""
+    value, low, high = (
+        "" if item is None else format(100 * item, f"{sign}.0f") if is_share else format(item, f"{sign}.2f")
+        for item in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value}{'%' if is_share and not sign else ''}" + (f" ({low}, {high})" if low else "")
+
+
+def _lines(answered: Answered, counts: "Counts", settings: Settings) -> list[str]:
+    """What was left out and cut off."""
+    found = []
+    for reason, (count, places) in counts.dropped.items():
+        more = ", ..." if count > len(places) else ""
+        found.append(f"left out: {count:,} with {reason} ({', '.join(places)}{more})")
+    for name, cut in _cut_off(answered).items():
+        if cut:
+            places = [answered.questions[i].place for i in cut[:3]]
+            found.append(
+                f"cut off: {len(cut):,} answers ({name}) did not end within {settings.max_new_tokens} tokens, which "
+                f"lowers scores ({', '.join(places)}{', ...' if len(cut) > 3 else ''}); raise --max-new-tokens, or "
+                "train on rows that end with an end token"
+            )
+    return found
+
+
+def _cut_off(answered: Answered) -> dict[str, list[int]]:
+    """Which answers did not end, by the model that gave them."""
+    return {
+        name: [i for i, answer in enumerate(answers) if not answer.ended]
+        for name, answers in (("tuned", answered.tuned), ("base", answered.base))
+        if answers is not None
+    }
+
+
+def _as_json(answered: Answered, results: Sequence["Result"], counts: "Counts") -> dict[str, Any]:
+    return {
+        "rows": len(answered.questions),
+        "metrics": [
+            {"name": result.metric.name, "kind": "share" if result.metric.is_share else "mean", "rows": result.count}
+            | {
+                name: None if (estimate := getattr(result, name)) is None else asdict(estimate)
+                for name in ("tuned", "base", "difference")
+            }
+            for result in results
+        ],
+        "cut_off": {name: len(cut) for name, cut in _cut_off(answered).items()},
+        "left_out": {reason: {"rows": count, "places": at} for reason, (count, at) in counts.dropped.items()},
+        "notes": answered.notes,
+    }
+
+
+# What is written
+
+
+def _check_output(path: Path) -> None:
+    """Raises TunesmithError for a file that can't be written, before anything takes time."""
+    if path.exists():
+        raise TunesmithError(f"output {path} is there already; delete it, or choose another name")
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise TunesmithError(f"output {path}: {folder} is no folder that can be written to; make it first")
+
+
+def _write(path: Path, answered: Answered, metrics: Sequence["Metric"]) -> None:
+    """One line for each row, the whole file or none."""
+    by_model = {"tuned": answered.tuned} | ({} if answered.base is None else {"base": answered.base})
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            for i, question in enumerate(answered.questions):
+                line: dict[str, Any] = {
+                    "place": question.place,
+                    "prompt": question.prompt,
+                    "expected": question.expected,
+                }
+                for model, answers in by_model.items():
+                    scores = {item.name: item.score(answers[i].text, question.expected) for item in metrics}
+                    line[model] = {"answer": answers[i].text, "cut_off": not answers[i].ended, "scores": scores}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.chmod(name, 0o644)  # a temporary file is its owner's alone
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,94 @@
+"""How much memory the devices have that a run may be planned for."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.precision import PrecisionName
+
+CPU = "cpu"
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """`memory` is what programs can have of it, in bytes; `precision` what a run with `precision: auto` is expected to
+    settle on there; `one_kernel` whether attention takes one kernel for all documents in that precision."""
+
+    name: str
+    memory: int
+    precision: PrecisionName
+    one_kernel: bool
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == CPU
+
+
+def _gpu(name: str, gib: float, *, ampere: bool = True) -> Device:
+    return Device(name=name, memory=int(gib * GIB), precision="bf16" if ampere else "fp16", one_kernel=ampere)
+
+
+# What `torch.cuda.get_device_properties(0).total_memory` says, which is less than what the name of the card says.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("t4", 14.6, ampere=False),
+        _gpu("a10g", 22.0),
+        _gpu("l4", 22.0),
+        _gpu("3090", 23.6),
+        _gpu("4090", 23.6),
+        _gpu("a100", 39.4),
+        _gpu("a100-80gb", 79.1),
+        _gpu("h100", 79.1),
+    )
+}
+
+
+def device(name: str | None, precision: PrecisionName) -> Device:
+    """The device `name`, or None for the one that a run here would take. `precision` is what this machine's CPU would
+    compute in. Raises TunesmithError for an unknown name."""
+    if name is None:
+        return _this_gpu() or device(CPU, precision)
+    key = name.lower().replace("rtx", "").strip(" -_")
+    if key == CPU:
+        return Device(name=CPU, memory=available(), precision=precision, one_kernel=False)
+    if key not in GPUS:
+        raise TunesmithError(f"--gpu {name}: choose {' | '.join([*GPUS, CPU])}{nearest(key, [*GPUS, CPU])}")
+    return GPUS[key]
+
+
+def _this_gpu() -> Device | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    ampere = torch.cuda.get_device_capability(0) >= (8, 0)
+    return _gpu(properties.name, properties.total_memory / GIB, ampere=ampere)
+
+
+def available() -> int:
+    """Bytes of main memory that a new program can have without swapping, on this machine and in this container."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all there is: macOS does not say what is free
+    return min([free, *_container()])
+
+
+def _container() -> list[int]:
+    """What a Linux control group leaves."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as most:
+            limit = int(most.read())
+        with (
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+            open("/sys/fs/cgroup/memory.stat") as stat,
+        ):
+            cached = next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
+            return [max(0, limit - int(used.read()) + cached)]
+    except (OSError, ValueError, StopIteration):  # no control group, or one without a limit ("max")
+        return []
