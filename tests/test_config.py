@@ -241,3 +241,12 @@ def test_the_users_mistake_is_a_value_error() -> None:
 def test_a_strategy_that_cuts_long_examples_itself_takes_no_other_word_on_them(strategy: Any) -> None:
     with pytest.raises(TunesmithError, match=f"overlong is 'drop', but packing_strategy: {strategy}"):
         SFTConfig(output_dir="unused", packing=True, packing_strategy=strategy, overlong="drop")
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"bf16": True}])
+def test_bfloat16_may_be_asked_for_without_a_gpu(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+    config = SFTConfig(output_dir=str(tmp_path), **settings)
+    assert (config.precision, config.bf16, config.use_cpu) == ("bf16", True, True)

@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
+from tunesmith.coerce import byte_count
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.precision import PrecisionName, decide, describe, measure
+from tunesmith.precision import PrecisionName, decide, describe, measure, recorded
 from tunesmith.types import TrainOn
 
 LossType = Literal["nll", "dft", "chunked_nll"]
@@ -152,6 +153,44 @@ class SFTConfig(TrainingArguments):
             "auto (where that is possible) | always | off."
         ),
     )
+    max_bad_steps: int = field(
+        default=5, metadata=_help("Stop after so many steps in a row without a finite gradient; one is left out.")
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata=_help("On a CPU: split micro-batches rather than hold more main memory than this, such as 12GB."),
+    )
+    rehearse: SelfTestMode = field(
+        default="auto",
+        metadata=_help(
+            "Try the largest micro-batch before the first step, so that memory runs out at once or never: auto (in "
+            "runs of 50 steps or more, and with memory_limit) | always | off."
+        ),
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=_help(
+            "Read weights (.bin) and checkpoints of other tools that are pickles; only plain data is taken from them."
+        ),
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata=_help(
+            "Resume although data, settings or model have changed. What is in the optimizer's state (learning rate, "
+            "weight decay, betas) stays the checkpoint's."
+        ),
+    )
+    async_save: bool = field(
+        default=False,
+        metadata=_help("Write checkpoints in a thread, from a copy in main memory, while the training goes on."),
+    )
+    sample_prompts: int | None = field(
+        default=None,
+        metadata=_help(
+            "So many held-out prompts are answered before training, with each evaluation and at the end, for the "
+            "report. Unset: 3 in `tunesmith train`, 0 in a program."
+        ),
+    )
     loraplus_lr_ratio: float | None = field(
         default=None,
         metadata=_help("LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."),
@@ -161,6 +200,15 @@ class SFTConfig(TrainingArguments):
         self._check_choices()
         self._check_supervision()
         self._check_batches()
+        if self.memory_limit is not None:
+            try:
+                byte_count(self.memory_limit)
+            except ValueError as error:
+                raise TunesmithError(f"memory_limit {error}") from error
+        if self.max_bad_steps < 1:
+            raise TunesmithError(f"max_bad_steps is {self.max_bad_steps}; the run can stop after 1 at the earliest")
+        if self.sample_prompts is not None and self.sample_prompts < 0:
+            raise TunesmithError(f"sample_prompts is {self.sample_prompts}; write 0 for none, or how many")
         if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
             raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
         self._refuse_unsupported()
@@ -195,6 +243,7 @@ class SFTConfig(TrainingArguments):
             "overlong": Overlong,
             "train_on": TrainOn,
             "precision": Precision,
+            "rehearse": SelfTestMode,
             "self_test": SelfTestMode,
             "share_prefix": SharePrefix,
         }
@@ -309,8 +358,8 @@ class SFTConfig(TrainingArguments):
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
         if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
             raise TunesmithError(
-                f"hub_strategy is {strategy}, which sends the optimizer's state; take every_save or end, which send what "
-                "others can use"
+                f"hub_strategy is {strategy}, which sends the optimizer's state; take every_save or end, which send "
+                "what others can use"
             )
 
     def _choose_precision(self) -> None:
@@ -325,16 +374,23 @@ class SFTConfig(TrainingArguments):
                 f"precision is {self.precision!r}, but bf16 and fp16 say {flagged}; set only precision"
             )
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if self._device_type() == "cpu":
+            self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
+            self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
 
-    def _measured_precision(self) -> PrecisionName:
+    def _device_type(self) -> str:
         import torch
 
         device = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-        device_type = "cpu" if device is None else device.type
+        return "cpu" if device is None else device.type
+
+    def _measured_precision(self) -> PrecisionName:
+        device_type = self._device_type()
+        before = recorded(self.output_dir, self.resume_from_checkpoint)
+        if before is not None:
+            self.precision_note = f"precision {before[0]}: as in {before[1]}, from which the run goes on"
+            return before[0]
         speeds = measure(device_type)
         choice = decide(speeds, device_type)
-        if device_type == "cpu":
-            self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
-            self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
         self.precision_note = describe(choice, speeds, device_type)
         return choice

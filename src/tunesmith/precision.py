@@ -4,10 +4,13 @@ A default can't know: a product in bfloat16 takes nine times as long as in fp32 
 a Zen 4; a T4 only emulates it, and is fast in fp16. A short timed matrix product tells.
 """
 
+import json
+import re
 import time
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -49,6 +52,23 @@ def measure(device_type: str) -> dict[PrecisionName, float]:
 def describe(choice: PrecisionName, speeds: Mapping[PrecisionName, float], device_type: str) -> str:
     figures = ", ".join(f"{name} {speeds[name]:,.0f}" for name in get_args(PrecisionName) if speeds.get(name))
     return f"precision {choice}: matrix products on this {device_type} in GFLOP/s: {figures}"
+
+
+def recorded(output: str | None, resume: Any) -> tuple[PrecisionName, Path] | None:
+    """The precision that a run was trained in so far, and the checkpoint that says so: the folder `resume`, or if that
+    is True the newest in `output` with a manifest. A run that goes on must not measure again, and choose another."""
+    if not resume:
+        return None
+    folders = [Path(resume)] if isinstance(resume, str) else list(Path(output or ".").glob("checkpoint-*"))
+    steps = {folder: re.search(r"checkpoint-(\d+)$", folder.name) for folder in folders}
+    for folder in sorted(folders, key=lambda item: int(found[1]) if (found := steps[item]) else -1, reverse=True):
+        try:
+            name = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["precision"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if name in get_args(PrecisionName):
+            return name, folder
+    return None
 
 
 def _seconds(device: torch.device, dtype: torch.dtype, size: int) -> float | None:

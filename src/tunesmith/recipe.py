@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 LORA_LEARNING_RATE = 2e-4
 SUFFIXES = (".yaml", ".yml")
-NOT_SAVED = ("hub_token", "resume_from_checkpoint")
-"""What a saved recipe leaves out: a secret, and what only this start was about."""
+NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
+"""What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
 KEYS: dict[str, tuple[Any, str]] = {
     "model": (str, "The model: a name on the hub, a folder, or demo."),

@@ -1,6 +1,6 @@
 """The command `tunesmith`. What is heavy is imported by the commands when they run.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import logging

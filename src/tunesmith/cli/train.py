@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tunesmith.train.trainer import SFTTrainer
 
 RECIPE = "recipe.yaml"
-INTERRUPTED = 130
+SAMPLE_PROMPTS = 3
 USAGE = "[RECIPE.yaml] [--SETTING VALUE]..."
 HELP = """Train a model, as a recipe says.
 
@@ -38,7 +38,7 @@ The settings used most:
 [cyan]--packing[/cyan]      several examples to a row of that length
 [cyan]--learning-rate[/cyan]  [cyan]--num-train-epochs[/cyan]  [cyan]--max-steps[/cyan]
 [cyan]--per-device-train-batch-size[/cyan]  [cyan]--gradient-accumulation-steps[/cyan]
-[cyan]--resume-from-checkpoint[/cyan]   go on from the newest one in the output folder
+[cyan]--resume-from-checkpoint[/cyan]   go on from the newest whole one in the output folder
 """
 
 
@@ -62,7 +62,8 @@ def train(
 
 
 def run(recipe: "Recipe") -> None:
-    """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130."""
+    """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
+    with 143."""
     from tunesmith.cli.rows import eval_rows, origins, training_rows
     from tunesmith.model.load import compute_dtype, resolve_model
     from tunesmith.model.lora import lora_config
@@ -76,6 +77,8 @@ def run(recipe: "Recipe") -> None:
     if recipe.config.precision_note:
         _say(recipe.config.precision_note)
     resolve_model(recipe.model, _say)
+    if recipe.config.sample_prompts is None:
+        recipe.config.sample_prompts = SAMPLE_PROMPTS
 
     from rich.console import Console
 
@@ -102,14 +105,28 @@ def run(recipe: "Recipe") -> None:
         with TrainingProgress.attach(trainer, Console()):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
     output = str(recipe.config.output_dir)
-    if stop.asked:
+    if not stop.stopped:
+        trainer.save_model()
+    _report(trainer)
+    if stop.stopped:
         recipe_file = shlex.quote(str(Path(output) / RECIPE))
         _say(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint in {output}")
         _say(f"go on:  tunesmith train {recipe_file} --resume-from-checkpoint")
-        raise typer.Exit(INTERRUPTED)
-    trainer.save_model()
+        raise typer.Exit(stop.exit_code)
     _say(f"saved {'the adapters' if trainer.has_adapters else 'the model'} to {output}")
     _say(f"try it:  tunesmith chat {shlex.quote(output)}")
+
+
+def _report(trainer: "SFTTrainer") -> None:
+    """A run stands without its report."""
+    from tunesmith.cli.report import write_report
+
+    if not trainer.is_world_process_zero():
+        return
+    try:
+        _say(f"how it went:  {write_report([str(trainer.args.output_dir)])}")
+    except TunesmithError as error:
+        _say(f"note: there is no report: {error}")
 
 
 def _say_preflight(trainer: "SFTTrainer") -> None:

@@ -36,10 +36,29 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@cache
+_chosen: bool | None = None
+
+
 def onednn_is_faster() -> bool:
-    """Whether fp32 products on this CPU are faster through oneDNN. Takes some tenths of a second, once."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Whether fp32 products on this CPU go through oneDNN: because they are faster, or because `use_onednn` said so.
+    Takes some tenths of a second, once."""
+    return _measured() if _chosen is None else _chosen
+
+
+def use_onednn(choice: bool) -> None:
+    """Take this library from now on, whatever is faster here: a run that goes on must round as it did before. Models
+    that `speed_up` was called on before need it once more."""
+    global _chosen
+    _chosen = choice and _has_onednn()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _measured() -> bool:
+    if not _has_onednn():
         return False
     x, weight = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE)  # random ones would change the run's random numbers
     best = {F.linear: float("inf"), _onednn: float("inf")}
@@ -113,7 +132,7 @@ def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    plain = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
+    plain = onednn_is_faster() and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
     if not plain or torch.is_autocast_enabled("cpu"):
         return F.linear(input, self.weight, self.bias)
     flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)

@@ -197,7 +197,7 @@ def run_folder(path: Path) -> Path:
     return newest_checkpoint(path) or path
 
 
-def base_of(adapters: str) -> tuple[str, dict[str, str]]:
+def base_of(adapters: str) -> tuple[str, dict[str, Any]]:
     """The name of the model that `adapters` belong to, and its revision as an argument. The demo model's folder may be
     elsewhere than on the machine that trained."""
     with _explained(adapters, "adapters of "):

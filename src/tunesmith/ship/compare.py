@@ -69,7 +69,7 @@ class Source:
     """Where the model with its adapters beside it comes from. `rows` are those of its embeddings."""
 
     base: str
-    revision: dict[str, str]
+    revision: dict[str, Any]
     adapters: Path
     rows: int
     trust_remote_code: bool

@@ -23,6 +23,15 @@ class Meter:
     def reset(self) -> None:
         self._sums: dict[str, Any] = defaultdict(float)
 
+    def state(self) -> list[float]:
+        """What `restore` goes on from, of this process: the tokens since the start, and the sums."""
+        return [float(self._tokens), *(float(self._sums[name]) for name in _SUMS)]
+
+    def restore(self, state: list[float]) -> None:
+        """Go on where `state` was taken."""
+        self._tokens = round(state[0])
+        self._sums = defaultdict(float, zip(_SUMS, state[1:], strict=True))
+
     def read(self, batch: Mapping[str, Any]) -> None:
         """Count the tokens of a batch, padding left out."""
         mask = batch.get("attention_mask")

@@ -37,7 +37,8 @@ class TrainingProgress(TrainerCallback):
         return callback
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._started, self._tokens = time.perf_counter(), 0
+        counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self._started, self._tokens = time.perf_counter(), counted[-1] if counted else 0  # those of a resumed run
         self._first_step = state.global_step
         if self.console.is_terminal:
             self._bar.start()

@@ -112,7 +112,7 @@ def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantizati
     if init.get("quantization_config") is not None:
         check_quantization(init["quantization_config"])
         init.setdefault("dtype", compute_dtype(args))
-    trusted = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
+    trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
     adapters = holds_adapters(name)
     if init.get("quantization_config") is not None and peft_config is None and not adapters:
         raise TunesmithError(NO_ADAPTERS)

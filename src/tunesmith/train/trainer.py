@@ -31,11 +31,12 @@ from tunesmith.model.loss import LossOptions, Supervised
 from tunesmith.model.quantize import check_optimizer
 from tunesmith.ship.record import Origin
 from tunesmith.train.batches import check_fit
+from tunesmith.train.checkpointing import CheckpointingTrainer
 from tunesmith.train.data import DataPreparer, Source
+from tunesmith.train.journal import JournalingTrainer
 from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
 from tunesmith.train.offload import offloading
-from tunesmith.train.publishing import PublishingTrainer
 from tunesmith.train.selftest import check_before_training
 from tunesmith.train.setup import (
     Model,
@@ -51,7 +52,7 @@ from tunesmith.types import IGNORE_INDEX
 Sources: TypeAlias = Source | Mapping[str, Source]
 
 
-class SFTTrainer(PublishingTrainer):
+class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
     """Supervised fine-tuning with the arguments of TRL's trainer of the same name.
 
     `model` is a name, a folder, "demo", or a loaded causal language model (with or without adapters). `train_dataset`
@@ -257,6 +258,8 @@ class SFTTrainer(PublishingTrainer):
                 else:
                     result = model(**forward, supervise=targets, loss_options=self._loss_options)
             self._meter.add(result, targets)
+            if model.training:
+                self._note_losses(inputs, result)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
             total = torch.as_tensor(num_items_in_batch, device=result.loss.device)
             loss = result.loss / torch.where(total > 0, total, torch.ones_like(total))

@@ -1,0 +1,279 @@
+"""Checkpoint folders that are whole or not there.
+
+A checkpoint is written to `.checkpoint-N.partial-XXXX/checkpoint-N` beside its place, flushed to the disk, described by
+`manifest.json` (the size and SHA-256 of every file, and what the run was), and renamed to `checkpoint-N`. Who looks for
+checkpoints sees the whole of it or nothing.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import TunesmithError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Raise it with a change that an older version would read wrongly."""
+NAME = re.compile(r"checkpoint-(\d+)")
+PARTIALS = ".checkpoint-*.partial-*"
+PICKLES = ("*.pt", "*.pth", "pytorch_model*.bin", "adapter_model*.bin")
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "*/adapter_model.safetensors")
+STATE = "trainer_state.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What must be as it was for a run to go on, by name; values are those of JSON."""
+
+    data: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any]
+
+    def differences(self, now: "Identity") -> list[str]:
+        """`name: was -> is` of whatever differs. What only one of them knows was written by another version."""
+        found = []
+        for part in ("data", "settings", "model"):
+            was, today = getattr(self, part), getattr(now, part)
+            prefix = {"data": "data, ", "settings": "", "model": "model, "}[part]
+            for name in sorted(was.keys() & today.keys()):
+                if was[name] != today[name]:
+                    found.append(f"{prefix}{name}: {was[name]} -> {today[name]}")
+        return found
+
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each part."""
+        return {
+            part: hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+            for part, values in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What `manifest.json` says. `files` has the size in bytes and the SHA-256 of each file; `environment` what a run
+    may change but what changes its rounding: device, threads, processes; `onednn` is the library of matrix products."""
+
+    step: int
+    identity: Identity
+    precision: str
+    onednn: bool
+    environment: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, tuple[int, str]]
+
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes."""
+        return sum(size for size, _ in self.files.values())
+
+    def to_json(self) -> str:
+        values = asdict(self) | {"format": FORMAT, "fingerprints": self.identity.fingerprints()}
+        values["files"] = {name: {"size": size, "sha256": digest} for name, (size, digest) in self.files.items()}
+        return json.dumps(values, indent=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises TunesmithError for a folder without one, or with one that can't be read."""
+        try:
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if values.pop("format") > FORMAT:
+                raise TunesmithError(f"{folder} was written by a newer version of tunesmith; update this one")
+            values.pop("fingerprints")
+            values["files"] = {name: (int(one["size"]), str(one["sha256"])) for name, one in values["files"].items()}
+            values["identity"] = Identity(**values["identity"])
+            return cls(**values)
+        except FileNotFoundError:
+            raise TunesmithError(f"{folder} has no {MANIFEST}, so nobody can tell whether it is whole") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, TunesmithError):
+                raise
+            raise TunesmithError(f"{folder / MANIFEST} can't be read: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """A checkpoint to go on from; `manifest` is None where another tool wrote it, `skipped` says which newer ones were
+    passed over, and why."""
+
+    folder: Path
+    manifest: Manifest | None
+    skipped: tuple[str, ...] = ()
+
+
+# Writing
+
+
+def begin(run: Path, step: int) -> Path:
+    """The empty folder to write the checkpoint of `step` to, before `finish`. Raises OSError."""
+    run.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}.partial-", dir=run)) / f"checkpoint-{step}"
+    folder.mkdir()
+    return folder
+
+
+def finish(folder: Path, manifest: Manifest) -> Path:
+    """Describe, flush and rename what was written to the `folder` of `begin`; returns where it is now.
+
+    A checkpoint of that step that is there already is replaced. Raises OSError.
+    """
+    described = replace(manifest, files={name: _described(folder / name) for name in _files(folder)})
+    (folder / MANIFEST).write_text(described.to_json(), encoding="utf-8")
+    _flush(folder)
+    run = folder.parent.parent
+    target = run / folder.name
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=run))
+        target.rename(aside / target.name)
+        folder.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        folder.rename(target)
+    _flush_folder(run)
+    folder.parent.rmdir()
+    return target
+
+
+def discard(folder: Path) -> None:
+    """Remove the `folder` of `begin`."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def remove_partials(run: Path) -> None:
+    """Remove what was cut short. A checkpoint that lacked only its last renaming gets it."""
+    for partial in run.glob(PARTIALS):
+        for folder in partial.glob("checkpoint-*"):
+            target = run / folder.name
+            if not target.exists() and reason_against(folder) is None:
+                folder.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but never the newest, nor the one at `best`. Nothing is removed
+    before the newest is read again and found to be as it was written."""
+    found = checkpoints(run)
+    if limit is None or limit < 1 or len(found) <= limit:
+        return
+    verify(found[-1])
+    kept = {found[-1]} | ({Path(best)} if best is not None else set())
+    removable = [folder for folder in found if folder not in kept and folder.resolve() not in kept]
+    for folder in removable[: max(0, len(found) - max(limit, len(kept)))]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _described(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    for path in (*(item for item in folder.rglob("*") if item.is_dir()), folder, folder.parent):
+        _flush_folder(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # where folders can't be opened
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+# Reading
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run by step, the newest last."""
+    steps = {item: int(found[1]) for item in run.glob("checkpoint-*") if (found := NAME.fullmatch(item.name))}
+    return sorted((item for item in steps if item.is_dir()), key=lambda item: steps[item])
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all as they were written.
+
+    Raises:
+        TunesmithError: the file that isn't, or that there is no manifest.
+    """
+    manifest = Manifest.read(folder)
+    for name, (size, digest) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise TunesmithError(f"{folder} lacks {name}")
+        if path.stat().st_size != size:
+            raise TunesmithError(f"{path} has {path.stat().st_size:,} bytes, and was written with {size:,}")
+        if _described(path)[1] != digest:
+            raise TunesmithError(f"{path} has other content than was written: its SHA-256 differs")
+    return manifest
+
+
+def reason_against(folder: Path) -> str | None:
+    """Why a checkpoint does not verify; None for one that does."""
+    try:
+        verify(folder)
+    except TunesmithError as error:
+        return str(error)
+    return None
+
+
+def newest_whole(run: Path, *, allow_pickle: bool = False) -> Chosen:
+    """The newest checkpoint of a run that verifies, or with `allow_pickle` that another tool wrote.
+
+    Raises:
+        TunesmithError: there is none; says what was passed over.
+    """
+    skipped = [f"{partial} is partial: its writing was cut short" for partial in run.glob(PARTIALS)]
+    for folder in reversed(checkpoints(run)):
+        try:
+            return replace(checked(folder, allow_pickle=allow_pickle), skipped=tuple(skipped))
+        except TunesmithError as error:
+            skipped.append(str(error))
+    raise TunesmithError(
+        f"resume_from_checkpoint: there is no checkpoint in {run} to go on from{_listed(skipped)}"
+        + ("" if skipped else "; leave it out to start anew")
+    )
+
+
+def checked(folder: Path, *, allow_pickle: bool = False) -> Chosen:
+    """The checkpoint in `folder`, verified. One that another tool wrote has no manifest, and its states are pickles; it
+    is taken only with `allow_pickle`, and then read by `torch.load(weights_only=True)`.
+
+    Raises:
+        TunesmithError: it does not verify, or needs pickles to be read.
+    """
+    if not (folder / STATE).is_file():
+        raise TunesmithError(f"{folder} is no checkpoint: it has no {STATE}")
+    pickles = sorted(item.name for pattern in PICKLES for item in folder.glob(pattern))
+    foreign = not (folder / MANIFEST).is_file()
+    needs = foreign or not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+    if pickles and needs and not allow_pickle:
+        raise TunesmithError(
+            f"{folder} was written by another tool, and {', '.join(pickles)} are pickles, which can run code when they "
+            "are read; if you trust it, set allow_pickle: true (--allow-pickle), which reads plain data from them only"
+        )
+    if foreign and pickles:
+        return Chosen(folder=folder, manifest=None)
+    return Chosen(folder=folder, manifest=verify(folder))
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)

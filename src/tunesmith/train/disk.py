@@ -1,0 +1,122 @@
+"""Whether the next checkpoint fits on the disk, and what to say where writing fails."""
+
+import errno
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tunesmith.errors import TunesmithError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PAUSE = 1.0
+"""Seconds before writing is tried again."""
+MORE = 16 * 2**20
+"""Bytes for the tokenizer, settings and the disk's own book-keeping."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def estimated_size(model: nn.Module, optimizer: Any, optimizer_name: str, *, only_model: bool) -> int:
+    """Bytes of a checkpoint: what is trained (without adapters, the whole model), and the optimizer's state.
+
+    Before the first step there is none: it is taken to be two values for each that is trained, as Adam has them; a byte
+    each in 8-bit ones; one for plain SGD.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    saved = trained if isinstance(model, PeftModel) else list(model.parameters())
+    size = sum(map(_bytes, saved)) + MORE
+    if only_model:
+        return size
+    states = _tensors(getattr(optimizer, "state", {}))
+    if states:
+        return size + sum(map(_bytes, states))
+    if any(word in optimizer_name for word in ("8bit", "4bit")):
+        return size + 2 * sum(weight.numel() for weight in trained)
+    return size + (1 if optimizer_name == "sgd" else 2) * sum(map(_bytes, trained))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises TunesmithError where fewer than `needed` bytes are free for `folder`."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise TunesmithError(
+            f"{folder}: the next checkpoint takes about {_size(needed)}, and {_size(free)} are free there. Free "
+            f"{_size(needed - free)} or more, write to another disk (output), or keep fewer checkpoints "
+            "(save_total_limit) or only the model (save_only_model: true)"
+        )
+
+
+def twice(write: Callable[[], T], folder: Path, needed: int) -> T:
+    """`write()`, tried once more where it fails for another reason than a full disk: a share may be away for a moment.
+
+    Raises:
+        TunesmithError: the disk is full, or writing failed twice; the checkpoints in `folder` are as before.
+    """
+    try:
+        return write()
+    except Exception as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        if number in FULL:
+            raise _explained(error, folder, needed) from error
+        logger.warning("A checkpoint could not be written to %s: %s. Trying once more.", folder, error)
+    time.sleep(PAUSE)
+    try:
+        return write()
+    except Exception as error:
+        if _error_number(error) is None:
+            raise
+        raise _explained(error, folder, needed) from error
+
+
+def _explained(error: Exception, folder: Path, needed: int) -> TunesmithError:
+    kept = "The checkpoints from before are whole"
+    if _error_number(error) in FULL:
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+        free = shutil.disk_usage(there).free
+        return TunesmithError(
+            f"the disk of {folder} is full: the checkpoint takes about {_size(needed)}, and {_size(free)} are free. "
+            f"{kept}; free {_size(max(needed - free, MORE))} or more there, and go on with --resume-from-checkpoint"
+        )
+    return TunesmithError(
+        f"no checkpoint can be written to {folder}: {error}. {kept}, if the folder is there; make it one that you can "
+        "write to, and go on with --resume-from-checkpoint"
+    )
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The system's number of an error, which the libraries in Rust have in their text only; None for other errors."""
+    while True:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := re.search(r"os error (\d+)", str(error)):
+            return int(found[1])
+        if "PytorchStreamWriter failed" in str(error):
+            return errno.ENOSPC
+        if error.__cause__ is None:
+            return None
+        error = error.__cause__
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value.values() for tensor in _tensors(item)] if isinstance(value, Mapping) else []
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

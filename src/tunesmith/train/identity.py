@@ -1,0 +1,157 @@
+"""What of a run must be as it was for a checkpoint to go on: data, model, and the settings that decide the steps."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+
+from tunesmith.config import SFTConfig
+from tunesmith.ship.record import Origin
+from tunesmith.train.checkpoint import Identity
+from tunesmith.train.setup import Model, base_model
+
+LOOKED_AT = 64
+"""Of a stream, whose content nobody knows before it is read, so many examples stand for all."""
+SLICE = 10_000
+
+FREE_PREFIXES = (
+    *("eval_", "logging_", "log_", "save_", "hub_", "trackio_", "ddp_", "do_", "dataloader_", "torch_compile"),
+    *("gradient_checkpointing", "activation_", "fsdp", "push_to_hub", "include_", "batch_eval", "per_device_eval"),
+)
+FREE = {
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "skip_memory_metrics", "local_rank"),
+    *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint", "force_resume"),
+    *("allow_pickle", "async_save", "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model"),
+    *("greater_is_better", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "label_names"),
+    *("use_cpu", "tf32", "full_determinism", "torch_empty_cache_steps", "auto_find_batch_size", "deepspeed"),
+    *(
+        "dataset_num_proc",
+        "self_test",
+        "rehearse",
+        "max_bad_steps",
+        "memory_limit",
+        "share_prefix",
+        "allow_no_eos",
+        "trust_remote_code",
+        "use_cache",
+    ),
+    *("bf16", "fp16", "parallelism_config", "liger_kernel_config"),  # the first two say what `precision` says
+    *("completion_only_loss", "assistant_only_loss"),  # `train_on`, as it was resolved, is compared
+    *("max_steps", "num_train_epochs"),
+}
+"""Settings that a run may change on its way: they decide where things go, what is shown and how fast it is, but not
+what is trained on, nor how. Its length is among them: to train longer is a reason to go on."""
+COMPARED = {"dataloader_drop_last"}
+VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"}
+VOLATILE_PEFT = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+
+
+def identity_of(args: SFTConfig, dataset: Any, model: Model, processes: int) -> Identity:
+    """What is compared on the way: `dataset` as it was prepared, `args`, `model` without its weights."""
+    return Identity(data=_data(dataset), settings=_settings(args, processes), model=_model(model))
+
+
+def content_digest(dataset: Dataset) -> str:
+    """A digest of the rows of `dataset` in their order: equal for equal content, however it is stored in chunks.
+
+    Columns of numbers or lists of numbers are read where they are: about a second a gigabyte.
+    """
+    digest = hashlib.sha256()
+    if dataset._indices is not None:
+        order: Any = np.ascontiguousarray(dataset._indices.column(0).to_numpy())
+        digest.update(order)
+    table = dataset.data.table
+    for name in sorted(dataset.column_names):
+        column = table.column(name)
+        digest.update(f"{name} {column.type} {len(column)} ".encode())
+        for part in (_numbers(column), _lengths(column)) if _is_plain(column.type) else (_serialized(column),):
+            inner = hashlib.sha256()
+            for piece in part:
+                inner.update(piece)
+            digest.update(inner.digest())
+    return digest.hexdigest()
+
+
+def _data(dataset: Any) -> dict[str, Any]:
+    if isinstance(dataset, IterableDataset):
+        rows = list(islice(iter(dataset.take(LOOKED_AT)), LOOKED_AT))
+        text = json.dumps(rows, sort_keys=True, default=str)
+        return {f"first {LOOKED_AT} examples of the stream": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return {"examples": len(dataset), "content": content_digest(dataset)}
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _numbers(column: pa.ChunkedArray) -> Iterator[Any]:
+    for chunk in column.chunks:
+        values = chunk.flatten() if hasattr(chunk, "flatten") and pa.types.is_nested(chunk.type) else chunk
+        yield np.ascontiguousarray(values.to_numpy(zero_copy_only=False))
+
+
+def _lengths(column: pa.ChunkedArray) -> Iterator[Any]:
+    """The length of each list, -1 for none; of numbers, whether each is there."""
+    for chunk in column.chunks:
+        if pa.types.is_nested(chunk.type):
+            lengths = pc.list_value_length(chunk).cast(pa.int64()).fill_null(-1)
+            yield np.ascontiguousarray(lengths.to_numpy(zero_copy_only=False))
+        elif chunk.null_count:
+            yield np.ascontiguousarray(chunk.is_null().to_numpy(zero_copy_only=False))
+
+
+def _serialized(column: pa.ChunkedArray) -> Iterator[Any]:
+    for start in range(0, len(column), SLICE):
+        rows = column.slice(start, SLICE).to_pylist()
+        yield json.dumps(rows, sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
+
+
+def _settings(args: SFTConfig, processes: int) -> dict[str, Any]:
+    values = args.to_dict()
+    names = [item.name for item in fields(args) if item.init]
+    kept = {name: _plain(values[name]) for name in names if name in values and _is_compared(name)}
+    return kept | {"train_on": args.resolved_train_on, "processes": processes}
+
+
+def _is_compared(name: str) -> bool:
+    return name in COMPARED or not (name in FREE or name.startswith(FREE_PREFIXES))
+
+
+def _model(model: Model) -> dict[str, Any]:
+    base = base_model(model)
+    found = {
+        f"config.{name}": _plain(value) for name, value in base.config.to_dict().items() if name not in VOLATILE_CONFIG
+    }
+    name = base.config.name_or_path
+    if isinstance(model, PeftModel):
+        adapter = model.active_peft_config
+        name = adapter.base_model_name_or_path or name
+        settings = adapter.to_dict()
+        found |= {f"adapters.{key}": _plain(value) for key, value in settings.items() if key not in VOLATILE_PEFT}
+    trained = [(name, list(weight.shape)) for name, weight in model.named_parameters() if weight.requires_grad]
+    origin = Origin.of_model(name) if name else Origin(kind="memory", name=type(base).__name__)
+    return found | {
+        "name": origin.name,
+        "revision": getattr(base.config, "_commit_hash", None),
+        "trained weights": len(trained),
+        "their names and shapes": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from JSON, sets in order."""
+    return json.loads(json.dumps(value, default=_sorted))
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)

@@ -1,0 +1,265 @@
+"""What a run writes of itself while it trains, a line a step, so that it can be looked at afterwards.
+
+The files and their form are those of `ship.journal`; only the main process writes.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from tunesmith.config import SFTConfig
+from tunesmith.data.preflight import histogram, is_train
+from tunesmith.data.tokenize import parsed
+from tunesmith.model.loss import Supervised
+from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, write
+from tunesmith.ship.record import RunRecord
+from tunesmith.train.data import LOOKED_AT, numbered
+from tunesmith.train.guard import GuardedTrainer
+from tunesmith.train.ledger import Ledger
+from tunesmith.train.memory import give_back, resident
+from tunesmith.train.sampling import Asked, answered, before_and_after, chosen, refusal
+from tunesmith.train.setup import Model
+from tunesmith.types import IGNORE_INDEX, Row
+
+logger = logging.getLogger(__name__)
+MIB = 2**20
+
+
+class JournalingTrainer(GuardedTrainer):
+    """Each optimizer step, evaluation and event is a line of `metrics.jsonl` when it is over; with `sample_prompts`,
+    answers go to `samples.jsonl` before training, with each evaluation and at the end. A run that goes on from a
+    checkpoint drops the lines behind it. Nothing here changes what is trained."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._ledger = Ledger()
+        self._journaling = False
+        self._asked: list[Asked] = []
+        self._answers: list[dict[str, Any]] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._written = 0
+        self._began = self._clock = 0.0
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Moments(self))
+
+    def record(self) -> RunRecord:
+        """As it was, with the answers before and after training, where there are any."""
+        # A best model that was loaded at the end is that of an earlier step.
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        samples = before_and_after(self._answers, best or self.state.global_step)
+        return replace(super().record(), samples=samples)
+
+    # Steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._parts.append((loss.detach(), _counts(inputs, loss)))
+        return loss
+
+    def _restore(self, begin: Any) -> None:
+        super()._restore(begin)
+        self._ledger.forget_step()
+
+    def _note_losses(self, inputs: Mapping[str, Any], result: Supervised) -> None:
+        """The loss of each example of a batch that was trained on."""
+        if self._journaling and not self._custom_collator:
+            self._ledger.add(inputs, result.nll)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Called behind each step, and once more at the end of an epoch."""
+        if self.state.global_step > self._written:
+            self._note_step(grad_norm, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self._clock = time.perf_counter()  # what evaluation and saving took is not the next step's
+
+    def _note_step(self, grad_norm: Any, learning_rate: float | None) -> None:
+        parts, self._parts = self._parts, []
+        self._written = self.state.global_step
+        if not parts:
+            return
+        loss = torch.stack([loss.float() for loss, _ in parts]).sum()
+        sums = torch.stack([loss, *torch.stack([counts for _, counts in parts]).sum(dim=0)])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+            sums[0] /= self.args.world_size  # each process's loss is divided by the mean number of tokens
+        values = sums.tolist()
+        if not self._journaling:
+            return
+        self._ledger.end_step(self._written)
+        taken = time.perf_counter() - self._clock
+        entry = {
+            "loss": values[0],
+            "tokens": round(values[1]),
+            "supervised_tokens": round(values[2]),
+            "tokens_per_second": values[1] / taken if taken else None,
+            "memory_mb": _memory(self.args.device),
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "learning_rate": learning_rate,
+        }
+        self._note(METRICS, entry)
+
+    def _event(self, step: int, text: str) -> None:
+        super()._event(step, text)
+        self._note(METRICS, {"event": text}, step)
+
+    # Files
+
+    def _note(self, file: str, entry: Mapping[str, Any], step: int | None = None) -> None:
+        """One line; a disk that is full costs the line, not the run."""
+        if not self._journaling:
+            return
+        step = self.state.global_step if step is None else step
+        line = {"step": step, "epoch": self.state.epoch, **entry, "seconds": time.perf_counter() - self._began}
+        self._attempt(lambda: append(self._folder / file, line))
+
+    def _attempt(self, act: Any) -> Any:
+        try:
+            return act()
+        except OSError as error:
+            self._journaling = False
+            logger.warning("%s can't be written to, so the run is not followed any further: %s.", self._folder, error)
+            return None
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _begin_journal(self) -> None:
+        self._journaling = self.is_world_process_zero()
+        self._ledger, self._parts, self._written = Ledger(), [], self.state.global_step
+        if not self._journaling:
+            return
+        kept = self._attempt(lambda: keep_up_to(self._folder / METRICS, self._written)) or []
+        self._answers = self._attempt(lambda: keep_up_to(self._folder / SAMPLES, self._written)) or []
+        self._attempt(lambda: write(self._folder / PREFLIGHT, self._preflight_report()))
+        self._attempt(lambda: self.record().write(self._folder))  # a run that is killed can be looked at, too
+        if not self._written:
+            self._attempt(lambda: (self._folder / EXAMPLES).unlink(missing_ok=True))  # an earlier run's
+        before = max((entry.get("seconds") or 0.0 for entry in kept), default=0.0)
+        self._began = time.perf_counter() - before
+        self._choose_prompts()
+        self._answer()
+        self._clock = time.perf_counter()
+
+    def _end_journal(self) -> None:
+        self._answer()
+        self._ledger.end_pass()
+        if self._journaling and (found := self._ledger.as_json(self._decode)) is not None:
+            self._attempt(lambda: write(self._folder / EXAMPLES, found))
+        if self._journaling:
+            self._attempt(lambda: self.record().write(self._folder))
+        self._journaling = False
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(cast(PreTrainedTokenizerBase, self.processing_class).decode(ids))
+
+    def _preflight_report(self) -> dict[str, Any]:
+        """What was found before training, with how many tokens of an example are supervised."""
+        prepared = self._prepare._examples
+        return self.preflight.as_json() | {
+            "supervised_lengths": {name: histogram(_supervised(dataset)) for name, dataset in prepared.items()}
+        }
+
+    # Samples
+
+    def _choose_prompts(self) -> None:
+        """Weights that are spread over processes can't answer on one of them alone."""
+        count = cast(SFTConfig, self.args).sample_prompts or 0
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._asked = []
+        if not count or spread or not self._journaling:
+            return
+        arguments: Any = cast(SFTConfig, self.args).chat_template_kwargs or {}
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        model = cast(Model, self.model)
+        for trained_on in (False, True):  # rows that are trained on show less, but better than none
+            self._asked = self._asked or chosen(self._rows(trained_on), count, model, tokenizer, arguments)
+
+    def _rows(self, trained_on: bool) -> Iterator[Row]:
+        for split, (source, formats) in self._prepare._sources.items():
+            if is_train(split) == trained_on:
+                for _, row in islice(parsed(numbered(source, split), formats), LOOKED_AT):
+                    yield row
+
+    def _answer(self) -> None:
+        """Answers to all prompts at this step, if they were not asked at it already."""
+        step = self.state.global_step
+        if not self._asked or not self._journaling or any(entry["step"] == step for entry in self._answers):
+            return
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        try:
+            answers = answered(cast(Model, self.model), tokenizer, self._asked, self.accelerator)
+        except Exception as error:  # a model that can't answer, or has no memory left to, can be trained all the same
+            self._asked = []
+            give_back()
+            self._event(step, f"prompts are not answered any more: {refusal(error)}")
+            return
+        for asked, answer in zip(self._asked, answers, strict=True):
+            entry = {"prompt": asked.prompt.prompt, "expected": asked.prompt.expected, "answer": answer.text}
+            self._answers.append({"step": step, **entry})
+            self._note(SAMPLES, entry | {"ended": answer.ended})
+
+
+class _Moments(TrainerCallback):
+    """Tells a trainer when what it writes begins and ends."""
+
+    def __init__(self, trainer: JournalingTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._begin_journal()
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._clock = time.perf_counter()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._ledger.end_pass()
+
+    def on_evaluate(self, *_: Any, metrics: Mapping[str, Any] | None = None, **__: Any) -> None:
+        if metrics:
+            self._trainer._note(METRICS, {name: value for name, value in metrics.items() if name != "epoch"})
+        self._trainer._answer()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._end_journal()
+
+
+def _counts(inputs: Mapping[str, Any], like: Tensor) -> Tensor:
+    """Tokens and supervised tokens of a batch (2,), zeros where it does not say; counted where the batch is."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor):
+        return like.new_zeros(2, dtype=torch.float32)
+    mask = inputs.get("attention_mask")
+    # Labels are there for each token, also where documents share their beginning.
+    tokens = mask.sum() if isinstance(mask, Tensor) else labels.new_tensor(labels.numel())
+    supervised = (labels[..., 1:] != IGNORE_INDEX).sum()
+    return torch.stack([tokens, supervised]).to(like.device, torch.float32)
+
+
+def _memory(device: torch.device) -> float | None:
+    """In MiB: what the process holds now, or on a GPU the most that tensors have held."""
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident()
+    return None if held is None else held / MIB
+
+
+def _supervised(dataset: Dataset) -> Any:
+    """How many tokens of each example are supervised (N,)."""
+    found = [np.zeros(0, np.int64)]
+    for chunk in dataset.data.table.to_batches():
+        column = chunk.column("labels")
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        offsets -= offsets[0]
+        marks = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
+        found.append(marks[offsets[1:]] - marks[offsets[:-1]])
+    return np.concatenate(found)

@@ -1,0 +1,189 @@
+"""The loss of each training example, kept from what training computes anyway: which are hard to learn, which easy.
+
+Shapes: S supervised positions of a batch, T tokens of a flat row, B padded rows, D documents.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.types import IGNORE_INDEX
+
+KEPT = 12
+"""So many of the easiest and of the hardest examples are kept."""
+NEIGHBOURS = 16
+"""A loss is compared with those of so many examples trained on last, those of its own step among them."""
+LONGEST = 2000
+"""Characters of an example that are kept to be shown."""
+EDGES = (0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Bounds of the histogram, in nats."""
+
+Ints = NDArray[np.int64]
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One example: the mean loss of its `supervised` tokens in nats at `step`, the `usual` loss then, and itself as
+    `ids` and `labels`, both (T,)."""
+
+    loss: float
+    usual: float
+    step: int
+    supervised: int
+    ids: Ints
+    labels: Ints
+
+    @property
+    def key(self) -> bytes:
+        return hashlib.blake2b(self.ids.tobytes() + self.labels.tobytes(), digest_size=12).digest()
+
+
+class Extremes:
+    """The `KEPT` entries with the highest `score`; of one example, the latest."""
+
+    def __init__(self, score: Callable[[Entry], float]) -> None:
+        self._score = score
+        self._found: dict[bytes, Entry] = {}
+
+    def add(self, entry: Entry) -> None:
+        lowest = min(self._found, key=lambda key: self._score(self._found[key]), default=b"")
+        full = len(self._found) >= KEPT
+        if full and self._score(entry) <= self._score(self._found[lowest]) and entry.key not in self._found:
+            return
+        if full and entry.key not in self._found:
+            del self._found[lowest]
+        self._found[entry.key] = entry
+
+    def ordered(self) -> list[Entry]:
+        return sorted(self._found.values(), key=self._score, reverse=True)
+
+
+class Pass:
+    """What one pass over the data showed."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.sum = 0.0
+        self.first_step = self.last_step = 0
+        self.histogram = [0] * (len(EDGES) + 1)
+        self.easiest = Extremes(lambda entry: -entry.loss)
+        # Not by the loss alone: in a single pass that would only name what came first.
+        self.hardest = Extremes(lambda entry: entry.loss - entry.usual)
+
+    def add(self, entry: Entry) -> None:
+        self.rows += 1
+        self.sum += entry.loss
+        self.first_step, self.last_step = self.first_step or entry.step, entry.step
+        self.histogram[int(np.searchsorted(EDGES, entry.loss))] += 1
+        self.easiest.add(entry)
+        self.hardest.add(entry)
+
+
+class Ledger:
+    """Losses of examples by passes over the data. `add` keeps what a forward gave, on its device; `end_step` reads it,
+    when the step is over and nothing has to wait for it."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Mapping[str, Any], Tensor]] = []
+        self._recent: deque[float] = deque(maxlen=NEIGHBOURS)
+        self._current, self._whole = Pass(), Pass()
+
+    def add(self, batch: Mapping[str, Any], nll_S: Tensor) -> None:
+        """A batch that `data.collate` made, and the loss of each supervised position."""
+        self._pending.append((batch, nll_S.detach()))
+
+    def forget_step(self) -> None:
+        """The step begins again."""
+        self._pending.clear()
+
+    def end_step(self, step: int) -> None:
+        pending, self._pending = self._pending, []
+        found = [item for batch, nll in pending for item in losses_of(batch, nll)]
+        self._recent = deque([*self._recent, *(loss for loss, _, _ in found)], maxlen=max(NEIGHBOURS, len(found)))
+        usual = median(self._recent) if self._recent else 0.0
+        for loss, ids, labels in found:
+            supervised = int((labels != IGNORE_INDEX).sum())
+            self._current.add(Entry(loss=loss, usual=usual, step=step, supervised=supervised, ids=ids, labels=labels))
+
+    def end_pass(self) -> None:
+        """The data begin anew. A pass that broke off early does not stand in for a whole one before it."""
+        if self._current.rows >= self._whole.rows:
+            self._whole = self._current
+        self._current = Pass()
+
+    def as_json(self, decode: Decode) -> dict[str, Any] | None:
+        """The last whole pass, None where nothing was seen."""
+        found = self._whole
+        if not found.rows:
+            return None
+        return {
+            "rows": found.rows,
+            "mean": found.sum / found.rows,
+            "first_step": found.first_step,
+            "last_step": found.last_step,
+            "edges": list(EDGES),
+            "histogram": found.histogram,
+            "easiest": [_as_json(entry, decode) for entry in found.easiest.ordered()],
+            "hardest": [_as_json(entry, decode) for entry in found.hardest.ordered()],
+        }
+
+
+def losses_of(batch: Mapping[str, Any], nll_S: Tensor) -> Iterator[tuple[float, Ints, Ints]]:
+    """The mean loss of each document of a batch with its ids and labels, both (T,); those without a finite loss, or
+    without supervision, are left out.
+
+    The supervised positions are in the order of the documents, in flat rows with shared prefixes, too.
+    """
+    nll = nll_S.float().cpu().numpy().astype(np.float64)
+    start = 0
+    for ids, labels in _documents(batch):
+        stop = start + int((labels[1:] != IGNORE_INDEX).sum())
+        if stop > start and np.isfinite(loss := float(nll[start:stop].mean())):
+            yield loss, ids, labels
+        start = stop
+    assert start == len(nll)
+
+
+def _documents(batch: Mapping[str, Any]) -> Iterator[tuple[Ints, Ints]]:
+    ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
+    if "attention_mask" in batch:
+        for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+            yield ids[row, :size], labels[row, :size]
+        return
+    positions = batch["position_ids"][0].cpu().numpy()
+    places = batch["places"].cpu().numpy() if "places" in batch else slice(None)
+    ids, positions = ids[0][places], positions[places]
+    starts = np.flatnonzero(positions == 0)[1:]
+    yield from zip(np.split(ids, starts), np.split(labels[0], starts), strict=True)
+
+
+def _as_json(entry: Entry, decode: Decode) -> dict[str, Any]:
+    return {
+        "loss": entry.loss,
+        "usual": entry.usual,
+        "step": entry.step,
+        "tokens": len(entry.ids),
+        "supervised": entry.supervised,
+        "parts": [list(part) for part in _parts(entry, decode)],
+    }
+
+
+def _parts(entry: Entry, decode: Decode) -> Iterator[tuple[str, bool]]:
+    """The text in pieces, each with whether it is supervised; cut at `LONGEST` characters."""
+    learned = entry.labels != IGNORE_INDEX
+    cuts = np.flatnonzero(np.diff(learned)) + 1
+    left = LONGEST
+    for ids, marks in zip(np.split(entry.ids, cuts), np.split(learned, cuts), strict=True):
+        text = decode(ids.tolist())
+        yield text if len(text) <= left else text[:left] + " …", bool(marks[0])
+        left -= len(text)
+        if left <= 0:
+            return

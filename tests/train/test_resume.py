@@ -1,0 +1,327 @@
+"""A run goes on from its own checkpoints exactly, and from those of other runs not at all."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import IterableDataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, weights_of
+from tunesmith import SFTConfig, SFTTrainer
+from tunesmith.errors import TunesmithError
+from tunesmith.train import disk
+from tunesmith.train.checkpoint import PICKLES, checkpoints, verify
+from tunesmith.train.states import read_state
+
+Runs = Callable[..., SFTTrainer]
+LORA = LoraConfig(target_modules="all-linear", lora_dropout=0.2)
+
+
+@pytest.fixture
+def run(tmp_path: Path, trainer_of: Callable[..., Any]) -> Runs:
+    """Makes a run of 8 steps in `folder`, which saves every other step."""
+
+    def make(folder: str = "run", **settings: Any) -> SFTTrainer:
+        common = {"max_steps": 8, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 2}
+        common |= {"train_dataset": UNEVEN_ROWS, "output_dir": str(tmp_path / folder), "self_test": "off"}
+        trainer: SFTTrainer = trainer_of(**common | settings)
+        return trainer
+
+    return make
+
+
+class Until(TrainerCallback):
+    """Ends a run at a step, as if it had been killed after what it saved there; or does something else at it."""
+
+    def __init__(self, step: int, act: Callable[[], object] | None = None) -> None:
+        self._step, self._act = step, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            if self._act is None:
+                raise InterruptedError
+            self._act()
+
+
+def broken_off(trainer: SFTTrainer, step: int) -> None:
+    trainer.add_callback(Until(step))
+    with pytest.raises(InterruptedError):
+        trainer.train()
+
+
+def stream() -> IterableDataset:
+    made: IterableDataset = IterableDataset.from_generator(lambda: iter(UNEVEN_ROWS[:20]))
+    return made
+
+
+# Exactly
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"async_save": True},
+        {"async_save": True, "peft_config": LORA},
+        {"optim": "adamw_bnb_8bit"},
+        {"optim": "adafactor", "lr_scheduler_type": "reduce_lr_on_plateau", "eval": True},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}, "neftune_noise_alpha": 5},
+    ],
+    ids=["async", "async adapters", "8-bit optimizer", "plateau", "noise"],
+)
+def test_it_ends_where_an_uninterrupted_run_does(settings: dict[str, Any], run: Runs) -> None:
+    if settings.get("optim") == "adamw_bnb_8bit":
+        pytest.importorskip("bitsandbytes")
+    if settings.get("eval"):
+        settings = {name: value for name, value in settings.items() if name != "eval"}
+        settings |= {"eval_dataset": UNEVEN_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2}
+    expected = trained(run("whole", **settings))
+    broken_off(run(**settings), 5)
+    resumed = run(**settings)
+    assert largest_difference(trained(resumed, resume_from_checkpoint=True), expected) == 0.0
+    for folder in checkpoints(Path(str(resumed.args.output_dir))):
+        verify(folder)
+        assert not [item for pattern in (*PICKLES, "*.bin") for item in folder.rglob(pattern)]
+
+
+def test_an_evaluation_that_is_not_repeated_changes_nothing(run: Runs) -> None:
+    """The checkpoint of an epoch's last step is written before the epoch's evaluation."""
+    settings = {"peft_config": LORA, "eval_dataset": UNEVEN_ROWS[:5], "eval_strategy": "epoch", "save_steps": 8}
+    settings |= {"max_steps": 10}
+    expected = trained(run("whole", **settings))
+    broken_off(run(**settings), 8)
+    assert largest_difference(trained(run(**settings), resume_from_checkpoint=True), expected) == 0.0
+
+
+def test_a_finished_run_takes_no_further_step(run: Runs) -> None:
+    expected = trained(run())
+    again = run(max_steps=8)
+    assert largest_difference(trained(again, resume_from_checkpoint=True), expected) == 0.0
+    assert again.state.global_step == 8
+
+
+def test_no_row_is_read_twice(run: Runs) -> None:
+    whole = run("whole")
+    expected = watched(whole)
+    whole.train()
+    broken_off(run(), 5)
+    resumed = run()
+    read = watched(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert read == expected[4:]
+
+
+def test_a_stream_goes_on_where_it_was_without_reading_again(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"max_steps": 12, "save_steps": 5, "peft_config": LORA}  # 7 steps an epoch
+    expected = trained(run("whole", train_dataset=stream(), **settings))
+    broken_off(run(train_dataset=stream(), **settings), 11)
+    resumed = run(train_dataset=stream(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert largest_difference(weights_of(resumed), expected) == 0.0
+    assert "Reads" not in caplog.text
+    assert resumed.state.epoch == pytest.approx(1 + 5 / 12)
+
+
+def test_a_stream_shuffled_in_a_buffer_is_read_again_and_says_so(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"shuffle_dataset": True, "max_steps": 12, "save_steps": 5}
+    expected = trained(run("whole", train_dataset=stream(), **settings))
+    broken_off(run(train_dataset=stream(), **settings), 11)
+    resumed = run(train_dataset=stream(), **settings)
+    assert largest_difference(trained(resumed, resume_from_checkpoint=True), expected) == 0.0
+    assert "Reads 3 micro-batches of the stream again to find its place: it is shuffled in a buffer" in caplog.text
+
+
+def test_the_log_goes_on(run: Runs) -> None:
+    def log(trainer: SFTTrainer) -> Any:
+        names = ("step", "loss", "num_tokens", "entropy")
+        return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole, settings = run("whole", logging_steps=3), {"logging_steps": 3}
+    whole.train()
+    broken_off(run(**settings), 5)  # a step after a log, and before the next
+    resumed = run(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert log(resumed) == log(whole)
+
+
+# Which
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_named(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run()
+    expected = trained(whole)
+    *_, before, last = checkpoints(Path(str(whole.args.output_dir)))
+    (last / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(TunesmithError, match=r"optimizer.safetensors has 4 bytes"):
+        run().train(resume_from_checkpoint=str(last))
+    resumed = run()
+    assert largest_difference(trained(resumed, resume_from_checkpoint=True), expected) == 0.0
+    assert "Passed over" in caplog.text
+    assert "checkpoint-8/optimizer.safetensors has 4 bytes" in caplog.text
+    verify(last)  # written anew
+    assert before.name == "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_dataset": UNEVEN_ROWS[:23]}, ["data, content: ", "data, examples: 24 -> 23"]),
+        ({"learning_rate": 0.5}, ["learning_rate: 0.01 -> 0.5"]),
+        ({"max_length": 5}, ["data, content: ", "max_length: 1024 -> 5"]),
+        ({"name": "qwen2"}, ["model, config.model_type: llama -> qwen2"]),
+        ({"peft_config": LORA}, ["model, trained weights: "]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_has_changed_is_listed(changes: dict[str, Any], said: list[str], run: Runs) -> None:
+    run(max_steps=2).train()
+    with pytest.raises(TunesmithError, match="belongs to another run; was -> is:") as caught:
+        run(**changes).train(resume_from_checkpoint=True)
+    lines = str(caught.value).splitlines()
+    assert all(any(line.strip().startswith(start) for line in lines) for start in said), lines
+    assert "force_resume: true (--force-resume)" in lines[-1]
+
+
+def test_what_may_change_may(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    run(max_steps=2).train()
+    free = {"logging_steps": 2, "save_total_limit": 1, "run_name": "x", "self_test": "auto", "save_steps": 1}
+    resumed = run(max_steps=4, dataloader_num_workers=0, per_device_eval_batch_size=1, **free)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    forced = run(max_steps=6, force_resume=True, weight_decay=0.1)
+    forced.train(resume_from_checkpoint=True)
+    assert forced.state.global_step == 6
+    assert "weight_decay: 0.0 -> 0.1" in caplog.text
+
+
+def test_without_the_optimizers_state_it_does_not_go_on(run: Runs) -> None:
+    run(max_steps=2, save_only_model=True).train()
+    with pytest.raises(TunesmithError, match="optimizer's state: not saved"):
+        run().train(resume_from_checkpoint=True)
+    resumed = run(force_resume=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+
+
+# Other tools
+
+
+def as_another_tool_writes(checkpoint: Path) -> None:
+    """Turns a checkpoint of ours into what `transformers` writes."""
+    states = {name: read_state(checkpoint, name) for name in ("optimizer", "scheduler", "random")}
+    torch.save(states["optimizer"], checkpoint / "optimizer.pt")
+    torch.save(states["scheduler"], checkpoint / "scheduler.pt")
+    for name in (*states, "progress"):
+        (checkpoint / f"{name}.json").unlink()
+        (checkpoint / f"{name}.safetensors").unlink(missing_ok=True)
+    (checkpoint / "manifest.json").unlink()
+
+
+def test_a_checkpoint_of_another_tool_is_read_when_allowed_but_never_run(run: Runs, tmp_path: Path) -> None:
+    whole = run("whole")
+    expected = trained(whole)
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    as_another_tool_writes(checkpoint)
+    with pytest.raises(TunesmithError, match=r"optimizer.pt, scheduler.pt are pickles"):
+        run().train(resume_from_checkpoint=str(checkpoint))
+    found = trained(run(allow_pickle=True), resume_from_checkpoint=str(checkpoint))
+    assert largest_difference(found, expected) == 0.0
+    torch.save(Path("x"), checkpoint / "optimizer.pt")  # an object of a class, which reading would have to make
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        run("other", allow_pickle=True).train(resume_from_checkpoint=str(checkpoint))
+
+
+# Saving
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(run: Runs) -> None:
+    settings = {"eval_dataset": UNEVEN_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
+    trainer = run(load_best_model_at_end=True, save_total_limit=1, async_save=True, **settings)
+    trainer.train()
+    folder = Path(str(trainer.args.output_dir))
+    assert trainer.state.best_model_checkpoint == str(
+        folder / "checkpoint-2"
+    )  # the loss falls, and more is better here
+    assert [item.name for item in checkpoints(folder)] == ["checkpoint-2"]
+    verify(folder / "checkpoint-2")
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
+
+
+def test_a_disk_without_room_stops_the_run_before_it_begins(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(TunesmithError, match=r"the next checkpoint takes about 17 MB, and 0 MB are free"):
+        run().train()
+    trainer = run(save_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "in a thread"])
+def test_a_folder_that_can_not_be_written_stops_the_run_and_says_so(
+    later: bool, run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "PAUSE", 0)
+
+    def replace_the_folder() -> None:
+        (tmp_path / "run").rename(tmp_path / "away")
+        (tmp_path / "run").write_text("a file")
+
+    trainer = run(async_save=later)
+    trainer.add_callback(Until(3, replace_the_folder))
+    with pytest.raises(TunesmithError, match=r"no checkpoint can be written to .*run: .*Not a directory|File exists"):
+        trainer.train()
+    assert trainer.state.global_step in ((4, 5) if later else (4,))
+    if not later:  # which may have been writing when the folder went
+        verify(tmp_path / "away" / "checkpoint-2")
+
+
+def test_a_folder_that_was_away_for_a_moment_is_made_again(run: Runs, tmp_path: Path) -> None:
+    trainer = run()
+    trainer.add_callback(Until(3, lambda: shutil.rmtree(tmp_path / "run")))
+    trainer.train()
+    assert [item.name for item in checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_failure_in_the_thread_ends_the_run_at_the_next_step(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = run(async_save=True, save_steps=1)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tunesmith.train.checkpointing.finish", fail)
+    with pytest.raises(TunesmithError, match="is full"):
+        trainer.train()
+    assert trainer.state.global_step <= 2
+    assert not list(Path(str(trainer.args.output_dir)).glob("*checkpoint-*"))
+
+
+def test_optimizers_that_only_pickle_can_write_are_refused_before_training(run: Runs) -> None:
+    trainer = run()
+    trainer.args.optim = "adamw_torch_8bit"
+    with pytest.raises(TunesmithError, match="whose state only pickle can write"):
+        trainer.train()
+
+
+# Precision
+
+
+def test_auto_takes_the_precision_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, precision in ((2, "fp32"), (10, "bf16"), (12, "x")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps({"precision": precision}))
+    common: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert SFTConfig(**common).precision == "fp32"
+    newest: Any = True  # the field's type has only a path
+    config = SFTConfig(resume_from_checkpoint=newest, **common)
+    assert (config.precision, config.bf16) == ("bf16", True)
+    assert config.precision_note.startswith("precision bf16: as in ")
+    named = SFTConfig(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **common)
+    assert named.precision == "fp32"
+    assert SFTConfig(resume_from_checkpoint=newest, precision="fp32", **common).precision == "fp32"
+    assert SFTConfig(resume_from_checkpoint="nowhere", **common).precision == "fp32"
