@@ -24,7 +24,11 @@ from tunesmith.cli.inspect import HELP as INSPECT_HELP
 from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
 from tunesmith.cli.inspect import inspect
 from tunesmith.cli.merge import merge
+from tunesmith.cli.plan import HELP as PLAN_HELP
+from tunesmith.cli.plan import USAGE as PLAN_USAGE
+from tunesmith.cli.plan import plan
 from tunesmith.cli.push import push
+from tunesmith.cli.report import report
 from tunesmith.cli.train import HELP as TRAIN_HELP
 from tunesmith.cli.train import USAGE as TRAIN_USAGE
 from tunesmith.cli.train import train
@@ -86,6 +90,7 @@ for command, text, usage in (
     (train, TRAIN_HELP, TRAIN_USAGE),
     (check, CHECK_HELP, CHECK_USAGE),
     (inspect, INSPECT_HELP, INSPECT_USAGE),
+    (plan, PLAN_HELP, PLAN_USAGE),
 ):
     app.command(
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -93,7 +98,7 @@ for command, text, usage in (
         options_metavar=usage,
     )(command)
 app.command("eval")(evaluate)
-for plain in (chat, demo, merge, export, push, doctor):
+for plain in (chat, demo, report, merge, export, push, doctor):
     app.command()(plain)
 
 

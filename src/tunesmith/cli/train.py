@@ -123,8 +123,10 @@ def _report(trainer: "SFTTrainer") -> None:
 
     if not trainer.is_world_process_zero():
         return
+    output = str(trainer.args.output_dir)
+    trainer.record().write(output)  # also of a run that was stopped
     try:
-        _say(f"how it went:  {write_report([str(trainer.args.output_dir)])}")
+        _say(f"how it went:  {write_report([output])}")
     except TunesmithError as error:
         _say(f"note: there is no report: {error}")
 

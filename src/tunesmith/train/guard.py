@@ -116,7 +116,7 @@ class GuardedTrainer(RecoveringTrainer):
             logger.warning("Step %d: %s.", step, text)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs and not self._bad_in_a_row:  # of a step that was left out, the log has a 0
             odd = self._losses.judge(logs["loss"])
             if odd is not None:
                 self._event(self.state.global_step, odd)

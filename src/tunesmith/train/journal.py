@@ -143,7 +143,6 @@ class JournalingTrainer(GuardedTrainer):
         kept = self._attempt(lambda: keep_up_to(self._folder / METRICS, self._written)) or []
         self._answers = self._attempt(lambda: keep_up_to(self._folder / SAMPLES, self._written)) or []
         self._attempt(lambda: write(self._folder / PREFLIGHT, self._preflight_report()))
-        self._attempt(lambda: self.record().write(self._folder))  # a run that is killed can be looked at, too
         if not self._written:
             self._attempt(lambda: (self._folder / EXAMPLES).unlink(missing_ok=True))  # an earlier run's
         before = max((entry.get("seconds") or 0.0 for entry in kept), default=0.0)
@@ -157,8 +156,6 @@ class JournalingTrainer(GuardedTrainer):
         self._ledger.end_pass()
         if self._journaling and (found := self._ledger.as_json(self._decode)) is not None:
             self._attempt(lambda: write(self._folder / EXAMPLES, found))
-        if self._journaling:
-            self._attempt(lambda: self.record().write(self._folder))
         self._journaling = False
 
     def _decode(self, ids: list[int]) -> str:

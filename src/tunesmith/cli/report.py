@@ -1,0 +1,45 @@
+"""`tunesmith report`: how a run went, or several beside each other, as a page to look at."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.errors import TunesmithError
+
+REPORT, COMPARISON = "report.html", "comparison.html"
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="The folder of a run; several are compared.", metavar="RUN...")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The file to write. Without it: {REPORT} in the run's folder, {COMPARISON} in the first of several."
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or about several beside each other. It needs nothing from elsewhere."""
+    path = write_report(runs, output)
+    typer.echo(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB); open it in a browser")
+
+
+def write_report(runs: list[str], output: str | None = None) -> Path:
+    """Writes the page about one run, or about several, and returns its path. Raises TunesmithError."""
+    from tunesmith.report.compare_html import comparison
+    from tunesmith.report.run_data import read_run
+    from tunesmith.report.run_html import page
+
+    found = [read_run(run) for run in runs]
+    path = Path(output).expanduser() if output else found[0].folder / (REPORT if len(found) == 1 else COMPARISON)
+    if path.is_dir():
+        raise TunesmithError(f"--output {output} is a folder; give the file to write, such as {path / REPORT}")
+    if not path.parent.is_dir():
+        raise TunesmithError(f"--output {output}: there is no folder {path.parent}; make it first")
+    text = page(found[0]) if len(found) == 1 else comparison(found)
+    try:
+        # What a text holds that UTF-8 can't write is shown as such.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise TunesmithError(f"{path} can't be written: {error.strerror}") from error
+    return path

@@ -1,0 +1,87 @@
+"""`tunesmith report` writes one page about a run or several; `tunesmith train` writes that of its own run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from tests.report.written import write_run
+from tunesmith.cli.main import Commands
+from tunesmith.cli.main import app as tunesmith
+from tunesmith.cli.report import report
+from tunesmith.ship.journal import METRICS, SAMPLES, append, read_lines
+from tunesmith.ship.record import RunRecord
+
+RUNNER = CliRunner()
+app = typer.Typer(cls=Commands)
+app.command()(report)
+
+
+@app.callback()
+def options() -> None:
+    """So that the command keeps its name."""
+
+
+def test_a_report_goes_into_the_run_and_a_comparison_into_the_first(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / name)) for name in ("one", "two")]
+    result = RUNNER.invoke(app, ["report", runs[0]])
+    assert result.exit_code == 0, result.output
+    assert f"wrote {tmp_path / 'one' / 'report.html'} (" in result.stdout
+    assert "<h1>one</h1>" in (tmp_path / "one" / "report.html").read_text()
+    assert RUNNER.invoke(app, ["report", *runs]).exit_code == 0
+    assert "2 runs beside each other" in (tmp_path / "one" / "comparison.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.html")) == []
+
+
+def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
+    run = str(write_run(tmp_path / "run"))
+    append(tmp_path / "run" / SAMPLES, {"step": 3, "prompt": "lone \ud800 surrogate", "answer": "\udc80"})
+    assert RUNNER.invoke(app, ["report", run, "--output", str(tmp_path / "page.html")]).exit_code == 0
+    assert (tmp_path / "page.html").is_file()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no folder"),
+        (["."], "is no run that can be reported on"),
+        (["run", "--output", "run"], "is a folder; give the file to write"),
+        (["run", "--output", "none/page.html"], "there is no folder"),
+    ],
+)
+def test_a_mistake_is_named(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    result = RUNNER.invoke(app, ["report", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_training_leaves_a_report_with_answers_before_and_after(tiny_model: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "yes"}]}
+    other = {"messages": [{"role": "user", "content": "say no"}, {"role": "assistant", "content": "no"}]}
+    for name, rows in (("rows", [row] * 16), ("held", [other] * 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    needed = ["train", "--model", str(tiny_model), "--data", str(tmp_path / "rows.jsonl"), "--use-cpu"]
+    needed += ["--eval-data", str(tmp_path / "held.jsonl"), "--output", str(tmp_path / "run")]
+    result = RUNNER.invoke(tunesmith, [*needed, "--max-steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert f"how it went:  {tmp_path / 'run' / 'report.html'}" in result.stdout
+    html = (tmp_path / "run" / "report.html").read_text()
+    for wanted in ("say no", "before training", "step 2", "Hardest rows", "learning_rate", "model: "):
+        assert wanted in html, wanted
+    assert [line["step"] for line in read_lines(tmp_path / "run" / SAMPLES)] == [0, 2]
+    record = RunRecord.read(tmp_path / "run")
+    assert record is not None
+    assert len(record.samples) == 1
+    assert "sample_prompts" not in yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    result = RUNNER.invoke(tunesmith, [*needed, "--max-steps", "1", "--sample-prompts", "0"])
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "run" / SAMPLES).exists()  # nor what the run before it left
+    assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line] == [1]
