@@ -29,7 +29,14 @@ FREE_PREFIXES = (
 FREE = {
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "skip_memory_metrics", "local_rank"),
     *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint", "force_resume"),
-    *("allow_pickle", "async_save", "sample_prompts", "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model"),
+    *(
+        "allow_pickle",
+        "async_save",
+        "sample_prompts",
+        "enable_jit_checkpoint",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+    ),
     *("greater_is_better", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "label_names"),
     *("use_cpu", "tf32", "full_determinism", "torch_empty_cache_steps", "auto_find_batch_size", "deepspeed"),
     *(
