@@ -38,7 +38,8 @@ demo: $(installed)
 
 test: $(installed)
 	@echo "==> Running the tests"
-	@$(bin)/pytest --durations=10
+	@# A file's tests share a process. On small models, more threads in each would only get in each other's way.
+	@OMP_NUM_THREADS=1 $(bin)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=10
 
 # TRL comes without what it depends on: all that it imports is installed already.
 bench: $(installed)

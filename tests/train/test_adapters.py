@@ -232,6 +232,15 @@ def test_of_several_adapters_the_active_one_is_trained(base: str, trainer_of: Ca
     assert all(value.shape[0] == 2 for name, value in saved.items() if "lora_A" in name)
 
 
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "..", "a/b"])
+def test_names_of_adapters_stay_in_the_runs_folder(name: str, base: str, trainer_of: Callable[..., Any]) -> None:
+    whole: Any = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.PeftModelForCausalLM(whole, LoraConfig(target_modules=["q_proj"]), adapter_name="fine")
+    model.peft_config[name] = model.peft_config["fine"]
+    with pytest.raises(TunesmithError, match="an adapter is named"):
+        trainer_of(model=model)
+
+
 # LoRA+
 
 

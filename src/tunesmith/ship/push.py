@@ -105,6 +105,14 @@ def in_full(name: str, token: str | None = None) -> str:
         return f"{HfApi(token=token).whoami()['name']}/{name}"
 
 
+def made(name: str, options: PushOptions, token: str | None = None) -> str:
+    """The repository `name`, with its owner, which is there now. Raises TunesmithError."""
+    repo = in_full(name, token)
+    with _in_words(repo, _unheard) as secrets:
+        _make(HfApi(token=_token(token, secrets)), repo, options)
+    return repo
+
+
 def push(
     run: str | Path,
     repo: str,

@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from tunesmith.data.preflight import Preflight
 from tunesmith.model.adapters import StartingPoint, Trainable, trainable
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.ship.push import MAIN, MESSAGE, PushOptions, PushReport, in_full, push
+from tunesmith.ship.push import MAIN, MESSAGE, PushOptions, PushReport, in_full, made, push
 from tunesmith.ship.record import Origin, RunRecord
 from tunesmith.train.data import DataPreparer
 from tunesmith.train.loaders import BatchingTrainer
@@ -98,6 +98,13 @@ class PublishingTrainer(BatchingTrainer):
         token = token or self.args.hub_token
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name
         return push(str(self.args.output_dir), in_full(name, token), options, token=token)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `push_to_hub`: the repository is made at the start, so that what is wrong with it shows then."""
+        if self.is_world_process_zero():
+            wanted = self.args.hub_private_repo if private is None else private
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).name
+            self.hub_model_id = made(name, PushOptions(private=bool(wanted)), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """With `push_to_hub`, each checkpoint's model, without what only this run needs."""

@@ -1,6 +1,7 @@
 """From names to a model that is ready to train: tokenizer, weights, adapters, and their agreement on special tokens."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def prepare_model(
         _check_trainable(model)
     else:
         model = _with_adapters(model, peft_config, tokenizer, new)
+    if isinstance(model, PeftModel):
+        _check_folders(model)
     if isinstance(model, PeftModel) and args.activation_checkpointing and not has_virtual_tokens(model):
         model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
@@ -101,6 +104,13 @@ def prepare_model(
         )
     logger.info("%s.", trainable(model))
     return model
+
+
+def _check_folders(model: PeftModel) -> None:
+    """Adapters are saved in folders of their names, which must not lead out of the run's."""
+    for name in model.peft_config:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise TunesmithError(f"an adapter is named {name!r}; a name of letters, digits, - and _ becomes a folder")
 
 
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:

@@ -1,7 +1,9 @@
 """SFTTrainer: `transformers.Trainer` on flat batches, with the loss on supervised positions."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -34,6 +36,7 @@ from tunesmith.train.batches import check_fit
 from tunesmith.train.checkpointing import CheckpointingTrainer
 from tunesmith.train.data import DataPreparer, Source
 from tunesmith.train.journal import JournalingTrainer
+from tunesmith.train.lock import only_run_in
 from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
 from tunesmith.train.offload import offloading
@@ -205,7 +208,9 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`, after the self-test that `args.self_test` asks for."""
         check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
-        return super().train(*args, **kwargs)
+        held = only_run_in(Path(str(self.args.output_dir))) if self.is_world_process_zero() else nullcontext()
+        with held:
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in `transformers`; with `loraplus_lr_ratio`, LoRA's B matrices learn faster than its A matrices."""

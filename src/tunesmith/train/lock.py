@@ -1,0 +1,38 @@
+"""One run a folder: two would mix their checkpoints and logs."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tunesmith.errors import TunesmithError
+
+LOCK, OWNER = ".lock", ".owner"
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. The system lets go of the lock when the process ends, however it does, so none is
+    left behind. Raises TunesmithError that names the owner when another process has it."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        owner = folder / OWNER
+        named = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise TunesmithError(f"a run is writing to {folder} already: {named}. Wait, or take another output") from None
+    except OSError as error:
+        raise TunesmithError(f"output {folder} can't be written: {error.strerror or error}; take another") from error
+    try:
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone by now, which the run has said
+            (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
