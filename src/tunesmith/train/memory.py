@@ -22,7 +22,8 @@ def keep_freed_memory() -> bool:
 
     glibc gives every freed block of some MB back to the system, and a step of training frees gigabytes. The next one
     asks for them again, and the system clears page after page: a tenth of the time of a step. The peak of the memory
-    stays the same, only what lies between two peaks is not given back. Of other allocators nothing is known here.
+    stays about the same (with gradient checkpointing, holes between blocks raised it by a fifth), what lies between two
+    peaks is not given back. Of other allocators nothing is known here.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
