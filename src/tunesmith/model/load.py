@@ -26,15 +26,12 @@ from transformers.utils.hub import cached_file
 
 from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.demo import DEMO, demo_model_path
+from tunesmith.model.demo import DEMO, DEMO_FOLDER, demo_model_path
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
-"""The demo model's cache folder, on whatever machine."""
-
 Progress = Callable[[str], None]
 Model = PreTrainedModel | PeftModel
 

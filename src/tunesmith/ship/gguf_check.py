@@ -7,9 +7,7 @@ Shapes: T tokens of a prompt and its continuation, V rows of the vocabulary.
 """
 
 import gc
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
-from transformers.utils import logging
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.demo import quiet
 from tunesmith.model.generate import prompt_ids
 from tunesmith.model.load import load_model, load_tokenizer
 from tunesmith.ship.gguf_tokens import Vocabulary
@@ -70,7 +68,7 @@ def check_gguf(file: Path, folder: Path, quant: str, tokens: Vocabulary) -> list
     f16, where logits do, or greedy tokens other than by a tie. What q8_0 does to an answer is told.
     """
     tokenizer = load_tokenizer(str(folder))
-    with _quiet():
+    with quiet():
         said = [_compare_tokens(file, tokenizer, tokens)]
         config, unread = _config(file, AutoConfig.from_pretrained(str(folder)))
         sequences, expected = _of_model(load_model(str(folder)), tokenizer)
@@ -225,15 +223,3 @@ def _normal(tokenizer: Any, text: str) -> str:
     normalizer = tokenizer.backend_tokenizer.normalizer
     is_composing = normalizer is not None and type(normalizer).__name__ == "NFC"
     return str(normalizer.normalize_str(text)) if is_composing else text
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no remarks of `transformers` about a file that is only read to be compared."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

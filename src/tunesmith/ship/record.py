@@ -13,14 +13,12 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.demo import DEMO
+from tunesmith.model.demo import DEMO, DEMO_FOLDER
 from tunesmith.ship.secrets import known_secrets, scrub
 
 RUN = "run.json"
 FORMAT = 1
 """Raise it with a change that an older version would read wrongly."""
-DEMO_FOLDER = re.compile(rf"^{DEMO}-[0-9a-f]{{12}}-v\d+$")
-"""The name of the demo model's cache folder, on whatever machine."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 Text = str | tuple[dict[str, Any], ...]

@@ -44,6 +44,12 @@ class RecoveringTrainer(PublishingTrainer):
         self._step = -1
         self._rehearsed = False
         super().__init__(*args, **kwargs)
+        rehearsable = self._recovers() and isinstance(self.train_dataset, Dataset)
+        if cast(SFTConfig, self.args).rehearse == "always" and not rehearsable:
+            raise TunesmithError(
+                "rehearse is 'always', but what the largest micro-batch is can't be told of a stream, of a "
+                "data_collator of yours, or over several processes; set rehearse: auto"
+            )
         limit = cast(SFTConfig, self.args).memory_limit
         if limit is not None:
             limit_memory(base_model(cast(Model, self.model)), byte_count(limit))

@@ -93,6 +93,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
     ) -> None:
         args = as_sft_config(args, model)
         _check_arguments(args, train_dataset, compute_loss_func)
+        if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
+            raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
         tokenizer, added = prepare_tokenizer(processing_class, model, args)
         self._prepare = DataPreparer(args, tokenizer, formatting_func)
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, compute_metrics is not None)
