@@ -31,25 +31,16 @@ STEPS = 10
 
 
 class Killed(TrainerCallback):
-    """Kills its process in the step `step`, at the event `event`; or at the call `number` of `os.fsync`, in a save."""
+    """Kills its process in the step `number`, at the event `event`, unless that is "never"."""
 
     def __init__(self, event: str, number: int) -> None:
-        self._event, self._number, self._calls = event, number, 0
-        if event == "fsync":
-            self._fsync: Any = os.fsync
-            setattr(os, "fsync", self._flush)  # noqa: B010 (whose type names a protocol of the stubs)
-        elif event != "never":
+        self._number = number
+        if event != "never":
             setattr(self, event, self._at)
 
     def _at(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self._number:
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def _flush(self, file: Any) -> None:
-        self._calls += 1
-        if self._calls == self._number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._fsync(file)
 
 
 def rows_of(mode: str) -> Any:

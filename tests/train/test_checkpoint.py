@@ -118,6 +118,13 @@ def test_what_is_written_verifies_and_is_described(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(PARTIALS))
 
 
+def test_a_second_try_does_not_describe_the_manifest_of_the_first(tmp_path: Path) -> None:
+    folder = begin(tmp_path, 3)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / MANIFEST).write_text("half of")
+    assert verify(finish(folder, manifest(3))).files.keys() == {"trainer_state.json"}
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     (written(tmp_path, 3) / "model.safetensors").write_text("damaged")
     verify(written(tmp_path, 3))
@@ -168,6 +175,36 @@ def test_partial_folders_go_but_for_one_that_lacked_only_its_renaming(tmp_path: 
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-5"]
     assert not list(tmp_path.glob(PARTIALS))
     verify(tmp_path / "checkpoint-5")
+
+
+def test_a_partial_folder_that_can_not_be_tidied_up_keeps_what_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = tmp_path / ".checkpoint-5.partial-x"
+    aside.mkdir()
+    written(tmp_path, 5).rename(aside / "checkpoint-5")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        remove_partials(tmp_path)
+    verify(aside / "checkpoint-5")
+    remove_partials(tmp_path)
+    verify(tmp_path / "checkpoint-5")
+
+
+def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+    file = written(tmp_path, 3) / MANIFEST
+    content = file.read_bytes()
+    draw = random.Random(0)
+    for place in draw.sample(range(len(content)), 200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(TunesmithError, match=MANIFEST):
+            verify(file.parent)
 
 
 def test_old_ones_go_only_when_the_new_one_verifies(tmp_path: Path) -> None:

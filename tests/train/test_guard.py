@@ -68,6 +68,15 @@ def test_a_bad_step_changes_neither_weights_nor_optimizer_and_its_rows_are_kept(
     assert "the step was left out, its rows are in" in trainer.events[0][1]
 
 
+def test_rows_that_can_not_be_written_down_do_not_end_the_run(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(max_steps=3, per_device_train_batch_size=2)
+    (Path(trainer.args.output_dir) / "bad_batches.jsonl").mkdir(parents=True)
+    poison(trainer, {2}, value=math.nan, of="loss")
+    trainer.train()
+    assert trainer.bad_steps == 1
+    assert "the step was left out, its rows can't be written down: [Errno 21] Is a directory" in trainer.events[0][1]
+
+
 def test_of_several_micro_batches_the_one_that_is_bad_is_kept(trainer_of: Callable[..., Any]) -> None:
     trainer = trainer_of(max_steps=1, gradient_accumulation_steps=4, per_device_train_batch_size=1)
     original, calls = trainer.compute_loss, [0]

@@ -49,3 +49,12 @@ def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
     with only_run_in(tmp_path):
         assert (tmp_path / ".owner").read_text().startswith(f"process {os.getpid()} on ")
     assert not (tmp_path / ".owner").exists()
+
+
+def test_an_output_that_can_not_be_signed_is_said_and_let_go(tmp_path: Path) -> None:
+    (tmp_path / ".owner").mkdir()
+    with pytest.raises(TunesmithError, match="can't be written: Is a directory"), only_run_in(tmp_path):
+        raise AssertionError("held")
+    (tmp_path / ".owner").rmdir()
+    with only_run_in(tmp_path):
+        pass

@@ -105,6 +105,14 @@ def test_a_finished_run_takes_no_further_step(run: Runs) -> None:
     assert again.state.global_step == 8
 
 
+def test_the_trainer_that_saved_a_checkpoint_can_go_on_from_it(run: Runs) -> None:
+    expected = trained(run("whole"))
+    trainer = run()
+    trainer.train()
+    shutil.rmtree(Path(str(trainer.args.output_dir)) / "checkpoint-8")
+    assert largest_difference(trained(trainer, resume_from_checkpoint=True), expected) == 0.0
+
+
 def test_no_row_is_read_twice(run: Runs) -> None:
     whole = run("whole")
     expected = watched(whole)

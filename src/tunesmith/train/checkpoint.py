@@ -79,13 +79,16 @@ class Manifest:
     def to_json(self) -> str:
         values = asdict(self) | {"format": FORMAT, "fingerprints": self.identity.fingerprints()}
         values["files"] = {name: {"size": size, "sha256": digest} for name, (size, digest) in self.files.items()}
-        return json.dumps(values, indent=1)
+        return json.dumps(values | {"sha256": _digest(json.loads(json.dumps(values)))}, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Raises TunesmithError for a folder without one, or with one that can't be read."""
         try:
             values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            own = values.pop("sha256", None)  # older versions wrote none
+            if own is not None and own != _digest(values):
+                raise TunesmithError(f"{folder / MANIFEST} has other content than was written: its SHA-256 differs")
             if values.pop("format") > FORMAT:
                 raise TunesmithError(f"{folder} was written by a newer version of tunesmith; update this one")
             values.pop("fingerprints")
@@ -117,7 +120,11 @@ def begin(run: Path, step: int) -> Path:
     """The empty folder to write the checkpoint of `step` to, before `finish`. Raises OSError."""
     run.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}.partial-", dir=run)) / f"checkpoint-{step}"
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError:
+        discard(folder)
+        raise
     return folder
 
 
@@ -126,6 +133,7 @@ def finish(folder: Path, manifest: Manifest) -> Path:
 
     A checkpoint of that step that is there already is replaced. Raises OSError.
     """
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a first try, which failed
     described = replace(manifest, files={name: _described(folder / name) for name in _files(folder)})
     (folder / MANIFEST).write_text(described.to_json(), encoding="utf-8")
     _flush(folder)
@@ -139,7 +147,7 @@ def finish(folder: Path, manifest: Manifest) -> Path:
     else:
         folder.rename(target)
     _flush_folder(run)
-    folder.parent.rmdir()
+    discard(folder)  # which is empty now
     return target
 
 
@@ -149,13 +157,17 @@ def discard(folder: Path) -> None:
 
 
 def remove_partials(run: Path) -> None:
-    """Remove what was cut short. A checkpoint that lacked only its last renaming gets it."""
+    """Remove what was cut short. A checkpoint that lacked only its last renaming gets it, or stays where it is."""
     for partial in run.glob(PARTIALS):
-        for folder in partial.glob("checkpoint-*"):
-            target = run / folder.name
-            if not target.exists() and reason_against(folder) is None:
-                folder.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            for folder in partial.glob("checkpoint-*"):
+                target = run / folder.name
+                if not target.exists() and reason_against(folder) is None:
+                    folder.rename(target)
+        except OSError as error:
+            logger.warning("%s can't be tidied up: %s.", partial, error)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
@@ -168,7 +180,24 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     kept = {found[-1]} | ({Path(best)} if best is not None else set())
     removable = [folder for folder in found if folder not in kept and folder.resolve() not in kept]
     for folder in removable[: max(0, len(found) - max(limit, len(kept)))]:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: out of sight first, so that one cut short leaves no half of it. One that can't be removed
+    stays, whole."""
+    aside = folder.parent / f".{folder.name}.partial-removed"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        folder.rename(aside)  # needs no room on the disk, as a folder to put it into would
+    except OSError as error:
+        logger.warning("%s can't be removed: %s.", folder, error)
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[str]:

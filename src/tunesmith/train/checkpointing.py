@@ -46,13 +46,13 @@ class CheckpointingTrainer(ResumingTrainer):
         if self._left_to_others:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         run = Path(str(self.args.output_dir))
+        if self.args.should_save:  # before choosing: what lacked only its last renaming is whole
+            remove_partials(run)
         if resume_from_checkpoint:
             self._resumed_from = self._chosen(run, resume_from_checkpoint)
             self._check_same(self._resumed_from)
             manifest = self._resumed_from.manifest
             self._written_size = 0 if manifest is None else manifest.size
-        if self.args.should_save:
-            remove_partials(run)
         if self.args.save_strategy != "no":
             self._check_before_saving(run)
         try:

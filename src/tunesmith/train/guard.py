@@ -86,13 +86,17 @@ class GuardedTrainer(RecoveringTrainer):
         step, folder = self.state.global_step + 1, Path(str(self.args.output_dir))
         losses = [float(loss) for _, loss in batches]
         suspects = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(batches)))
+        kept = f"its rows are in {folder / BAD_BATCHES}"
         if self.args.process_index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / BAD_BATCHES).open("a", encoding="utf-8") as file:
-                for i in suspects:
-                    file.write(json.dumps(self._described(step, batches[i][0], losses[i], norm)) + "\n")
+            lines = [json.dumps(self._described(step, batches[i][0], losses[i], norm)) for i in suspects]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / BAD_BATCHES).open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
+            except OSError as error:  # a disk that is full costs the lines, not the run
+                kept = f"its rows can't be written down: {error}"
         what = f"loss {losses[suspects[0]]}" if not all(map(math.isfinite, losses)) else f"gradient norm {norm}"
-        self._event(step, f"{what}: the step was left out, its rows are in {folder / BAD_BATCHES}")
+        self._event(step, f"{what}: the step was left out, {kept}")
         most = cast(SFTConfig, self.args).max_bad_steps
         if self._bad_in_a_row >= most:
             good = newest_checkpoint(folder)

@@ -31,6 +31,7 @@ FREE = {
     *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint", "force_resume"),
     *(
         "allow_pickle",
+        "on_bad_row",
         "async_save",
         "sample_prompts",
         "enable_jit_checkpoint",
@@ -57,7 +58,10 @@ FREE = {
 """Settings that a run may change on its way: they decide where things go, what is shown and how fast it is, but not
 what is trained on, nor how. Its length is among them: to train longer is a reason to go on."""
 COMPARED = {"dataloader_drop_last"}
-VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"}
+VOLATILE_CONFIG = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"),
+    "architectures",  # which saving writes into the settings of a model that was made from them
+}
 VOLATILE_PEFT = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 
 

@@ -22,17 +22,22 @@ def only_run_in(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        _sign(folder / OWNER)
     except Timeout:
         owner = folder / OWNER
         named = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
         raise TunesmithError(f"a run is writing to {folder} already: {named}. Wait, or take another output") from None
     except OSError as error:
+        lock.release()
         raise TunesmithError(f"output {folder} can't be written: {error.strerror or error}; take another") from error
     try:
-        started = datetime.now().astimezone().isoformat(timespec="seconds")
-        (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n", "utf-8")
         yield
     finally:
         with suppress(OSError):  # the folder may be gone by now, which the run has said
             (folder / OWNER).unlink(missing_ok=True)
         lock.release()
+
+
+def _sign(owner: Path) -> None:
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n", "utf-8")
