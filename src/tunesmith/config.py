@@ -16,6 +16,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop", "split", "error"]
 SelfTestMode = Literal["auto", "always", "off"]
 SharePrefix = Literal["auto", "off"]
+OnBadRow = Literal["error", "skip"]
 COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 """The others record CUDA graphs, one for each length of a batch."""
 
@@ -85,6 +86,10 @@ class SFTConfig(TrainingArguments):
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that prepare the data; unset, one."))
     max_length: int | None = field(
         default=1024, metadata=_help("Most tokens of an example, and of a pack. None: no limit.")
+    )
+    on_bad_row: OnBadRow = field(
+        default="error",
+        metadata=_help("A row that can't be read or used: error | skip (counted, and kept in skipped_rows.jsonl)."),
     )
     overlong: Overlong = field(
         default="truncate", metadata=_help("Examples over max_length: truncate | drop | split | error.")
@@ -246,6 +251,7 @@ class SFTConfig(TrainingArguments):
             "rehearse": SelfTestMode,
             "self_test": SelfTestMode,
             "share_prefix": SharePrefix,
+            "on_bad_row": OnBadRow,
         }
         for name, kind in choices.items():
             value, allowed = getattr(self, name), get_args(kind)
@@ -343,10 +349,7 @@ class SFTConfig(TrainingArguments):
 
     def _refuse_unsupported(self) -> None:
         reasons = {
-            "router_aux_loss_coef": (
-                self.router_aux_loss_coef,
-                "this loss is not supported; leave it unset",
-            ),
+            "router_aux_loss_coef": (self.router_aux_loss_coef, "this loss is not supported; leave it unset"),
             "use_liger_kernel": (
                 self.use_liger_kernel,
                 "Liger replaces the forward that computes our loss, which never makes the full logits either",

@@ -111,7 +111,7 @@ def test_templates_run_in_a_sandbox(source: str, message: str) -> None:
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:
-    with pytest.raises(TunesmithError, match=r"no chat template\. Set `chat_template_path`"):
+    with pytest.raises(TunesmithError, match=r"no chat template; name one in `chat_template_path`"):
         ChatTemplate(words("", "</s>"))
 
 

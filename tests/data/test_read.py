@@ -1,6 +1,7 @@
 """Rows come out as the file has them, each with its place; a damaged file is refused with the place of the damage."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.jsonl", b'\xef\xbb\xbf{"a": "\xe9"}\n', r"line 1: byte 10 \(0xe9\)"),
         ("a.jsonl", '{"a": 1}\n{"a": "\0"}\n', "line 2: there is a NUL at byte 16"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1: the file is UTF-16"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "line 1: the file is UTF-16"),
+        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', "line 2: NaN is no number that JSON has; write null"),
+        ("a.jsonl", '{"a": [-Infinity]}\n', "line 1: -Infinity is no number"),
+        ("a.json", '[{"a": 1e999}]', r"a\.json: 1e999 is no number that JSON has"),
+        ("a.jsonl", '{"a": 1}\n[\n', r"line 2, column 2: Expecting value"),
+        ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", "line 1: Exceeds the limit"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00rest", "line 1: the file is gzip-compressed; unpack it first"),
+        ("a.csv", b"PK\x03\x04rest", "line 1: the file is a zip archive .* save it as .csv"),
+        ("a.txt", b"PAR1rest", "line 1: the file is a Parquet file; name it .parquet"),
+        ("a.jsonl.gz", b"\x1f\x8b", r"files named \*\.gz can't be read; unpack it first; known are"),
         ("a.jsonl", "", "is an empty file"),
         ("a.jsonl", "\n\n", "has no rows"),
         ("a.json", "[]", "has no rows"),
@@ -151,6 +162,39 @@ def test_a_folder_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(TunesmithError, match=r"is a folder, expected a file; it holds rows\.jsonl"):
         read_rows(str(tmp_path))
+
+
+def test_a_data_set_with_a_loading_script_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "name").mkdir()
+    script = tmp_path / "name" / "name.py"
+    script.write_text("raise SystemExit")
+    for source in (script.parent, script):
+        with pytest.raises(TunesmithError, match="loading script run code of others, and are not supported"):
+            read_rows(str(source))
+    # A name of the hub is not a folder here: what `datasets` says for a script is passed on in our words.
+    from datasets import load_dataset
+
+    monkeypatch.setattr("datasets.load_dataset", lambda path, *rest, **named: load_dataset(str(script.parent), **named))
+    with pytest.raises(TunesmithError, match="owner/set is a data set with a loading script"):
+        list(read_rows("owner/set"))
+
+
+def test_files_that_were_joined_keep_their_byte_order_marks(tmp_path: Path) -> None:
+    assert rows_of(tmp_path, "a.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 2}\n') == [{"a": 1}, {"a": 2}]
+
+
+def test_a_line_of_100_mb_is_refused_in_a_moment_and_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        file.truncate(100_000_000)  # of NULs, which take no place on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(TunesmithError, match="line 2: the line has more than 64,000,000 bytes"):
+            list(read_rows(str(path)))
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * 100_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:

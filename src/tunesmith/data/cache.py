@@ -54,6 +54,8 @@ def _update(digest: Any, part: Any) -> None:
 def _refuse(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     raise TypeError(f"{type(value).__name__} has no fingerprint")
 
 
@@ -74,18 +76,31 @@ class Store:
         folder = self.folder / key
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            if any((folder / name).stat().st_size != size for name, size in manifest["files"].items()):
+            sizes = manifest["files"] | manifest["beside"]
+            if any((folder / name).stat().st_size != size for name, size in sizes.items()):
                 return None
             (folder / MANIFEST).touch()
         except (OSError, ValueError, KeyError):
             return None
         return open_shards([folder / name for name in manifest["files"]]), manifest["notes"]
 
-    def write(self, key: str | None, tables: Iterable[Any], notes: Callable[[Any], dict[str, Any]]) -> Any:
+    def beside(self, key: str, name: str) -> Path | None:
+        """The file `name` that was kept with the data set of `key`; None when there is none."""
+        file = self.folder / key / name
+        return file if file.is_file() else None
+
+    def write(
+        self,
+        key: str | None,
+        tables: Iterable[Any],
+        notes: Callable[[Any], dict[str, Any]],
+        beside: Path | None = None,
+    ) -> Any:
         """Write `tables` (Arrow, one schema) as the data set of `key`; returns it memory-mapped.
 
-        `notes` is given the data set when all tables are written, and returns what to keep with it. Without a key the
-        files live as long as this process, and are found by nobody else.
+        `notes` is given the data set when all tables are written, and returns what to keep with it; so is a copy of the
+        file `beside`, if there is one by then. Without a key the files live as long as this process, and are found by
+        nobody else.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +116,11 @@ class Store:
             kept = notes(open_shards(files))
             if key is None:
                 return _Temporary.adopt(partial, files)
-            manifest = {"files": {file.name: file.stat().st_size for file in files}, "notes": kept}
+            manifest: dict[str, Any] = {"files": {file.name: file.stat().st_size for file in files}, "notes": kept}
+            manifest["beside"] = {}
+            if beside is not None and beside.exists():
+                shutil.copyfile(beside, partial / beside.name)
+                manifest["beside"][beside.name] = beside.stat().st_size
             (partial / MANIFEST).write_text(json.dumps(manifest))
             folder = self.folder / key
             if folder.exists():  # damaged, or written by another process meanwhile

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from jinja2.runtime import new_context
 
+from tunesmith.data.bad import NotTheRow
 from tunesmith.data.formats import template_arguments
 from tunesmith.errors import TunesmithError
 from tunesmith.sandbox import compiled, refuse_long
@@ -81,9 +82,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
         if tokenizer.chat_template is None:
-            raise TunesmithError(
-                "the rows are conversations, but the tokenizer has no chat template. Set `chat_template_path` to a "
-                ".jinja file or to a model that has one"
+            raise NotTheRow(
+                "the rows are conversations, but the tokenizer has no chat template; name one in `chat_template_path`"
             )
         now = {"strftime_now": datetime.now().strftime}
         self._variables = {"documents": None, **tokenizer.special_tokens_map, **now, **template_arguments(kwargs or {})}
@@ -105,7 +105,7 @@ class ChatTemplate:
                 source = self._tokenizer.get_chat_template(tools=tools)
                 program = compiled(source)
             except Exception as error:
-                raise TunesmithError(f"the chat template can't be read: {error}") from error
+                raise NotTheRow(f"the chat template can't be read: {error}") from error
             self._programs[key] = program, bool(GENERATION.search(source)), {**program.globals, **self._variables}
         return self._programs[key]
 
@@ -184,7 +184,7 @@ def render(conversation: Conversation, template: ChatTemplate, train_on: TrainOn
         return Rendered(text=chat.text, spans=_everything(chat), closed=conversation.messages[-1].weight > 0)
     turns = [i for i, message in enumerate(conversation.messages) if message.role == "assistant" and i >= (prompt or 0)]
     if train_on == "completion" and prompt is None:
-        raise TunesmithError("train_on: completion needs 'prompt' and 'completion'; for conversations use assistant")
+        raise NotTheRow("train_on: completion needs 'prompt' and 'completion'; for conversations use assistant")
     if train_on == "completion" and turns[:1] != [prompt]:
         raise TunesmithError("'completion' must begin with a message of the assistant")
     turns = turns[-1:] if train_on == "last_assistant" else turns

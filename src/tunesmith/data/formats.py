@@ -25,14 +25,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 EXTRA_COLUMNS = (
-    "input",
-    "system",
-    "labels",
-    "completion_mask",
-    "assistant_masks",
-    "tools",
-    "chat_template_kwargs",
-    "weight",
+    *("input", "system", "labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "weight"),
 )
 TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message")
 """What a chat template is given by name already, and what only `apply_chat_template` knows."""
@@ -58,13 +51,15 @@ SUPPORTED = (
 class FormatOptions:
     """How to read rows. `columns` maps our column names to the data's own, e.g. {"prompt": "question"}.
 
-    `arrow`: the rows come out of Arrow, where a null stands for a key that the row does not have.
+    `arrow`: the rows come out of Arrow, where a null stands for a key that the row does not have. `skip_bad`: a row
+    that can't be read is left out rather than an error.
     """
 
     text_field: str = "text"
     columns: Mapping[str, str] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
     arrow: bool = True
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         known = {name for columns in FORMATS.values() for name in columns} | set(EXTRA_COLUMNS)
@@ -234,7 +229,7 @@ def _message(turn: Any, place: str) -> Message:
     content = fields.get("content")
     if not fields.get("tool_calls"):
         fields.pop("tool_calls", None)  # templates ask whether the key is there
-    elif not all(isinstance(call, dict) and "name" in call.get("function", call) for call in fields["tool_calls"]):
+    elif not isinstance(fields["tool_calls"], list) or not all(map(_is_call, fields["tool_calls"])):
         raise TunesmithError(
             f"'tool_calls' of {place} must be a list of {{'function': {{'name': ..., 'arguments': ...}}}}"
         )
@@ -247,6 +242,11 @@ def _message(turn: Any, place: str) -> Message:
     else:
         raise TunesmithError(f"{place} (role {fields['role']!r}) has neither 'content' nor 'tool_calls'")
     return Message(fields=fields, weight=weight)
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and "name" in function
 
 
 def _part(part: Any, place: str) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _conversations(row: Mapping[str, Any]) -> Conversation:
 def _sharegpt(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The turn of a ShareGPT conversation with the keys that templates know."""
     speaker = turn["from"]
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise TunesmithError(f"{place} is from {speaker!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
     value = _string(turn.get("value"), f"'value' of {place}")
     rest = {name: item for name, item in turn.items() if name not in ("from", "value")}

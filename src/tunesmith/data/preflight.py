@@ -39,7 +39,9 @@ class SplitReport:
         return self.counts.supervised / max(1, self.counts.tokens)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"supervised_share": self.supervised_share}
+        values = asdict(self) | {"supervised_share": self.supervised_share}
+        del values["counts"]["bad"]  # which are kept elsewhere
+        return values
 
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> "SplitReport":
@@ -169,6 +171,10 @@ def judge(
 
 def _notes(name: str, report: SplitReport) -> list[str]:
     counts, notes = report.counts, []
+    if counts.skipped:
+        notes.append(
+            f"{name}: {counts.skipped:,} of {counts.rows:,} rows can't be used and are left out (on_bad_row: skip)"
+        )
     for reason, (count, places) in counts.dropped.items():
         notes.append(
             f"{name}: {count:,} rows dropped, {reason}: {', '.join(places)}{', ...' if count > len(places) else ''}"

@@ -5,7 +5,7 @@ the same rows by the same means, is found in the cache instead.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +14,14 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
+from tunesmith.data.bad import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.cache import Store, code_fingerprint, fingerprint
 from tunesmith.data.columns import Columns, table
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
-from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded, parsed
+from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded
+from tunesmith.data.typed import Source, sifted
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
@@ -76,40 +78,47 @@ def identity(source: Any) -> str | None:
 
 
 def prepare(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    rows: Source,
     preparation: Preparation,
     *,
     store: Store | None = None,
     source: Any = None,
+    skipped: SkippedRows | None = None,
 ) -> tuple[Any, SplitReport]:
     """All rows as a memory-mapped `datasets.Dataset` with `input_ids`, `labels` and, where any is not 1, `weights`.
 
     `source` is what `rows` come from, if the result is to be cached. Raises TunesmithError for a row that can't be read
-    or supervised, and when no example is left.
+    or supervised, unless bad rows are to be skipped, which are added to `skipped`; and when no example is left.
     """
-    store = store or Store()
+    store, left_out = store or Store(), SkippedRows() if skipped is None else skipped
     key = preparation.key(None if source is None else identity(source))
     found = store.find(key) if key is not None else None
     if found is not None:
+        assert key is not None
         dataset, kept = found
+        if (file := store.beside(key, SKIPPED)) is not None:
+            left_out.take(file)
         return _without_empty_weights(dataset, kept["weighted"]), SplitReport.from_json(kept["report"])
     counts, made = Counts(), dict[str, Any]()
 
     def notes(dataset: Any) -> dict[str, Any]:
-        _check_left(counts)
         made["report"] = examine(dataset, counts, preparation.tokenizer.bos_token_id)
         return {"report": made["report"].as_json(), "weighted": made["weighted"]}
 
     def tables() -> Iterator[Any]:
         made["weighted"] = False
         for batch in _batches(rows, preparation, counts):
+            left_out.add(counts.taken())
+            if not len(batch.sizes):  # none of these rows is left
+                continue
             made["weighted"] |= batch.weights is not None
             yield table(batch)
         if not counts.rows:
             raise TunesmithError("the data set is empty")
+        _check_left(counts)
 
     with _frozen_garbage():
-        dataset = store.write(key, tables(), notes)
+        dataset = store.write(key, tables(), notes, left_out.path)
     return _without_empty_weights(dataset, made["weighted"]), made["report"]
 
 
@@ -137,16 +146,16 @@ def _check_left(counts: Counts) -> None:
     raise TunesmithError(f"no example is left of {counts.rows} rows ({reasons})")
 
 
-def _batches(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], preparation: Preparation, counts: Counts
-) -> Iterator[Columns]:
-    typed = parsed(rows, preparation.formats)
+def _batches(rows: Source, preparation: Preparation, counts: Counts) -> Iterator[Columns]:
+    typed = sifted(rows, preparation.formats)
     if preparation.processes == 1:
         return encoded(typed, Encoder(preparation.tokenizer, preparation.encode), counts)
     return _in_processes(typed, preparation, counts)
 
 
-def _in_processes(rows: Iterator[tuple[str, Row]], preparation: Preparation, counts: Counts) -> Iterator[Columns]:
+def _in_processes(
+    rows: Iterator[tuple[str, Row | BadRow]], preparation: Preparation, counts: Counts
+) -> Iterator[Columns]:
     """Batches encoded by several processes, in order, with a bounded number of them on the way."""
     waiting: list[Future[tuple[Columns, Counts]]] = []
 
@@ -167,14 +176,14 @@ def _in_processes(rows: Iterator[tuple[str, Row]], preparation: Preparation, cou
             yield finished()
 
 
-_worker: Callable[[list[tuple[str, Row]]], tuple[Columns, Counts]]
+_worker: Callable[[list[tuple[str, Row | BadRow]]], tuple[Columns, Counts]]
 
 
 def _start_worker(tokenizer: Any, options: EncodeOptions) -> None:
     global _worker
     encoder = Encoder(tokenizer, options)
 
-    def work(rows: list[tuple[str, Row]]) -> tuple[Columns, Counts]:
+    def work(rows: list[tuple[str, Row | BadRow]]) -> tuple[Columns, Counts]:
         counts = Counts()
         columns = next(encoded(iter(rows), encoder, counts))
         return columns, counts
@@ -182,5 +191,5 @@ def _start_worker(tokenizer: Any, options: EncodeOptions) -> None:
     _worker = work
 
 
-def _work(rows: list[tuple[str, Row]]) -> tuple[Columns, Counts]:
+def _work(rows: list[tuple[str, Row | BadRow]]) -> tuple[Columns, Counts]:
     return _worker(rows)

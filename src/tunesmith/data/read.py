@@ -11,26 +11,33 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.bad import BadRow
 from tunesmith.data.formats import FORMATS
+from tunesmith.data.lines import Line, numbered_lines
 from tunesmith.errors import TunesmithError, nearest
 
 Row = dict[str, Any]
-Placed = Iterator[tuple[str, Row]]
+Placed = Iterator[tuple[str, Row | BadRow]]
 
-BOM = b"\xef\xbb\xbf"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LOOSE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """A hint only: pairs of surrogates are right, a half one is not."""
+NO_SCRIPTS = (
+    "Data sets with a loading script run code of others, and are not supported; take the data set's Parquet files, "
+    "or save its rows as .jsonl"
+)
+PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
     """The rows of one source. Iterating reads it anew and gives (place, row) pairs; places count from 1.
 
-    Iterating raises TunesmithError, with the place, for what is damaged.
+    Iterating raises TunesmithError, with the place, for what is damaged; `each` gives damaged rows as they are, and
+    raises only for what is wrong with a whole file.
     """
 
     name: str
@@ -38,7 +45,14 @@ class Rows:
     files: tuple[Path, ...] = ()
     """The files with all of the rows; empty when they come from elsewhere."""
 
-    def __iter__(self) -> Placed:
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        for place, row in self.each():
+            if isinstance(row, BadRow):
+                raise row.error(place)
+            yield place, row
+
+    def each(self) -> Placed:
+        """All rows, those that can't be read too."""
         empty = True
         for pair in self.read():
             empty = False
@@ -73,7 +87,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     files = tuple(file for part in parts for file in part.files)
     return Rows(
         name=", ".join(part.name for part in parts),
-        read=lambda: chain.from_iterable(parts),
+        read=lambda: chain.from_iterable(part.each() for part in parts),
         files=files if all(part.files for part in parts) else (),
     )
 
@@ -89,6 +103,9 @@ def _check_file(path: Path, source: str) -> None:
     known = ", ".join(READERS)
     if path.is_dir():
         inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in READERS)
+        scripts = sorted(item.name for item in path.glob("*.py"))
+        if scripts and not inside:
+            raise TunesmithError(f"{source} needs the code in {scripts[0]} to be read. {NO_SCRIPTS}")
         listed = f"; it holds {', '.join(inside[:5])}" if inside else f"; it holds no {known} file"
         raise TunesmithError(f"{source} is a folder, expected a file{listed}")
     if not path.exists():
@@ -96,7 +113,10 @@ def _check_file(path: Path, source: str) -> None:
         where = "" if path.parent.is_dir() else f": there is no folder {path.parent}"
         raise TunesmithError(f"no file {source}{where}{nearest(path.name, siblings)}")
     if path.suffix.lower() not in READERS:
-        raise TunesmithError(f"{source}: files named *{path.suffix or path.name} can't be read; known are {known}")
+        packed = "; unpack it first" if path.suffix.lower() in PACKED else ""
+        script = f". {NO_SCRIPTS}" if path.suffix == ".py" else ""
+        found = f"{source}: files named *{path.suffix or path.name} can't be read"
+        raise TunesmithError(f"{found}{packed}; known are {known}{script}")
     if path.stat().st_size == 0:
         raise TunesmithError(f"{source} is an empty file")
 
@@ -104,71 +124,53 @@ def _check_file(path: Path, source: str) -> None:
 # Text
 
 
-def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, with their ends, split at \\n only: JSON may hold other line separators.
-
-    Raises TunesmithError with the byte offset for what is not UTF-8 text.
-    """
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, _decoded(raw, offset, f"{name}, line {number}")
-                offset += len(raw)
-    except OSError as error:
-        raise TunesmithError(f"{name} can't be read: {error.strerror}") from error
-
-
-def _decoded(raw: bytes, offset: int, place: str) -> str:
-    if offset == 0:
-        if raw.startswith(UTF16):
-            raise TunesmithError(f"{place}: the file is UTF-16; save it as UTF-8")
-        skipped = len(BOM) if raw.startswith(BOM) else 0
-        raw, offset = raw[skipped:], skipped
-    if b"\0" in raw:
-        raise TunesmithError(
-            f"{place}: there is a NUL at byte {offset + raw.index(0)}; the file is damaged, or it is no UTF-8 text"
-        )
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        wrong = raw[error.start]
-        raise TunesmithError(
-            f"{place}: byte {offset + error.start} (0x{wrong:02x}) is not UTF-8; save the file as UTF-8"
-        ) from error
-
-
 def _text(path: Path, name: str) -> Placed:
-    for number, line in _lines(path, name):
-        if line.strip():
-            yield f"{name}, line {number}", {"text": line.rstrip("\r\n")}
+    for line in numbered_lines(path, name):
+        if line.bad is not None:
+            yield line.place, line.bad
+        elif line.text.strip():
+            yield line.place, {"text": line.text.rstrip("\r\n")}
 
 
 # JSON
 
 
 def _jsonl(path: Path, name: str) -> Placed:
-    for number, line in _lines(path, name):
-        if not line.strip():
-            continue
-        place = f"{name}, line {number}"
-        try:
-            row = _parsed(line.rstrip("\r\n"))
-        except json.JSONDecodeError as error:
-            hint = "" if line.endswith("\n") else "; the file ends in this line: it seems to be cut off"
-            if number == 1 and line.strip() in ("[", "{"):
-                hint = "; this looks like one JSON value over many lines: name the file .json"
-            raise TunesmithError(f"{place}, column {error.colno}: {error.msg}{hint}") from error
-        except ValueError as error:
-            raise TunesmithError(f"{place}: {error}") from error
-        if isinstance(row, list) and number == 1:
-            raise TunesmithError(f"{place} is a list; a file with one list of objects is to be named .json")
-        yield place, _object(row, place)
+    for line in numbered_lines(path, name):
+        if line.bad is not None:
+            yield line.place, line.bad
+        elif line.text.strip():
+            yield line.place, _json_line(line)
+
+
+def _json_line(line: Line) -> Row | BadRow:
+    """The object in a line. Raises TunesmithError where the first line shows that the file is no .jsonl."""
+    text, first = line.text.rstrip("\r\n").removeprefix("\ufeff"), line.number == 1  # files were joined, BOMs and all
+    try:
+        row = _parsed(text)
+    except json.JSONDecodeError as error:
+        hint = "" if line.text.endswith("\n") else "; the file ends in this line: it seems to be cut off"
+        bad = BadRow(reason=f"column {error.colno}: {error.msg}{hint}", content=text, joint=", ")
+        if first and text.strip() in ("[", "{"):
+            hint = "; this looks like one JSON value over many lines: name the file .json"
+            raise TunesmithError(f"{bad.error(line.place)}{hint}") from error
+        return bad
+    except ValueError as error:
+        return BadRow(reason=str(error), content=text)
+    if isinstance(row, list) and first:
+        raise TunesmithError(f"{line.place} is a list; a file with one list of objects is to be named .json")
+    return _object(row)
 
 
 def _json(path: Path, name: str) -> Placed:
     """The whole file is one value. Its rows have places like "rows.json, row 3"."""
-    text = "".join(line for _, line in _lines(path, name))
+    lines = []
+    for line in numbered_lines(path, name, most=None):
+        if line.bad is not None:
+            raise line.bad.error(line.place)
+        lines.append(line.text)
+    text = "".join(lines)
+    del lines
     try:
         value = _parsed(text)
     except json.JSONDecodeError as error:
@@ -182,8 +184,7 @@ def _json(path: Path, name: str) -> Placed:
         raise TunesmithError(f"{name}: {error}") from error
     rows, where = _rows_in(value, name)
     for number, row in enumerate(rows, start=1):
-        place = f"{name}, row {number}{where}"
-        yield place, _object(row, place)
+        yield f"{name}, row {number}{where}", _object(row)
 
 
 def _rows_in(value: Any, name: str) -> tuple[list[Any], str]:
@@ -204,16 +205,25 @@ def _rows_in(value: Any, name: str) -> tuple[list[Any], str]:
 def _parsed(text: str) -> Any:
     """JSON in which no key is given twice in an object. Raises ValueError, JSONDecodeError when it isn't JSON."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_number, parse_float=_finite)
+        if LOOSE_SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
-    if LOOSE_SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"{half} is half of a surrogate pair, which is no character") from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{half} is half of a surrogate pair, which is no character") from error
     return value
+
+
+def _refuse_number(text: str) -> float:
+    """Python's JSON has NaN and Infinity, which JSON does not."""
+    raise ValueError(f"{text[:40]} is no number that JSON has; write null, or a finite number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if isfinite(number) else _refuse_number(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
@@ -225,9 +235,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _object(row: Any, place: str) -> Row:
+def _object(row: Any) -> Row | BadRow:
     if not isinstance(row, dict):
-        raise TunesmithError(f"{place} is {_kind(row)}, expected an object {{...}}")
+        return BadRow(reason=f"is {_kind(row)}, expected an object {{...}}", content=row, joint=" ")
     return row
 
 
@@ -250,24 +260,46 @@ def _tsv(path: Path, name: str) -> Placed:
 def _table(path: Path, name: str, delimiter: str) -> Placed:
     """Rows of text values under the names of the first line. A place is the line in which the row begins."""
     csv.field_size_limit(2**31 - 1)  # a process-wide limit, by default 128 KiB: less than a long document
-    reader = csv.reader((line for _, line in _lines(path, name)), delimiter=delimiter, strict=True)
+    read: list[Line] = []
+    reader = csv.reader(_noted(path, name, read), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         place = f"{name}, line {reader.line_num + 1}"
+        read.clear()
         try:
             values = next(reader, None)
         except csv.Error as error:
-            raise TunesmithError(f"{place}: {error}") from error
+            bad = BadRow(reason=str(error), content="".join(line.text for line in read))
+            if not header or len(read) != 1 or not read[0].text.endswith("\n"):
+                # Over several lines, whose rows are those? A quote that is never closed takes the rest of the file.
+                raise bad.error(place) from error
+            yield place, bad
+            continue
         if values is None:
             return
-        if not values:
-            continue
-        if not header:
+        wrong = next((line for line in read if line.bad is not None), None)
+        if wrong is not None and wrong.bad is not None:
+            if not header:
+                raise wrong.bad.error(wrong.place)
+            yield wrong.place, wrong.bad
+        elif values and not header:
             header = _checked_header(values, place)
-        elif len(values) != len(header):
-            raise TunesmithError(f"{place} has {len(values)} values, but the header has {len(header)} names")
-        else:
-            yield place, dict(zip(header, values, strict=True))
+        elif values:
+            yield place, _under(header, values)
+
+
+def _noted(path: Path, name: str, read: list[Line]) -> Iterator[str]:
+    """The lines for a table's reader, which are noted in `read`."""
+    for line in numbered_lines(path, name):
+        read.append(line)
+        yield line.text
+
+
+def _under(header: list[str], values: list[str]) -> Row | BadRow:
+    if len(values) != len(header):
+        found = f"has {len(values)} values, but the header has {len(header)} names"
+        return BadRow(reason=found, content=values, joint=" ")
+    return dict(zip(header, values, strict=True))
 
 
 def _checked_header(names: list[str], place: str) -> list[str]:
@@ -304,6 +336,8 @@ def _hub(name: str, split: str) -> Placed:
     try:
         dataset = load_dataset(path, configuration or None, split=split)
     except Exception as error:  # of a dozen types: offline, not found, gated, no such split, a file it can't read
+        if "scripts are no longer supported" in str(error):
+            raise TunesmithError(f"{name} is a data set with a loading script. {NO_SCRIPTS}") from error
         raise TunesmithError(
             f"{name} (split {split}) is no file here and could not be loaded from the hub: {error}\n"
             "Check the name and the connection, or download it and give a file."

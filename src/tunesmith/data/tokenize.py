@@ -4,8 +4,7 @@ The mask follows characters: a token is supervised when all its characters lie i
 straddles a boundary is not, because the model would have had to generate characters of its own prompt.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,28 +13,37 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from tunesmith.data.bad import BadRow, NotTheRow, Place
 from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
 from tunesmith.data.columns import Columns
-from tunesmith.data.formats import FormatOptions, detect, format_row, parse
+from tunesmith.data.offsets import untrimmed
+from tunesmith.data.typed import parsed as parsed
 from tunesmith.errors import TunesmithError
-from tunesmith.sandbox import time_limit
-from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Text, Tokens, TrainOn
+from tunesmith.sandbox import TooLong, time_limit
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Tokens, TrainOn
 
-Placed: TypeAlias = "tuple[str, Rendered | Tokens]"
+Placed: TypeAlias = "tuple[str, Rendered | Tokens | BadRow]"
 BATCH_ROWS = 1000
+MOST_CHARACTERS = 10_000_000
+"""Of a row: its tokens take a hundred times the memory."""
 NAMED_ROWS = 5
 """How many dropped rows a report names for each reason."""
+NAMED_REASONS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeOptions:
-    """What is supervised and what happens to examples over `max_length` tokens. See SFTConfig for the fields."""
+    """What is supervised and what happens to examples over `max_length` tokens. See SFTConfig for the fields.
+
+    `skip_bad`: a row that can't be made an example is left out and counted rather than an error.
+    """
 
     train_on: TrainOn | None = None
     max_length: int | None = 1024
     overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
     truncate_prompt: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    skip_bad: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +51,8 @@ class Counts:
     """What became of the rows; grows while a data set is prepared.
 
     `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts rows of which
-    `lost_tokens` tokens were cut off.
+    `lost_tokens` tokens were cut off. `skipped` counts the bad rows among the dropped, of which `bad` has those that
+    nobody has taken yet, with their places.
 
     `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
     never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
@@ -58,6 +67,8 @@ class Counts:
     dropped: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
     stops: dict[int, int] = field(default_factory=dict)
+    skipped: int = 0
+    bad: list[tuple[str, BadRow]] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Counts":
@@ -68,18 +79,32 @@ class Counts:
 
     def update(self, part: "Counts") -> None:
         """Add the counts of later rows."""
-        for name in ("rows", "examples", "tokens", "supervised", "truncated", "lost_tokens"):
+        self.bad += part.bad
+        for name in ("rows", "examples", "tokens", "supervised", "truncated", "lost_tokens", "skipped"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         for reason, (count, places) in part.dropped.items():
-            known, named = self.dropped.get(reason, (0, []))
-            self.dropped[reason] = (known + count, [*named, *places][:NAMED_ROWS])
+            self.drop(reason, *places, count=count)
         for mine, theirs in ((self.ends, part.ends), (self.stops, part.stops)):
             for token, count in theirs.items():
                 mine[token] = mine.get(token, 0) + count
 
-    def drop(self, reason: str, place: str) -> None:
-        count, places = self.dropped.get(reason, (0, []))
-        self.dropped[reason] = (count + 1, [*places, place][:NAMED_ROWS])
+    def drop(self, reason: str, *places: str, count: int = 1) -> None:
+        known, named = self.dropped.get(reason, (0, []))
+        self.dropped[reason] = (known + count, [*named, *places][:NAMED_ROWS])
+
+    def skip(self, place: str, bad: BadRow) -> None:
+        """Count a bad row. There are as many different reasons as rows can be wrong; those after the first few are
+        counted together."""
+        reason = f"bad row: {bad.kind}"
+        many = sum(known.startswith("bad row: ") for known in self.dropped) >= NAMED_REASONS
+        self.skipped += 1
+        self.drop(reason if reason in self.dropped or not many else "bad row: other reasons", str(place))
+        self.bad.append((place, bad))
+
+    def taken(self) -> list[tuple[str, BadRow]]:
+        """The bad rows since the last time this was asked."""
+        bad, self.bad = self.bad, []
+        return bad
 
 
 class Encoder:
@@ -90,21 +115,21 @@ class Encoder:
             raise TunesmithError("the tokenizer has no end-of-sequence token; set `eos_token` to one of its tokens")
         self.tokenizer, self.options = tokenizer, options
         self.end_ids, self._eos, self._bos = end_ids(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id
-        self._backend = _untrimmed(tokenizer)
+        self._backend = untrimmed(tokenizer)
         self._blanks: dict[int, bool] = {}
 
     @cached_property
     def template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.options.template_kwargs)
 
-    def encode(self, rows: Sequence[tuple[str, Row]], counts: Counts) -> list[Example]:
+    def encode(self, rows: Sequence[tuple[str, Row | BadRow]], counts: Counts) -> list[Example]:
         """Examples of `rows`, pairs of a place ("row 7") and a row. Adds to `counts`; errors name the place."""
         rendered = self.render(rows)
         examples = self.examples(rendered, self.tokenize(rendered), counts)
         self.count(Columns.of(examples), counts)
         return examples
 
-    def render(self, rows: Sequence[tuple[str, Row]]) -> list[Placed]:
+    def render(self, rows: Sequence[tuple[str, Row | BadRow]]) -> list[Placed]:
         """First step: the text of each row and what is supervised of it."""
         with time_limit():
             return [(place, self._at(place, self._rendered, row)) for place, row in rows]
@@ -126,10 +151,11 @@ class Encoder:
         examples: list[Example] = []
         for place, item in rendered:
             counts.rows += 1
-            if isinstance(item, Rendered):
-                example, prompt = self._example(item, next(encodings))
-            else:
-                example, prompt = self._at(place, self._of_tokens, item), 0
+            made = self._made(place, item, encodings)
+            if isinstance(made, BadRow):
+                counts.skip(place, made)
+                continue
+            example, prompt = made
             kept = self._at(place, self._fit, example, prompt)
             lost = len(example.input_ids) - sum(len(piece.input_ids) for piece in kept)
             if not kept:
@@ -140,25 +166,43 @@ class Encoder:
             examples += kept
         return examples
 
-    @staticmethod
-    def _at(place: str, step: Any, *args: Any) -> Any:
+    def _made(self, place: str, item: Any, encodings: Iterator[Any]) -> tuple[Example, int] | BadRow:
+        if isinstance(item, Rendered):
+            return self._example(item, next(encodings))
+        if isinstance(item, BadRow):
+            return item
+        made: Example | BadRow = self._at(place, self._of_tokens, item)
+        return made if isinstance(made, BadRow) else (made, 0)
+
+    def _at(self, place: str, step: Any, *args: Any) -> Any:
+        """What a step makes of a row, or a BadRow. Raises TunesmithError for what is not to be skipped."""
         try:
             return step(*args)
         except TunesmithError as error:
+            if self.options.skip_bad and _is_of_the_row(error):
+                return BadRow(reason=str(error), content=place.row if isinstance(place, Place) else None)
             raise TunesmithError(f"{place}: {error}") from error
 
-    def _rendered(self, row: Row) -> Rendered | Tokens:
+    def _rendered(self, row: Row | BadRow) -> Rendered | Tokens | BadRow:
+        if isinstance(row, BadRow):
+            return row
+        rendered = self._text(row)
+        if isinstance(rendered, Rendered):
+            _check_text(rendered.text)
+        return rendered
+
+    def _text(self, row: Row) -> Rendered | Tokens:
         train_on = self.options.train_on
         if isinstance(row, Tokens):
             if train_on not in (None, "all"):
-                raise TunesmithError(f"train_on: {train_on} needs text; this row is tokens, whose `labels` say it")
+                raise NotTheRow(f"train_on: {train_on} needs text; this row is tokens, whose `labels` say it")
             return row
         if isinstance(row, Conversation):
             return render(row, self.template, train_on or ("all" if row.prompt_length is None else "completion"))
         if train_on in ("assistant", "last_assistant"):
-            raise TunesmithError(f"train_on: {train_on} needs conversations; this row is plain text")
+            raise NotTheRow(f"train_on: {train_on} needs conversations; this row is plain text")
         if train_on == "completion" and row.prompt is None:
-            raise TunesmithError("train_on: completion needs rows with 'prompt' and 'completion'; this row is one text")
+            raise NotTheRow("train_on: completion needs rows with 'prompt' and 'completion'; this row is one text")
         start = 0 if row.prompt is None or train_on == "all" else len(row.prompt)
         wanted = row.weight > 0 and (row.text.strip() or row.prompt is not None)
         spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if wanted else ()
@@ -258,7 +302,7 @@ class Encoder:
         pieces = [example]
         if limit is not None and size > limit:
             if self.options.overlong == "error":
-                raise TunesmithError(f"{size} tokens, more than max_length {limit} (overlong: error)")
+                raise NotTheRow(f"{size} tokens, more than max_length {limit} (overlong: error)")
             pieces = [] if self.options.overlong == "drop" else self._shorten(example, prompt, limit)
         return [piece for piece in pieces if _supervised(piece)]
 
@@ -305,39 +349,21 @@ def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
     return first, max(first, last)
 
 
-def _untrimmed(tokenizer: Any) -> Any:
-    """The tokenizer's backend, with offsets that include the white space at a token's ends.
-
-    Byte-level tokenizers can leave it out of the offsets they report, which would hide that a token straddles a
-    boundary.
-    """
-    from tokenizers import Tokenizer
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise TunesmithError(
-            f"{type(tokenizer).__name__} has no `tokenizers` backend, which says where each token's characters are; "
-            "use the fast tokenizer of this model"
-        )
-    backend = Tokenizer.from_str(backend.to_str())
-    if (processor := backend.post_processor) is not None:
-        state = json.loads(processor.__getstate__())
-        _keep_offsets(state)
-        processor.__setstate__(json.dumps(state).encode())
-        backend.post_processor = processor
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _is_of_the_row(error: BaseException) -> bool:
+    """Whether the row is at fault. A template that ran too long has left no time for the rows behind, either."""
+    if isinstance(error, NotTheRow | TooLong):
+        return False
+    return error.__cause__ is None or _is_of_the_row(error.__cause__)
 
 
-def _keep_offsets(part: Any) -> None:
-    """Turn `trim_offsets` off in a post-processor, and in those that it is made of."""
-    if isinstance(part, dict):
-        if "trim_offsets" in part:
-            part["trim_offsets"] = False
-        for processor in part.get("processors", ()):
-            _keep_offsets(processor)
+def _check_text(text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise TunesmithError(f"a text of {len(text):,} characters; at most {MOST_CHARACTERS:,} are read, divide it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise TunesmithError(f"{half} is half of a surrogate pair, which is no character") from error
 
 
 def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:
@@ -350,35 +376,7 @@ def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:
     return Example(input_ids=cut(example.input_ids), labels=cut(example.labels), weights=weights)
 
 
-def parsed(rows: Iterable[tuple[str, Mapping[str, Any]]], options: FormatOptions) -> Iterator[tuple[str, Row]]:
-    """Source rows with their places to typed rows, all in the format of the first."""
-    format_name = None
-    kind = None
-    for place, row in rows:
-        try:
-            if options.formatting_func is not None:
-                value = format_row(row, options)
-            else:
-                format_name = format_name or detect(row, options)
-                value = parse(row, format_name, options)
-            kind = kind or _kind(value)
-            if _kind(value) != kind:
-                raise TunesmithError(f"this row is {_kind(value)}, the rows before it are each {kind}")
-        except TunesmithError as error:
-            raise TunesmithError(f"{place}: {error}") from error
-        yield place, value
-
-
-def _kind(row: Row) -> str:
-    """What a row is, in words: rows of two kinds would be trained on differently."""
-    if isinstance(row, Tokens):
-        return "tokens"
-    if isinstance(row, Text):
-        return "a text" if row.prompt is None else "a prompt and a completion, both text"
-    return "a conversation" if row.prompt_length is None else "a prompt and a completion, both messages"
-
-
-def encoded(rows: Iterator[tuple[str, Row]], encoder: Encoder, counts: Counts) -> Iterator[Columns]:
+def encoded(rows: Iterator[tuple[str, Row | BadRow]], encoder: Encoder, counts: Counts) -> Iterator[Columns]:
     """Examples in batches: one is tokenized while the next is rendered."""
     with ThreadPoolExecutor(1) as pool:
         started: list[tuple[list[Placed], Future[Iterator[Any]]]] = []

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
 
@@ -12,6 +13,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.table import InMemoryTable
 
 from tunesmith.config import SFTConfig
+from tunesmith.data.bad import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.columns import flat_weights
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.pack import pack
@@ -19,7 +21,8 @@ from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, sh
 from tunesmith.data.prepare import Preparation, prepare
 from tunesmith.data.read import Rows
 from tunesmith.data.sources import DataSource, mixed, split_rows, used
-from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, parsed
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
+from tunesmith.data.typed import parsed, sifted
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Row
 
@@ -32,7 +35,8 @@ COLUMNS = ["input_ids", "labels", "weights", "seq_lengths"]
 class DataPreparer:
     """Prepares each split of a run with the same tokenizer and settings, and keeps a report of each.
 
-    `counts` has what became of the rows, by split; `stops` the tokens that end supervised turns and texts.
+    `counts` has what became of the rows, by split; `stops` the tokens that end supervised turns and texts; `skipped`
+    the rows that `on_bad_row: skip` left out.
     """
 
     def __init__(self, args: SFTConfig, tokenizer: Any, formatting_func: Callable[..., Any] | None) -> None:
@@ -46,7 +50,10 @@ class DataPreparer:
             text_field=args.dataset_text_field,
             columns=cast(dict[str, str], args.columns or {}),
             formatting_func=formatting_func,
+            skip_bad=args.on_bad_row == "skip",
         )
+        self.skipped: dict[str, SkippedRows] = {}
+        self._saves_skipped = False
         self.counts: dict[str, Counts] = {}
         self.reports: dict[str, SplitReport] = {}
         self._examples: dict[str, Dataset] = {}
@@ -110,6 +117,29 @@ class DataPreparer:
             found.notes.insert(0, f"train: an epoch uses {parts}")
         return found
 
+    def save_skipped(self) -> None:
+        """Write the rows that were left out to `skipped_rows.jsonl` in the output folder, and those that will be."""
+        if self.args.process_index:
+            return
+        file = Path(str(self.args.output_dir)) / SKIPPED
+        try:
+            if not self._saves_skipped and self.args.resume_from_checkpoint:
+                for split in self._looked.keys() & self.skipped.keys():  # streams are not read again from the start
+                    self.skipped[split].recall(file, split)
+            self._saves_skipped = True
+            file.unlink(missing_ok=True)
+            for split, skipped in self.skipped.items():
+                skipped.copy_to(file, split)
+        except OSError as error:
+            raise TunesmithError(f"{file} can't be written: {error.strerror}") from error
+
+    def _left_out(self, split: str) -> SkippedRows | None:
+        """Where the bad rows of a split go; None when they are errors."""
+        if not self.formats.skip_bad:
+            return None
+        skipped = self.skipped[split] = SkippedRows()
+        return skipped
+
     def first_rows(self, count: int = LOOKED_AT) -> Iterator[Row]:
         """The first rows of each source, as they were understood; those that are not trained on come first."""
         for split, (source, formats) in sorted(self._sources.items(), key=lambda item: is_train(item[0])):
@@ -143,11 +173,14 @@ class DataPreparer:
             tokenizer=self.tokenizer, encode=options, formats=formats, processes=self.args.dataset_num_proc or 1
         )
         try:
-            dataset, report = prepare(numbered(source, split), preparation, source=source)
+            skipped = self._left_out(split)
+            dataset, report = prepare(numbered(source, split), preparation, source=source, skipped=skipped)
         except TunesmithError as error:
             raise TunesmithError(f"{split} data: {error}") from error
         self.counts[split], self.reports[split], self._examples[split] = report.counts, report, dataset
         self._sources[split] = source, formats
+        if self._saves_skipped:  # data for an evaluation in between
+            self.save_skipped()
         return dataset
 
     def _options(self, packing: bool) -> EncodeOptions:
@@ -158,6 +191,7 @@ class DataPreparer:
             overlong=self.args.overlong,
             truncate_prompt=self.args.truncate_prompt,
             template_kwargs=cast(dict[str, Any], self.args.chat_template_kwargs or {}),
+            skip_bad=self.formats.skip_bad,
         )
 
     def _stream(self, source: IterableDataset, split: str, encoder: Encoder) -> IterableDataset:
@@ -167,13 +201,16 @@ class DataPreparer:
         if not ahead:
             raise TunesmithError(f"{split} data: the stream is empty")
 
+        pattern, skipped = self._pattern(ahead, split), self._left_out(split)
+
         def typed(batch: Iterable[Mapping[str, Any]], numbers: Iterable[int]) -> list[Any]:
             rows = ((f"row {i}", row) for i, row in zip(numbers, batch, strict=True))
-            # The first row says what the format of every batch must be.
-            return list(islice(parsed(chain([("row 0", ahead[0])], rows), self.formats), 1, None))
+            return list(islice(sifted(chain([pattern], rows), self.formats), 1, None))
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             examples = encoder.encode(typed(unbatched(batch), indices), counts)
+            if skipped is not None:
+                skipped.add(counts.taken())
             return {
                 "input_ids": [example.input_ids for example in examples],
                 "labels": [example.labels for example in examples],
@@ -188,9 +225,22 @@ class DataPreparer:
                 "model would never learn to stop. Train on whole texts, raise max_length, or set allow_no_eos: true"
             )
         self._looked[split] = looked
+        if skipped is not None:
+            skipped.add(looked.taken())
         if self.args.shuffle_dataset:
             source = source.shuffle(seed=self.args.seed)
         return source.map(encode, batched=True, with_indices=True, remove_columns=list(ahead[0]))
+
+    def _pattern(self, ahead: Sequence[Mapping[str, Any]], split: str) -> tuple[str, Mapping[str, Any]]:
+        """The first row of a stream that can be read, with its place: every batch must have its format."""
+        reasons = []
+        for (place, row), source in zip(sifted(numbered(ahead, split), self.formats), ahead, strict=True):
+            if not isinstance(row, BadRow):
+                return place, source
+            reasons.append(str(row.error(place)))
+        raise TunesmithError(
+            f"{split} data: none of the first {len(ahead)} rows of the stream can be used: {reasons[0]}"
+        )
 
     def _pack(self, dataset: Dataset) -> Dataset:
         assert self.args.max_length is not None
@@ -211,19 +261,27 @@ class DataPreparer:
         return Dataset(InMemoryTable.from_pydict(columns))
 
 
-def numbered(source: Dataset | Iterable[Mapping[str, Any]], split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def numbered(
+    source: Dataset | Rows | Iterable[Mapping[str, Any]], split: str
+) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
     """Rows with their places. A source that knows better (a file and its lines) gives pairs itself."""
     if isinstance(source, Dataset):
         rows: Iterable[Any] = (row for batch in source.iter(1000) for row in unbatched(batch))
     else:
-        rows = source
+        rows = source.each() if isinstance(source, Rows) else source
     for number, row in enumerate(rows):
-        if isinstance(row, tuple) and len(row) == 2:
+        if (
+            isinstance(row, tuple)
+            and len(row) == 2
+            and isinstance(row[0], str)
+            and isinstance(row[1], Mapping | BadRow)
+        ):
             yield row
         elif isinstance(row, Mapping):
             yield f"row {number}", row
         else:
-            raise TunesmithError(f"{split} data: row {number} is {_name(row)}, expected an object with named columns")
+            reason = f"is {_name(row)}, expected an object with named columns"
+            yield f"row {number}", BadRow(reason=reason, content=row, joint=" ")
 
 
 def unbatched(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

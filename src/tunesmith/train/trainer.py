@@ -50,6 +50,7 @@ from tunesmith.train.setup import (
     prepare_tokenizer,
     teach_model,
 )
+from tunesmith.train.trackers import check_trackers
 from tunesmith.types import IGNORE_INDEX
 
 Sources: TypeAlias = Source | Mapping[str, Source]
@@ -163,6 +164,7 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
             prepared = self._prepare(train_dataset, "train", packing=args.packing)
         self.preflight = self._prepare.preflight()
         self.preflight.stop_on_problems()
+        self._prepare.save_skipped()
         check_fit(args, prepared, None if by_row else prepared_eval)
         return prepared, prepared_eval
 
@@ -328,6 +330,7 @@ def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any
         raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
     if args.loss_type == "dft" and compute_loss_func is not None:
         raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
+    check_trackers(args.report_to)
     device = torch.accelerator.current_accelerator()
     check_optimizer(
         str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu or device is None else device.type

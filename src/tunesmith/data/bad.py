@@ -1,0 +1,159 @@
+"""Rows that can't be used: what is known of each, and the file that keeps them when `on_bad_row: skip` leaves them out.
+
+A bad row goes the way of all rows, as a value, so that what is skipped is counted and kept in the order of the data.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tunesmith.errors import TunesmithError
+
+SKIPPED = "skipped_rows.jsonl"
+"""The file of a run with the rows that were left out."""
+KEPT_CHARACTERS = 4000
+"""Of a row that is kept; more is cut off."""
+KIND_CHARACTERS = 120
+PLACE = re.compile(r"(?:(?P<file>.*), )?(?P<unit>line|row) (?P<number>\d+)(?: of .*)?", re.DOTALL)
+Record: TypeAlias = dict[str, Any]
+
+
+class NotTheRow(TunesmithError):
+    """A mistake in the settings or in a whole file, which shows at a row: skipping rows would hide it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """A row that can't be read, or can't be made an example. `content` is the row, or its raw text.
+
+    `joint` stands between the place and the reason in a message.
+    """
+
+    reason: str
+    content: Any
+    joint: str = ": "
+
+    def error(self, place: str) -> TunesmithError:
+        return TunesmithError(f"{place}{self.joint}{self.reason}")
+
+    @property
+    def kind(self) -> str:
+        """The reason without what is different from row to row: its first line, without numbers."""
+        text = re.sub(r"\s*\(.*", "", self.reason.partition("\n")[0].partition(";")[0])
+        return re.sub(r"\d+", "#", text)[:KIND_CHARACTERS]
+
+    def record(self, place: str) -> Record:
+        """What is kept of it: its place, the reason, and the row, cut when it is long."""
+        found = PLACE.fullmatch(place)
+        where: Record = {"place": place}
+        if found is not None:
+            where |= {"file": found["file"]} if found["file"] else {}
+            where[found["unit"]] = int(found["number"])
+        return where | {"reason": self.reason} | _kept(self.content)
+
+
+class Place(str):
+    """A place that remembers the row that was there, for what turns out later to be wrong with it."""
+
+    row: Any
+
+    def __new__(cls, place: str, row: Any = None) -> "Place":
+        made = super().__new__(cls, place)
+        made.row = row
+        return made
+
+
+class SkippedRows:
+    """The rows of one split that were left out, in a file: there may be millions. Each place is kept once.
+
+    Without a file of its own it has one that goes when the process ends.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tunesmith-skipped-", ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name) / SKIPPED
+        self.count = 0
+        self._known: set[int] = set()
+        self._copy: tuple[Path, str] | None = None
+
+    def add(self, rows: list[tuple[str, BadRow]]) -> None:
+        """Keep `rows`, as far as they are not known; a stream is read once an epoch."""
+        new = [(place, bad) for place, bad in rows if hash(place) not in self._known]
+        self._known.update(hash(place) for place, _ in new)
+        if new:
+            self._write([bad.record(place) for place, bad in new])
+
+    def take(self, file: Path) -> None:
+        """Keep what another preparation of the same rows left in `file`."""
+        shutil.copyfile(file, self.path)
+        with self.path.open(encoding="ascii") as lines:
+            self.count = sum(1 for _ in lines)
+
+    def recall(self, file: Path, split: str) -> None:
+        """Keep what an earlier part of the run left in `file` for this split."""
+        if not file.exists():
+            return
+        earlier = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if record.pop("split") == split and hash(record["place"]) not in self._known:
+                    earlier.append(record)
+            except (ValueError, KeyError, TypeError, AttributeError):  # cut off when the run was
+                continue
+        self._known.update(hash(record["place"]) for record in earlier)
+        if earlier:
+            self._write(earlier)
+
+    def copy_to(self, file: Path, split: str) -> None:
+        """Append all to `file`, under the name of the split, and from now on whatever comes."""
+        if self.count:
+            _append(file, split, self)
+        self._copy = file, split
+
+    def __iter__(self) -> Iterator[Record]:
+        if self.path.exists():
+            with self.path.open(encoding="ascii") as lines:
+                yield from map(json.loads, lines)
+
+    def _write(self, records: list[Record]) -> None:
+        self.count += len(records)
+        with self.path.open("a", encoding="ascii") as out:
+            out.writelines(map(_line, records))
+        if self._copy is not None:
+            _append(*self._copy, records)
+
+
+def _append(file: Path, split: str, records: Iterable[Record]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="ascii") as out:
+        out.writelines(_line({"split": split} | record) for record in records)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _kept(content: Any) -> Record:
+    """The row as JSON `content`, or as `raw` text where it is none or too long."""
+    if isinstance(content, str):
+        return _cut(content)
+    try:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            return _cut(repr(content))
+        except Exception:  # an object of the user's, or one that is nested too deeply
+            return {"raw": f"({type(content).__name__})"}
+    return {"content": json.loads(text)} if len(text) <= KEPT_CHARACTERS else _cut(text)
+
+
+def _cut(text: str) -> Record:
+    if len(text) <= KEPT_CHARACTERS:
+        return {"raw": text}
+    return {"raw": text[:KEPT_CHARACTERS], "characters": len(text)}
