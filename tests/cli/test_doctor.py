@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
@@ -18,11 +17,12 @@ from tests.ship.hub_state import Hub
 from tunesmith.cli import checks, doctor
 from tunesmith.cli.checks import Finding
 from tunesmith.cli.main import Commands
+from tunesmith.cli.output import Application
 from tunesmith.model.demo import INSTALL
 
 __all__ = ["hub"]
 RUNNER = CliRunner()
-app = typer.Typer(cls=Commands)
+app = Application(cls=Commands)
 app.command()(doctor.doctor)
 
 

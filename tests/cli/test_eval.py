@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from peft import PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 from tests.ship.runs import adapter_run, full_run, record
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.main import Commands
+from tunesmith.cli.output import Application
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_model, load_run, load_tokenizer
 from tunesmith.ship.record import Method, Origin, Prompt
 
 RUNNER = CliRunner()
 NEW = 6
-app = typer.Typer(cls=Commands)
+app = Application(cls=Commands)
 app.command("eval")(evaluate)
 
 

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
 from tunesmith.cli.main import Commands
+from tunesmith.cli.output import Application
 from tunesmith.cli.plan import HELP, USAGE, plan
 from tunesmith.model import devices
 
-app = typer.Typer(cls=Commands)
+app = Application(cls=Commands)
 app.callback()(lambda: None)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, help=HELP, options_metavar=USAGE

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from tunesmith.cli.output import mode
+from tunesmith.cli.output import note as say
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _answers(name: str, model: Any, tokenizer: Any, encoded: list[list[int]], se
 
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     shown = (TextColumn("answers, {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True)) as progress:
+    with Progress(*shown, console=Console(stderr=True, quiet=mode().quiet)) as progress:
         task = progress.add_task(name, total=len(encoded))
         try:
             return generate_from_ids(
@@ -198,8 +198,3 @@ def _answers(name: str, model: Any, tokenizer: Any, encoded: list[list[int]], se
                 f"{settings.batch_size} answers at a time don't fit in memory; write --batch-size "
                 f"{max(1, settings.batch_size // 2)}, or a lower --max-new-tokens"
             ) from error
-
-
-def say(text: str) -> None:
-    """What is not the result goes to stderr, so that stdout can be piped."""
-    typer.echo(text, err=True)

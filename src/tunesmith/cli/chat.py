@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.complete import runs
+from tunesmith.cli.output import finish, mode
+from tunesmith.cli.output import note as _say
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -14,17 +17,23 @@ COMMANDS = "/reset starts anew, /exit or Ctrl-D leaves"
 
 
 def chat(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, a model's folder or name, or demo.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this, and exit. Without it: a conversation.")] = None,
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Answer this, and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest token. Above: the higher, the freer.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens with this share of probability.")] = 1.0,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token. Higher: freer.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Talk to a run, to a model, or to the demo model."""
+    """Talk to a run, to a model, or to the demo model.
+
+    Example: tunesmith chat demo --prompt "Who wrote Emma?"
+    """
+    if mode().as_json and prompt is None:
+        raise TunesmithError("--json is for one answer; give the question, --prompt TEXT")
     from tunesmith.model.generate import Sampling
     from tunesmith.model.load import load_run
 
@@ -32,7 +41,8 @@ def chat(
     model, tokenizer = load_run(run, trust_remote_code=trust_remote_code, progress=_say)
     conversation = Conversation(model, tokenizer, system, sampling)
     if prompt is not None:
-        conversation.answer(prompt)
+        answer = conversation.answer(prompt)
+        finish({"run": run, "system": system, "prompt": prompt, "answer": answer}, lambda: None)
     else:
         _talk(run, conversation)
 
@@ -51,17 +61,19 @@ class Conversation:
     def reset(self) -> None:
         self.messages = list(self._start)
 
-    def answer(self, text: str) -> None:
-        """Streams the answer to stdout. Text that fails, or is interrupted, leaves the conversation as it was."""
+    def answer(self, text: str) -> str:
+        """Streams the answer to stdout, unless that is for JSON, and returns it. Text that fails, or is interrupted,
+        leaves the conversation as it was."""
         from tunesmith.model.generate import stream
 
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
             answer = stream(self._model, self._tokenizer, asked, _write, self._sampling)
         finally:
-            typer.echo()
+            _write("\n")
         if self.has_roles:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
 
 
 def _talk(run: str, conversation: Conversation) -> None:
@@ -96,9 +108,5 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def _write(text: str) -> None:
-    typer.echo(text, nl=False)
-
-
-def _say(text: str) -> None:
-    """What is not an answer goes to stderr, so that stdout can be piped."""
-    typer.echo(text, err=True)
+    if not mode().as_json:
+        typer.echo(text, nl=False)

@@ -1,9 +1,10 @@
 """`tunesmith check`: what training would find in the data, before any weight is loaded."""
 
-import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+
+from tunesmith.cli.output import finish, note
 
 if TYPE_CHECKING:
     from tunesmith.data.preflight import Preflight, SplitReport
@@ -19,10 +20,7 @@ Only the tokenizer is loaded. Exit code 2 when training would stop here.
 BAR = 30
 
 
-def check(
-    ctx: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
+def check(ctx: typer.Context) -> None:
     """Look at the data as training would, and say what is odd or wrong with it."""
     from tunesmith.cli.inspect import SAME_DATA
     from tunesmith.recipe import parse_options, resolve
@@ -31,10 +29,7 @@ def check(
     for alias in ("output", "output_dir"):
         overrides.pop(alias, None)
     preflight = examined(resolve(path, overrides | SAME_DATA))
-    if as_json:
-        typer.echo(json.dumps(preflight.as_json(), ensure_ascii=False))
-    else:
-        show(preflight)
+    finish(preflight.as_json(), lambda: show(preflight))
     if preflight.problems:
         raise typer.Exit(2)
 
@@ -47,7 +42,7 @@ def examined(recipe: "Recipe") -> "Preflight":
     from tunesmith.train.setup import prepare_tokenizer
 
     rows, held_out = training_rows(recipe), eval_rows(recipe)
-    resolve_model(recipe.model, lambda line: typer.echo(line, err=True))
+    resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
     preparer = DataPreparer(recipe.config, tokenizer, None)
     if isinstance(rows, dict):
@@ -66,8 +61,8 @@ def show(preflight: "Preflight") -> None:
             typer.echo(line)
     for problem in preflight.problems:
         typer.secho(f"stop: {problem}", fg=typer.colors.RED)
-    for note in preflight.notes:
-        typer.echo(f"note: {note}")
+    for text in preflight.notes:
+        typer.echo(f"note: {text}")
     if not preflight.problems:
         typer.echo("ready to train" + ("" if preflight.notes else "; nothing odd found"))
 

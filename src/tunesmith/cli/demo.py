@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tunesmith.cli.output import finish, finish_lines, progress_console
+
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 2
 MAX_NEW_TOKENS = 72
@@ -25,12 +27,12 @@ def demo(
 
     Takes about five minutes on two CPU cores. Example: tunesmith demo --output runs/demo
     """
-    console = Console()
+    console = progress_console()
     if export_data is not None:
         from tunesmith.data.orders import export
 
-        for path in export(export_data):
-            console.print(f"Wrote {path}", highlight=False)
+        paths = list(export(export_data))
+        finish_lines({"files": paths}, [f"Wrote {path}" for path in paths])
         return
     run(output, console)
 
@@ -45,7 +47,7 @@ class Score:
 
 
 def run(output: Path, console: Console) -> Score:
-    """The whole demo; returns the score after training."""
+    """The whole demo, told on `console`, its result where results go; returns the score after training."""
     started = time.perf_counter()
     console.print("[bold]Task[/]: an order e-mail in, strict JSON out: customer, items, date, urgency.")
     console.print("Loading the demo model, SmolLM2-135M-Instruct, and the libraries ...")
@@ -58,8 +60,13 @@ def run(output: Path, console: Console) -> Score:
     _train(trainer, console)
     after = _measure(trainer, held_out, "after", console)
     trainer.save_model()
-    _show(held_out, before, after, console)
     seconds = time.perf_counter() - started
+    scores = {
+        name: {"exactly_right": score.exact, "valid_json": score.valid}
+        for name, score in (("before", before), ("after", after))
+    }
+    about = {"output": str(output), "held_out": len(held_out), "seconds": seconds}
+    finish(about | scores, lambda: _show(held_out, before, after, Console()))
     console.print(f"\nTrained on {len(rows)} e-mails in {output}; everything took {seconds / 60:.1f} minutes.")
     _next_commands(output, held_out[0]["messages"], console)
     return after

@@ -1,15 +1,15 @@
 """`tunesmith doctor`: whether training works here, and how to mend what keeps it from working."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from threading import Thread
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from tunesmith.cli import checks
 from tunesmith.cli.checks import Finding
+from tunesmith.cli.output import finish
 
 WIDTH = 80
 TIMEOUT = 3.0
@@ -20,19 +20,15 @@ STYLES: dict[str, str] = {"ok": "green", "note": "yellow", "problem": "bold red"
 Check = Callable[[], Iterable[Finding]]
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-) -> None:
+def doctor() -> None:
     """Look at this machine and what is installed, and say whether training works here.
 
-    Exit code 1 when something keeps it from working.
+    Exit code 1 when something keeps it from working. Example: tunesmith doctor --json
     """
     findings = list(examined(CHECKS))
     problems = sum(finding.mark == "problem" for finding in findings)
-    if as_json:
-        typer.echo(json.dumps({"problems": problems, "findings": [asdict(finding) for finding in findings]}))
-    else:
-        _show(findings, problems)
+    found = {"problems": problems, "findings": [asdict(finding) for finding in findings]}
+    finish(found, lambda: _show(findings, problems))
     if problems:
         raise typer.Exit(1)
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.asking import Answered, Settings, ask, say
+from tunesmith.cli.asking import Answered, Settings, ask
+from tunesmith.cli.complete import runs
+from tunesmith.cli.output import finish
+from tunesmith.cli.output import note as say
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -21,34 +24,41 @@ WIDTH = 80
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, a model's folder or name, or demo.")],
-    data: Annotated[str, typer.Option(help="A file, or a name on the hub, with rows that were not trained on.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs),
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Rows not trained on.")],
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="exact_match, contains, json_valid, json_equal, number or rouge; give it several times for more. "
-            "Without it: what fits the data."
+            metavar="NAME",
+            help="exact_match, contains, json_valid, json_equal, number, rouge; repeatable. Unset: what fits.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask so many rows, drawn at random.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Answers that are generated together.")] = 16,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Ask N rows, drawn at random.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 16,
     no_base: Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")] = False,
-    system: Annotated[str | None, typer.Option(help="The system message, in place of the rows' own.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Write each row with its answers.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    columns: Annotated[
-        str | None, typer.Option(help="Names of columns: '{prompt: question, completion: answer}'.")
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of data on the hub. Without it: test.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="'{prompt: question, completion: answer}'.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Of data on the hub (test).")] = None,
     as_chat: Annotated[
         bool | None,
-        typer.Option("--chat/--text", help="How to ask prompts that are texts. Without it: as the run was trained."),
+        typer.Option("--chat/--text", help="How to ask texts. Unset: as trained."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the rows that are drawn, and of the intervals.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Ask a run rows that it was not trained on, and score its answers beside those of its base model."""
+    """Ask a run rows that it was not trained on, and score its answers beside those of its base model.
+
+    Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
+    """
     from tunesmith.data.tokenize import Counts
     from tunesmith.report.metrics import chosen, fitting, refuse_unfit, scored
     from tunesmith.report.questions import Source, questions
@@ -82,11 +92,8 @@ def evaluate(
     results = [scored(item, expected, tuned, base, seed) for item in metrics]
     if output is not None:
         _write(output, answered, metrics)
-    if as_json:
-        about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed, "metrics_chosen_for": why}
-        typer.echo(json.dumps(about | _as_json(answered, results, counts), ensure_ascii=False))
-    else:
-        _show(answered, results, counts, settings)
+    about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed, "metrics_chosen_for": why}
+    finish(about | _as_json(answered, results, counts), lambda: _show(answered, results, counts, settings))
 
 
 # What is said

@@ -2,11 +2,13 @@
 
 import random as random_numbers
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.output import finish, note
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -62,7 +64,18 @@ def inspect(
     for alias in ("output", "output_dir"):
         overrides.pop(alias, None)
     facts, rows = prepared(resolve(path, overrides | SAME_DATA), row, random)
-    _show(facts, rows, html, ids=ids)
+    if html is not None:
+        _write_page(facts, rows, html, ids=ids)
+    finish(_as_json(facts, rows, html), lambda: _show(facts, rows, html, ids=ids))
+
+
+def _as_json(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path | None) -> dict[str, Any]:
+    """The facts in their order, and each row's pieces: text, ids, and the weight of the loss (0: not supervised)."""
+    return {
+        "facts": [{"name": name, "found": value} for name, value in facts],
+        "rows": [{"title": row.title, "documents": [asdict(document) for document in row.documents]} for row in rows],
+        "html": None if html is None else str(html),
+    }
 
 
 def _check_page(html: Path | None) -> None:
@@ -87,7 +100,7 @@ def prepared(
     from tunesmith.train.setup import prepare_tokenizer
 
     source = training_rows(recipe)
-    resolve_model(recipe.model, lambda line: typer.echo(line, err=True))
+    resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
     preparer = DataPreparer(recipe.config, tokenizer, None)
     packing = recipe.config.packing
@@ -143,11 +156,19 @@ def _packs(dataset: "Dataset", recipe: "Recipe") -> tuple[str, str]:
     return "packs", f"{len(dataset):,} of up to {size:,} tokens, {tokens / (len(dataset) * size):.0%} full"
 
 
+def _write_page(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path, *, ids: bool) -> None:
+    from tunesmith.report.inspect_html import page
+
+    try:
+        html.write_text(page("tunesmith inspect", facts, rows, ids=ids), encoding="utf-8")
+    except OSError as error:
+        raise TunesmithError(f"--html {html} can't be written: {error.strerror}") from error
+
+
 def _show(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path | None, *, ids: bool) -> None:
     from rich.console import Console
 
     from tunesmith.report.inspect import legend, terminal
-    from tunesmith.report.inspect_html import page
 
     console = Console(highlight=False, markup=False, emoji=False)
     plain = console.no_color or console.color_system is None
@@ -159,8 +180,4 @@ def _show(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path |
             # The terminal wraps: rich would drop spaces at the ends of lines, and characters where it errs in widths.
             console.print(text, end="", soft_wrap=True)
         return
-    try:
-        html.write_text(page("tunesmith inspect", facts, rows, ids=ids), encoding="utf-8")
-    except OSError as error:
-        raise TunesmithError(f"--html {html} can't be written: {error.strerror}") from error
     console.print(f"wrote {', '.join(row.title for row in rows)} to {html}", soft_wrap=True)

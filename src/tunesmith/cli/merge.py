@@ -1,37 +1,42 @@
 """`tunesmith merge`: adapters and their base model into one model."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tunesmith.cli.complete import runs
+from tunesmith.cli.output import finish_lines, note
 
 if TYPE_CHECKING:
     from tunesmith.ship.merge import MergeReport
 
 
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run that trained adapters.")],
-    output: Annotated[Path, typer.Option(help="The folder to write, which must not exist yet.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16. Without it: what the base model's files have.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Size of the files, and about the memory needed.")] = "2GB",
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The folder of a run that trained adapters.", autocompletion=runs)
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The new folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset, the base model's.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file, and of memory.")] = "2GB",
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest difference of logits, relative to the largest logit. Without it: by dtype."),
+        typer.Option(help="Largest relative difference of logits."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Compare the answers to this; give it several times for more.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Compare answers to this; repeatable.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Load what was written, and compare it with the adapters.")
+        bool, typer.Option("--check/--no-check", help="Compare what was written with the adapters.")
     ] = True,
-    adapter: Annotated[
-        str | None, typer.Option(help="The subfolder of RUN that holds the adapters, if they have a name.")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
+    adapter: Annotated[str | None, typer.Option(help="Their subfolder of RUN, if they have one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Merge the adapters of a run into their base model."""
+    """Merge the adapters of a run into their base model.
+
+    Example: tunesmith merge runs/first --output merged
+    """
     from tunesmith.ship.merge import MergeOptions
     from tunesmith.ship.merge import merge as merge_run
 
@@ -45,9 +50,10 @@ def merge(
         adapter=adapter,
         trust_remote_code=trust_remote_code,
     )
-    report = merge_run(run, output, options, progress=_say)
-    for line in lines(report):
-        typer.echo(line)
+    report = merge_run(run, output, options, progress=note)
+    dtype = str(report.dtype).removeprefix("torch.")
+    about = {field.name: getattr(report, field.name) for field in fields(report)}
+    finish_lines(about | {"dtype": dtype}, lines(report))
 
 
 def lines(report: "MergeReport") -> list[str]:
@@ -65,7 +71,3 @@ def lines(report: "MergeReport") -> list[str]:
     else:
         found.append(f"Compared with the adapters on the base model: {report.drift}")
     return found
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

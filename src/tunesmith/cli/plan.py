@@ -1,12 +1,12 @@
 """`tunesmith plan`: the memory a run will need, before any weight is loaded."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.output import finish
 from tunesmith.errors import TunesmithError, nearest
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="t4 | a10g | l4 | 3090 | 4090 | a100 | a100-80gb | h100 | cpu.")
     ] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="full | lora | 8bit | 4bit; unset, all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, sizes in bytes.")] = False,
 ) -> None:
     """Tell the memory of a run, and whether it fits, before any weight is loaded."""
     from tunesmith.model.plan import METHODS
@@ -58,10 +57,7 @@ def plan(
     asked: Any = method or recipe.quantize or ("lora" if recipe.lora not in (None, False) else "full")
     plans = {name: planned(run, name) for name in METHODS if method in (None, name)}
     hints = [] if plans[asked].fits else advice(run, asked, plans)
-    if as_json:
-        typer.echo(json.dumps(_as_json(recipe, run, plans, hints), ensure_ascii=False))
-    else:
-        _show(recipe, run, asked, plans, hints)
+    finish(_as_json(recipe, run, plans, hints), lambda: _show(recipe, run, asked, plans, hints))
     if not plans[asked].fits:
         raise typer.Exit(2)
 

@@ -1,15 +1,18 @@
 """`tunesmith push`: a run to the hub, with its card."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tunesmith.cli.complete import runs
+from tunesmith.cli.output import finish_lines, note
 
 if TYPE_CHECKING:
     from tunesmith.ship.push import Plan
 
 
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.", autocompletion=runs)],
     repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Where to; made when it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Make it private; a public one is refused.")] = False,
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="The branch, made when it is missing.")] = "main",
@@ -26,6 +29,7 @@ def push(
     """Upload a run to the Hugging Face hub, with a card that says what it is.
 
     Goes on where an interrupted upload stopped. Log in first: `hf auth login`, or set HF_TOKEN.
+    Example: tunesmith push runs/first --repo me/first --private
     """
     from tunesmith.ship.push import MESSAGE, PushOptions
     from tunesmith.ship.push import plan as plan_push
@@ -40,27 +44,25 @@ def push(
         samples=not no_samples,
     )
     if dry_run:
-        _show(plan_push(run, repo, options))
-        typer.echo("a dry run: nothing was sent")
+        planned = plan_push(run, repo, options)
+        finish_lines(_as_json(planned) | {"sent": False}, [*_lines(planned), "a dry run: nothing was sent"])
         return
-    report = push_run(run, repo, options, progress=_say)
-    _show(report.plan)
-    for name in report.removed:
-        typer.echo(f"removed {name}, which an earlier push left")
-    typer.echo(f"pushed to {report.url}")
+    report = push_run(run, repo, options, progress=note)
+    removed = [f"removed {name}, which an earlier push left" for name in report.removed]
+    sent = {"sent": True, "url": report.url, "commit": report.commit, "removed": report.removed}
+    finish_lines(_as_json(report.plan) | sent, [*_lines(report.plan), *removed, f"pushed to {report.url}"])
 
 
-def _show(plan: "Plan") -> None:
+def _as_json(plan: "Plan") -> dict[str, Any]:
+    files = [{"path": item.path, "bytes": item.size} for item in plan.items]
+    return {"repo": plan.repo, "bytes": plan.size, "files": files, "not_sent": plan.left_out, "notes": plan.notes}
+
+
+def _lines(plan: "Plan") -> list[str]:
     """Each file with its size, the total, and what stays here."""
     width = max(len(f"{item.size:,}") for item in plan.items)
-    for item in plan.items:
-        typer.echo(f"{item.size:>{width},} bytes  {item.path}")
-    typer.echo(f"{plan.size:>{width},} bytes in {len(plan.items)} files for {plan.repo}")
+    lines = [f"{item.size:>{width},} bytes  {item.path}" for item in plan.items]
+    lines.append(f"{plan.size:>{width},} bytes in {len(plan.items)} files for {plan.repo}")
     if plan.left_out:
-        typer.echo(f"not sent: {', '.join(plan.left_out)}")
-    for note in plan.notes:
-        typer.echo(f"note: {note}")
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
+        lines.append(f"not sent: {', '.join(plan.left_out)}")
+    return lines + [f"note: {text}" for text in plan.notes]

@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.complete import runs as runs_here
+from tunesmith.cli.output import finish_lines
 from tunesmith.errors import TunesmithError
 
 REPORT, COMPARISON = "report.html", "comparison.html"
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(help="The folder of a run; several are compared.", metavar="RUN...")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="The folder of a run; several are compared.", metavar="RUN...", autocompletion=runs_here),
+    ],
     output: Annotated[
         str | None,
         typer.Option(
@@ -19,9 +24,16 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one HTML page about a run, or about several beside each other. It needs nothing from elsewhere."""
+    """Write one HTML page about a run, or about several beside each other. It needs nothing from elsewhere.
+
+    Example: tunesmith report runs/first runs/second --output both.html
+    """
     path = write_report(runs, output)
-    typer.echo(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB); open it in a browser")
+    size = path.stat().st_size
+    finish_lines(
+        {"runs": runs, "report": str(path), "bytes": size},
+        [f"wrote {path} ({size / 1e3:,.0f} kB); open it in a browser"],
+    )
 
 
 def write_report(runs: list[str], output: str | None = None) -> Path:

@@ -2,12 +2,16 @@
 
 import os
 import shlex
+import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.output import finish_lines, progress_console, say
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -58,20 +62,28 @@ def train(
     from tunesmith.recipe import parse_options, resolve
 
     path, overrides = parse_options(ctx.args)
-    run(resolve(path, overrides))
+    recipe = resolve(path, overrides)
+    _hide_tokens(recipe)
+    run(recipe)
+
+
+def _hide_tokens(recipe: "Recipe") -> None:
+    """Trackers keep the command line that a run was started with."""
+    from tunesmith.ship.secrets import scrub
+
+    secrets = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
+    sys.argv = [scrub(word, secrets) for word in sys.argv]
 
 
 def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
-    from tunesmith.cli.rows import eval_rows, origins, training_rows
-    from tunesmith.model.load import compute_dtype, resolve_model
-    from tunesmith.model.lora import lora_config
-    from tunesmith.model.quantize import quantization
+    from tunesmith.model.load import resolve_model
+    from tunesmith.train.trackers import check_trackers
 
-    adapters = lora_config(recipe.lora) if recipe.lora not in (None, False) else None
     _check_resume(recipe)
-    rows, held_out = training_rows(recipe), eval_rows(recipe)
+    opened = _open(recipe)
+    check_trackers(recipe.config.report_to)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")
     if recipe.config.precision_note:
@@ -80,55 +92,114 @@ def run(recipe: "Recipe") -> None:
     if recipe.config.sample_prompts is None:
         recipe.config.sample_prompts = SAMPLE_PROMPTS
 
-    from rich.console import Console
-
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
-    from tunesmith.train.trainer import SFTTrainer
 
-    with StopOnInterrupt(_say) as stop:
-        trainer = SFTTrainer(
-            model=recipe.model,
-            args=recipe.config,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            peft_config=adapters,
-            quantization_config=quantization(recipe.quantize, compute_dtype(recipe.config))
-            if recipe.quantize
-            else None,
-            callbacks=[stop],
-        )
-        trainer.origins |= origins(recipe)
+    with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
+        trainer = _trainer(recipe, opened | {"callbacks": [stop]})
         _save_recipe(recipe, trainer)
         _say_preflight(trainer)
         _say(trainer.trainable)
-        with TrainingProgress.attach(trainer, Console()):
+        view.follow(trainer)
+        with _telling_what_is_kept(str(recipe.config.output_dir)):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
-    output = str(recipe.config.output_dir)
-    if not stop.stopped:
-        trainer.save_model()
-    _report(trainer)
+        if not stop.stopped:
+            trainer.save_model()
+    _finish(trainer, _report(trainer), stopped=stop.stopped)
     if stop.stopped:
-        recipe_file = shlex.quote(str(Path(output) / RECIPE))
-        _say(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint in {output}")
-        _say(f"go on:  tunesmith train {recipe_file} --resume-from-checkpoint")
         raise typer.Exit(stop.exit_code)
-    _say(f"saved {'the adapters' if trainer.has_adapters else 'the model'} to {output}")
-    _say(f"try it:  tunesmith chat {shlex.quote(output)}")
 
 
-def _report(trainer: "SFTTrainer") -> None:
+def _open(recipe: "Recipe") -> dict[str, Any]:
+    """What a trainer is given besides the model, read as far as is needed to know that it is there."""
+    from tunesmith.cli.rows import eval_rows, training_rows
+    from tunesmith.model.lora import lora_config
+
+    adapters = lora_config(recipe.lora) if recipe.lora not in (None, False) else None
+    return {"peft_config": adapters, "train_dataset": training_rows(recipe), "eval_dataset": eval_rows(recipe)}
+
+
+def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
+    from tunesmith.cli.rows import origins
+    from tunesmith.model.load import compute_dtype
+    from tunesmith.model.quantize import quantization
+    from tunesmith.train.trainer import SFTTrainer
+
+    quantized = quantization(recipe.quantize, compute_dtype(recipe.config)) if recipe.quantize else None
+    trainer = SFTTrainer(model=recipe.model, args=recipe.config, quantization_config=quantized, **given)
+    trainer.origins |= origins(recipe)
+    return trainer
+
+
+def _finish(trainer: "SFTTrainer", report: Path | None, *, stopped: bool) -> None:
+    """What came of it, and what can be done with it."""
+    output, state = str(trainer.args.output_dir), trainer.state
+    saved = "adapters" if trainer.has_adapters else "model"
+    if stopped:
+        recipe_file = shlex.quote(str(Path(output) / RECIPE))
+        lines = [
+            f"stopped at step {state.global_step} of {state.max_steps}, with a checkpoint in {output}",
+            f"go on:  tunesmith train {recipe_file} --resume-from-checkpoint",
+        ]
+    else:
+        lines = [f"saved the {saved} to {output}", f"try it:  tunesmith chat {shlex.quote(output)}"]
+    if _is_main():
+        finish_lines(_result(trainer, report) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
+
+
+def _result(trainer: "SFTTrainer", report: Path | None) -> dict[str, Any]:
+    """The numbers of a run: the last of each, and what was odd."""
+    history = trainer.state.log_history
+    last: dict[str, Any] = {}
+    for entry in history:
+        last |= entry
+    return {
+        "output": str(trainer.args.output_dir),
+        "steps": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
+        "epoch": trainer.state.epoch,
+        "loss": last.get("loss"),
+        "mean_loss": last.get("train_loss"),
+        "eval": {name: value for name, value in last.items() if name.startswith("eval_")},
+        "tokens": last.get("num_tokens"),
+        "seconds": last.get("train_runtime"),
+        "trained_parameters": trainer.trainable.trained,
+        "parameters": trainer.trainable.parameters,
+        "events": [{"step": step, "event": text} for step, text in trainer.events],
+        "report": None if report is None else str(report),
+    }
+
+
+@contextmanager
+def _telling_what_is_kept(output: str) -> Iterator[None]:
+    """A second Ctrl-C leaves at once; what was saved before stays."""
+    from tunesmith.model.load import newest_checkpoint
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(Path(output))
+        typer.echo(
+            f"left at once; {f'the newest checkpoint is {newest}' if newest else 'no checkpoint was saved'}", err=True
+        )
+        raise
+
+
+def _report(trainer: "SFTTrainer") -> Path | None:
     """A run stands without its report."""
     from tunesmith.cli.report import write_report
 
     if not trainer.is_world_process_zero():
-        return
+        return None
     output = str(trainer.args.output_dir)
     trainer.record().write(output)  # also of a run that was stopped
     try:
-        _say(f"how it went:  {write_report([output])}")
+        path = write_report([output])
     except TunesmithError as error:
         _say(f"note: there is no report: {error}")
+        return None
+    _say(f"how it went:  {path}")
+    return path
 
 
 def _say_preflight(trainer: "SFTTrainer") -> None:
@@ -159,10 +230,14 @@ def _save_recipe(recipe: "Recipe", trainer: "SFTTrainer") -> None:
         (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: object) -> None:
     """Once, however many processes train."""
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(str(text))
+    if _is_main():
+        say(text)
 
 
 def _print_settings() -> None:

@@ -5,7 +5,7 @@ The files and their form are those of `ship.journal`; only the main process writ
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,8 @@ class JournalingTrainer(GuardedTrainer):
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._written = 0
         self._began = self._clock = 0.0
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        """Told each line of `metrics.jsonl`, on the main process."""
         super().__init__(*args, **kwargs)
         self.add_callback(_Moments(self))
 
@@ -121,6 +123,9 @@ class JournalingTrainer(GuardedTrainer):
             return
         step = self.state.global_step if step is None else step
         line = {"step": step, "epoch": self.state.epoch, **entry, "seconds": time.perf_counter() - self._began}
+        if file == METRICS:
+            for listener in self.listeners:
+                listener(line)
         self._attempt(lambda: append(self._folder / file, line))
 
     def _attempt(self, act: Any) -> Any:

@@ -1,77 +1,152 @@
-"""What a person sees while training: one line that moves on a terminal, plain lines elsewhere."""
+"""What a person sees while training: a view that is drawn in place on a terminal, plain lines elsewhere."""
 
+import os
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from tunesmith.train.live import ResizableLive, RunView, Snapshot
+from tunesmith.train.remarks import Remarks, no_bars
 
 PLAIN_SECONDS = 10
 """Outside a terminal, at most one line in this many seconds."""
 
 
+def can_draw(console: Console) -> bool:
+    """Whether a view can be drawn anew in place: on a terminal that can go back, and not in a CI's log."""
+    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal and not in_ci
+
+
 class TrainingProgress(TrainerCallback):
-    """Steps done, loss, tokens a second and the time left, in place of `transformers`' bar and printed dictionaries."""
+    """How a run goes, in place of `transformers`' bars and printed dictionaries, until the end of the `with` block.
+    While a view is drawn, what libraries say on a terminal is an event of it. Only the main process shows anything."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = Progress(
-            TextColumn("Training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-        )
-        self._task: TaskID | None = None
-        self._printed = 0.0
+        self._draws = can_draw(console) and not console.quiet
+        self._live: ResizableLive | None = None
+        self._open = ExitStack()
+        self._silenced = ExitStack()
+        self._printed = self._evaluated = 0.0
+        self._now = Snapshot(output="", total=0, epochs=0)
 
     @classmethod
     def attach(cls, trainer: Trainer, console: Console) -> "TrainingProgress":
         """Show the progress of `trainer` on `console`, and nothing else."""
+        callback = cls(console)
+        callback.follow(trainer)
+        return callback
+
+    def follow(self, trainer: Trainer) -> None:
+        """Show `trainer`, which has the numbers of each step where it keeps a journal."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        callback = cls(console)
-        trainer.add_callback(callback)
-        return callback
+        trainer.add_callback(self)
+        self._silenced.enter_context(no_bars())
+        listeners = getattr(trainer, "listeners", None)
+        if listeners is not None:
+            listeners.append(lambda line: self._now.take(line))
+
+    def say(self, text: str) -> None:
+        """An event of the view while it is drawn, else a line."""
+        if self._live is not None:
+            self._now.events.append(text)
+        else:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    # The run
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self._started, self._tokens = time.perf_counter(), counted[-1] if counted else 0  # those of a resumed run
         self._first_step = state.global_step
-        if self.console.is_terminal:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, loss="-", speed="-")
+        total, epochs = state.max_steps, float(state.num_train_epochs)
+        self._now = Snapshot(output=str(args.output_dir), total=total, epochs=epochs, step=state.global_step)
+        for entry in state.log_history:
+            if "loss" in entry:
+                self._now.curve.add(entry["loss"])
+        if self._draws and state.is_world_process_zero:
+            self._live = ResizableLive(RunView(self._now), self.console)
+            self._open.enter_context(self._live)
+            self._open.enter_context(Remarks(self.say))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, completed=state.global_step)
+        now, done = self._now, state.global_step - self._first_step
+        now.step, now.epoch, now.phase = state.global_step, state.epoch or 0.0, "training"
+        trained = time.perf_counter() - self._started - self._evaluated
+        now.left = trained / max(done, 1) * (now.total - now.step)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._now.phase != "evaluating":
+            self._now.phase, self._evaluating = "evaluating", time.perf_counter()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._now.phase == "evaluating":
+            self._evaluated += time.perf_counter() - self._evaluating
+            self._now.phase = "training"
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._live is not None:
+            self.say(f"saved checkpoint-{state.global_step}")
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         logs = kwargs["logs"]
         if "loss" in logs:
             self._show(logs, state)
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith("loss"):
-                source = name.removeprefix("eval_").removesuffix("loss").rstrip("_")
-                what = f"eval loss of {source}" if source else "eval loss"
-                self.console.print(f"step {state.global_step}  {what} {value:.4f}", highlight=False)
+                self._show_eval(name, value, state)
 
-    def _show(self, logs: dict[str, Any], state: TrainerState) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._now.phase = "stopped" if state.global_step < state.max_steps else "trained"
+        self._close()
+
+    # What is shown
+
+    def _show(self, logs: Mapping[str, Any], state: TrainerState) -> None:
+        now = self._now
+        if now.loss is None:  # nobody tells of each step
+            now.curve.add(logs["loss"])
         elapsed = time.perf_counter() - self._started
-        loss, speed = f"{logs['loss']:.4f}", f"{(logs['num_tokens'] - self._tokens) / elapsed:.0f}"
-        if self._task is not None:
-            self._bar.update(self._task, loss=loss, speed=speed)
-        elif time.perf_counter() - self._printed > PLAIN_SECONDS or state.global_step == state.max_steps:
-            self._printed = time.perf_counter()
-            left = elapsed / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
-            line = f"step {state.global_step}/{state.max_steps}  loss {loss}  {speed} tokens/s  {left:.0f} s left"
-            self.console.print(line, highlight=False)
+        last = state.global_step == state.max_steps
+        if self._live is not None or (time.perf_counter() - self._printed <= PLAIN_SECONDS and not last):
+            return
+        self._printed = time.perf_counter()
+        speed = (logs["num_tokens"] - self._tokens) / elapsed
+        left = elapsed / max(state.global_step - self._first_step, 1) * (state.max_steps - state.global_step)
+        parts = [f"step {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.4f}", f"{speed:.0f} tokens/s"]
+        parts += [] if now.supervised is None else [f"{now.supervised:.0%} supervised"]
+        parts += [] if now.peak is None else [f"peak {now.peak:,.0f} MiB"]
+        self.console.print("  ".join([*parts, f"{left:.0f} s left"]), highlight=False, soft_wrap=True)
+
+    def _show_eval(self, name: str, value: float, state: TrainerState) -> None:
+        source = name.removeprefix("eval_").removesuffix("loss").rstrip("_")
+        self._now.eval_losses[f"eval loss {source}".rstrip()] = value
+        if not source:
+            self._now.best = value if self._now.best is None else min(value, self._now.best)
+        if self._live is None:
+            what = f"eval loss of {source}" if source else "eval loss"
+            self.console.print(f"step {state.global_step}  {what} {value:.4f}", highlight=False)
+
+    def _close(self) -> None:
+        """The last picture stays, with all events; the terminal is given back."""
+        self._now.over, self._now.left = True, None
+        self._open.close()
+        self._live = None
 
     def __enter__(self) -> "TrainingProgress":
         return self
 
     def __exit__(self, *error: object) -> None:
         """Give the terminal back, also when training ends with an exception."""
-        self._bar.stop()
+        self._silenced.close()
+        if self._live is not None:
+            self._now.phase = "stopped"
+            self._close()

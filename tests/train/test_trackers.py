@@ -1,0 +1,123 @@
+"""What a run says to TensorBoard, Weights & Biases and MLflow arrives there, offline and without secrets."""
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.train.runs import TEXT_ROWS
+from tunesmith import SFTConfig, SFTTrainer
+from tunesmith.cli.main import app
+from tunesmith.errors import TunesmithError
+from tunesmith.train.trackers import check_trackers
+
+SECRET = "hf_" + "s3cr3t" * 5
+STEPS = 3
+PATIENCE_S = 10
+
+
+def followed(tiny_model: Path, folder: Path, tracker: str) -> list[dict[str, Any]]:
+    """A short run that reports to `tracker`; returns what was logged of its steps."""
+    args = SFTConfig(
+        output_dir=str(folder / "run"),
+        max_steps=STEPS,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=STEPS,
+        report_to=[tracker],
+        run_name="first",
+        hub_token=SECRET,
+        use_cpu=True,
+        precision="fp32",
+        save_strategy="no",
+        sample_prompts=0,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(model=str(tiny_model), args=args, train_dataset=TEXT_ROWS, eval_dataset=TEXT_ROWS)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+
+
+def no_secret_in(folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_tensorboard_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    logged = followed(tiny_model, tmp_path, "tensorboard")
+    (file,) = [path for path in (tmp_path / "events").rglob("*tfevents*") if path.is_file()]
+    events = EventAccumulator(str(file)).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(entry["step"], pytest.approx(entry["loss"])) for entry in logged if "loss" in entry]
+    assert events.Scalars("eval/loss")[0].value == pytest.approx(logged[-1]["eval_loss"])
+    assert events.Scalars("train/num_tokens")[-1].value > 0
+    no_secret_in(tmp_path)
+
+
+def test_wandb_gets_the_losses_offline(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true"), ("DISABLE_CODE", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logged = followed(tiny_model, tmp_path, "wandb")
+    wandb.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    content, until = file.read_bytes(), time.monotonic() + PATIENCE_S
+    while b"eval/loss" not in content and time.monotonic() < until:  # another process writes it
+        time.sleep(0.05)
+        content = file.read_bytes()
+    assert b"train/loss" in content
+    assert b"eval/loss" in content
+    for entry in logged[:STEPS]:
+        assert repr(entry["loss"]).encode() in content
+    no_secret_in(tmp_path)
+
+
+def test_mlflow_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logged = followed(tiny_model, tmp_path, "mlflow")
+    mlflow.end_run()
+    (losses,) = [path for path in (tmp_path / "mlruns").rglob("metrics/loss") if path.is_file()]
+    found = [float(line.split()[1]) for line in losses.read_text().splitlines()]
+    assert found == [pytest.approx(entry["loss"]) for entry in logged if "loss" in entry]
+    assert list((tmp_path / "mlruns").rglob("metrics/eval_loss"))
+    no_secret_in(tmp_path)
+
+
+def test_the_command_line_that_a_tracker_keeps_has_no_token(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", "--model", str(tiny_model), "--data", "nowhere.jsonl", "--output", str(tmp_path / "run")]
+    arguments += [f"--hub-token={SECRET[3:]}", "--use-cpu", "--precision=fp32"]
+    monkeypatch.setattr(sys, "argv", ["tunesmith", *arguments])
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert "--hub-token=<secret>" in sys.argv
+    assert not any(SECRET[3:] in word for word in sys.argv)
+
+
+def test_a_tracker_that_is_missing_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(TunesmithError, match=re.escape("trackio is not installed; run: pip install trackio")):
+        check_trackers(["trackio"])
+    with pytest.raises(TunesmithError, match="pip install mlflow-skinny"):
+        check_trackers("mlflow")
+    with pytest.raises(TunesmithError, match="no tracker is called 'wandbb'; did you mean 'wandb'"):
+        check_trackers("wandbb")
+    check_trackers("none")
+    arguments = ["train", "--model", "no/where", "--data", "rows.jsonl", "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*arguments, "--report-to", "trackio", "--use-cpu", "--precision=fp32"])
+    assert result.exit_code == 2
+    assert "trackio is not installed; run: pip install trackio" in result.stderr
+    assert not (tmp_path / "run").exists()
