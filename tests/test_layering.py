@@ -21,7 +21,7 @@ LAYERS = (
     ("data", "model"),
     ("ship",),
     ("train",),
-    ("report",),
+    ("report", "serve"),
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
@@ -216,6 +216,7 @@ def test_every_library_that_the_source_imports_is_a_declared_dependency() -> Non
     """Not one that happens to be there because another library needs it."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["quant"]]
+    wanted += project["optional-dependencies"].get("serve", [])
     declared = {normal(requirement.split(">")[0]) for requirement in wanted}
     distributions = packages_distributions()
     missing = []

@@ -94,7 +94,7 @@ def generate_from_ids(
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            outputs = _answers(model, tokenizer, [encoded[i] for i in chosen], sampling)
+            outputs = answer_ids(model, tokenizer, [encoded[i] for i in chosen], sampling)
             for i, (ids, ended) in zip(chosen, outputs, strict=True):
                 answers[i] = Answer(text=str(tokenizer.decode(ids, **PLAIN)), ended=ended)
             if progress is not None:
@@ -116,7 +116,7 @@ def stream(
     The model must be in evaluation mode.
     """
     streamer = _Streamer(tokenizer, write)
-    _answers(model, tokenizer, [prompt_ids(tokenizer, messages)], sampling, streamer)
+    answer_ids(model, tokenizer, [prompt_ids(tokenizer, messages)], sampling, streamer)
     return "".join(streamer.pieces)
 
 
@@ -203,7 +203,7 @@ def _settings(tokenizer: PreTrainedTokenizerBase, stops: list[int], sampling: Sa
 
 
 @torch.inference_mode()
-def _answers(
+def answer_ids(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],

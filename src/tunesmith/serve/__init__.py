@@ -1,0 +1,1 @@
+"""A run behind the HTTP interface of OpenAI, for one machine."""

@@ -1,0 +1,288 @@
+"""The HTTP interface: routes, and the way from a request to its answer."""
+
+import asyncio
+import copy
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.errors import TunesmithError
+from tunesmith.model.generate import Model, Sampling, prompt_ids, room_of, text_ids
+from tunesmith.serve import request as requests
+from tunesmith.serve.answer import Cancelled, Finished, Job, Question, Worker
+from tunesmith.serve.guard import Access, Guard
+from tunesmith.serve.replies import DONE, ChatReply, CompletionReply, Outcome, Reply, error, event, usage
+from tunesmith.serve.request import Options, RequestError
+from tunesmith.serve.tools import OPENING, Call, reads_tools, split_calls, writes_blocks
+
+LARGEST = 16 * 2**20
+"""Bytes of a request's body."""
+GONE = 499
+"""The status of an answer that nobody waits for, as nginx logs it."""
+ENDING = "the server is ending"
+FAILED = "the answer could not be generated; the server's log says why"
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """`name` is the model's id, and the only one that is served. `defaults` are what a request leaves out."""
+
+    name: str
+    defaults: Sampling
+    access: Access
+
+
+class Service:
+    """A model behind the interface: `app` is its ASGI application. The model must be in evaluation mode."""
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self._settings = settings
+        self._worker = Worker(model, tokenizer)
+        # A tokenizer is for one thread at a time: the worker decodes with the other one.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
+        self._room, self._vocabulary = room_of(model), len(tokenizer)
+        self._has_roles = tokenizer.chat_template is not None
+        self._has_tools = self._has_roles and reads_tools(self._tokenizer)
+        self._finds_calls = self._has_tools and writes_blocks(self._tokenizer)
+        self._started = int(time.time())
+        self.app = self._build()
+
+    def close(self) -> None:
+        """Ends the answers that are under way; those still asked for are refused."""
+        self._worker.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self) -> Starlette:
+        routes = [
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
+        ]
+        handlers: dict[Any, Callable[[Request, Any], Any]] = {
+            RequestError: _explain,
+            HTTPException: _explain_http,
+            Cancelled: _explain_ending,
+            ClientDisconnect: _nobody,
+            Exception: _explain_failure,
+        }
+        guard = Middleware(Guard, access=self._settings.access)
+        return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "unfinished": self._worker.unfinished})
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        card = {"id": self._settings.name, "object": "model", "created": self._started, "owned_by": "tunesmith"}
+        return card | {"max_model_len": self._room}
+
+    def _check_name(self, name: Any) -> None:
+        if name != self._settings.name:
+            raise RequestError(
+                f"there is no model {requests.shown(name)} here; the one that is served is {self._settings.name!r}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The request's object, whose model is the one that is served; without a model, that one is meant."""
+        body = requests.parse_json(await _read(request))
+        if body.get("model") is not None:
+            self._check_name(body["model"])
+        return body
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._body(request)
+        options = requests.parse_options(body, requests.CHAT, self._settings.defaults)
+        chat = requests.parse_chat(body)
+        if not self._has_roles:
+            raise RequestError("this model has no chat template; ask /v1/completions to go on with a text")
+        if chat.functions and not self._has_tools:
+            raise RequestError("this model's chat template has no place for tools", param="tools")
+        ids = await self._in_reader(lambda: prompt_ids(self._tokenizer, chat.messages, chat.arguments), "messages")
+        calls = bool(chat.functions) and self._finds_calls
+        question = self._question(ids, options, "messages", OPENING if calls else None)
+        reply = ChatReply(model=self._settings.name, include_usage=options.include_usage)
+        return await self._answer(request, question, _Way(options=options, reply=reply, functions=chat.functions))
+
+    async def _completion(self, request: Request) -> Response:
+        body = await self._body(request)
+        options = requests.parse_options(body, requests.COMPLETION, self._settings.defaults)
+        prompt = requests.parse_prompt(body, self._vocabulary)
+        ids = (
+            await self._in_reader(lambda: text_ids(self._tokenizer, prompt), "prompt")
+            if isinstance(prompt, str)
+            else prompt
+        )
+        question = self._question(ids, options, "prompt")
+        reply = CompletionReply(model=self._settings.name, include_usage=options.include_usage)
+        return await self._answer(request, question, _Way(options=options, reply=reply))
+
+    async def _in_reader(self, read: Callable[[], T], param: str) -> T:
+        """What `read` returns in the thread that may use the tokenizer. A template may raise anything on what it was
+        not made for, so that all of it is the request's mistake."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        except TunesmithError as mistake:
+            raise RequestError(str(mistake), param=param) from mistake
+        except Exception as failure:
+            raise RequestError(
+                f"the chat template does not take this: {failure or type(failure).__name__}", param=param
+            ) from failure
+
+    def _question(self, ids: list[int], options: Options, param: str, opening: str | None = None) -> Question:
+        if self._room is not None and len(ids) >= self._room:
+            raise RequestError(
+                f"this model's maximum context length is {self._room} tokens, answer included; the prompt has "
+                f"{len(ids)} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return Question(ids=ids, sampling=options.sampling, seed=options.seed, stops=options.stops, opening=opening)
+
+    async def _answer(self, request: Request, question: Question, way: "_Way") -> Response:
+        job = self._worker.ask(question)
+        if way.options.stream:
+            return _Events(job, _events(job, question, way))
+        finished = await _wait(request, job)
+        return JSONResponse(way.reply.whole(way.outcome(question, finished)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """How an answer goes back. `functions` are the tools that it may call."""
+
+    options: Options
+    reply: Reply
+    functions: frozenset[str] = frozenset()
+
+    def outcome(self, question: Question, finished: Finished) -> Outcome:
+        text, reason = finished.text, str(finished.reason)
+        # A call that was cut off is none.
+        calls: list[Call] = []
+        if question.opening is not None and finished.reason == "stop":
+            text, calls = split_calls(text, self.functions)
+        return Outcome(
+            text=text,
+            rest=text[finished.sent :],
+            calls=calls,
+            reason="tool_calls" if calls else reason,
+            usage=usage(len(question.ids), finished.tokens),
+        )
+
+
+class _Events(StreamingResponse):
+    """Ends the answer when the client leaves, wherever the sending was."""
+
+    def __init__(self, job: Job, content: AsyncIterator[str]) -> None:
+        super().__init__(content, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
+
+
+async def _events(job: Job, question: Question, way: _Way) -> AsyncIterator[str]:
+    for made in way.reply.start():
+        yield event(made)
+    try:
+        async for piece in job.pieces():
+            yield event(way.reply.piece(piece))
+        finished = await job.result
+    except Cancelled:
+        yield event(error(ENDING, status=503))
+        return
+    except Exception:
+        logger.exception("an answer failed")
+        yield event(error(FAILED, status=500))
+        return
+    for made in way.reply.end(way.outcome(question, finished)):
+        yield event(made)
+    yield DONE
+
+
+async def _wait(request: Request, job: Job) -> Finished:
+    """The answer. Raises ClientDisconnect as soon as the client has left, and RequestError where generating fails."""
+    gone = asyncio.ensure_future(_left(request))
+    either: set[asyncio.Future[Any]] = {job.result, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not job.result.done():
+            raise ClientDisconnect
+        return job.result.result()
+    except (Cancelled, ClientDisconnect):
+        raise
+    except Exception as failure:
+        # Left to the framework, it would close the connection, on which the client may have asked again already.
+        logger.exception("an answer failed")
+        raise RequestError(FAILED, status=500) from failure
+    finally:
+        gone.cancel()
+        job.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a page may send without asking first is none
+        raise RequestError("send the body as Content-Type: application/json", status=415)
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > LARGEST:
+            raise RequestError(f"the body is larger than {LARGEST} bytes", status=413)
+    return bytes(raw)
+
+
+def _explain(request: Request, mistake: RequestError) -> Response:
+    made = error(str(mistake), status=mistake.status, param=mistake.param, code=mistake.code)
+    return JSONResponse(made, mistake.status)
+
+
+def _explain_http(request: Request, mistake: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {mistake.detail}"
+    return JSONResponse(error(message, status=mistake.status_code), mistake.status_code, mistake.headers)
+
+
+def _explain_ending(request: Request, cancelled: Cancelled) -> Response:
+    return JSONResponse(error(ENDING, status=503), 503)
+
+
+def _nobody(request: Request, gone: ClientDisconnect) -> Response:
+    return Response(status_code=GONE)
+
+
+def _explain_failure(request: Request, failure: Exception) -> Response:
+    return JSONResponse(error(FAILED, status=500), 500)

@@ -1,0 +1,118 @@
+"""Tools reach the model through the chat template, and its calls come back as calls, where their format is certain."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import OpenAI
+
+from tests.conftest import CHATML
+from tests.serve.running import serving
+from tunesmith.model.load import load_run, load_tokenizer
+from tunesmith.serve.tools import Call, reads_tools, split_calls, writes_blocks
+
+HERMES = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}"
+    '{% for call in message.tool_calls or [] %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", '
+    "\"arguments\": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OTHER = HERMES.replace("<tool_call>", "[CALL]").replace("</tool_call>", "[/CALL]")
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź"}}\n</tool_call>'
+ASKED: list[Any] = [{"role": "user", "content": "Rain?"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "reads", "writes"), [(CHATML, False, False), (HERMES, True, True), (OTHER, True, False)]
+)
+def test_the_template_says_how_calls_are_written(tiny_model: Path, template: str, reads: bool, writes: bool) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = template
+    assert (reads_tools(tokenizer), writes_blocks(tokenizer)) == (reads, writes)
+
+
+def test_calls_are_split_from_the_text_before_them() -> None:
+    call = Call(name="weather", arguments='{"city": "Łódź"}')
+    assert split_calls(f"Let me see.\n{CALL}\n{CALL}\n", {"weather"}) == ("Let me see.\n", [call, call])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no call",
+        CALL.replace("weather", "other"),
+        CALL.replace("</tool_call>", ""),
+        f"{CALL} and text behind",
+        CALL.replace('{"city": "Łódź"}', '"Łódź"'),
+        CALL.replace('"name"', '"names"'),
+        CALL.replace("}}", "}"),
+        f"{CALL}<tool_call>\n[]\n</tool_call>",
+        CALL.replace('"weather"', '["weather"]'),
+    ],
+)
+def test_what_is_not_certainly_a_call_is_text(text: str) -> None:
+    assert split_calls(text, {"weather"}) == (text, [])
+
+
+class Scripted(torch.nn.Module):
+    """A head that says `ids` one after the other, whatever it is asked."""
+
+    def __init__(self, ids: list[int], vocabulary: int) -> None:
+        super().__init__()
+        self.ids, self.vocabulary, self.step = ids, vocabulary, 0
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*hidden.shape[:2], self.vocabulary)
+        logits[:, -1, self.ids[self.step % len(self.ids)]] = 1.0
+        self.step += 1
+        return logits
+
+
+@pytest.fixture
+def asking(tiny_model: Path) -> Iterator[OpenAI]:
+    """A model that answers "I look.", and calls the tool."""
+    model, tokenizer = load_run(str(tiny_model))
+    tokenizer.chat_template = HERMES
+    ids = [*tokenizer(f"I look.\n{CALL}")["input_ids"], tokenizer.eos_token_id]
+    model.lm_head = Scripted(ids, len(tokenizer))
+    model.config.max_position_embeddings = 1024
+    with serving(model, tokenizer) as url:
+        yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+
+
+def test_a_call_comes_back_as_one_whole_and_streamed(asking: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": ASKED, "tools": TOOLS, "max_tokens": 200}
+    choice = asking.chat.completions.create(**asked).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.\n")
+    [call] = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Łódź"})
+
+    events = [event.choices[0] for event in asking.chat.completions.create(**asked, stream=True)]
+    assert "".join(event.delta.content or "" for event in events) == "I look.\n"
+    [called] = [event.delta.tool_calls[0] for event in events if event.delta.tool_calls]
+    assert called.function is not None
+    assert (called.index, called.function.name) == (0, "weather")
+    assert events[-1].finish_reason == "tool_calls"
+
+    # The whole turn goes back, as clients send it.
+    answered = [*ASKED, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "Sun"}]
+    assert asking.chat.completions.create(**asked | {"messages": answered}).choices[0].finish_reason == "tool_calls"
+
+
+def test_without_tools_there_are_no_calls(asking: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 200}
+    assert asking.chat.completions.create(**asked).choices[0].message.content == f"I look.\n{CALL}"
+
+
+def test_a_call_that_is_cut_off_is_text(asking: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": ASKED, "tools": TOOLS, "max_tokens": 30}
+    events = [event.choices[0] for event in asking.chat.completions.create(**asked, stream=True)]
+    assert "".join(event.delta.content or "" for event in events) == f"I look.\n{CALL}"[:30]
+    assert events[-1].finish_reason == "length"
