@@ -16,19 +16,23 @@ from tunesmith.cli.chat import chat
 from tunesmith.cli.check import HELP as CHECK_HELP
 from tunesmith.cli.check import USAGE as CHECK_USAGE
 from tunesmith.cli.check import check
+from tunesmith.cli.complete import RecipeCommand
 from tunesmith.cli.demo import demo
 from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.export import export
+from tunesmith.cli.init import init
 from tunesmith.cli.inspect import HELP as INSPECT_HELP
 from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
 from tunesmith.cli.inspect import inspect
 from tunesmith.cli.merge import merge
+from tunesmith.cli.output import Application, fail
 from tunesmith.cli.plan import HELP as PLAN_HELP
 from tunesmith.cli.plan import USAGE as PLAN_USAGE
 from tunesmith.cli.plan import plan
 from tunesmith.cli.push import push
 from tunesmith.cli.report import report
+from tunesmith.cli.serve import serve
 from tunesmith.cli.train import HELP as TRAIN_HELP
 from tunesmith.cli.train import USAGE as TRAIN_USAGE
 from tunesmith.cli.train import train
@@ -42,22 +46,30 @@ class Commands(TyperGroup):
     """Turns a TunesmithError of any command into a message and exit code 2, and Ctrl-C into 130."""
 
     def invoke(self, ctx: Any) -> Any:
+        as_json = "--json" in ctx.args  # also where the rest of the line is wrong
         try:
             return super().invoke(ctx)
         except TunesmithError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            fail(error, MISTAKE, as_json=as_json)
             raise typer.Exit(MISTAKE) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted", err=True)
+            if as_json:
+                fail(interrupt, INTERRUPTED, as_json=True)
+            else:
+                typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from interrupt
+        except Exception as error:
+            if not as_json or not hasattr(error, "format_message"):  # which mistakes in a command line have
+                raise
+            fail(error, MISTAKE, as_json=True)
+            raise typer.Exit(MISTAKE) from error
 
 
-app = typer.Typer(
+app = Application(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # they print the values of all variables, tokens and texts among them
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -77,13 +89,35 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a mistake, too.")] = False,
 ) -> None:
-    """Supervised fine-tuning of language models."""
+    """Supervised fine-tuning of language models.
+
+    Begin: tunesmith demo, or tunesmith init recipe.yaml --data rows.jsonl
+    Every command has --quiet and --json, and shows an example with --help.
+    """
     # bitsandbytes tells everybody on a CPU to install a package for faster 4-bit inference, and how it rounds; peft
     # reads a name that transformers deprecates. Nobody who runs a command can act on any of these.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
+
+SUMMARIES = {
+    "train": "Train a model, as a recipe says.",
+    "check": "Look at the data as training would.",
+    "inspect": "Show the tokens of the batch, and which are trained on.",
+    "plan": "Tell the memory of a run before any weight is loaded.",
+    "eval": "Score a run's answers beside those of its base model.",
+    "init": "Write a recipe that fits your rows and this machine.",
+    "chat": "Talk to a run, to a model, or to the demo model.",
+    "serve": "Answer programs that speak the OpenAI API.",
+    "demo": "Fine-tune the demo model, and compare before and after.",
+    "report": "Write a page about a run, or about several.",
+    "merge": "Merge the adapters of a run into their base model.",
+    "export": "Write a run as a GGUF file, for llama.cpp and Ollama.",
+    "push": "Upload a run to the Hugging Face hub, with a card.",
+    "doctor": "Say whether training works here.",
+}
+"""One line each in the list of commands; what is not named here has the first sentence of its help."""
 
 # These sort out their options themselves: every key of a recipe is one.
 for command, text, usage in (
@@ -93,13 +127,15 @@ for command, text, usage in (
     (plan, PLAN_HELP, PLAN_USAGE),
 ):
     app.command(
+        cls=RecipeCommand,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         help=text,
+        short_help=SUMMARIES[command.__name__],
         options_metavar=usage,
     )(command)
-app.command("eval")(evaluate)
-for plain in (chat, demo, report, merge, export, push, doctor):
-    app.command()(plain)
+app.command("eval", short_help=SUMMARIES["eval"])(evaluate)
+for plain in (init, chat, serve, demo, report, merge, export, push, doctor):
+    app.command(short_help=SUMMARIES.get(plain.__name__))(plain)
 
 
 def main() -> None:

@@ -1,0 +1,268 @@
+"""What the rows of a data source are like, as far as it decides how to train on them.
+
+All rows are read and understood, as training would, so what is wrong with one is said here in the same words; the
+lengths in tokens are those of a random sample.
+"""
+
+import hashlib
+import json
+import random
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from tunesmith.data.formats import FormatOptions, detect
+from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, parsed
+from tunesmith.errors import TunesmithError
+from tunesmith.types import Conversation, Row, Text, TrainOn
+
+Kind = Literal["conversation", "pair", "text", "tokens"]
+SAMPLE = 5_000
+MOST_LABELS = 200
+"""With more different answers than that, nobody counts them."""
+
+QUESTIONS = (
+    *("instruction", "question", "query", "prompt", "user", "human", "request", "problem", "source", "input", "text"),
+    *("sentence", "review", "message", "問題", "问题", "提問", "提问", "指令", "題目", "题目", "輸入", "输入", "質問"),
+    *("文本", "內容", "内容"),
+)
+ANSWERS = (
+    *("output", "answer", "response", "completion", "target", "reply", "assistant", "solution", "label", "category"),
+    *("class", "intent", "sentiment", "summary", "translation", "答案", "回答", "回覆", "回复", "輸出", "输出", "標籤"),
+    *("标签", "類別", "类别", "分類", "分类", "摘要", "応答"),
+)
+CONTEXTS = ("context", "input", "passage", "background", "背景", "上下文", "補充", "补充")
+TEXTS = ("content", "body", "document", "article", "passage", "文本", "內容", "内容", "文章", "正文")
+"""What columns are called elsewhere, the likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowFacts:
+    """All rows of a source, in numbers.
+
+    `kind`: a conversation, a pair of texts, one text, or tokens. `separate`: rows say what of them is the prompt.
+    `answers` is the most assistant turns of a row; `tools` counts rows with tools or calls of them; `json_answers` is
+    the share of last answers that are a JSON object or list; `labels` counts each different last answer, the most
+    frequent first, and is empty where there are more than MOST_LABELS.
+    """
+
+    rows: int
+    format: str
+    kind: Kind
+    separate: bool = False
+    roles: tuple[str, ...] = ()
+    answers: int = 0
+    duplicates: int = 0
+    tools: int = 0
+    json_answers: float = 0.0
+    labels: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Tokens of sampled examples, ascending, and the share of them that is trained on; `rows` stand for all."""
+
+    sizes: tuple[int, ...]
+    rows: int
+    supervised: float
+
+    def share(self, part: float) -> int:
+        """The length that `part` of the rows do not exceed."""
+        return self.sizes[min(len(self.sizes) - 1, max(0, int(part * len(self.sizes) + 0.999999) - 1))]
+
+    @property
+    def longest(self) -> int:
+        return self.sizes[-1]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.sizes) / len(self.sizes)
+
+    @property
+    def sampled(self) -> bool:
+        return len(self.sizes) < self.rows
+
+    def over(self, length: int) -> int:
+        """How many rows have more tokens than `length`; of a sample, about so many."""
+        found = len(self.sizes) - bisect_right(self.sizes, length)
+        return round(found * self.rows / len(self.sizes))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Looked:
+    """What is known of the rows, and a random sample of them with their places."""
+
+    facts: RowFacts
+    sample: list[tuple[str, Row]]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tally:
+    """What grows while rows are read."""
+
+    rows: int = 0
+    seen: set[bytes] = field(default_factory=set)
+    roles: dict[str, None] = field(default_factory=dict)
+    answers: int = 0
+    tools: int = 0
+    json_answers: int = 0
+    labels: Counter[str] | None = field(default_factory=Counter)
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        self.seen.add(hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        if isinstance(row, Conversation):
+            self.roles |= dict.fromkeys(message.role for message in row.messages)
+            self.answers = max(self.answers, sum(message.role == "assistant" for message in row.messages))
+            self.tools += bool(row.tools) or any("tool_calls" in message.fields for message in row.messages)
+        answer = _answer(row)
+        self.json_answers += _is_json(answer)
+        if self.labels is not None:
+            self.labels[answer.strip()] += 1
+            self.labels = None if len(self.labels) > MOST_LABELS else self.labels
+
+
+def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Looked:
+    """Reads all of `rows`, (place, row) pairs. Raises TunesmithError, with the place, for one that can't be trained on
+    or has another shape than the first."""
+    options = FormatOptions(columns=columns, arrow=False)
+    tally, dice = _Tally(), random.Random(0)
+    sample: list[tuple[str, Row]] = []
+    names: list[str] = []
+    for place, row in parsed(_named(rows, options, names), options):
+        tally.add(row)
+        if len(sample) < SAMPLE:
+            sample.append((place, row))
+        elif (at := dice.randrange(tally.rows)) < SAMPLE:
+            sample[at] = place, row
+    if not sample:
+        raise TunesmithError("the data set is empty")
+    first = sample[0][1]
+    facts = RowFacts(
+        rows=tally.rows,
+        format=names[0],
+        kind=_kind(first),
+        separate=isinstance(first, Conversation | Text) and _separate(first),
+        roles=tuple(tally.roles),
+        answers=tally.answers,
+        duplicates=tally.rows - len(tally.seen),
+        tools=tally.tools,
+        json_answers=tally.json_answers / tally.rows,
+        labels=tuple(tally.labels.most_common()) if tally.labels is not None else (),
+    )
+    return Looked(facts=facts, sample=sample)
+
+
+def measure(looked: Looked, tokenizer: Any, train_on: TrainOn | None, template_kwargs: Mapping[str, Any]) -> Lengths:
+    """The lengths of the sampled rows under the tokenizer's chat template. Raises TunesmithError, with the place, for a
+    row that the template refuses."""
+    options = EncodeOptions(train_on=train_on, max_length=None, template_kwargs=template_kwargs)
+    encoder, counts, sizes = Encoder(tokenizer, options), Counts(), list[int]()
+    rest = iter(looked.sample)
+    while part := list(islice(rest, BATCH_ROWS)):
+        sizes += [len(example.input_ids) for example in encoder.encode(part, counts)]
+    if not sizes:
+        reason, (count, places) = next(iter(counts.dropped.items()))
+        raise TunesmithError(f"no example is left of {counts.rows} rows ({reason}: {count}, {places[0]}...)")
+    share = counts.supervised / max(1, counts.tokens)
+    return Lengths(sizes=tuple(sorted(sizes)), rows=looked.facts.rows, supervised=share)
+
+
+def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str] | None:
+    """A `columns` setting that makes a known format of a row: empty when it has one already, None when its names say
+    nothing. `templated`: the model has a chat template, so a question and an answer become two turns of it.
+
+    Raises TunesmithError for preference pairs, whose better side is the user's to choose.
+    """
+    try:
+        known: str | None = detect(row, FormatOptions(arrow=False))
+    except TunesmithError:
+        if row.get("chosen") is not None and row.get("rejected") is not None:
+            raise
+        known = None
+    answer = _named_column(row, ANSWERS)
+    if known == "text" and answer is not None:
+        return _pair(row, "text", answer, templated)
+    if known is not None:
+        return {}
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+            keys = {key for turn in value for key in turn}
+            if keys & {"role", "from"}:
+                return {"messages" if "role" in keys else "conversations": name}
+    question = _named_column(row, QUESTIONS, but=answer)
+    if question is not None and answer is not None:
+        return _pair(row, question, answer, templated)
+    text = _named_column(row, TEXTS)
+    return None if text is None else {"text": text}
+
+
+def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:
+    """The `columns` setting for rows whose column `question` is answered by `answer`."""
+    # A row's own `input` belongs to an instruction already, and would be there twice.
+    ours = ("instruction", "output") if templated and question != "input" else ("prompt", "completion")
+    return {
+        name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs
+    }  # a name that is ours already needs no line
+
+
+def _pair(row: Mapping[str, Any], question: str, answer: str, templated: bool) -> dict[str, str]:
+    columns = pair_columns(question, answer, templated=templated)
+    context = _named_column(row, CONTEXTS, but=question)
+    if context not in (None, answer, "input") and "prompt" not in columns and templated:
+        columns["input"] = str(context)
+    return columns
+
+
+def _named_column(row: Mapping[str, Any], names: Sequence[str], but: str | None = None) -> str | None:
+    known = {"_".join(str(name).casefold().replace("-", " ").split()): name for name in reversed(list(row))}
+    there = (known[name] for name in names if name in known)
+    return next((name for name in there if name != but and row[name] not in (None, "")), None)
+
+
+def _named(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], options: FormatOptions, names: list[str]
+) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """`rows`, and into `names` the format of the first."""
+    for place, row in rows:
+        if not names:
+            try:
+                names.append(detect(row, options))
+            except TunesmithError as error:
+                raise TunesmithError(f"{place}: {error}") from error
+        yield place, row
+
+
+def _kind(row: Row) -> Kind:
+    if isinstance(row, Conversation):
+        return "conversation"
+    if isinstance(row, Text):
+        return "text" if row.prompt is None else "pair"
+    return "tokens"
+
+
+def _separate(row: Conversation | Text) -> bool:
+    return (row.prompt_length if isinstance(row, Conversation) else row.prompt) is not None
+
+
+def _answer(row: Row) -> str:
+    """The last answer in a row; empty where there is none, or none in text."""
+    if isinstance(row, Text):
+        return "" if row.prompt is None else row.text[len(row.prompt) :]
+    if isinstance(row, Conversation) and row.messages[-1].role == "assistant":
+        content = row.messages[-1].fields.get("content")
+        return content if isinstance(content, str) else ""
+    return ""
+
+
+def _is_json(answer: str) -> bool:
+    if not answer.strip().startswith(("{", "[")):
+        return False
+    try:
+        json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+    return True

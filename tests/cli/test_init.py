@@ -1,0 +1,188 @@
+"""`tunesmith init` writes a recipe that passes `check`, asks at a terminal, and overwrites nothing unasked."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from tunesmith.cli.main import app
+from tunesmith.model import devices
+
+
+def tunesmith(command: str, *arguments: object) -> Result:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    return written(tmp_path / "mail.jsonl", [{"text": f"mail {i}", "label": ("spam", "ham")[i % 2]} for i in range(60)])
+
+
+def recipe_of(path: str = "recipe.yaml") -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return read
+
+
+def test_a_file_is_enough_and_the_recipe_passes_check(labelled: Path, tiny_model: Path) -> None:
+    done = tunesmith("init", "--data", "mail.jsonl", "--model", tiny_model)
+    assert done.exit_code == 0, done.output
+    assert "there is no terminal to ask at" in done.output
+    assert "taken are 'text' as 'instruction', 'label' as 'output'" in done.output
+    assert "goal: classify (there are only 2 different answers in 60 rows)" in done.output
+    assert "note: 2 labels: spam 50%, ham 50%" in done.output
+    assert "tunesmith check recipe.yaml" in done.output
+    found = recipe_of()
+    assert found["data"] == {"mail": {"path": "mail.jsonl", "held_out": 0.1}}
+    assert found["columns"] == {"instruction": "text", "output": "label"}
+    assert (found["train_on"], found["output"], found["precision"]) == ("completion", "runs/mail", "auto")
+    checked = tunesmith("check", "recipe.yaml")
+    assert checked.exit_code == 0, checked.output
+    assert "train/mail: 54 rows, 54 examples" in checked.output
+
+
+def test_json_has_what_was_found_and_set(labelled: Path, tiny_model: Path) -> None:
+    options = ("--goal", "instruct", "--method", "full", "--output", "runs/a", "--json")
+    done = tunesmith("init", "a.yaml", "--data", labelled, "--model", tiny_model, *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["goal"], found["fit"]["method"], found["rows"]["rows"]) == ("instruct", "full", 60)
+    assert found["settings"] | {"learning_rate": 5e-5} == recipe_of("a.yaml") | {"learning_rate": 5e-5}
+    assert "lora" not in found["settings"]
+
+
+def test_a_file_that_is_there_stays_unless_forced(labelled: Path, tiny_model: Path) -> None:
+    Path("recipe.yaml").write_text("mine")
+    done = tunesmith("init", "--data", labelled, "--model", tiny_model)
+    assert done.exit_code == 2
+    assert "recipe.yaml is there already; --force writes over it" in done.output
+    assert Path("recipe.yaml").read_text() == "mine"
+    assert tunesmith("init", "--data", labelled, "--model", tiny_model, "--yes", "--force").exit_code == 0
+    assert recipe_of()["model"] == str(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["r.yaml"], "no data; write --data rows.jsonl"),
+        (["r.json", "--data", "mail.jsonl"], "r.json is no name for a recipe"),
+        (["no/r.yaml", "--data", "mail.jsonl"], "there is no folder no"),
+        (["--data", "mial.jsonl"], "did you mean 'mail.jsonl'?"),
+        (["--data", "mail.jsonl", "--goal", "clasify"], "did you mean 'classify'?"),
+        (["--data", "mail.jsonl", "--method", "qlora"], "choose lora | full | 8bit | 4bit"),
+        (["--data", "bad.jsonl"], "bad.jsonl, line 2: 'prompt' is text (a) and 'completion' is a number"),
+        (["--data", "odd.jsonl"], "Here: --columns instruction=question,output=answer"),
+        (["--data", "mail.jsonl", "--columns", "instruction=txt,output=label"], "no column 'txt'"),
+        (["--data", "mail.jsonl", "--columns", "txt"], "--columns txt: write ours=yours,..."),
+        (["--data", "mail.jsonl", "--columns", "{instruction: text, output: [1]}"], "--columns"),
+        (["--data", "mail.jsonl", "--goal", "tools"], "none of these rows has any"),
+        (["--data", "calls.jsonl"], "the chat template does not show tool calls"),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_written(
+    arguments: list[str], message: str, labelled: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    written(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 3}])
+    written(tmp_path / "odd.jsonl", [{"left": "a", "right": "b"}])
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    written(tmp_path / "calls.jsonl", [{"messages": [{"role": "user", "content": "a"}, call]}])
+    done = tunesmith("init", *arguments, "--model", tiny_model)
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert not list(tmp_path.glob("**/*.yaml"))
+
+
+def test_a_model_without_a_chat_template_gets_one_for_conversations(tmp_path: Path, tiny_model: Path) -> None:
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    written(tmp_path / "chat.jsonl", [{"messages": [*turns, *turns]}] * 3)
+    done = tunesmith("init", "--data", "chat.jsonl", "--model", "bare", "--yes")
+    assert done.exit_code == 0, done.output
+    assert "note: 2 rows are exact copies of others" in done.output
+    assert recipe_of()["chat_template_path"] == "chatml"
+    checked = tunesmith("check", "recipe.yaml")
+    assert checked.exit_code == 0, checked.output
+
+
+def test_too_little_memory_is_told_and_all_is_tried(
+    labelled: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = devices.Device(name="small", memory=1_000, precision="fp32", one_kernel=False)
+    monkeypatch.setattr(devices, "device", lambda name, precision: small)
+    done = tunesmith("init", "--data", labelled, "--model", tiny_model)
+    assert done.exit_code == 0, done.output
+    assert "is planned not to fit into small" in done.output
+    found = recipe_of()
+    assert (found["per_device_train_batch_size"], found["gradient_checkpointing"]) == (1, True)
+    assert found["quantize"] == "4bit"
+
+
+@pytest.mark.slow
+def test_at_a_terminal_it_asks_for_what_is_left_out(tmp_path: Path, tiny_model: Path) -> None:
+    pexpect: Any = pytest.importorskip("pexpect")
+    written(tmp_path / "問答.jsonl", [{"問題": f"第{i}題", "答案": f"答案是{i}。"} for i in range(30)])
+    command = ["-m", "tunesmith", "init", "mine.yaml", "--output", "runs/qa"]
+    child = pexpect.spawn(
+        sys.executable, command, cwd=tmp_path, env=os.environ | {"COLUMNS": "100"}, encoding="utf-8", timeout=150
+    )
+    for question, answer in (
+        ("Your rows", "nowhere.jsonl"),
+        ("error: no file nowhere.jsonl", ""),
+        ("Your rows", "問答.jsonl"),
+        ("Which model", str(tiny_model)),
+        ("'問題' as 'instruction', '答案' as 'output'", ""),
+        ("Is that right", "y"),
+        ("What are they for", "nonsense"),
+        ("What are they for", "chat"),
+        ("What is trained", ""),
+        ("Write mine.yaml", "y"),
+    ):
+        child.expect_exact(question)
+        if answer or question == "What is trained":
+            child.sendline(answer)
+    child.expect_exact("wrote mine.yaml")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    found = recipe_of("mine.yaml")
+    assert found["columns"] == {"instruction": "問題", "output": "答案"}
+    assert (found["train_on"], found["lora"]["r"], found["output"]) == ("completion", 16, "runs/qa")
+    assert found["data"] == "問答.jsonl"
+
+
+@pytest.mark.slow
+def test_from_rows_to_a_trained_demo_model(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} + 1?"},
+                {"role": "assistant", "content": f'{{"sum": {i + 1}}}'},
+            ]
+        }
+        for i in range(50)
+    ]
+    written(tmp_path / "sums.jsonl", rows)
+    done = tunesmith("init", "--data", "sums.jsonl", "--yes")
+    assert done.exit_code == 0, done.output
+    assert "model: demo (SmolLM2-135M-Instruct" in done.output
+    assert "goal: json" in done.output
+    quick = ("--max-steps", 2, "--sample-prompts", 0, "--self-test", "off", "--eval-strategy", "no")
+    trained = tunesmith("train", "recipe.yaml", *quick)
+    assert trained.exit_code == 0, trained.output
+    assert (tmp_path / "runs" / "sums" / "adapter_model.safetensors").is_file()
