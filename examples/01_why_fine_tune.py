@@ -1,0 +1,235 @@
+# %% [markdown]
+# # 1. Why fine-tune?
+#
+# A language model that was trained on a large part of the internet can write about nearly everything, but it does not
+# know *your* task, *your* form and *your* tone. **Fine-tuning** means to go on training a finished model on examples of
+# your own until it does.
+#
+# You will learn
+#
+# - what a language model does, and what fine-tuning changes in it,
+# - the difference between *full* fine-tuning and *parameter-efficient* methods such as LoRA,
+# - how much memory each method takes, computed before any weight is loaded,
+# - which libraries and places belong to it: models, data sets, transformers, accelerate, peft, tunesmith.
+#
+# You need Python, and no experience with fine-tuning.
+
+# %%
+import warnings
+from dataclasses import replace
+from importlib.metadata import version
+
+import matplotlib.pyplot as plt
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from tunesmith.model.devices import GPUS
+from tunesmith.model.generate import generate
+from tunesmith.model.load import resolve_model
+from tunesmith.model.lora import lora_config
+from tunesmith.model.plan import METHODS, Run, plan
+
+HUB = False  # True: facebook/opt-350m from the Hugging Face hub; needs the network
+MODEL = "facebook/opt-350m" if HUB else resolve_model("demo")  # a name on the hub, or a folder
+
+logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # between libraries, nothing to do with us
+
+# %% [markdown]
+# ## What a language model does
+#
+# It reads a text as a row of **tokens** (pieces of words) and says for every token it knows how likely it comes next.
+# That is all. Writing is the repetition of it: take a token, put it behind the text, ask again.
+
+# %%
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+text = "The capital of France is"
+with torch.no_grad():
+    scores = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+likeliest = scores.softmax(dim=-1).topk(6)
+words = [repr(tokenizer.decode([i])) for i in likeliest.indices.tolist()]
+for word, probability in zip(words, likeliest.values.tolist(), strict=True):
+    print(f"{probability:6.1%}  {word}")
+
+fig, axis = plt.subplots(figsize=(6, 2.6))
+axis.barh(words[::-1], likeliest.values.tolist()[::-1])
+axis.set(xlabel="probability of the next token", title=text + " ...")
+plt.show()
+
+# %% [markdown]
+# Where do the probabilities come from? From the **weights**: millions of numbers, set in *pretraining* so that real
+# text becomes likely. Our model has some 135 million of them (others a thousand times as many).
+#
+# ## Where asking is not enough
+#
+# Suppose we want e-mails turned into data. We can ask for it, and say in the prompt what we want.
+
+# %%
+instruction = "Extract the order as JSON with the keys customer, items, date. Answer with the JSON only."
+mail = "Hi, we need 3 blue mugs on 14 March 2026. Thanks, Anna Baker"
+if tokenizer.chat_template is None:  # a base model knows no roles: it goes on with a text
+    prompt = [{"role": "user", "content": f"{instruction}\n\n{mail}\n\nJSON:"}]
+else:
+    prompt = [{"role": "system", "content": instruction}, {"role": "user", "content": mail}]
+print(generate(model, tokenizer, [prompt], max_new_tokens=40)[0])
+
+# %% [markdown]
+# The model writes *something*, but look closely: is this JSON that a program could read, with the three keys and the
+# right values? There are three ways on, and it is wise to try them in this order:
+#
+# | way | what you do | when it is enough |
+# | --- | --- | --- |
+# | prompting | describe the task better, show examples in the prompt | a large model, a simple form |
+# | retrieval (RAG) | put the facts that are needed into the prompt | the model lacks *knowledge* that changes |
+# | fine-tuning | train on examples of prompt and answer | the model lacks a *behaviour*: a form, a tone, a skill |
+#
+# Fine-tuning makes a small model good at one thing, so that it needs no long prompt and no large machine. In chapter 3
+# you will see that happen. Training on pairs of prompt and answer is called **supervised fine-tuning**, SFT.
+#
+# ## What a step of training keeps in memory
+#
+# A step of training computes the **loss** (how wrong the model is), then for each weight the **gradient** (in which
+# direction to move it), then moves it. The usual rule for moving, the *optimizer* AdamW, remembers two more numbers for
+# each weight. In 32-bit numbers, 4 bytes each, this gives for *full* fine-tuning:
+
+# %%
+count = sum(parameter.numel() for parameter in model.parameters())
+parts = {"weights": 4, "gradients": 4, "optimizer (two numbers)": 8}
+for part, size in parts.items():
+    print(f"{part:<25} {size:>2} bytes x {count / 1e6:.0f} million = {size * count / 1e6:7,.0f} MB")
+print(f"{'together':<25} {16:>2} bytes x {count / 1e6:.0f} million = {16 * count / 1e6:7,.0f} MB")
+
+# %% [markdown]
+# Sixteen bytes a weight, before a single example is looked at. A model of 7 billion weights needs 112 GB that way, more
+# than any single graphics card at home.
+#
+# ## Parameter-efficient fine-tuning
+#
+# **Parameter-efficient** methods leave the weights as they are (*frozen*) and train a few new ones beside them. The
+# best known is **LoRA**: next to a large matrix of the model come two narrow ones whose product is added to it. Only
+# these get gradients and optimizer numbers. How few are they?
+
+# %%
+adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+print(f"trained: {trained / 1e6:.1f} million of {count / 1e6:.0f} million weights, that is {trained / count:.1%}")
+print(f"gradients and optimizer: {12 * trained / 1e6:.0f} MB instead of {12 * count / 1e6:,.0f} MB")
+
+# %% [markdown]
+# The frozen weights can be made smaller still. **Quantization** stores each of them in 8 or 4 bits instead of 32. LoRA
+# on a quantized model is known as *QLoRA*.
+#
+# ## The memory of each method
+#
+# Besides the weights there are the **activations**: the results in between that a step keeps, the more the longer and
+# the more rows are in the batch. `tunesmith plan` counts everything from the model's description alone. Here are the
+# Python functions behind it, for a model of the size "7 B", one row of 1,024 tokens, on an NVIDIA A100 with 40 GB. No
+# weights are loaded: all we give are the sizes.
+
+# %%
+seven_billion = AutoConfig.for_model(
+    "llama",
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=11_008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=4096,
+)
+run = Run(
+    config=seven_billion,
+    lora=lora_config("r=16,alpha=32"),
+    device=GPUS["a100"],
+    precision="bf16",
+    rows=1,
+    length=1024,
+    checkpoint_every=1,  # gradient checkpointing: recompute activations instead of keeping them all
+)
+plans = {method: plan(run, method) for method in METHODS}
+for method, found in plans.items():
+    print(f"{method:>5}: {found.memory.total / 1e9:6.1f} GB, {'fits' if found.fits else 'does not fit'}")
+
+# %%
+fig, axis = plt.subplots(figsize=(7, 3.8))
+bottom = [0.0] * len(plans)
+for part in next(iter(plans.values())).memory.parts():
+    sizes = [found.memory.parts()[part] / 1e9 for found in plans.values()]
+    axis.bar(list(plans), sizes, bottom=bottom, label=part)
+    bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+axis.axhline(run.device.memory / 1e9, color="black", linestyle="--", label="memory of the A100")
+axis.set(ylabel="GB at the fullest moment of a step", title="Fine-tuning a model with 7 billion weights")
+axis.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# The tall bar is full fine-tuning: weights, gradients and optimizer numbers, all of full size. LoRA leaves the frozen
+# weights (in 16 bits) and little else; with 8 and 4 bits these take about half of that, and about a quarter. A part
+# that is missing in a bar is empty at that moment: the bars show the *fullest* moment of a step.
+#
+# Full fine-tuning still has its place: for small models, for large changes (a new language, a new domain), and where
+# memory is no question. For everything else, begin with LoRA.
+#
+# ## Who does what
+#
+# | | what it is | where |
+# | --- | --- | --- |
+# | models | weights, tokenizer and description | a folder, or a name on the Hugging Face **hub** |
+# | data sets | rows of examples | files of your own, or the hub, through `datasets` |
+# | `transformers` | the models as Python code, and the training loop | |
+# | `accelerate` | the same loop on a CPU, a GPU, or many | |
+# | `peft` | LoRA and the other parameter-efficient methods | |
+# | `tunesmith` | from rows to the right supervised tokens, batches without padding, checks, plans, reports | |
+#
+# All of them work together in this guide, in these versions:
+
+# %%
+for name in ("torch", "transformers", "datasets", "accelerate", "peft", "tunesmith"):
+    print(f"{name:<13} {version(name)}")
+
+# %% [markdown]
+# ## Try it yourself
+#
+# **1.** The first words of the text decide what comes next. Which token is likeliest after "The capital of Italy is"?
+
+# %%
+with torch.no_grad():  # the adapter is still untrained, and an untrained one changes nothing
+    scores = model(**tokenizer("The capital of Italy is", return_tensors="pt")).logits[0, -1]
+print(repr(tokenizer.decode([scores.argmax().item()])))
+
+# %% [markdown]
+# **2.** Does a LoRA of four times the rank (`r=64`) take four times the memory? Guess, then plan it.
+
+# %%
+wider = plan(replace(run, lora=lora_config("r=64,alpha=128")), "lora")
+for rank, found in ((16, plans["lora"]), (64, wider)):
+    own = 4 * found.memory.adapters  # the adapter itself, its gradients, and two optimizer numbers
+    print(f"r={rank}: {own / 1e9:.2f} GB around the adapter, {found.memory.total / 1e9:.1f} GB together")
+
+# %% [markdown]
+# **3.** Which of the known graphics cards have memory enough for the 7 B model, by each method?
+
+# %%
+for method, found in plans.items():
+    enough = [name for name, gpu in GPUS.items() if gpu.memory >= found.memory.total]
+    print(f"{method:>5}: {', '.join(enough) or 'none'}")
+
+# %% [markdown]
+# **4.** And how many bytes does full fine-tuning of *your* favourite model take, if it has 1.5 billion weights?
+
+# %%
+print(f"{16 * 1.5e9 / 1e9:.0f} GB, and the activations on top")
+
+# %% [markdown]
+# ## What you have learned
+#
+# - A language model gives probabilities for the next token; fine-tuning moves its weights so that *your* answers become
+#   likely.
+# - Try prompting and retrieval first; fine-tune when a behaviour is missing.
+# - Full fine-tuning takes about 16 bytes a weight and the activations. LoRA trains about one weight in thirty of our
+#   small model, and 8 or 4 bits make the frozen ones smaller.
+# - `tunesmith plan` tells the memory before you load anything.
+#
+# Next: **chapter 2** sets up your machine.

@@ -1,0 +1,392 @@
+# %% [markdown]
+# # 3. Your first SFT
+#
+# **SFT** is short for *supervised fine-tuning*: you show a model prompts together with the answers you want, and it
+# learns to answer that way. In this chapter you do it once from beginning to end, with a small real model.
+#
+# You will learn
+#
+# - how to look at the data before training on it,
+# - how to load a model and its tokenizer, and what `dtype`, `device_map` and the padding token are about,
+# - what the most important settings of `SFTConfig` do, each seen in a small experiment,
+# - how to train, read the curves, free the memory, save, load, and compare the answers before and after.
+
+# %%
+import gc
+import random
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from tunesmith import SFTConfig, SFTTrainer, TunesmithError
+from tunesmith.model.load import resolve_model
+
+HUB = False  # True: Qwen/Qwen2-0.5B and trl-lib/Capybara from the Hugging Face hub; needs the network, better a GPU
+MODEL = "Qwen/Qwen2-0.5B" if HUB else resolve_model("demo")  # a name on the hub, or a folder
+OUTPUT = "runs/guide/03_first_sft"
+
+logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # between libraries, nothing to do with us
+
+# %% [markdown]
+# ## The data
+#
+# Our task: a sentence in, one line of a to-do list out. The line has a strict form, `[ ] task @day`, so we can count
+# how many answers are exactly right. Each row is a conversation with three *roles*: `system` says what the job is,
+# `user` asks, and `assistant` gives the answer that we want.
+#
+# We keep some rows apart for testing. Their tasks never occur in training: a model that gets them right has learned
+# the form, and not the sentences by heart.
+
+# %%
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+SENTENCES = [
+    "Please remind me to {task} on {day}.",
+    "On {day} I have to {task}.",
+    "I must not forget to {task} on {day}!",
+    "Could you note that I should {task} on {day}?",
+]
+TRAINING_TASKS = ["call Anna", "buy milk", "water the plants", "pay the rent", "feed the cat", "book a table"]
+TRAINING_TASKS += ["print the tickets", "clean the oven", "send the report", "fix the bike", "wash the car"]
+TEST_TASKS = ["visit grandma", "pack the suitcase", "charge the camera", "order new chairs"]
+
+
+def conversation(sentence, answer=None):
+    messages = [{"role": "system", "content": "Write a to-do line."}, {"role": "user", "content": sentence}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+
+
+def make_rows(tasks, count, seed):
+    dice, rows = random.Random(seed), []
+    for _ in range(count):
+        task, day, sentence = dice.choice(tasks), dice.choice(DAYS), dice.choice(SENTENCES)
+        answer = f"[ ] {task} @{day[:3].lower()}"
+        rows.append({"messages": conversation(sentence.format(task=task, day=day), answer)})
+    return rows
+
+
+if HUB:
+    rows = load_dataset("trl-lib/Capybara", split="train[:72]").to_list()
+    train_rows, test_rows = rows[:64], rows[64:]
+else:
+    train_rows, test_rows = make_rows(TRAINING_TASKS, 64, seed=0), make_rows(TEST_TASKS, 8, seed=1)
+
+print(len(train_rows), "rows to train on,", len(test_rows), "to test with. The first one:")
+for message in train_rows[0]["messages"]:
+    print(f"{message['role']:>10}: {message['content']}")
+
+# %% [markdown]
+# ## The tokenizer
+#
+# A model does not read letters. A **tokenizer** cuts text into pieces, the **tokens**, and gives each a number. Before
+# that, a **chat template** writes the conversation as one text in which special tokens mark who speaks, and where a
+# turn ends. Here is our first row after both steps.
+
+# %%
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+text = tokenizer.apply_chat_template(train_rows[0]["messages"], tokenize=False)
+ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+print(text)
+print(len(ids), "tokens, the last ones:", [tokenizer.decode([i]) for i in ids[-12:]])
+
+# %% [markdown]
+# Rows of one batch can differ in length. To put them into one rectangular table, short rows are filled up with a
+# **padding token**, and the *attention mask* says with 0 which places to ignore. tunesmith trains without padding, but
+# generating several answers at once still uses it, so a tokenizer should have one. Some models come without; then the
+# end token is the usual choice, and `SFTTrainer` makes that choice for you.
+
+# %%
+print("end token:", tokenizer.eos_token, "  padding token:", tokenizer.pad_token)
+if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
+batch = tokenizer(["Buy milk.", "Please water the plants on Sunday."], padding=True, return_tensors="pt")
+print(batch["input_ids"])
+print(batch["attention_mask"])
+
+# %% [markdown]
+# ## The model
+#
+# `dtype` is the number format of the weights: `float32` takes 4 bytes a weight, `bfloat16` only 2. We load in
+# `float32`, which is safe everywhere; which format the training *computes* in is up to `SFTConfig`, which measures the
+# machine. `device_map="auto"` puts the model on the GPU where there is one, and on the processor where there is none.
+
+
+# %%
+def load_base():
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, device_map="auto")
+
+
+model = load_base()
+count = sum(parameter.numel() for parameter in model.parameters())
+print(f"{count / 1e6:.0f} million weights in {model.dtype} on {model.device}: {4 * count / 1e6:,.0f} MB;", end=" ")
+print(f"in bfloat16 it would be {2 * count / 1e6:,.0f} MB")
+
+# %% [markdown]
+# ## Before training
+#
+# `pipeline` is the shortest way to use a model. We ask it the test sentences and count exact answers. `do_sample=False`
+# always takes the likeliest token, so that the answers on one machine are the same each time.
+
+
+# %%
+def answers(model_or_folder):
+    generator = pipeline("text-generation", model=model_or_folder, tokenizer=tokenizer)
+    prompts = [row["messages"][:-1] for row in test_rows]
+    outputs = [generator(prompt, max_new_tokens=12, do_sample=False) for prompt in prompts]
+    return [output[0]["generated_text"][-1]["content"] for output in outputs]
+
+
+def exact(found):
+    return sum(answer == row["messages"][-1]["content"] for answer, row in zip(found, test_rows, strict=True))
+
+
+before = answers(model)
+print(f"{exact(before)} of {len(before)} exactly right. Two of the answers:")
+for answer in before[:2]:
+    print(" ", repr(answer))
+
+# %% [markdown]
+# The model is fluent, but it does not know our form. Nobody has told it.
+#
+# ## Settings, one experiment each
+#
+# `SFTConfig` holds the settings of a run, and `SFTTrainer` carries the run out. To keep the experiments quick we train
+# with **LoRA**: the weights of the model stay as they are, and small extra matrices beside them, the *adapter*, learn.
+# Chapter 5 explains it.
+#
+# The number to watch is the **loss**: how surprised the model is by the right answer. It is 0 when each token of the
+# answer was certain, and large when the model would have written something else. `train_on="assistant"` means that
+# only the tokens of the answer count.
+
+# %%
+COMMON = {
+    "output_dir": OUTPUT,
+    "train_on": "assistant",
+    "max_length": 256,
+    "learning_rate": 2e-3,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "self_test": "off",  # saves some seconds in each experiment; in a real run leave it on
+}
+
+
+def make_trainer(rows, **settings):
+    trainer = SFTTrainer(
+        model=load_base(),
+        args=SFTConfig(**COMMON | settings),
+        train_dataset=rows,
+        eval_dataset=test_rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.remove_callback(PrinterCallback)  # we draw curves; this would print each step, too
+    return trainer
+
+
+def losses(trainer, name="loss"):
+    """The steps at which a loss was logged, and the losses."""
+    logged = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+    return [step for step, _ in logged], [loss for _, loss in logged]
+
+
+# %% [markdown]
+# ### `max_length`
+#
+# `max_length` is the most tokens that a row may have. More tokens take more memory and time; what is longer is cut off
+# at the end, and the end is where the answer stands. So look at the lengths first.
+
+# %%
+lengths = [len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in train_rows]
+print("tokens in a row: from", min(lengths), "to", max(lengths))
+for limit in (24, 38, 42, 64, 256):
+    print(f"max_length={limit:<4} cuts {sum(length > limit for length in lengths):>2} of {len(lengths)} rows")
+
+try:
+    make_trainer(train_rows, max_length=24)
+except TunesmithError as error:
+    print("\nmax_length=24 is refused:", error)
+
+# %% [markdown]
+# With 24 tokens the questions alone fill the rows, no answer is left to learn from, and tunesmith stops before it has
+# trained anything.
+#
+# ### `learning_rate`
+#
+# After each batch, the weights take a small step in the direction that lowers the loss. The **learning rate** is the
+# size of the step. Three runs, four steps each, all from the same start:
+
+# %%
+fig, axis = plt.subplots(figsize=(6, 3.2))
+for rate in (1e-5, 2e-3, 5e-2):
+    trainer = make_trainer(train_rows[:16], learning_rate=rate)
+    trainer.train()
+    steps, values = losses(trainer)
+    axis.plot(steps, values, marker="o", label=f"learning_rate={rate:g}")
+    print(f"learning_rate={rate:<6g} afterwards, loss on the test rows: {trainer.evaluate()['eval_loss']:.2f}")
+axis.set(xlabel="step", ylabel="loss (log scale)", yscale="log", title="Too small, right, too large")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# The smallest rate hardly moves; its curve only wobbles, for each step sees other rows. The middle one brings the loss
+# down fast. The largest jumps over the goal: the loss ends higher than it began. LoRA stands rates between about 1e-4
+# and 2e-3; training *all* weights wants about ten times less.
+#
+# ### Batch size and accumulation
+#
+# A **batch** is the set of rows that one step looks at. `per_device_train_batch_size` rows are in memory together.
+# `gradient_accumulation_steps` adds up the *gradients* (the directions) of several such batches before the weights
+# move. So 4 x 1 and 2 x 2 are the same step of four rows, and the second needs memory for two rows only.
+
+# %%
+for size, accumulation in ((4, 1), (2, 2)):
+    trainer = make_trainer(train_rows[:12], per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    trainer.train()
+    values = ", ".join(f"{loss:.2f}" for loss in losses(trainer)[1])
+    print(f"batch of {size} x {accumulation} accumulated: {trainer.state.global_step} steps, losses {values}")
+
+# %% [markdown]
+# The losses agree but for rounding. When memory is short, halve the batch size and double the accumulation: you learn
+# the same.
+#
+# ### Epochs
+#
+# One **epoch** means that every row was seen once. `num_train_epochs` says how many there are. With few rows, more
+# epochs soon teach the rows themselves instead of the task. We train on 8 rows only, 5 times, and after each epoch
+# measure the loss on test rows that the model never trains on.
+
+# %%
+trainer = make_trainer(train_rows[:8], num_train_epochs=5, eval_strategy="epoch")
+trainer.train()
+steps, values = losses(trainer)
+test_steps, test_values = losses(trainer, "eval_loss")
+fig, axis = plt.subplots(figsize=(6, 3.2))
+axis.plot(steps, values, marker="o", label="8 training rows")
+axis.plot(test_steps, test_values, marker="s", label="test rows")
+axis.set(xlabel="step", ylabel="loss", title="Five epochs of 8 rows")
+axis.legend()
+plt.show()
+print(f"at the end: {values[-1]:.3f} on the training rows, {test_values[-1]:.3f} on the test rows")
+
+# %% [markdown]
+# The loss of the training rows goes to nearly nothing, that of the test rows stays well above it. The gap between the
+# two is what the model has learned by heart. More *different* rows close it, more epochs don't.
+#
+# ## The real run
+#
+# Now all 64 rows, once, with the settings that the experiments have shown to be good. Every 4 steps the loss on the
+# test rows is measured.
+
+# %%
+trainer = make_trainer(train_rows, eval_strategy="steps", eval_steps=4, self_test="auto")
+trainer.train()
+steps, values = losses(trainer)
+test_steps, test_values = losses(trainer, "eval_loss")
+fig, axis = plt.subplots(figsize=(6, 3.2))
+axis.plot(steps, values, marker="o", label="training rows")
+axis.plot(test_steps, test_values, marker="s", label="test rows")
+axis.set(xlabel="step", ylabel="loss", title="One epoch of 64 rows")
+axis.legend()
+plt.show()
+print(f"at the end: {values[-1]:.3f} on the training rows, {test_values[-1]:.3f} on the test rows")
+
+# %% [markdown]
+# Both curves fall, and they fall together: what the model learns from the training rows holds for new ones, too.
+#
+# ## Save, and free the memory
+#
+# `save_model()` writes a folder with the adapter, the tokenizer and all that is needed to load them. Afterwards we let
+# go of everything that holds weights. `gc.collect()` is needed because trainer and model refer to each other; on a GPU,
+# `torch.cuda.empty_cache()` gives the memory back to other programs.
+
+# %%
+trainer.save_model()
+
+
+def tensor_megabytes():
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = {id(item): item.nbytes for item in gc.get_objects() if type(item) in kinds}
+    return sum(tensors.values()) / 1e6
+
+
+print(f"before: {tensor_megabytes():,.0f} MB of tensors are held")
+del trainer, model
+gc.collect()
+if torch.cuda.is_available():
+    torch.cuda.empty_cache()
+print(f"after:  {tensor_megabytes():,.0f} MB")
+
+# %% [markdown]
+# ## Load, and compare
+#
+# The saved folder works like any model: `pipeline` finds the adapter in it, and loads the base model that belongs to
+# it. The same test sentences as before:
+
+# %%
+after = answers(OUTPUT)
+print(f"exactly right: {exact(before)} of {len(before)} before, {exact(after)} of {len(after)} after\n")
+for row, old, new in list(zip(test_rows, before, after, strict=True))[:4]:
+    print("prompt:", row["messages"][-2]["content"][:200])
+    print("before:", repr(old))
+    print("after: ", repr(new), "\n")
+
+# %% [markdown]
+# That is supervised fine-tuning: 64 examples, 16 steps, and a model that does what it could not do before.
+#
+# ## Try it yourself
+#
+# **1.** Between which runs of the learning-rate experiment does `learning_rate=2e-4` end, on the
+# test rows? Guess first, then run the same four steps.
+
+# %%
+trainer = make_trainer(train_rows[:16], learning_rate=2e-4)
+trainer.train()
+print(f"learning_rate=2e-4: afterwards, loss on the test rows: {trainer.evaluate()['eval_loss']:.2f}")
+
+# %% [markdown]
+# **2.** How many steps do 8 rows make with a batch size of 2, an accumulation of 2 and 2 epochs? Calculate it, then let
+# the trainer count.
+
+# %%
+trainer = make_trainer(train_rows[:8], per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2)
+trainer.train()
+print("calculated:", 8 // (2 * 2) * 2, "  counted by the trainer:", trainer.state.global_step)
+
+# %% [markdown]
+# **3.** Which tokens count for the loss with `train_on="assistant"`, and which with `train_on="all"`? The trainer keeps
+# the prepared rows in `train_dataset`; a label of -100 means "does not count".
+
+# %%
+for choice in ("assistant", "all"):
+    row = make_trainer(train_rows[:4], train_on=choice).train_dataset[0]
+    counted = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    print(f"{choice}: {len(counted)} of {len(row['labels'])} tokens\n  {tokenizer.decode(counted)!r}")
+
+# %% [markdown]
+# **4.** Ask the saved model a sentence of your own, in words that are in none of the training sentences.
+
+# %%
+generator = pipeline("text-generation", model=OUTPUT, tokenizer=tokenizer)
+output = generator(conversation("Tuesday is when I need to paint the fence."), max_new_tokens=12, do_sample=False)
+print(output[0]["generated_text"][-1]["content"])
+
+# %% [markdown]
+# ## What you have learned
+#
+# - Look at rows, lengths and the rendered text before you train. `max_length` cuts at the end, where the answer stands.
+# - The learning rate decides most: too small learns nothing, too large destroys.
+# - Batch size times accumulation is the size of a step; accumulation saves memory.
+# - Compare the loss of training rows with that of rows kept apart. A growing gap means learning by heart.
+# - Save with `save_model()`, load with `pipeline`, and always compare before and after on rows the model has not seen.
+#
+# Next: **chapter 4** looks closely at the data itself.

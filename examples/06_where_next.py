@@ -1,0 +1,288 @@
+# %% [markdown]
+# # 6. Where next: preferences, reward models, RLHF, DPO
+#
+# **You will learn**
+#
+# - what supervised fine-tuning gives, and what it can't;
+# - what a *preference* is, and how a reward model learns from many of them;
+# - what RLHF does with the reward, and why it must be held back;
+# - how DPO gets there without a reward model, on toy numbers and on a real model;
+# - when to use which.
+#
+# ## What supervised fine-tuning gives
+#
+# SFT shows the model good answers, and it learns to write answers like them. With this alone you get the format, the
+# tone and the task. What it never sees is a *bad* answer: nothing in the data says "rather this than that". Often
+# people can't write the perfect answer, but can easily say which of two is better. The methods of this chapter learn
+# from that.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+from tunesmith.model.generate import prompt_ids
+from tunesmith.model.load import load_run
+
+HUB = False  # True: a model from the Hugging Face hub instead of the demo model
+MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## Reward models: from "which is better" to a number
+#
+# A **preference** is a prompt with two answers, the *chosen* and the *rejected*. A **reward model** gives each answer a
+# score $r$, such that the chosen one has the higher. Its loss (Bradley and Terry, 1952) is
+# $-\log \sigma(r_\text{chosen} - r_\text{rejected})$, where $\sigma$ squeezes a number between 0 and 1.
+#
+# Let our toy answers have three properties. People here like correct and polite ones, and dislike long ones, but the
+# model is told none of that: it sees only who won. People are not quite consistent, either.
+
+# %%
+PROPERTIES = ["correct", "polite", "long"]
+likes = torch.tensor([3.0, 1.0, -1.5])  # hidden from the model
+
+
+def pairs(count):
+    """Properties of two answers each, (count, 2, 3), the chosen first."""
+    answers = torch.rand(count, 2, 3)
+    gap = (answers[:, 0] - answers[:, 1]) @ likes
+    first_wins = torch.rand(count) < torch.sigmoid(gap)  # people err where the gap is small
+    return torch.where(first_wins[:, None, None], answers, answers.flip(1))
+
+
+train, test = pairs(2000), pairs(500)
+weights = torch.zeros(3, requires_grad=True)
+optimizer = torch.optim.Adam([weights], lr=0.1)
+for _ in range(200):
+    reward = train @ weights
+    loss = -F.logsigmoid(reward[:, 0] - reward[:, 1]).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+weights = weights.detach()
+for name, learned, hidden in zip(PROPERTIES, weights, likes, strict=True):
+    print(f"{name:8} learned {learned:+.2f}, hidden {hidden:+.2f}")
+scores = test @ weights
+print(f"the chosen answer has the higher reward in {(scores[:, 0] > scores[:, 1]).float().mean():.0%} of new pairs")
+best = (test[:, 0] - test[:, 1]) @ likes > 0
+print(f"with the hidden numbers themselves it would be {best.float().mean():.0%}: people are not consistent")
+
+# %% [markdown]
+# The reward model found out what people like, from nothing but who won. A real one is a language model with one
+# number as its output instead of the next token.
+#
+# ## RLHF: more reward, but stay close
+#
+# **RLHF**, reinforcement learning from human feedback, lets the model write, scores what it wrote with the reward
+# model, and makes answers with a high reward likelier. The model that writes is called the *policy* $\pi$. With
+# reward alone it would find the one answer that the reward model likes best, however odd, and say nothing else. So it
+# is held to the model that it started from, the *reference*: it maximises
+#
+# $$\mathbb{E}_\pi[r] - \beta \, \mathrm{KL}(\pi \,\|\, \pi_\text{ref})$$
+#
+# KL measures how far two distributions are apart, and $\beta$ says how much that costs. Our toy policy chooses among
+# five answers.
+
+# %%
+ANSWERS = ["rude", "wrong", "fine", "good", "odd trick"]
+reference = torch.tensor([0.20, 0.30, 0.35, 0.14, 0.01])
+reward = torch.tensor([-1.0, -2.0, 1.0, 2.0, 4.0])  # the reward model is fooled by the odd trick
+
+
+def rlhf(beta):
+    logits = reference.log().clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(400):
+        policy = logits.softmax(0)
+        divergence = (policy * (policy.log() - reference.log())).sum()
+        loss = -((policy * reward).sum() - beta * divergence)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return logits.detach().softmax(0)
+
+
+figure, axis = plt.subplots(figsize=(8, 3.5))
+policies = {"reference": reference} | {f"beta {beta}": rlhf(beta) for beta in (0.1, 1.0, 5.0)}
+for number, (name, policy) in enumerate(policies.items()):
+    axis.bar(torch.arange(5) + 0.2 * number, policy, width=0.2, label=name)
+    print(f"{name:10}", " ".join(f"{answer} {share:.2f} " for answer, share in zip(ANSWERS, policy, strict=True)))
+axis.set_xticks(torch.arange(5) + 0.3, ANSWERS)
+axis.set(ylabel="probability")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# With a small $\beta$ the policy says nothing but the odd trick: that is *reward hacking*. With a large one it hardly
+# leaves the reference. In between, good answers win. There is even a formula for where this ends:
+# $\pi^* \propto \pi_\text{ref} \exp(r / \beta)$.
+
+# %%
+formula = (reference * (reward / 1.0).exp()) / (reference * (reward / 1.0).exp()).sum()
+print("largest difference between the formula and the training:", f"{(formula - policies['beta 1.0']).abs().max():.4f}")
+
+# %% [markdown]
+# ## DPO: the same goal without a reward model
+#
+# **Direct preference optimization** ([Rafailov et al., 2023](https://arxiv.org/abs/2305.18290)) turns this formula
+# around: if the policy were already the best one, its reward could be read off it, as $r = \beta \log(\pi /
+# \pi_\text{ref})$ plus something that is the same for both answers. Put that into the loss of the reward model, and
+# no reward model is left:
+#
+# $$-\log \sigma\Big(\beta \log\frac{\pi(\text{chosen})}{\pi_\text{ref}(\text{chosen})} - \beta
+# \log\frac{\pi(\text{rejected})}{\pi_\text{ref}(\text{rejected})}\Big)$$
+
+
+# %%
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    """From log probabilities of whole answers."""
+    margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    return -F.logsigmoid(beta * margin).mean()
+
+
+# Each answer against each other, as often as people with these rewards would choose it.
+first, second = torch.tensor([(i, j) for i in range(5) for j in range(5) if i != j]).T
+wins = torch.sigmoid(reward[first] - reward[second])
+logits = reference.log().clone().requires_grad_()
+optimizer = torch.optim.Adam([logits], lr=0.1)
+for _ in range(400):
+    policy, fixed = logits.log_softmax(0), reference.log()
+    margin = (policy[first] - fixed[first]) - (policy[second] - fixed[second])
+    loss = -(wins * F.logsigmoid(1.0 * margin)).mean()  # beta 1
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+dpo = logits.detach().softmax(0)
+print("RLHF:", [f"{share:.3f}" for share in policies["beta 1.0"]])
+print("DPO: ", [f"{share:.3f}" for share in dpo])
+
+# %% [markdown]
+# The same policy, from preferences alone. Now with a real model: we prefer short answers. The probability of an
+# answer is the product of those of its tokens, so its logarithm is a sum. LoRA gives us the reference for free: it is
+# the same model with its adapter switched off.
+
+# %%
+PREFERENCES = [
+    ("What is the capital of Italy?", "Rome.", "The capital of Italy is the beautiful city of Rome."),
+    ("What is 2 + 3?", "5.", "The sum of 2 and 3 is, of course, equal to 5."),
+    ("Which color is the sky?", "Blue.", "The sky is generally perceived as having a blue color."),
+    ("How many legs has a spider?", "Eight.", "A spider is an animal that has a total of eight legs."),
+]
+HELD_OUT = ("What is the capital of Egypt?", "Cairo.", "The capital of Egypt is the great city of Cairo.")
+
+model, tokenizer = load_run(MODEL)
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def log_probability(question, answer):
+    """The logarithm of the probability of the whole answer."""
+    asked = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    said = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    logits = model(torch.tensor([asked + said], device=model.device)).logits[0]
+    each = logits.log_softmax(-1)[len(asked) - 1 : -1]  # the score of a token stands one place before it
+    return each.gather(1, torch.tensor(said, device=model.device)[:, None]).sum()
+
+
+def both(question, chosen, rejected):
+    return log_probability(question, chosen), log_probability(question, rejected)
+
+
+with torch.no_grad(), model.disable_adapter():
+    fixed = [both(*preference) for preference in PREFERENCES]
+    start = both(*HELD_OUT)
+
+optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-4)
+for step in range(4):
+    total = 0.0
+    for preference, (chosen, rejected) in zip(PREFERENCES, fixed, strict=True):
+        loss = dpo_loss(*both(*preference), chosen, rejected, beta=0.1) / len(PREFERENCES)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step + 1}: loss {total:.3f}")
+
+with torch.no_grad():
+    end = both(*HELD_OUT)
+for name, (chosen, rejected) in (("before", start), ("after", end)):
+    print(
+        f"{name}: a new question, log probability short {chosen:.1f}, long {rejected:.1f}: gap {chosen - rejected:+.1f}"
+    )
+
+# %% [markdown]
+# The first loss is $\log 2 \approx 0.693$: at the start policy and reference are one, so the margin is 0. Then it
+# falls, and on a question that was not in the data the short answer gains on the long one.
+#
+# ## When to use which
+#
+# | you have | use | because |
+# | --- | --- | --- |
+# | good answers | SFT | simple, stable, and the base of everything below |
+# | pairs of a better and a worse answer | SFT, then DPO | no reward model, no writing while training |
+# | a reward that can be computed, as by tests | reinforcement learning | it finds ways that nobody wrote down |
+# | many preferences, and a budget | a reward model, then RLHF | it judges new answers, as often as you like |
+# | facts that change daily | none: search, and put what is found into the prompt | weights are a bad newspaper |
+#
+# A model that has not had SFT first hardly ever writes an answer worth preferring. So you have already done the first
+# step. [TRL](https://huggingface.co/docs/trl) has trainers for the others, and a model that tunesmith saved is one
+# that they load.
+#
+# ## Exercises
+#
+# 1. What is the DPO loss where the policy is the reference? Compute it with `dpo_loss`.
+# 2. At which $\beta$ of 0.5, 1, 2, 3 does the odd trick fall below 10%? Use `rlhf`.
+# 3. Train the reward model on 20 pairs only. How far are its numbers from the hidden ones?
+# 4. Why is the DPO loss from log probabilities and not from the loss of SFT? Show that SFT on the chosen answer alone
+#    tells nothing about the rejected one: compute the gradient of `-log p(chosen)` and of the DPO loss for the toy
+#    policy.
+
+# %%
+# 1
+same = torch.tensor([-3.0])
+print(f"{dpo_loss(same, same - 1, same, same - 1, beta=0.1):.4f}")
+
+# %%
+# 2
+for beta in (0.5, 1.0, 2.0, 3.0):
+    print(f"beta {beta}: odd trick {rlhf(beta)[4]:.1%}")
+
+# %%
+# 3
+few = pairs(20)
+weights = torch.zeros(3, requires_grad=True)
+optimizer = torch.optim.Adam([weights], lr=0.1)
+for _ in range(200):
+    rewards = few @ weights
+    loss = -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+for name, learned, hidden in zip(PROPERTIES, weights.detach(), likes, strict=True):
+    print(f"{name:8} learned {learned:+.2f}, hidden {hidden:+.2f}")
+
+# %%
+# 4: the chosen answer is "good", the rejected one "rude"
+logits = reference.log().clone().requires_grad_()
+(by_sft,) = torch.autograd.grad(-logits.log_softmax(0)[3], logits)
+policy, fixed = logits.log_softmax(0), reference.log()
+(by_dpo,) = torch.autograd.grad(dpo_loss(policy[3], policy[0], fixed[3], fixed[0], beta=1.0), logits)
+for name, gradient in (("SFT", by_sft), ("DPO", by_dpo)):
+    pushes = zip(ANSWERS, -gradient, strict=True)
+    print(f"{name} pushes:", ", ".join(f"{answer} {push:+.2f}" for answer, push in pushes))
+
+# %% [markdown]
+# SFT pushes all other answers down according to how likely they are, right or wrong; DPO pushes down just the one
+# that was rejected.
+#
+# ## What you learned
+#
+# - SFT imitates; preferences say what is better.
+# - A reward model turns preferences into a number, with $-\log \sigma(r_\text{chosen} - r_\text{rejected})$.
+# - RLHF maximises the reward and pays for leaving the reference; too little of that price, and the reward is hacked.
+# - DPO reaches the same without a reward model, from log probabilities.
+# - All of them begin with a model that SFT has made.
+#
+# You have reached the end of the guide. Take your own data, look at it, and begin.
