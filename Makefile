@@ -22,14 +22,15 @@ parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
 supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test faults docs guide bench check format clean
+.PHONY: help demo test faults site docs guide bench check format clean
 
 help:
 	@echo "Each target installs what it needs into $(venv) first, once."
 	@echo "make demo     fine-tune a small model and see it answer before and after"
 	@echo "make test     run the whole test suite"
 	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 15 minutes)"
-	@echo "make docs     build the site of docs/ into build/site, and run what pages, recipes and examples show"
+	@echo "make site     build the site of docs/ into build/site"
+	@echo "make docs     build it, and run what pages, recipes and examples show"
 	@echo "make guide    run the notebooks of the guide, in both languages"
 	@echo "make bench    compare speed and memory with TRL (needs DATA=alpaca_en_demo.json, some 40 minutes)"
 	@echo "make check    lint, formatting and types: ruff, mypy"
@@ -49,9 +50,11 @@ faults: $(installed)
 	@echo "==> Killing runs, breaking disks and files, feeding nonsense"
 	@TUNESMITH_FAULTS=long OMP_NUM_THREADS=1 $(bin)/pytest tests/faults $(parallel) --timeout=1800
 
-docs: $(installed)
+site: $(installed)
 	@echo "==> Building the site into build/site (mkdocs --strict)"
 	@NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+
+docs: site
 	@echo "==> Running what pages, recipes and examples show"
 	@OMP_NUM_THREADS=1 $(bin)/pytest -m documented $(parallel) --dist=load --durations=10
 

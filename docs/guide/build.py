@@ -24,7 +24,6 @@ import jupytext  # type: ignore[import-untyped]
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from traitlets.config import Config
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples"
@@ -169,7 +168,6 @@ def _run(source: Path, target: Path) -> str:
         timeout=CELL_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(REPO)}},
-        config=Config({"KernelManager": {"transport": "tcp" if os.name == "nt" else "ipc"}}),
     )
     error = ""
     try:

@@ -81,9 +81,9 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.model.load import resolve_model
     from tunesmith.train.trackers import check_trackers
 
+    check_trackers(recipe.config.report_to)
     _check_resume(recipe)
     opened = _open(recipe)
-    check_trackers(recipe.config.report_to)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")
     if recipe.config.precision_note:
