@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from tunesmith.data.formats import FormatOptions, detect, format_row, parse
-from tunesmith.data.tokenize import parsed
+from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
 

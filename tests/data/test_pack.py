@@ -278,7 +278,7 @@ def test_instruction_rows_fill_packs_of_2048_to_over_99_percent(shared_data: Pat
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     encode = EncodeOptions(max_length=2048)
     preparation = Preparation(tokenizer=load_tokenizer("demo"), encode=encode, formats=FormatOptions(), processes=1)
-    dataset, _ = prepare(numbered(rows, "train"), preparation, source=rows)
+    dataset, _ = prepare(numbered(rows), preparation, source=rows)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     packs = pack(lengths, 2048)
     assert len(packs) == least_packs(lengths, 2048)

@@ -10,7 +10,8 @@ import pytest
 from tests.data.styles import bytes_, words
 from tunesmith.data.columns import Columns
 from tunesmith.data.formats import FormatOptions
-from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, encoded, parsed
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, encoded
+from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX
 

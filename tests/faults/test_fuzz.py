@@ -95,7 +95,7 @@ def examples_of(source: Any, tokenizer: Any, options: EncodeOptions) -> Any:
     preparation = Preparation(
         tokenizer=tokenizer, encode=options, formats=FormatOptions(arrow=False, skip_bad=options.skip_bad)
     )
-    dataset, prepared = prepare(numbered(source, "train"), preparation)
+    dataset, prepared = prepare(numbered(source), preparation)
     assert len(dataset) == prepared.counts.examples > 0
     assert examine(dataset, prepared.counts, None).longest <= (options.max_length or 10**9)
     for row in dataset:

@@ -39,9 +39,9 @@ def documents(dataset: Dataset) -> list[list[int]]:
 
 def test_rows_are_numbered_from_zero_unless_they_know_their_place() -> None:
     rows: list[Any] = [{"text": "a"}, ("x.jsonl, line 7", {"text": "b"})]
-    assert list(numbered(rows, "train")) == [("row 0", {"text": "a"}), ("x.jsonl, line 7", {"text": "b"})]
+    assert list(numbered(rows)) == [("row 0", {"text": "a"}), ("x.jsonl, line 7", {"text": "b"})]
     expected = [(f"row {i}", row) for i, row in enumerate(TEXT_ROWS)]
-    assert list(numbered(Dataset.from_list(TEXT_ROWS), "train")) == expected
+    assert list(numbered(Dataset.from_list(TEXT_ROWS))) == expected
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])

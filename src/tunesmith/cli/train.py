@@ -215,9 +215,12 @@ def _say_preflight(trainer: "SFTTrainer") -> None:
 def _check_resume(recipe: "Recipe") -> None:
     """Before anything is loaded: is there a checkpoint to go on from?"""
     from tunesmith.model.load import newest_checkpoint
+    from tunesmith.train.checkpoint import PARTIALS
 
-    wanted, output = recipe.config.resume_from_checkpoint, str(recipe.config.output_dir)
-    if wanted and newest_checkpoint(Path(output)) is None and not isinstance(wanted, str):
+    wanted, output = recipe.config.resume_from_checkpoint, Path(str(recipe.config.output_dir))
+    # One that was cut short may lack nothing but its name, which the trainer sees.
+    none = newest_checkpoint(output) is None and not any(output.glob(PARTIALS))
+    if wanted and none and not isinstance(wanted, str):
         raise TunesmithError(f"resume_from_checkpoint: there is no checkpoint in {output}; leave it out to start anew")
     if isinstance(wanted, str) and not (Path(wanted) / "trainer_state.json").is_file():
         raise TunesmithError(f"resume_from_checkpoint: {wanted} is no checkpoint: it has no trainer_state.json")

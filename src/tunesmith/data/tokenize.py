@@ -17,7 +17,6 @@ from tunesmith.data.bad import BadRow, NotTheRow, Place
 from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
 from tunesmith.data.columns import Columns
 from tunesmith.data.offsets import untrimmed
-from tunesmith.data.typed import parsed as parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.sandbox import TooLong, time_limit
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Tokens, TrainOn

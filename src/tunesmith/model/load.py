@@ -78,7 +78,7 @@ def load_model(
     dtype = kwargs.pop("torch_dtype", dtype)  # its earlier name in transformers
     if Path(path).is_dir():
         _check_folder(Path(path), name, kwargs, allow_pickle)
-    with _explained(name), _no_bars(path):
+    with _explained(name), no_bars(hide=Path(path).is_dir()):  # those of a download stay
         if not trust_remote_code:
             _refuse_code(path, kwargs.get("revision"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -261,9 +261,10 @@ def _explained(name: str, part: str = "model ") -> Iterator[None]:
 
 
 @contextmanager
-def _no_bars(path: str) -> Iterator[None]:
-    """Without the bars over weights that are here already; those of a download stay."""
-    hide = Path(path).is_dir() and transformers_logging.is_progress_bar_enabled()
+def no_bars(*, hide: bool = True) -> Iterator[None]:
+    """Without `transformers`' progress bars, such as the one over weights that are here already, or the one for each
+    file of each checkpoint; afterwards as before."""
+    hide = hide and transformers_logging.is_progress_bar_enabled()
     if hide:
         transformers_logging.disable_progress_bar()
     try:

@@ -15,7 +15,8 @@ from itertools import islice
 from typing import Any, Literal
 
 from tunesmith.data.formats import FormatOptions, detect
-from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, parsed
+from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder
+from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, TrainOn
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.read import read_rows
-from tunesmith.data.tokenize import Counts, parsed
+from tunesmith.data.tokenize import Counts
+from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
 

@@ -89,7 +89,7 @@ class DataPreparer:
             )
             rows, kept = source.rows, None
             if source.held_out:
-                rows, kept = split_rows(name, list(numbered(source.rows, name)), source.held_out, self.args.seed)
+                rows, kept = split_rows(name, list(numbered(source.rows)), source.held_out, self.args.seed)
             train[name] = self._prepared(rows, f"train/{name}", self._options(packing), formats)
             if kept:
                 examples = self._prepared(kept, name, self._options(eval_packing), formats)
@@ -142,8 +142,8 @@ class DataPreparer:
 
     def first_rows(self, count: int = LOOKED_AT) -> Iterator[Row]:
         """The first rows of each source, as they were understood; those that are not trained on come first."""
-        for split, (source, formats) in sorted(self._sources.items(), key=lambda item: is_train(item[0])):
-            for _, row in islice(parsed(numbered(source, split), formats), count):
+        for _, (source, formats) in sorted(self._sources.items(), key=lambda item: is_train(item[0])):
+            for _, row in islice(parsed(numbered(source), formats), count):
                 yield row
 
     @property
@@ -174,7 +174,7 @@ class DataPreparer:
         )
         try:
             skipped = self._left_out(split)
-            dataset, report = prepare(numbered(source, split), preparation, source=source, skipped=skipped)
+            dataset, report = prepare(numbered(source), preparation, source=source, skipped=skipped)
         except TunesmithError as error:
             raise TunesmithError(f"{split} data: {error}") from error
         self.counts[split], self.reports[split], self._examples[split] = report.counts, report, dataset
@@ -234,7 +234,7 @@ class DataPreparer:
     def _pattern(self, ahead: Sequence[Mapping[str, Any]], split: str) -> tuple[str, Mapping[str, Any]]:
         """The first row of a stream that can be read, with its place: every batch must have its format."""
         reasons = []
-        for (place, row), source in zip(sifted(numbered(ahead, split), self.formats), ahead, strict=True):
+        for (place, row), source in zip(sifted(numbered(ahead), self.formats), ahead, strict=True):
             if not isinstance(row, BadRow):
                 return place, source
             reasons.append(str(row.error(place)))
@@ -261,9 +261,7 @@ class DataPreparer:
         return Dataset(InMemoryTable.from_pydict(columns))
 
 
-def numbered(
-    source: Dataset | Rows | Iterable[Mapping[str, Any]], split: str
-) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def numbered(source: Dataset | Rows | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
     """Rows with their places. A source that knows better (a file and its lines) gives pairs itself."""
     if isinstance(source, Dataset):
         rows: Iterable[Any] = (row for batch in source.iter(1000) for row in unbatched(batch))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tunesmith.config import SFTConfig
 from tunesmith.data.preflight import histogram, is_train
-from tunesmith.data.tokenize import parsed
+from tunesmith.data.typed import parsed
 from tunesmith.model.loss import Supervised
 from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, write
 from tunesmith.ship.record import RunRecord
@@ -191,7 +191,7 @@ class JournalingTrainer(GuardedTrainer):
     def _rows(self, trained_on: bool) -> Iterator[Row]:
         for split, (source, formats) in self._prepare._sources.items():
             if is_train(split) == trained_on:
-                for _, row in islice(parsed(numbered(source, split), formats), LOOKED_AT):
+                for _, row in islice(parsed(numbered(source), formats), LOOKED_AT):
                     yield row
 
     def _answer(self) -> None:

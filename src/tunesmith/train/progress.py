@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from tunesmith.model.load import no_bars
 from tunesmith.train.live import ResizableLive, RunView, Snapshot
-from tunesmith.train.remarks import Remarks, no_bars
+from tunesmith.train.remarks import Remarks
 
 PLAIN_SECONDS = 10
 """Outside a terminal, at most one line in this many seconds."""

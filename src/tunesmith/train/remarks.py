@@ -3,12 +3,9 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 OF_NO_USE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 """They are for whoever writes the library."""
@@ -66,15 +63,3 @@ class Remarks(logging.Handler):
 def _on_terminal(handler: logging.Handler) -> bool:
     streams = (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
     return isinstance(handler, logging.StreamHandler) and handler.stream in streams
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without `transformers`' progress bars, such as the one for each file of each checkpoint; afterwards as before."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
