@@ -28,7 +28,7 @@ help:
 	@echo "Each target installs what it needs into $(venv) first, once."
 	@echo "make demo     fine-tune a small model and see it answer before and after"
 	@echo "make test     run the whole test suite"
-	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 15 minutes)"
+	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 10 minutes)"
 	@echo "make site     build the site of docs/ into build/site"
 	@echo "make docs     build it, and run what pages, recipes and examples show"
 	@echo "make guide    run the notebooks of the guide, in both languages"
@@ -48,7 +48,7 @@ test: $(installed)
 
 faults: $(installed)
 	@echo "==> Killing runs, breaking disks and files, feeding nonsense"
-	@TUNESMITH_FAULTS=long OMP_NUM_THREADS=1 $(bin)/pytest tests/faults $(parallel) --timeout=1800
+	@TUNESMITH_FAULTS=long OMP_NUM_THREADS=1 $(bin)/pytest tests/faults --timeout=1800
 
 site: $(installed)
 	@echo "==> Building the site into build/site (mkdocs --strict)"

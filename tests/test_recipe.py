@@ -204,3 +204,8 @@ def test_a_wrong_option_is_refused(tokens: list[str], message: str | None) -> No
 
 def test_every_setting_has_help() -> None:
     assert not [name for name, setting in all_settings().items() if not setting.help]
+
+
+def test_a_number_that_transformers_can_not_count_with_is_a_mistake_of_the_recipe() -> None:
+    with pytest.raises(TunesmithError, match="infinity"):
+        resolve(None, {"model": "demo", "data": "rows.jsonl", "output": "run", "save_steps": "inf"})

@@ -206,7 +206,7 @@ def _config(values: dict[str, Any]) -> "SFTConfig":
         return SFTConfig(**values)
     except TunesmithError:
         raise
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:  # transformers' own checks
+    except (ValueError, TypeError, ArithmeticError, NotImplementedError, OSError) as error:  # transformers' own checks
         raise TunesmithError(str(error)) from error
 
 

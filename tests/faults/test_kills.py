@@ -28,7 +28,8 @@ ALL_RUNS = [(mode, settings) for mode in MODES for settings in ({}, LATER)]
 RUNS = ALL_RUNS if LONG else [("sources", {}), ("full", LATER)]
 KILLS = 7 if LONG else 2
 CALLS, SECONDS = 90, 1.5
-"""A kill is at most so many calls, or so long, behind the beginning; a save has about 70 calls."""
+"""A kill is at most so many calls, or so long, behind the beginning; a save has about 70 calls. Where a run is over
+by then, half as long, and so on."""
 
 
 @pytest.mark.parametrize(("mode", "settings"), RUNS, ids=str)
@@ -37,7 +38,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(
     mode: str, settings: dict[str, Any], tmp_path: Path, tiny_model: Path, whole: Whole
 ) -> None:
     """A run that ends before it was killed often enough is compared, and another begun."""
-    draw, kills, runs = random.Random(f"{mode} {settings}"), 0, 0
+    draw, kills, runs, seconds = random.Random(f"{mode} {settings}"), 0, 0, SECONDS
     while kills < KILLS:
         folder, runs = tmp_path / f"run-{runs}", runs + 1
         assert runs < 6, "kills come too late"
@@ -47,7 +48,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(
                 moment: float = draw.randint(1, CALLS)
                 code, saving = killed_at_a_call(mode, folder, tiny_model, int(moment), **settings)
             else:
-                moment = draw.uniform(0, SECONDS)
+                moment = draw.uniform(0, seconds)
                 code, saving = killed_after(mode, folder, tiny_model, moment, **settings)
             print(f"kill {kills} at {moment}: {code}, in a save: {saving}")
             assert code in (KILLED, 0)
@@ -56,6 +57,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(
                 kills += 1
                 FIGURES["kills"] += 1
                 FIGURES["kills in a save"] += saving
+            elif isinstance(moment, float):
+                seconds /= 2
         if code == KILLED:
             assert in_a_child(mode, folder, tiny_model, **settings) == 0
         assert not list((folder / "run").glob(PARTIALS))
