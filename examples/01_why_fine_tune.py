@@ -15,15 +15,20 @@
 # You need Python, and no experience with fine-tuning.
 
 # %%
+import logging
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
+
+# What libraries tell each other when they are imported and used; nothing of it concerns us.
+warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing`")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import matplotlib.pyplot as plt
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from tunesmith.model.devices import GPUS
 from tunesmith.model.generate import generate
@@ -34,8 +39,7 @@ from tunesmith.model.plan import METHODS, Run, plan
 HUB = False  # True: facebook/opt-350m from the Hugging Face hub; needs the network
 MODEL = "facebook/opt-350m" if HUB else resolve_model("demo")  # a name on the hub, or a folder
 
-logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # between libraries, nothing to do with us
+disable_progress_bar()
 
 # %% [markdown]
 # ## What a language model does

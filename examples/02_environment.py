@@ -102,7 +102,7 @@ else:
 #
 # Numbers in 16 bits (`bfloat16`, "bf16") take half the memory of those in 32 bits (`float32`, "fp32"). Are they faster,
 # too? On modern GPUs very much so. On processors it depends: some are several times faster, others many times slower.
-# So we do not believe, we measure: a product of two large matrices, the bread of training.
+# So we do not believe, we measure: a product of two large matrices, the daily bread of training.
 
 
 # %%
@@ -223,7 +223,7 @@ print(f"{available:.1f} GB are room for {available / 4:.1f} billion weights in f
 # - `tunesmith doctor` says in one minute whether training works here, and how to mend what keeps it from working.
 # - Card, driver and torch's build must fit together.
 # - Which number format is fast is a question to the machine: measure.
-# - Tokens belong into `hf auth login`, `HF_TOKEN` or a Colab secret, never into a file.
+# - Tokens belong in `hf auth login`, `HF_TOKEN` or a Colab secret, never into a file.
 # - Without a GPU: a smaller model, LoRA, shorter rows, or a borrowed card.
 #
 # Next: **chapter 3**, your first training run.

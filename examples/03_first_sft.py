@@ -13,8 +13,13 @@
 
 # %%
 import gc
+import logging
 import random
 import warnings
+
+# What libraries tell each other when they are imported and used; nothing of it concerns us.
+warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing`")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,17 +27,16 @@ from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
 from tunesmith.model.load import resolve_model
 
-HUB = False  # True: Qwen/Qwen2-0.5B and trl-lib/Capybara from the Hugging Face hub; needs the network, better a GPU
+HUB = False  # True: models and data from the Hugging Face hub, named below; needs the network, better a GPU
 MODEL = "Qwen/Qwen2-0.5B" if HUB else resolve_model("demo")  # a name on the hub, or a folder
 OUTPUT = "runs/guide/03_first_sft"
 
-logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # between libraries, nothing to do with us
+disable_progress_bar()
 
 # %% [markdown]
 # ## The data
@@ -343,10 +347,37 @@ for row, old, new in list(zip(test_rows, before, after, strict=True))[:4]:
 # %% [markdown]
 # That is supervised fine-tuning: 64 examples, 16 steps, and a model that does what it could not do before.
 #
+# ## Plain text
+#
+# Rows need not be conversations. A row with nothing but a `text` is learned from its first token to its last: the
+# model gets used to a kind of text, such as film reviews. There are no roles, so no chat template is needed, and a
+# model that never had one will do. Other columns, such as the `label` of a review, are not used.
+
+# %%
+if HUB:
+    text_model = "facebook/opt-350m"
+    texts = load_dataset("stanfordnlp/imdb", split="train").shuffle(seed=0).select(range(32)).to_list()
+else:
+    text_model = MODEL
+    contents = [[message["content"] for message in row["messages"]] for row in train_rows[:32]]
+    texts = [{"text": f"{sentence}\n{line}"} for _, sentence, line in contents]
+print("columns:", ", ".join(texts[0]), "  the first text begins:", repr(texts[0]["text"][:60]))
+
+trainer = SFTTrainer(
+    model=text_model,
+    args=SFTConfig(**COMMON | {"train_on": "all", "max_steps": 4, "allow_pickle": HUB}),  # OPT's weights are .bin files
+    train_dataset=texts,
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+trainer.remove_callback(PrinterCallback)
+trainer.train()
+print("losses:", ", ".join(f"{loss:.2f}" for loss in losses(trainer)[1]))
+
+# %% [markdown]
 # ## Try it yourself
 #
-# **1.** Between which runs of the learning-rate experiment does `learning_rate=2e-4` end, on the
-# test rows? Guess first, then run the same four steps.
+# **1.** Between which two runs of the learning-rate experiment does `learning_rate=2e-4` end, by its loss on the test
+# rows? Guess first, then run the same four steps.
 
 # %%
 trainer = make_trainer(train_rows[:16], learning_rate=2e-4)

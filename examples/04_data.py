@@ -14,14 +14,22 @@
 
 # %%
 import json
+import logging
+import os
 import subprocess
 import sys
+import warnings
 from itertools import groupby
 from pathlib import Path
+
+# What libraries tell each other when they are imported and used; nothing of it concerns us.
+warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing`")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import matplotlib.pyplot as plt
 import numpy as np
 from peft import LoraConfig
+from transformers.trainer_callback import PrinterCallback
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template
 from tunesmith.data.orders import training_rows
@@ -30,7 +38,7 @@ from tunesmith.model.load import load_model, load_run, load_tokenizer
 
 HUB = False  # True: models from the Hugging Face hub instead of the demo model
 MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
-BASE = "facebook/opt-350m" if HUB else "demo"
+BASE = "EleutherAI/gpt-neo-125m" if HUB else "demo"
 FOLDER = Path("runs/guide/04")
 FOLDER.mkdir(parents=True, exist_ok=True)
 
@@ -152,7 +160,7 @@ print("with the template:   ", repr(templated.text))
 # %%
 base_tokenizer = load_tokenizer(BASE)
 base_tokenizer.chat_template = None  # base models often come like this
-base = load_model(BASE, allow_pickle=HUB)  # OPT's weights on the hub are in an older file format
+base = load_model(BASE)
 config = SFTConfig(output_dir=str(FOLDER / "look"), max_steps=1, precision="fp32", report_to="none")
 try:
     SFTTrainer(model=base, args=config, train_dataset=[conversation], processing_class=base_tokenizer)
@@ -231,6 +239,7 @@ def fine_tune(rows, name, **settings):
     )
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(model=MODEL, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    trainer.remove_callback(PrinterCallback)  # its numbers are not our subject here
     trainer.train()
     return trainer.model
 
@@ -260,7 +269,9 @@ orders = training_rows(40)
 data = FOLDER / "rows.jsonl"
 data.write_text("".join(json.dumps(row) + "\n" for row in orders), encoding="utf-8")
 command = ["inspect", "--model", MODEL, "--data", str(data), "--train-on", "assistant", "--row", "1"]
-result = subprocess.run([sys.executable, "-m", "tunesmith", *command], check=True, capture_output=True, text=True)
+command = [sys.executable, "-m", "tunesmith", *command]
+no_colours = os.environ | {"TERM": "dumb"}
+result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=no_colours)
 print(result.stdout)
 
 # %% [markdown]
@@ -311,7 +322,7 @@ plt.show()
 
 # %% [markdown]
 # tunesmith computes no padding even without packing: the examples of a batch lie side by side anyway. What packing adds
-# are batches of one and the same size, which a GPU's memory can be filled with.
+# is batches of one and the same size, so that a GPU's memory can be filled just right.
 #
 # ## Exercises
 #

@@ -34,19 +34,26 @@ else:
     at_the_end = ExitStack()
     server = at_the_end.enter_context(hub_server(token="hf_onlyforthisnotebook", owners=("learner",)))
     os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_onlyforthisnotebook", "HF_HUB_OFFLINE": "0"}
-    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str((FOLDER / "hub").absolute())}
+    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {"HF_HOME": str((FOLDER / "hub").absolute())}
 
 # %%
 import json
 import logging
 import random
 import shutil
+import warnings
 from collections import Counter
+
+# What libraries tell each other when they are imported and used; nothing of it concerns us.
+warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing`")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import matplotlib.pyplot as plt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.trainer_callback import PrinterCallback
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
 from tunesmith.data.orders import training_rows
@@ -82,23 +89,38 @@ print("rank of the change:", int(torch.linalg.matrix_rank(B @ A)))
 
 
 # %%
-def skeleton():
+CONFIG = load_config(MODEL)
+
+
+def skeleton(config=CONFIG):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(MODEL))
+        return AutoModelForCausalLM.from_config(config)
 
 
-linear = Counter(
-    (name.rsplit(".", 1)[-1], tuple(module.weight.shape))
-    for name, module in skeleton().named_modules()
-    if isinstance(module, torch.nn.Linear)
-)
+def linear_layers(model):
+    return Counter(
+        (name.rsplit(".", 1)[-1], tuple(module.weight.shape))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+
+
+linear = linear_layers(skeleton())
 for (name, shape), count in linear.items():
     print(f"{count:3} x {name:10} {shape}")
+
+print("\nThe names in other families:")
+for family, published in (("opt", "facebook/opt-350m"), ("gpt_neo", "EleutherAI/gpt-neo-125m")):
+    config = load_config(published) if HUB else AutoConfig.for_model(family)  # of the size that the class has in mind
+    print(f"{family:8}", ", ".join(sorted({name for name, _ in linear_layers(skeleton(config))})))
 
 # %% [markdown]
 # `q_proj`, `k_proj`, `v_proj` and `o_proj` belong to attention, where a token looks at those before it; `gate_proj`,
 # `up_proj` and `down_proj` to the feed-forward part, which works on each token alone. `lm_head` turns the result into
 # a score for every token of the vocabulary. `"all-linear"` means all but the head.
+#
+# The names belong to the family. OPT and GPT-Neo write `out_proj` where the demo model has `o_proj`, and their
+# feed-forward parts are `fc1` and `fc2`, or `c_fc` and `c_proj`. `"all-linear"` saves you from knowing them.
 #
 # What is trained with which settings?
 
@@ -182,6 +204,7 @@ def fine_tune(lora, steps=6, **settings):
         disable_tqdm=True,
     )
     trainer = SFTTrainer(MODEL, config, train_dataset=train, eval_dataset=test, peft_config=lora, **settings)
+    trainer.remove_callback(PrinterCallback)  # we draw curves; this would print each step, too
     trainer.train()
     return trainer
 
@@ -304,6 +327,7 @@ for name, padding_free in (("padded", False), ("without padding", True)):
         disable_tqdm=True,
     )
     trainer = SFTTrainer(MODEL, config, train_dataset=train, eval_dataset=long_and_short)
+    trainer.remove_callback(PrinterCallback)
     found = trainer.evaluate()
     print(f"{name:16} loss {found['eval_loss']:.5f}, {found['eval_runtime']:.2f} s")
 

@@ -17,6 +17,13 @@
 # from that.
 
 # %%
+import logging
+import warnings
+
+# What libraries tell each other when they are imported and used; nothing of it concerns us.
+warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing`")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -25,9 +32,10 @@ from peft import LoraConfig, get_peft_model
 from tunesmith.model.generate import prompt_ids
 from tunesmith.model.load import load_run
 
+torch.manual_seed(0)
+
 HUB = False  # True: a model from the Hugging Face hub instead of the demo model
 MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
-torch.manual_seed(0)
 
 # %% [markdown]
 # ## Reward models: from "which is better" to a number
@@ -221,8 +229,8 @@ for name, (chosen, rejected) in (("before", start), ("after", end)):
 # | you have | use | because |
 # | --- | --- | --- |
 # | good answers | SFT | simple, stable, and the base of everything below |
-# | pairs of a better and a worse answer | SFT, then DPO | no reward model, no writing while training |
-# | a reward that can be computed, as by tests | reinforcement learning | it finds ways that nobody wrote down |
+# | pairs of a better and a worse answer | SFT, then DPO | no reward model, and nothing is generated while training |
+# | a reward that can be computed, such as by tests | reinforcement learning | it finds ways that nobody wrote down |
 # | many preferences, and a budget | a reward model, then RLHF | it judges new answers, as often as you like |
 # | facts that change daily | none: search, and put what is found into the prompt | weights are a bad newspaper |
 #

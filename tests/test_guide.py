@@ -1,17 +1,22 @@
 """The guide: its notebooks are what its sources make, both languages run the same code, and nothing hides an error."""
 
 import ast
+import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from docs.guide import build
+from tests.ship.hub_server import hub_server
+from tests.ship.hub_state import LFS_SUFFIXES, Blob, Hub, Repo
 
 SCRIPTS = build.chapters()
 NOTEBOOKS = [build.notebook_path(script, language) for script in SCRIPTS for language in build.LANGUAGES]
@@ -21,7 +26,9 @@ HIDING = {
     r"\|\|\s*true": "a command may fail unseen",
     r"check\s*=\s*False": "a command may fail unseen",
     r"^\s*[!%]": "a magic, which is no Python",
-    r"suppress\(\s*(Base)?Exception": "every error is hidden",
+    r"suppress\(": "errors are hidden",
+    r"capture_output|DEVNULL|redirect_stderr": "what a command complains about is hidden",
+    r"simplefilter|filterwarnings\(.ignore.\)|logging\.disable\(": "all warnings are hidden",
 }
 
 
@@ -38,7 +45,18 @@ def _hidden(code: str) -> list[str]:
             kinds = [] if node.type is None else [ast.unparse(node.type)]
             if not kinds or {"Exception", "BaseException"} & set(re.findall(r"\w+", kinds[0])):
                 found.append("except catches every error")
+            if not _shows(node):
+                found.append("except neither prints the error nor raises one")
     return found
+
+
+def _shows(handler: ast.ExceptHandler) -> bool:
+    inside = [node for statement in handler.body for node in ast.walk(statement)]
+    if any(isinstance(node, ast.Raise) for node in inside):
+        return True
+    printed = [node for node in inside if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"]
+    names = {name.id for call in printed for name in ast.walk(call) if isinstance(name, ast.Name)}
+    return handler.name is not None and handler.name in names
 
 
 def test_there_are_chapters() -> None:
@@ -81,6 +99,12 @@ def test_no_cell_hides_an_error_or_keeps_an_output(path: Path) -> None:
         "!ls missing",
         'run("ls missing || true", shell=True)',
         "with suppress(Exception):\n    f()",
+        "with suppress(OSError):\n    f()",
+        "try:\n    f()\nexcept OSError:\n    pass",
+        "try:\n    f()\nexcept OSError as error:\n    print('it did not work')",
+        "subprocess.run(command, check=True, capture_output=True)",
+        "warnings.simplefilter('ignore')",
+        "warnings.filterwarnings('ignore')",
     ],
 )
 def test_what_hides_an_error_is_found(code: str) -> None:
@@ -89,6 +113,22 @@ def test_what_hides_an_error_is_found(code: str) -> None:
 
 def test_a_named_exception_may_be_shown() -> None:
     assert _hidden("try:\n    f()\nexcept TunesmithError as error:\n    print(error)") == []
+    assert _hidden("try:\n    f()\nexcept TunesmithError as error:\n    print(f'refused: {error}')") == []
+
+
+@pytest.mark.parametrize(
+    ("language", "exercises", "learned"), [("en", "Try it|Exercises", "What you"), ("zh-TW", "動手試試看", "本章學到")]
+)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_chapter_has_exercises_with_solutions_and_ends_with_what_was_learned(
+    script: Path, language: str, exercises: str, learned: str
+) -> None:
+    cells = _read(build.notebook_path(script, language))
+    (at,) = [i for i, cell in enumerate(cells) if re.search(rf"^## ({exercises})", cell["source"], re.MULTILINE)]
+    posed = [text for cell in cells[at:] for text in re.findall(r"^(?:\*\*)?\d\. ?", cell["source"], re.MULTILINE)]
+    assert len(posed) >= 3
+    assert sum(cell["cell_type"] == "code" for cell in cells[at:]) >= len(posed)
+    assert re.search(rf"^## {learned}", cells[-1]["source"], re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -96,6 +136,15 @@ def test_one_variable_switches_to_the_hub(script: Path) -> None:
     switches = re.findall(r"^HUB = .*$", script.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(switches) == 1
     assert switches[0].startswith("HUB = False")
+
+
+HUB_MODELS = ("facebook/opt-350m", "Qwen/Qwen2-0.5B", "EleutherAI/gpt-neo-125m")
+HUB_DATA = ("stanfordnlp/imdb", "trl-lib/Capybara")
+
+
+@pytest.mark.parametrize("name", [*HUB_MODELS, *HUB_DATA])
+def test_some_chapter_takes_it_from_the_hub(name: str) -> None:
+    assert any(f'"{name}"' in script.read_text(encoding="utf-8") for script in SCRIPTS)
 
 
 # The builder
@@ -181,6 +230,23 @@ def test_execute_runs_the_cells_and_fails_on_an_error(
     assert "ZeroDivisionError" in printed.err
 
 
+def test_execute_fails_where_a_cell_writes_to_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = _chapter(tmp_path, monkeypatch, "你好。\n<!-- cell -->\n再見。")
+    script.write_text(
+        script.read_text(encoding="utf-8").replace("print(6", "import warnings\nwarnings.warn('old')\nprint(6"),
+        encoding="utf-8",
+    )
+    build.main([])
+    capsys.readouterr()
+    assert build.main(["--execute", "en/01"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out
+    assert "cell 1 wrote to stderr" in printed.err
+    assert "old" in printed.err
+
+
 # The scripts, for real
 
 
@@ -195,3 +261,108 @@ def test_script_runs(script: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout
+
+
+# The scripts with HUB = True: small models of the same families under the same names, on a hub of the tests
+
+
+def _tokenizer(name: str) -> Any:
+    """The demo model's, with the special tokens of the one that is published as `name`."""
+    from tokenizers.processors import TemplateProcessing
+
+    from tunesmith.model.load import load_tokenizer
+
+    tokenizer: Any = load_tokenizer("demo")
+    tokenizer.eos_token = "<|endoftext|>"
+    if name.startswith("Qwen"):  # its end token is not the one that ends a turn
+        tokenizer.pad_token = "<|endoftext|>"
+        return tokenizer
+    tokenizer.chat_template = tokenizer.pad_token = None
+    tokenizer.bos_token = "<|endoftext|>"
+    if name.startswith("facebook"):
+        tokenizer.pad_token = "<repo_name>"
+        end = ("<|endoftext|>", tokenizer.eos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # a text begins with the end token
+            single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[end]
+        )
+    return tokenizer
+
+
+def _publish(hub: Hub, name: str, folder: Path) -> None:
+    """A small random model, as the model of that name is published: OPT's weights are no safetensors."""
+    import torch
+
+    from tests.models import tiny
+
+    tokenizer = _tokenizer(name)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    family = {"facebook": "opt", "Qwen": "qwen2", "EleutherAI": "gpt_neo"}[name.split("/")[0]]
+    full = {"layer_types": ["full_attention"] * 2, "use_sliding_window": False} if family == "qwen2" else {}
+    model = tiny(family, vocab_size=len(tokenizer), max_position_embeddings=2048, **ids, **full)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    if family == "opt":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    blobs = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        in_lfs = path.suffix in LFS_SUFFIXES
+        blobs[path.name] = Blob(content, hashlib.sha256(content).hexdigest() if in_lfs else None)
+    hub.repos[name] = Repo(private=False, branches={})
+    hub.repos[name].commit("main", "the model", blobs)
+
+
+def _write_data(folder: Path) -> dict[str, str]:
+    """Folders with few rows that have the columns of the data sets on the hub; by the names there."""
+    from datasets import Dataset
+
+    dice, words = random.Random(0), ["a", "film", "of", "great", "charm", "and", "little", "sense"]
+
+    def text(count: int) -> str:
+        return " ".join(dice.choices(words, k=count))
+
+    reviews = [{"text": text(dice.randint(20, 90)), "label": i % 2} for i in range(40)]
+    turns = [("user", 30), ("assistant", 40), ("user", 10), ("assistant", 20)]
+    talks = [
+        {
+            "source": "Airoboros",
+            "messages": [{"content": text(count), "role": role} for role, count in turns],
+            "num_turns": 2,
+        }
+        for _ in range(80)
+    ]
+    for name, rows in zip(HUB_DATA, (reviews, talks), strict=True):
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            Dataset.from_list(rows).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+    return {f'"{name}"': repr(str(folder / name)) for name in HUB_DATA}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with hub_server(token="hf_only_for_this_test", owners=("your-name",)) as server:
+        for name in HUB_MODELS:
+            _publish(server, name, tmp_path_factory.mktemp("model"))
+        yield server
+
+
+@pytest.mark.documented
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script_runs_with_models_and_data_of_the_hub(script: Path, hub: Hub, tmp_path: Path) -> None:
+    text = script.read_text(encoding="utf-8").replace("\nHUB = False", "\nHUB = True")
+    for name, local in _write_data(tmp_path / "data").items():
+        text = text.replace(name, local)
+    copy = tmp_path / script.name
+    copy.write_text(text, encoding="utf-8")
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache"), "MPLBACKEND": "agg"}
+    environment |= {"TUNESMITH_HOME": str(tmp_path / "home")}
+    hub.requests.clear()
+    done = subprocess.run(
+        [sys.executable, str(copy)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in HUB_MODELS:
+        assert (f'"{name}"' in text) == any(f"/{name}/" in request for request in hub.requests), name

@@ -138,7 +138,8 @@ def _all() -> Iterator[tuple[Path, str]]:
 def execute(wanted: list[str]) -> list[str]:
     """Run the notebooks whose name (`en/03_first_sft`) contains one of `wanted`, or all; says seconds of each.
 
-    Returns the names of those in which a cell failed. The executed copies, failed ones included, are in build/guide/.
+    Returns the names of those in which a cell failed or wrote to stderr: a reader would take a warning for his own
+    mistake. The executed copies, failed ones included, are in build/guide/.
     """
     os.environ.setdefault("MPLCONFIGDIR", str(EXECUTED / "matplotlib"))
     failed, total = [], 0.0
@@ -161,7 +162,7 @@ def execute(wanted: list[str]) -> list[str]:
 
 def _run(source: Path, target: Path) -> str:
     """Run a notebook top to bottom, from the checkout's root as the scripts are; the error of its first cell that
-    fails, or nothing."""
+    fails, or else what its cells wrote to stderr, or nothing."""
     book: Any = nbformat.read(source, as_version=4)
     client = NotebookClient(
         book,
@@ -176,7 +177,19 @@ def _run(source: Path, target: Path) -> str:
         error = str(failure)
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, target)
-    return error
+    return error or "\n".join(complaints(book))
+
+
+def complaints(book: Any) -> list[str]:
+    """What the cells of an executed notebook show besides their results: errors, and what went to stderr."""
+    found = []
+    for number, cell in enumerate(book.cells):
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                found.append(f"cell {number}: {output.ename}: {output.evalue}")
+            elif output.output_type == "stream" and output.name == "stderr":
+                found.append(f"cell {number} wrote to stderr: {output.text.strip()}")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
