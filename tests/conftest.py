@@ -52,7 +52,7 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     import tunesmith.config
     import tunesmith.model.linear
 
-    monkeypatch.setattr(tunesmith.model.linear, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(tunesmith.model.linear, "_chosen", False)
     monkeypatch.setattr(tunesmith.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 

@@ -18,6 +18,7 @@ from tunesmith.data.collate import flat
 from tunesmith.errors import TunesmithError
 from tunesmith.model.compiled import compile_layers
 from tunesmith.model.head import next_token_targets
+from tunesmith.model.linear import speed_up
 from tunesmith.train import offload
 from tunesmith.train.selftest import self_test
 from tunesmith.train.setup import base_model, teach_model
@@ -26,9 +27,8 @@ LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled before, and products by the library that torch.compile knows: see `tunesmith.model.linear`."""
-    monkeypatch.setattr("tunesmith.model.linear.onednn_is_faster", lambda: False)
+def fresh() -> Iterator[None]:
+    """Nothing compiled before."""
     torch.compiler.reset()
     counters.clear()
     yield
@@ -69,9 +69,33 @@ def test_values_and_gradients_are_those_of_the_plain_layers(name: str, lora: boo
     assert compiled_graphs() > 0
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = taught(lora=lora, num_hidden_layers=12), taught(lora=lora, num_hidden_layers=12)
+    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
+    speed_up(model)
+    compile_layers(base_model(model), backend="aot_eager")
+    step(model, LENGTHS[0])
+    once = compiled_graphs()
+    assert 0 < once <= 8
+    model.zero_grad()
+    for lengths in LENGTHS[1:]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = step(model, lengths)
+        expected = step(plain, lengths)
+        # Each of a layer's seven, forward and backward.
+        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 12 * 7 * 2 - 3
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        assert gradient_error(found[1], expected[1]) < 1e-5
+    assert compiled_graphs() == once
+
+
 @pytest.mark.slow
-def test_inductor_gives_the_same_too() -> None:
+@pytest.mark.parametrize("onednn", [False, True], ids=["blas", "onednn"])
+def test_inductor_gives_the_same_too(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = taught(), taught()
+    monkeypatch.setattr("tunesmith.model.linear._chosen", onednn)
+    speed_up(model)
     compile_layers(base_model(model), backend="inductor")
     for lengths in LENGTHS:
         found, expected = step(model, lengths), step(plain, lengths)

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model import varlen
+from tunesmith.model import blockwise, varlen
 
 PREFIX = "tunesmith_"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -170,6 +170,8 @@ def _attend_sdpa(
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     plain = queries == keys and (window is None or keys <= window)
+    if not dropout and (window is None or keys <= window) and blockwise.pays(q):
+        return blockwise.attend(q, k, v, scale)
     mask = None if plain else _causal(queries, keys, window, q.device)
     # On a CPU the kernel shares key heads itself. On CUDA, asking for that can rule out all but the slowest kernel.
     shared = q.device.type == "cpu"

@@ -31,8 +31,8 @@ SIZE = 1024
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` (T, I) times the transpose of `weight` (O, I), plus `bias` (O,): (T, O). Both factors may be transposed
     views. Not for autograd."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster() and len(x):
-        return _onednn(x, weight, bias)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster() and x.shape[0]:
+        return onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -42,7 +42,10 @@ _chosen: bool | None = None
 def onednn_is_faster() -> bool:
     """Whether fp32 products on this CPU go through oneDNN: because they are faster, or because `use_onednn` said so.
     Takes some tenths of a second, once."""
-    return _measured() if _chosen is None else _chosen
+    global _chosen
+    if _chosen is None:
+        _chosen = _measured()
+    return _chosen
 
 
 def use_onednn(choice: bool) -> None:
@@ -61,11 +64,11 @@ def _measured() -> bool:
     if not _has_onednn():
         return False
     x, weight = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE)  # random ones would change the run's random numbers
-    best = {F.linear: float("inf"), _onednn: float("inf")}
+    best = {F.linear: float("inf"), onednn: float("inf")}
     for _ in range(ROUNDS):  # in turns, so that another program's load meets both
         for way in best:
             best[way] = min(best[way], _seconds(way, x, weight))
-    return best[F.linear] > GAIN * best[_onednn]
+    return best[F.linear] > GAIN * best[onednn]
 
 
 def _seconds(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
@@ -74,8 +77,29 @@ def _seconds(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor)
     return time.perf_counter() - started
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` through oneDNN, whatever is faster: none of the factors may be empty."""
+    if torch.compiler.is_compiling():
+        return _opaque(x, weight, bias)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+@torch.library.custom_op("tunesmith::product", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`onednn` for `torch.compile`, which takes the weights in such products for constants."""
+    return onednn(x, weight, bias)
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def onednn_times(x: Tensor, weight: Tensor, bias: Tensor, factors: Tensor) -> Tensor:
+    """`onednn(x, weight, bias) * factors`, multiplied before it is written. `factors` are (T, O)."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factors, weight, bias, "mul")
+    return found
 
 
 class _Linear(torch.autograd.Function):
@@ -102,7 +126,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Any:
-        u = x @ a.t()
+        u = product(x, a)
         ctx.save_for_backward(x, weight, a, b, u)
         ctx.scaling = scaling
         return product(x, weight, bias).addmm_(u, b.t(), alpha=scaling)
@@ -110,10 +134,12 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, a, b, u = ctx.saved_tensors
-        v = dy @ b
+        v = product(dy, b.t())
         # The layers below the lowest adapter need no gradient.
         dx = product(dy, weight.t()).addmm_(v, a, alpha=ctx.scaling) if ctx.needs_input_grad[0] else None
-        return dx, None, None, (v.t() @ x).mul_(ctx.scaling), (dy.t() @ u).mul_(ctx.scaling), None
+        # The long side of a skinny product is its rows: the other way round it takes two to four times as long.
+        da, db = product(v.t(), x.t()), product(u.t(), dy.t()).t()
+        return dx, None, None, da.mul_(ctx.scaling), db.mul_(ctx.scaling), None
 
 
 def speed_up(model: nn.Module) -> None:

@@ -95,16 +95,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, size, rows):
             part = slice(start, min(start + rows, size))
             logits = head_logits(hidden[part], weight, bias, options)
-            log_p = torch.log_softmax(logits, dim=-1).clamp_(min=FINITE)  # -inf times its probability 0 would be nan
-            nll[part] = -log_p.gather(-1, targets[part, None])[:, 0]
-            correct[part] = log_p.argmax(dim=-1) == targets[part]
-            w = torch.ones_like(nll[part]) if weights is None else weights[part].float()
-            loss += _token_losses(log_p, nll[part], options).mul_(w).sum()
-            logits = logits if options.softcap is not None else log_p  # drops what is not needed any more
-            p = log_p.exp()
-            entropy[part] = -torch.einsum("sv,sv->s", p, log_p)
+            if bias is not None:
+                logits.clamp_(min=FINITE)  # -inf times its probability 0 would be nan
+            p = torch.softmax(logits, dim=-1)
+            top, own = logits.amax(dim=-1), logits.gather(-1, targets[part, None])[:, 0]
+            # At its largest logit, p is 1 over the sum that it was divided by.
+            log_sum = -p.amax(dim=-1).log()
+            nll[part] = top - own + log_sum
+            correct[part] = own == top
+            w = torch.ones_like(top) if weights is None else weights[part].float()
+            mean = top + log_sum - logits.mean(dim=-1) if options.smoothing else None
+            loss += _token_losses(nll[part], mean, options).mul_(w).sum()
+            slope = None if options.softcap is None else 1 - (logits / options.softcap).square_()
+            entropy[part] = top + log_sum - logits.mul_(p).sum(dim=-1)
+            del logits
             if need_hidden or need_weight or need_bias:
-                _gradient_(p, logits, targets[part], nll[part], w, options)
+                _gradient_(
+                    p, slope, targets[part], nll[part], None if weights is None and not options.dft else w, options
+                )
                 _accumulate(ctx.grads, part, p, hidden, weight)
         ctx.mark_non_differentiable(nll, entropy, correct)
         return loss, nll, entropy, correct
@@ -128,24 +136,25 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Lo
     return logits
 
 
-def _token_losses(log_p: Tensor, nll: Tensor, options: LossOptions) -> Tensor:
-    losses = nll.clone()
-    if options.smoothing:
-        losses = (1 - options.smoothing) * nll - options.smoothing * log_p.mean(dim=-1)
+def _token_losses(nll: Tensor, mean: Tensor | None, options: LossOptions) -> Tensor:
+    """`mean` is that of the nll of all tokens of the vocabulary, each position's."""
+    losses = nll.clone() if mean is None else (1 - options.smoothing) * nll + options.smoothing * mean
     return losses * (-nll).exp() if options.dft else losses
 
 
 def _gradient_(
-    softmax: Tensor, logits: Tensor, targets: Tensor, nll: Tensor, weights: Tensor, options: LossOptions
+    softmax: Tensor, slope: Tensor | None, targets: Tensor, nll: Tensor, weights: Tensor | None, options: LossOptions
 ) -> None:
-    """Overwrite `softmax` with the gradient of the weighted loss by the head's product (before scale and softcap)."""
+    """Overwrite `softmax` with the gradient of the weighted loss by the head's product (before scale and softcap, whose
+    derivative is `slope`)."""
     rows = torch.arange(len(targets), device=softmax.device)
     if options.smoothing:
         softmax -= options.smoothing / softmax.shape[-1]
     softmax[rows, targets] -= 1 - options.smoothing
-    softmax *= (weights * (-nll).exp() if options.dft else weights)[:, None]
-    if options.softcap is not None:
-        softmax *= 1 - (logits / options.softcap).square_()
+    if weights is not None:
+        softmax *= (weights * (-nll).exp() if options.dft else weights)[:, None]
+    if slope is not None:
+        softmax *= slope
     if options.scale != 1.0:
         softmax *= options.scale
 

@@ -112,8 +112,7 @@ class ResumingTrainer(PublishingTrainer):
                 logger.warning("%s: %s -> %s; the run goes on, but will round differently.", name, was, value)
         if self.args.device.type == "cpu" and manifest.onednn != linear.onednn_is_faster():
             linear.use_onednn(manifest.onednn)
-            if not self.args.torch_compile:
-                linear.speed_up(cast(nn.Module, self.model))
+            linear.speed_up(cast(nn.Module, self.model))
 
     def _identity_now(self) -> Identity:
         if self._identity is None:

@@ -141,11 +141,12 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
         self._flat = teach_model(model, flat=wanted, grouped=grouped)
         by_length = args.train_sampling_strategy == "group_by_length"
         self._grouped = by_length or (grouped and wanted and not self._flat)
+        # On a GPU, torch.compile makes layers faster by itself.
+        if not args.torch_compile or base_model(model).device.type == "cpu":
+            speed_up(model)
         if args.torch_compile:
             assert args.torch_compile_backend is not None
             compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        else:
-            speed_up(model)
 
     # Data
 

@@ -1,0 +1,111 @@
+"""Causal attention within one document in blocks of products, for CPUs whose fp32 products are faster in oneDNN.
+
+PyTorch's attention on a CPU is a flash kernel whose products go through the BLAS in torch, whatever the number format;
+its backward shares out whole heads, nine of them on two cores. Here each block is a few products of oneDNN, and what
+lies between them happens in their epilogues where they have one. Scores are fp32 always.
+
+Shapes: N query heads, K key/value heads, G = N / K, Q queries, M keys (the queries' own are the last Q), H head size.
+Rows (K, Q*G, H) are the queries of a key head: row i*G + g is query i of the group's head g.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunesmith.model.linear import onednn, onednn_is_faster, onednn_times
+
+SHORTEST = 192
+"""Queries from which on blocks pay; below, the calls take longer than what they save."""
+BLOCK = 256
+LOG2E = math.log2(math.e)
+
+
+def pays(q_NQH: Tensor) -> bool:
+    """Whether `attend` is the faster way for queries like these."""
+    return q_NQH.device.type == "cpu" and q_NQH.shape[2] >= SHORTEST and onednn_is_faster()
+
+
+def attend(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor, scale: float) -> Tensor:
+    """`q` (1, N, Q, H), `k` and `v` (1, K, M, H) to (1, N, Q, H): query i sees the keys up to M - Q + i."""
+    out: Tensor = _Blockwise.apply(q_NQH, k_KMH, v_KMH, scale)
+    return out
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        rows, keys, values = _rows(q, k.shape[1]) * scale, _heads(k), _heads(v)
+        groups = q.shape[1] // k.shape[1]
+        found, log_z = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
+        before = k.shape[2] - q.shape[2]
+        for start, stop in _blocks(q.shape[2]):
+            part, seen = slice(start * groups, stop * groups), before + stop
+            hidden = _later(groups).t()[: (stop - start) * groups, : stop - start]
+            for head in range(len(keys)):
+                scores = onednn(rows[head, part], keys[head, :seen])
+                scores[:, before + start :] += hidden
+                p = torch.softmax(scores, dim=-1)
+                found[head, part] = onednn(p, values[head, :seen].t())
+                # At its largest score, a row of p is 1 over the sum that it was divided by.
+                log_z[head, part] = scores.amax(dim=-1) - p.amax(dim=-1).log()
+        out = found.unflatten(1, (-1, groups)).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
+        ctx.save_for_backward(rows, keys, values, out, log_z)
+        ctx.scale, ctx.dtypes = scale, (q.dtype, k.dtype, v.dtype)
+        return out.transpose(0, 1)[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rows, keys, values, out, log_z = ctx.saved_tensors
+        groups = rows.shape[1] // len(out)
+        d_rows = _rows(grad, len(keys))
+        # FlashAttention 2 (Dao 2023, arXiv:2307.08691), section 3.1: dS = P * (dP - D), D the row sums of dO * O.
+        d = (grad[0].transpose(0, 1).float() * out).sum(dim=-1).unflatten(1, (-1, groups))
+        minus_d = d.transpose(0, 1).flatten(1).neg()
+        # exp2, because exp goes through MKL's, which is slow on other makers' processors.
+        minus_log_z, exponents = log_z * -LOG2E, rows * LOG2E
+        d_q, d_k, d_v = torch.zeros_like(rows), torch.empty_like(keys), torch.empty_like(values)
+        before = keys.shape[1] - len(out)
+        blocks = [(start, stop, 0) for start, stop in _blocks(before)]
+        blocks += [(before + start, before + stop, start) for start, stop in _blocks(len(out))]
+        for start, stop, first in blocks:
+            part, seen, size = slice(first * groups, None), slice(start, stop), stop - start
+            for head in range(len(keys)):
+                scores = onednn(keys[head, seen], exponents[head, part], minus_log_z[head, part])
+                if start >= before:
+                    scores[:, : size * groups] += _later(groups)[:size, : size * groups]
+                p = torch.exp2(scores)  # (keys, rows), as all here
+                d_scores = onednn_times(values[head, seen], d_rows[head, part], minus_d[head, part], p)
+                d_v[head, seen] = onednn(p, d_rows[head, part].t())
+                d_k[head, seen] = onednn(d_scores, rows[head, part].t())
+                d_q[head, part] += onednn(d_scores.t(), keys[head, seen].t())
+        d_q = d_q.mul_(ctx.scale).unflatten(1, (-1, groups)).transpose(1, 2).flatten(0, 1)
+        return *(x[None].to(dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes, strict=True)), None
+
+
+def _rows(x_NQH: Tensor, heads: int) -> Tensor:
+    """(1, N, Q, H) to fp32 rows (K, Q*G, H)."""
+    return x_NQH[0].float().unflatten(0, (heads, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def _heads(x_KMH: Tensor) -> Tensor:
+    return x_KMH[0].float().contiguous()
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    """Starts and stops of parts of nearly equal size, at most BLOCK each."""
+    step = math.ceil(size / max(1, math.ceil(size / BLOCK)))
+    for start in range(0, size, step or 1):
+        yield start, min(start + step, size)
+
+
+@cache
+def _later(groups: int) -> Tensor:
+    """(BLOCK, BLOCK*G): minus infinity where a key comes after the query of the row, else 0."""
+    later = torch.full((BLOCK, BLOCK), -math.inf).tril(-1)
+    return later.repeat_interleave(groups, dim=1)
