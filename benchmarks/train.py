@@ -1,16 +1,18 @@
 """Tokens per second, memory and loss of training: ours against TRL's, in turns, on the same model, rows and settings.
 
-    python benchmarks/train.py --data alpaca_en_demo.json [--pairs 3] [--steps 3] [--modes lora,full,packed]
-                               [--json out.json] [--plot out.svg]
+    python benchmarks/train.py --data alpaca_en_demo.json [--pairs 3] [--steps 4] [--json out.json] [--plot out.svg]
+                               [--modes lora,full,packed,lora-bf16,packed-bf16]
 
-Each measurement is a process of its own: fp32, AdamW, the rows in the same order, no gradient checkpointing. Tokens are
-those of the rows, never padding. The first step is left out of the rates: it also loads libraries and, on our side,
-checks the model. Needs `pip install -e '.[bench]'`.
+Each measurement is a process of its own: AdamW, the rows in the same order, no gradient checkpointing; fp32, or where a
+mode ends in -bf16, bfloat16 on both sides. Tokens are those of the rows, never padding. The first two steps are left
+out of the rates: they also load libraries, check the model and, where the second has more tokens, take memory from the
+system for the first time. Needs `pip install -e '.[bench]'`.
 
-The roofline is the rate of the best large fp32 product of the same process, by either library inside torch. Products
-are counted as 2 FLOP for each multiply-add: 4 x (weights in products) a token for adapters on a frozen model (forward,
-and the gradient of the inputs), 6 x for full training; 6 x the adapters' own weights besides. Attention's own products
-depend on the rows and are left out, so the share of the roofline is a little too low, for both sides.
+The roofline is the rate of the best large product of the same process in its format, by either library inside torch.
+Products are counted as 2 FLOP for each multiply-add: 4 x (weights in products) a token for adapters on a frozen model
+(forward, and the gradient of the inputs), 6 x for full training; 6 x the own weights of adapters; and attention's,
+of each token with those before it in its document: 4 x layers x width for each such pair forward, twice that backward.
+What is computed in vain, masked pairs for one, counts as nothing.
 """
 
 import argparse
@@ -27,7 +29,9 @@ from typing import Any
 ROWS = 8
 LENGTH = 2048
 RANK = 16
-MODES = ("lora", "full", "packed")
+MODES = ("lora", "full", "packed", "lora-bf16", "packed-bf16")
+WARM = 2
+"""Steps that are left out of the rates."""
 
 
 def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
@@ -57,6 +61,7 @@ def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
                 self.losses.append(float(logs["loss"]))
 
     tokens: list[int] = []
+    pairs: list[int] = []
 
     class Ordered(SFTTrainer):  # type: ignore[misc, valid-type]
         """Batches in the order of the rows, so that both sides see the same; and their tokens are counted."""
@@ -67,8 +72,10 @@ def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
             samples, count = super().get_batch_samples(*args, **kwargs)
             tokens.append(sum(_tokens(batch) for batch in samples))
+            pairs.append(sum(length * (length + 1) // 2 for batch in samples for length in batch.get("lengths", ())))
             return samples, count
 
+    mode, half = mode.removesuffix("-bf16"), mode.endswith("-bf16")
     packed = mode == "packed"
     rows = json.loads(data.read_text(encoding="utf-8"))
     rows = rows if packed else rows[: ROWS * steps]
@@ -80,7 +87,7 @@ def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
         max_length=LENGTH if packed else 1024,
         max_steps=steps,
         learning_rate=1e-3 if mode != "full" else 2e-5,
-        bf16=False,
+        bf16=half,
         gradient_checkpointing=False,
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -91,10 +98,11 @@ def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
     )
     from datasets import Dataset
 
+    dtype = torch.bfloat16 if half else torch.float32
     clock = Clock()
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Ordered(
-        AutoModelForCausalLM.from_pretrained(demo(), dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(demo(), dtype=dtype),
         args,
         train_dataset=Dataset.from_list([{"text": text.format(**row)} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(demo()),
@@ -102,13 +110,17 @@ def run(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
         callbacks=[clock],
     )
     trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    config = trainer.model.config
+    flop = sum(tokens[WARM:steps]) * flop_per_token(trainer.model, mode)
+    flop += sum(pairs[WARM:steps]) * 3 * 4 * config.num_hidden_layers * config.hidden_size
     return {
-        "seconds": clock.seconds[1:],
-        "tokens": tokens[1 : len(clock.seconds)],
+        "seconds": clock.seconds[WARM:],
+        "tokens": tokens[WARM:steps],
         "losses": clock.losses,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "roofline": roofline(),
-        "flop_per_token": flop_per_token(trainer.model, mode),
+        "peak_mb": peak,
+        "roofline": roofline(dtype),
+        "flop": flop,
     }
 
 
@@ -127,16 +139,16 @@ def flop_per_token(model: Any, mode: str) -> float:
     return (6 if mode == "full" else 4) * products + 6 * adapters
 
 
-def roofline() -> float:
-    """GFLOP/s of the best large fp32 product."""
+def roofline(dtype: Any) -> float:
+    """GFLOP/s of the best large product."""
     import torch
 
-    from tunesmith.model.linear import _onednn
+    from tunesmith.model.linear import onednn
 
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     best = float("inf")
-    for _ in range(4):
-        for way in (torch.nn.functional.linear, _onednn):
+    for _ in range(8):
+        for way in (torch.nn.functional.linear, onednn):
             started = time.perf_counter()
             way(a, b)
             best = min(best, time.perf_counter() - started)
@@ -157,7 +169,7 @@ def measure(side: str, mode: str, data: Path, steps: int) -> dict[str, Any]:
         sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found["rate"] = sum(found["tokens"]) / sum(found["seconds"])
-    found["share"] = found["rate"] * found["flop_per_token"] / found["roofline"] / 1e9
+    found["share"] = found["flop"] / sum(found["seconds"]) / found["roofline"] / 1e9
     return found
 
 
@@ -170,7 +182,8 @@ def compare(mode: str, data: Path, steps: int, pairs: int) -> dict[str, Any]:
             last = results[-1]
             print(
                 f"{mode}, pair {pair + 1}, {side}: {last['rate']:.1f} tokens/s, {last['peak_mb']:,.0f} MB, "
-                f"{last['share']:.0%} of {last['roofline']:.0f} GFLOP/s, losses "
+                + (f"{last['share']:.0%} of {last['roofline']:.0f} GFLOP/s, " if side == "ours" else "")
+                + "losses "
                 + " ".join(f"{loss:.4f}" for loss in last["losses"]),
                 flush=True,
             )
@@ -210,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -69,7 +69,9 @@ class _Blockwise(torch.autograd.Function):
         minus_d = d.transpose(0, 1).flatten(1).neg()
         # exp2, because exp goes through MKL's, which is slow on other makers' processors.
         minus_log_z, exponents = log_z * -LOG2E, rows * LOG2E
-        d_q, d_k, d_v = torch.zeros_like(rows), torch.empty_like(keys), torch.empty_like(values)
+        # Queries' gradients are (K, H, Q*G): oneDNN copies a left factor that is transposed, so it had better be small.
+        d_q = torch.zeros_like(rows.transpose(1, 2), memory_format=torch.contiguous_format)
+        d_k, d_v = torch.empty_like(keys), torch.empty_like(values)
         before = keys.shape[1] - len(out)
         blocks = [(start, stop, 0) for start, stop in _blocks(before)]
         blocks += [(before + start, before + stop, start) for start, stop in _blocks(len(out))]
@@ -83,8 +85,8 @@ class _Blockwise(torch.autograd.Function):
                 d_scores = onednn_times(values[head, seen], d_rows[head, part], minus_d[head, part], p)
                 d_v[head, seen] = onednn(p, d_rows[head, part].t())
                 d_k[head, seen] = onednn(d_scores, rows[head, part].t())
-                d_q[head, part] += onednn(d_scores.t(), keys[head, seen].t())
-        d_q = d_q.mul_(ctx.scale).unflatten(1, (-1, groups)).transpose(1, 2).flatten(0, 1)
+                d_q[head, :, part] += onednn(keys[head, seen].t(), d_scores.t())
+        d_q = d_q.mul_(ctx.scale).unflatten(2, (-1, groups)).permute(0, 3, 2, 1).flatten(0, 1)
         return *(x[None].to(dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes, strict=True)), None
 
 

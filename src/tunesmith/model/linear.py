@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             product(dy, weight.t()) if need_x else None,
-            dy.t() @ x if need_weight else None,
+            product(dy.t(), x.t()) if need_weight else None,
             dy.sum(dim=0) if need_bias else None,
         )
 

@@ -171,6 +171,6 @@ def _accumulate(
     if grad_hidden is not None:
         grad_hidden[part] = product(d, weight.t())
     if grad_weight is not None:
-        grad_weight += d.T @ hidden[part].to(weight.dtype)
+        grad_weight += product(d.t(), hidden[part].to(weight.dtype).t())
     if grad_bias is not None:
         grad_bias += dlogits.sum(dim=0)
