@@ -72,11 +72,13 @@ class FormatOptions:
 
 
 def renamed(row: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
-    """`row` under our column names. A column that `columns` names and the row lacks is an error."""
+    """`row` under our column names, and no longer under those that were mapped. A column that `columns` names and the
+    row lacks is an error."""
     names = dict(options.columns)
     if options.text_field != "text":
         names.setdefault("text", options.text_field)
-    result = dict(row)
+    # A mapped `input` must not be read again as the input of an instruction.
+    result = {name: value for name, value in row.items() if name not in names.values()}
     for ours, theirs in names.items():
         if theirs in row:
             result[ours] = row[theirs]

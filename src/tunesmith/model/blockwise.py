@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.model.linear import onednn, onednn_is_faster, onednn_times
@@ -39,13 +40,14 @@ def attend(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor, scale: float) -> Tensor:
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        rows, keys, values = _rows(q, k.shape[1]) * scale, _heads(k), _heads(v)
-        groups = q.shape[1] // k.shape[1]
+        saved = _rows(q, k.shape[1]), k[0].contiguous(), v[0].contiguous()
+        rows, keys, values = (x.float() for x in saved)
+        rows, groups = rows * scale, q.shape[1] // k.shape[1]
         found, log_z = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
         before = k.shape[2] - q.shape[2]
         for start, stop in _blocks(q.shape[2]):
             part, seen = slice(start * groups, stop * groups), before + stop
-            hidden = _later(groups).t()[: (stop - start) * groups, : stop - start]
+            hidden = _hidden(groups, rows).t()[: (stop - start) * groups, : stop - start]
             for head in range(len(keys)):
                 scores = onednn(rows[head, part], keys[head, :seen])
                 scores[:, before + start :] += hidden
@@ -54,21 +56,22 @@ class _Blockwise(torch.autograd.Function):
                 # At its largest score, a row of p is 1 over the sum that it was divided by.
                 log_z[head, part] = scores.amax(dim=-1) - p.amax(dim=-1).log()
         out = found.unflatten(1, (-1, groups)).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
-        ctx.save_for_backward(rows, keys, values, out, log_z)
-        ctx.scale, ctx.dtypes = scale, (q.dtype, k.dtype, v.dtype)
+        ctx.save_for_backward(*saved, out, log_z)
+        ctx.scale = scale
         return out.transpose(0, 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, keys, values, out, log_z = ctx.saved_tensors
+        *saved, out, log_z = ctx.saved_tensors
+        rows, keys, values = (x.float() for x in saved)
         groups = rows.shape[1] // len(out)
-        d_rows = _rows(grad, len(keys))
+        d_rows = _rows(grad, len(keys)).float()
         # FlashAttention 2 (Dao 2023, arXiv:2307.08691), section 3.1: dS = P * (dP - D), D the row sums of dO * O.
         d = (grad[0].transpose(0, 1).float() * out).sum(dim=-1).unflatten(1, (-1, groups))
         minus_d = d.transpose(0, 1).flatten(1).neg()
         # exp2, because exp goes through MKL's, which is slow on other makers' processors.
-        minus_log_z, exponents = log_z * -LOG2E, rows * LOG2E
+        minus_log_z, exponents = log_z * -LOG2E, rows * (ctx.scale * LOG2E)
         # Queries' gradients are (K, H, Q*G): oneDNN copies a left factor that is transposed, so it had better be small.
         d_q = torch.zeros_like(rows.transpose(1, 2), memory_format=torch.contiguous_format)
         d_k, d_v = torch.empty_like(keys), torch.empty_like(values)
@@ -80,23 +83,20 @@ class _Blockwise(torch.autograd.Function):
             for head in range(len(keys)):
                 scores = onednn(keys[head, seen], exponents[head, part], minus_log_z[head, part])
                 if start >= before:
-                    scores[:, : size * groups] += _later(groups)[:size, : size * groups]
+                    scores[:, : size * groups] += _hidden(groups, rows)[:size, : size * groups]
                 p = torch.exp2(scores)  # (keys, rows), as all here
                 d_scores = onednn_times(values[head, seen], d_rows[head, part], minus_d[head, part], p)
                 d_v[head, seen] = onednn(p, d_rows[head, part].t())
                 d_k[head, seen] = onednn(d_scores, rows[head, part].t())
                 d_q[head, :, part] += onednn(keys[head, seen].t(), d_scores.t())
         d_q = d_q.mul_(ctx.scale).unflatten(2, (-1, groups)).permute(0, 3, 2, 1).flatten(0, 1)
-        return *(x[None].to(dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes, strict=True)), None
+        found = (d_q, d_k.mul_(ctx.scale), d_v)
+        return *(x[None].to(like.dtype) for x, like in zip(found, saved, strict=True)), None
 
 
 def _rows(x_NQH: Tensor, heads: int) -> Tensor:
-    """(1, N, Q, H) to fp32 rows (K, Q*G, H)."""
-    return x_NQH[0].float().unflatten(0, (heads, -1)).transpose(1, 2).flatten(1, 2)
-
-
-def _heads(x_KMH: Tensor) -> Tensor:
-    return x_KMH[0].float().contiguous()
+    """(1, N, Q, H) to rows (K, Q*G, H)."""
+    return x_NQH[0].unflatten(0, (heads, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:
@@ -106,8 +106,15 @@ def _blocks(size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-@cache
-def _later(groups: int) -> Tensor:
+def _hidden(groups: int, like: Tensor) -> Tensor:
     """(BLOCK, BLOCK*G): minus infinity where a key comes after the query of the row, else 0."""
+    # What is made while shapes alone are computed must not be remembered.
+    return _made(groups) if isinstance(like, FakeTensor) else _remembered(groups)
+
+
+def _made(groups: int) -> Tensor:
     later = torch.full((BLOCK, BLOCK), -math.inf).tril(-1)
     return later.repeat_interleave(groups, dim=1)
+
+
+_remembered = cache(_made)
