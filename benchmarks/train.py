@@ -208,12 +208,19 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
-    for axis, key, label in ((axes[0], "rate", "tokens per second"), (axes[1], "peak_mb", "peak memory, MB")):
-        for shift, side in ((-0.2, "trl"), (0.2, "ours")):
-            axis.bar([i + shift for i in range(len(results))], [r[key][side] for r in results], 0.4, label=side)
-        axis.set_xticks(range(len(results)), [r["mode"] for r in results])
-        axis.set_title(label)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
+    labels = [r["mode"].replace("-bf16", "\nbfloat16") for r in results]
+    sides = (("trl", -0.2, "TRL", "#9aa5b1"), ("ours", 0.2, "tunesmith", "#d9622b"))
+    for axis, key, title in ((axes[0], "rate", "tokens per second"), (axes[1], "peak_mb", "peak memory, MB")):
+        for side, shift, name, color in sides:
+            bars = axis.bar(
+                [i + shift for i in range(len(results))], [r[key][side] for r in results], 0.4, label=name, color=color
+            )
+            axis.bar_label(bars, fmt="{:,.0f}", fontsize=7, padding=1)
+        axis.set_xticks(range(len(results)), labels, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.12)
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path)
