@@ -87,12 +87,13 @@ def test_scores_far_apart_lose_nothing() -> None:
 
 
 def test_short_rows_and_other_libraries_keep_pytorchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = inputs(4, 4, 1, 1, torch.float32)[0]
-    assert blockwise.pays(q)
-    assert not blockwise.pays(q[:, :, :3])
-    assert not blockwise.pays(q.to("meta"))
+    q, k, *_ = inputs(4, 4, 1, 1, torch.float32)
+    assert blockwise.pays(q, k)
+    assert blockwise.pays(q[:, :, :2], inputs(8, 8, 1, 1, torch.float32)[1])  # they continue others
+    assert not blockwise.pays(q[:, :, :3], k)
+    assert not blockwise.pays(q.to("meta"), k)
     monkeypatch.setattr("tunesmith.model.linear._chosen", False)
-    assert not blockwise.pays(q)
+    assert not blockwise.pays(q, k)
 
 
 def test_shapes_alone_can_be_computed_and_leave_nothing_behind() -> None:

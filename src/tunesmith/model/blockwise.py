@@ -21,14 +21,15 @@ from torch.autograd.function import once_differentiable
 from tunesmith.model.linear import onednn, onednn_is_faster, onednn_times
 
 SHORTEST = 192
-"""Queries from which on blocks pay; below, the calls take longer than what they save."""
+"""Tokens of a document from which on blocks pay; below, the calls take longer than what they save."""
 BLOCK = 256
 LOG2E = math.log2(math.e)
 
 
-def pays(q_NQH: Tensor) -> bool:
-    """Whether `attend` is the faster way for queries like these."""
-    return q_NQH.device.type == "cpu" and q_NQH.shape[2] >= SHORTEST and onednn_is_faster()
+def pays(q_NQH: Tensor, k_KMH: Tensor) -> bool:
+    """Whether `attend` is the faster way for queries and keys like these."""
+    pairs = q_NQH.shape[2] * k_KMH.shape[2]
+    return q_NQH.device.type == "cpu" and pairs >= SHORTEST**2 and onednn_is_faster()
 
 
 def attend(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor, scale: float) -> Tensor:
