@@ -37,6 +37,7 @@ from tunesmith.train.checkpointing import CheckpointingTrainer
 from tunesmith.train.data import DataPreparer, Source
 from tunesmith.train.journal import JournalingTrainer
 from tunesmith.train.lock import only_run_in
+from tunesmith.train.logits import check_logits
 from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
 from tunesmith.train.offload import offloading
@@ -65,7 +66,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
     reported as `eval_NAME_loss`; `trainer.preflight` says what was found in the data, and `trainer.origins` may say
     where it came from, by split or source, for the card. Afterwards
     `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
-    `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches.
+    `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches; the
+    latter must make them less where those of all rows are over a gigabyte.
 
     The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
     """
@@ -192,6 +194,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`, after the self-test that `args.self_test` asks for."""
+        if self.args.eval_strategy != "no":
+            check_logits(self, self.eval_dataset)
         check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
         held = only_run_in(Path(str(self.args.output_dir))) if self.is_world_process_zero() else nullcontext()
         with held:
@@ -288,6 +292,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
         self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """The eval loss is the mean over supervised tokens, not over batches of unequal size."""
+        if description != "Prediction":
+            check_logits(self, dataloader.dataset)
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
         _, measured = self._meters["eval"].report(self.accelerator)
