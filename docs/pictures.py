@@ -7,10 +7,12 @@ The view of `tunesmith train` in the middle of the run in the folder RUN, from t
 
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
 from tunesmith.train.live import RunView, Snapshot
@@ -18,6 +20,8 @@ from tunesmith.train.live import RunView, Snapshot
 COLUMNS = 84
 SHARE = 0.7
 """How far the run is in the picture."""
+FRAME = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+"""rich's, without the fonts that it has from elsewhere: the reader's own do."""
 
 
 def draw_live(run: Path, picture: Path) -> None:
@@ -35,7 +39,8 @@ def draw_live(run: Path, picture: Path) -> None:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(RunView(now))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_text(console.export_svg(title="tunesmith train recipe.yaml"), encoding="utf-8")
+    drawn = console.export_svg(title="tunesmith train recipe.yaml", code_format=FRAME)
+    picture.write_text("".join(f"{line.rstrip()}\n" for line in drawn.splitlines() if line.strip()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,29 @@ def test_data_that_would_train_wrongly_exits_with_2(tmp_path: Path, tiny_model: 
     assert check("--model", tiny_model, "--data", path, "--max-length", 8, "--allow-no-eos").exit_code == 0
 
 
+@pytest.mark.parametrize(("strategy", "cut"), [("bfd", 1), ("bfd_split", 0), ("wrapped", 0)])
+@pytest.mark.parametrize("evaluated", [False, True], ids=["train", "eval"])
+def test_rows_are_cut_as_the_packing_of_the_run_cuts_them(
+    strategy: str, cut: int, evaluated: bool, tmp_path: Path, tiny_model: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "a text over max_length"}) + "\n")
+    packing = ("--packing", "--eval-packing", "false") if not evaluated else ("--eval-packing",)
+    options = ("--max-length", 16, *packing, "--packing-strategy", strategy, "--json")
+    done = check("--model", tiny_model, "--data", path, "--eval-data", path, *options)
+    assert done.exit_code == 0, done.output
+    splits = json.loads(done.stdout)["splits"]
+    found = [splits[name]["counts"]["truncated"] for name in ("train", "eval")]
+    assert found == ([1, cut] if evaluated else [cut, 1])
+
+
+def test_what_train_refuses_to_batch_is_a_problem(rows: Path, tiny_model: Path) -> None:
+    done = check("--model", tiny_model, "--data", rows, "--max-tokens-per-batch", 4)
+    assert done.exit_code == 2
+    assert "stop: train data: row 0 takes 6 tokens, over max_tokens_per_batch: 4" in done.output
+    assert check("--model", tiny_model, "--data", rows, "--max-tokens-per-batch", 6).exit_code == 0
+
+
 def test_a_broken_row_is_named_with_its_line(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')

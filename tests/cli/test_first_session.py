@@ -72,3 +72,5 @@ def test_the_picture_shows_the_view(page: str) -> None:
     assert "images/live.svg" in page
     picture = (DOCS / "images" / "live.svg").read_text(encoding="utf-8")
     assert all(word in picture for word in ("training", "loss", "tokens/s", "supervised", "█"))
+    assert set(re.findall(r"https?://[^\s\"')]*", picture)) == {"http://www.w3.org/2000/svg"}
+    assert "@font-face" not in picture

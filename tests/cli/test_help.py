@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from tunesmith.cli.complete import SETTINGS, settings_text
 from tunesmith.cli.main import app
 from tunesmith.recipe import all_settings
 
@@ -49,7 +50,7 @@ def test_help_shows_an_example_whose_options_exist(command: str) -> None:
 def test_every_command_has_quiet_and_json(command: str) -> None:
     text = help_of(command)
     assert "--json" in text
-    assert command == "init" or "--quiet" in text
+    assert "--quiet" in text
 
 
 # Completion
@@ -101,6 +102,26 @@ def test_runs_recipes_and_options_are_completed(folder: Path) -> None:
     assert completed("tunesmith train re", folder) == ["recipe.yaml"]
     assert completed("tunesmith train recipe.yaml --data ", folder) == []  # which the shell completes by itself
     assert "--json" in completed("tunesmith check --j", folder)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_setting_is_completed(shell: str, folder: Path) -> None:
+    words = completed("tunesmith train recipe.yaml --learn", folder, shell)
+    assert len(words) == 1
+    assert "--learning-rate" in words[0]
+
+
+def test_settings_are_completed_where_a_command_takes_them(folder: Path) -> None:
+    for command in ("train", "check", "inspect", "plan"):
+        assert "--packing-strategy" in completed(f"tunesmith {command} --pack", folder)
+    found = completed("tunesmith train --", folder)
+    assert {"--fields", "--json", "--lora", "--output", "--gradient-checkpointing"} <= set(found)
+    assert len(found) == len(set(found))
+    assert completed("tunesmith chat --learn", folder) == []
+
+
+def test_the_list_of_settings_is_current() -> None:
+    assert SETTINGS.read_text(encoding="utf-8") == settings_text(), "run: python -m tunesmith.cli.complete"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_a_file_is_enough_and_the_recipe_passes_check(labelled: Path, tiny_model
     assert "train/mail: 54 rows, 54 examples" in checked.output
 
 
+def test_quiet_prints_only_what_was_written(labelled: Path, tiny_model: Path) -> None:
+    done = tunesmith("init", "--data", "mail.jsonl", "--model", tiny_model, "--quiet")
+    assert (done.exit_code, done.output) == (0, "wrote recipe.yaml\n")
+    assert recipe_of()["output"] == "runs/mail"
+
+
 def test_json_has_what_was_found_and_set(labelled: Path, tiny_model: Path) -> None:
     options = ("--goal", "instruct", "--method", "full", "--output", "runs/a", "--json")
     done = tunesmith("init", "a.yaml", "--data", labelled, "--model", tiny_model, *options)

@@ -182,3 +182,13 @@ def test_the_rows_are_those_that_the_trainer_gets(
         mask = [piece.supervised for piece in pieces for _ in piece.ids]
         assert mask == [label != IGNORE_INDEX for label in batch["labels"][0].tolist()]
         assert [document.tokens for document in row.documents] == batch["lengths"]
+
+
+@pytest.mark.parametrize(("packed", "cut"), [(True, False), (False, True)])
+def test_what_is_held_out_is_cut_as_in_evaluation(tiny_model: Path, rows: Path, packed: bool, cut: bool) -> None:
+    sources = {"talks": {"path": str(rows), "held_out": 0.5}}
+    packing = {"packing": True, "packing_strategy": "bfd_split", "max_length": 24, "eval_packing": packed}
+    given = {"model": str(tiny_model), "data": sources, "output_dir": "unused", "use_cpu": True, "train_on": "all"}
+    facts, _ = prepared(resolve(None, given | packing), 1, None)
+    held_out = facts[facts.index(("split", "talks")) :]
+    assert any("truncated" in f"{name} {found}" for name, found in held_out) == cut

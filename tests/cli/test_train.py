@@ -20,6 +20,7 @@ from tunesmith.cli.main import app
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
 from tunesmith.recipe import all_settings
+from tunesmith.train.trainer import SFTTrainer
 
 RUNNER = CliRunner()
 QUESTION = [{"role": "user", "content": "say it"}]
@@ -121,6 +122,31 @@ def test_a_demo_model_that_must_be_converted_says_so(
     result = RUNNER.invoke(app, [*needed, "--model", "demo", "--max-steps", "1"])
     assert result.exit_code == 0, result.output
     assert "Converting the demo model" in result.stdout
+
+
+def test_a_run_that_an_error_ends_has_a_report(
+    needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = SFTTrainer.compute_loss
+
+    def compute_loss(self: SFTTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise ValueError("broken")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    result = RUNNER.invoke(app, [*needed, "--max-steps", "4"])
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == "broken"
+    run = tmp_path / "run"
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 2
+    assert "learning rate" in (run / "report.html").read_text(encoding="utf-8")
+
+    def report(trainer: SFTTrainer) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr("tunesmith.cli.train._report", report)
+    assert isinstance(RUNNER.invoke(app, [*needed, "--max-steps", "4"]).exception, ValueError)
 
 
 def test_fields_lists_every_setting() -> None:

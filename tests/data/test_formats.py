@@ -135,6 +135,33 @@ def test_questions_and_answers_named_by_columns() -> None:
     assert fields(talk(row, columns={"instruction": "question", "output": "answer"})) == [USER, ANSWER]
 
 
+def test_a_column_that_is_mapped_is_not_read_under_its_own_name_too() -> None:
+    asked = {"input": "Hi", "target": "Yes"}
+    assert fields(talk(asked, columns={"instruction": "input", "output": "target"})) == [USER, ANSWER]
+    answered = {"question": "Hi", "input": "Yes"}
+    assert fields(talk(answered, columns={"instruction": "question", "output": "input"})) == [USER, ANSWER]
+    told = {"system": "Hi", "output": "Yes"}
+    assert fields(talk(told, columns={"instruction": "system"})) == [USER, ANSWER]
+
+
+def test_two_columns_may_change_places() -> None:
+    row = {"prompt": "Yes", "completion": "Hi"}
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    assert read(row, columns=swapped) == Text(text="HiYes", prompt="Hi")
+
+
+def test_a_column_may_have_two_names() -> None:
+    row = {"body": "Hi", "answer": "Yes"}
+    both = {"instruction": "body", "input": "body", "output": "answer"}
+    assert fields(talk(row, columns=both)) == [{"role": "user", "content": "Hi\n\nHi"}, ANSWER]
+    kept = {"instruction": "Hi", "output": "Yes"}
+    assert fields(talk(kept, columns={"instruction": "instruction", "system": "instruction"})) == [
+        {"role": "system", "content": "Hi"},
+        USER,
+        ANSWER,
+    ]
+
+
 def test_text() -> None:
     assert read({"text": "Hi", "label": 1}) == Text(text="Hi")
     assert read({"body": "Hi", "text": 7}, text_field="body") == Text(text="Hi")

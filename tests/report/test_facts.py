@@ -66,7 +66,8 @@ def test_the_sample_is_bounded_and_from_everywhere(monkeypatch: pytest.MonkeyPat
         ({"編號": "1", "問題": "q", "答案": "a"}, {"instruction": "問題", "output": "答案"}),
         ({"instruction": "q", "response": "a"}, {"output": "response"}),
         ({"prompt": "q", "response": "a"}, {"instruction": "prompt", "output": "response"}),
-        ({"input": "q", "target": "a"}, {"prompt": "input", "completion": "target"}),
+        ({"input": "q", "target": "a"}, {"instruction": "input", "output": "target"}),
+        ({"input": "q", "output": "a"}, {"instruction": "input"}),
         ({"text": "t", "label": "l"}, {"instruction": "text", "output": "label"}),
         ({"text": "t", "label": 0}, {"instruction": "text", "output": "label"}),
         ({"text": "t", "id": "7"}, {}),
@@ -78,6 +79,14 @@ def test_the_sample_is_bounded_and_from_everywhere(monkeypatch: pytest.MonkeyPat
 )
 def test_columns_are_proposed_by_their_names(row: dict[str, Any], columns: dict[str, str] | None) -> None:
     assert proposed_columns(row, templated=True) == columns
+
+
+def test_a_column_that_asks_and_is_called_input_becomes_one_turn() -> None:
+    row = {"input": "q", "target": "a"}
+    columns = proposed_columns(row, templated=True)
+    assert columns is not None
+    looked = look(placed(row), columns)
+    assert (looked.facts.format, looked.facts.roles) == ("instruction", ("user", "assistant"))
 
 
 def test_without_a_template_pairs_are_plain_texts() -> None:

@@ -1,5 +1,6 @@
 """What `evaluate` and `predict` measure."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from datasets import Dataset
 
 from tests.train.runs import PAIR_ROWS, token_losses
+from tunesmith.errors import TunesmithError
+from tunesmith.train import logits
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo"])
@@ -98,6 +101,61 @@ def test_metrics_get_logits_and_labels_row_by_row(
     assert np.mean((best[:, :-1] == targets)[targets != -100]) == pytest.approx(result["eval_mean_token_accuracy"])
     plain = trainer_of(eval_dataset=PAIR_ROWS[:5]).evaluate()
     assert result["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
+
+
+class Accuracy:
+    """Of batches that come one at a time; `seen` refers to their logits."""
+
+    def __init__(self) -> None:
+        self.right = self.tokens = 0
+        self.seen: list[weakref.ref[Any]] = []
+
+    def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
+        assert all(gone() is None for gone in self.seen)
+        self.seen.append(weakref.ref(prediction.predictions))
+        targets = prediction.label_ids[:, 1:]
+        right = prediction.predictions[:, :-1].argmax(dim=-1) == targets
+        self.right += int(right[targets != -100].sum())
+        self.tokens += int((targets != -100).sum())
+        return {"accuracy": self.right / self.tokens} if compute_result else {}
+
+
+def test_metrics_by_batch_hold_the_logits_of_one_batch(trainer_of: Callable[..., Any]) -> None:
+    metric = Accuracy()
+    result = trainer_of(
+        eval_dataset=PAIR_ROWS[:5], per_device_eval_batch_size=2, batch_eval_metrics=True, compute_metrics=metric
+    ).evaluate()
+    assert len(metric.seen) == 3
+    assert result["eval_accuracy"] == pytest.approx(result["eval_mean_token_accuracy"])
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["one", "named"])
+def test_more_logits_than_fit_are_refused_before_training(
+    named: bool, trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = trainer_of()
+    longest = max(len(ids) for ids in plain.train_dataset["input_ids"][:5])
+    held = 5 * longest * 259 * 4
+    settings: dict[str, Any] = {
+        "eval_dataset": {"held": PAIR_ROWS[:5]} if named else PAIR_ROWS[:5],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "compute_metrics": lambda prediction, compute_result=True: {},
+    }
+    monkeypatch.setattr(logits, "MOST", held - 1)
+    name = "held" if named else "eval"
+    message = f"{name} data: .* {held:,} bytes .*preprocess_logits_for_metrics.*batch_eval_metrics"
+    trainer = trainer_of(**settings)
+    with pytest.raises(TunesmithError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(TunesmithError, match=f"{held:,} bytes"):
+        trainer.evaluate()
+    reduced = {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(dim=-1)}
+    for way in (reduced, {"batch_eval_metrics": True}):
+        assert f"eval_{'held_' if named else ''}loss" in trainer_of(**settings, **way).evaluate()
+    monkeypatch.setattr(logits, "MOST", held)
+    trainer_of(**settings).train()
 
 
 def test_predict_gives_logits_row_by_row(trainer_of: Callable[..., Any]) -> None:

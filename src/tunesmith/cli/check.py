@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tunesmith.cli.output import finish, note
+from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
     from tunesmith.data.preflight import Preflight, SplitReport
@@ -35,9 +36,10 @@ def check(ctx: typer.Context) -> None:
 
 
 def examined(recipe: "Recipe") -> "Preflight":
-    """All of a recipe's data, prepared and looked at."""
+    """All of a recipe's data, prepared and looked at as `SFTTrainer` does."""
     from tunesmith.cli.rows import eval_rows, training_rows
     from tunesmith.model.load import resolve_model
+    from tunesmith.train.batches import check_fit
     from tunesmith.train.data import DataPreparer
     from tunesmith.train.setup import prepare_tokenizer
 
@@ -45,13 +47,13 @@ def examined(recipe: "Recipe") -> "Preflight":
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
     preparer = DataPreparer(recipe.config, tokenizer, None)
-    if isinstance(rows, dict):
-        preparer.mixture(rows, packing=False, eval_packing=False)
-    else:
-        preparer(rows, "train", packing=False)
-    if held_out is not None:
-        preparer(held_out, "eval", packing=False)
-    return preparer.preflight()
+    train, evaluated = preparer.everything(rows, held_out)
+    preflight = preparer.preflight()
+    try:
+        check_fit(recipe.config, train, evaluated)
+    except TunesmithError as error:
+        preflight.problems.append(str(error))
+    return preflight
 
 
 def show(preflight: "Preflight") -> None:

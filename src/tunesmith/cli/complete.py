@@ -1,5 +1,8 @@
-"""What the shell completes: runs, and recipe files. Nothing heavy is imported, and nothing is read but folders."""
+"""What the shell completes: runs, recipe files, and settings. Nothing heavy is imported; read are folders,
+and a list of all settings, which `python -m tunesmith.cli.complete` writes."""
 
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ RUNS = Path("runs")
 MARKS = ("run.json", "adapter_config.json", "config.json", "recipe.yaml")
 """A folder with one of these is a run, or a model."""
 SUFFIXES = (".yaml", ".yml")
+SETTINGS = Path(__file__).with_name("settings.txt")
+"""The settings of a recipe, which otherwise only heavy imports tell: on each line a name, a tab, and its help."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +42,27 @@ def recipes(incomplete: str) -> list[str]:
     return [name for name in files if name.startswith(incomplete)]
 
 
+def settings(incomplete: str) -> list[Completion]:
+    """The settings that begin with `incomplete`, as options."""
+    try:
+        lines = SETTINGS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    named = [line.partition("\t") for line in lines]
+    options = [Completion(value=f"--{name.replace('_', '-')}", help=text or None) for name, _, text in named]
+    return [option for option in options if option.value.startswith(incomplete.replace("_", "-"))]
+
+
+def settings_text() -> str:
+    """What `SETTINGS` is to hold. Imports all that settings come from."""
+    from tunesmith.recipe import ALIASES, all_settings
+
+    known = all_settings()
+    helps = {name: known[name if name in known else ALIASES[name]].help for name in (*known, *ALIASES)}
+    sentences = {name: re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0] for name, text in helps.items()}
+    return "".join(f"{name}\t{textwrap.shorten(text, 80, placeholder=' ...')}\n" for name, text in sentences.items())
+
+
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
@@ -48,8 +74,15 @@ class RecipeCommand(TyperCommand):
     """A command whose options are the settings of a recipe, which it sorts out itself."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """Its own options, and recipes; behind a setting, whatever the shell completes."""
+        """Its own options, settings, and recipes; behind a setting, whatever the shell completes."""
         found = list(super().shell_complete(ctx, incomplete))
+        if incomplete.startswith("--"):
+            own = {item.value for item in found}
+            return found + [option for option in settings(incomplete) if option.value not in own]
         if incomplete.startswith("-") or (ctx.args and ctx.args[-1].startswith("--") and "=" not in ctx.args[-1]):
             return found
         return found + [Completion(value=name) for name in recipes(incomplete)]
+
+
+if __name__ == "__main__":
+    SETTINGS.write_text(settings_text(), encoding="utf-8", newline="\n")

@@ -1,6 +1,5 @@
 """`tunesmith init`: from a file of rows to a recipe that fits them and this machine."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from tunesmith.cli.init_questions import (
     asked_output,
     chosen_columns,
     confirm,
-    say,
 )
+from tunesmith.cli.output import finish, mode, note, say
 from tunesmith.errors import TunesmithError, nearest
 
 if TYPE_CHECKING:
@@ -70,17 +69,13 @@ def init(
         columns=columns,
         template=chat_template_path,
         asks=not yes and not as_json and sys.stdin.isatty() and sys.stdout.isatty(),
-        quiet=as_json,
     )
     if not options.asks and not yes:
-        say(options, "there is no terminal to ask at: what the options leave out has its default")
+        say("there is no terminal to ask at: what the options leave out has its default")
     found, tokenizer_notes = _facts(options)
     sections, notes = _settings(found), [*tokenizer_notes, *_notes(found)]
     _write(options, found, sections)
-    if as_json:
-        typer.echo(json.dumps(_as_json(options, found, sections, notes), ensure_ascii=False))
-    else:
-        _show(options, found, notes)
+    finish(_as_json(options, found, sections, notes), lambda: _show(options, found, notes))
 
 
 # What is known
@@ -99,7 +94,7 @@ def _facts(options: Options) -> tuple["Facts", list[str]]:
     if looked.facts.kind == "conversation" and tokenizer.chat_template is None:
         template = CHATML
         tokenizer, run, _ = _model(model, template)
-    _describe(options, looked)
+    _describe(looked)
     guessed, why = guess_goal(looked.facts)
     goal: Goal = options.goal or asked_goal(options, guessed, why)  # type: ignore[assignment]
     check_goal(goal, looked.facts)
@@ -151,7 +146,7 @@ def _model(name: str, template: str | None) -> tuple[Any, "Run", str | None]:
     from tunesmith.recipe import resolve
     from tunesmith.train.setup import prepare_tokenizer
 
-    resolve_model(name, lambda line: typer.echo(line, err=True))
+    resolve_model(name, note)
     more = {} if template is None else {"chat_template_path": template}
     recipe = resolve(None, {"model": name, "data": "unused", "lora": True, **more, **NO_NEED})
     try:
@@ -268,11 +263,11 @@ def _write(options: Options, found: "Facts", sections: list["Section"]) -> None:
 # What is said
 
 
-def _describe(options: Options, looked: "Looked") -> None:
+def _describe(looked: "Looked") -> None:
     rows = looked.facts
     roles = f" of {', '.join(rows.roles)}" if rows.roles else ""
     separate = "; the prompt is separate" if rows.separate else ""
-    say(options, f"{rows.rows:,} rows, format {rows.format}{roles}{separate}")
+    say(f"{rows.rows:,} rows, format {rows.format}{roles}{separate}")
 
 
 def _notes(found: "Facts") -> list[str]:
@@ -297,25 +292,28 @@ def _show(options: Options, found: "Facts", notes: Sequence[str]) -> None:
 
     lengths, fit, steps = found.lengths, found.fit, schedule(found)
     about = "about " if lengths.sampled else ""
-    typer.echo(
+    say(
         f"lengths in tokens: half up to {lengths.share(0.5):,}, 99% up to {lengths.share(0.99):,}, the longest "
         f"{lengths.longest:,}; {lengths.supervised:.0%} of them are trained on"
     )
     size, what = steps.micro * steps.accumulation, "pack" if steps.packing else "row"
-    typer.echo(
+    say(
         f"{about}{steps.steps:,} steps of {size} {what}{'s' if size > 1 else ''} by {fit.method}, {steps.micro} at "
         f"once, for {found.device}"
     )
-    for note in notes:
-        typer.echo(f"note: {note}")
+    for text in notes:
+        say(f"note: {text}")
+    if mode().quiet:
+        typer.echo(f"wrote {options.recipe}")
+        return
     recipe = shlex.quote(str(options.recipe))
-    typer.echo(f"\nwrote {options.recipe}. Next:")
+    say(f"\nwrote {options.recipe}. Next:")
     for command, why in (
         ("check", "what training would find in all rows"),
         ("inspect", "which tokens are trained on"),
         ("train", ""),
     ):
-        typer.echo(f"  tunesmith {command} {recipe}{f'  # {why}' if why else ''}")
+        say(f"  tunesmith {command} {recipe}{f'  # {why}' if why else ''}")
 
 
 def _as_json(options: Options, found: "Facts", sections: list["Section"], notes: Sequence[str]) -> dict[str, Any]:

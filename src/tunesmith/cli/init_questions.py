@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from tunesmith.cli.output import say
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ class Options:
     columns: str | None
     template: str | None
     asks: bool
-    quiet: bool
-
-
-def say(options: Options, line: str) -> None:
-    typer.echo(line, err=options.quiet)
 
 
 # Columns
@@ -62,7 +58,8 @@ def chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str,
             raise TunesmithError(f"{place}: {error}\nHere: --columns instruction=question,output=answer") from error
     if proposed:
         said = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in proposed.items())
-        say(options, f"the columns are {', '.join(map(str, first))}; taken are {said}")
+        tell = typer.echo if options.asks else say  # who is asked whether that is right has to see it
+        tell(f"the columns are {', '.join(map(str, first))}; taken are {said}")
         if options.asks and not confirm("Is that right?"):
             proposed = None
     return _asked_columns(first, templated) if proposed is None else proposed
@@ -123,7 +120,7 @@ def asked_model(options: Options) -> str:
     from tunesmith.model.demo import DEMO
 
     if not options.asks:
-        say(options, f"model: {DEMO} ({DEMO_NOTE})")
+        say(f"model: {DEMO} ({DEMO_NOTE})")
         return DEMO
     typer.echo(f"{DEMO} is {DEMO_NOTE}.")
     return str(ask("Which model: a name on the hub, a folder, or demo", default=DEMO))
@@ -133,7 +130,7 @@ def asked_goal(options: Options, guessed: "Goal", why: str) -> "Goal":
     from tunesmith.report.advice import GOALS
 
     if not options.asks:
-        say(options, f"goal: {guessed} ({why})")
+        say(f"goal: {guessed} ({why})")
         return guessed
     for name, text in GOALS.items():
         typer.echo(f"  {name:<9} {text}{f'  <- {why}' if name == guessed else ''}")

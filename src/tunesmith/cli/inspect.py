@@ -106,7 +106,7 @@ def prepared(
     packing = recipe.config.packing
     dataset: Any
     if isinstance(source, dict):
-        dataset, _ = preparer.mixture(source, packing=packing, eval_packing=packing)
+        dataset, _ = preparer.mixture(source, packing=packing, eval_packing=preparer.packs_eval)
     else:
         dataset = preparer(source, "train", packing=packing)
     words, kind = vocabulary(tokenizer), "pack" if recipe.config.packing else "example"

@@ -5,7 +5,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,7 +101,7 @@ def run(recipe: "Recipe") -> None:
         _say_preflight(trainer)
         _say(trainer.trainable)
         view.follow(trainer)
-        with _telling_what_is_kept(str(recipe.config.output_dir)):
+        with _telling_what_is_kept(str(recipe.config.output_dir)), _reporting_errors_too(trainer):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
         if not stop.stopped:
             trainer.save_model()
@@ -182,6 +182,18 @@ def _telling_what_is_kept(output: str) -> Iterator[None]:
         typer.echo(
             f"left at once; {f'the newest checkpoint is {newest}' if newest else 'no checkpoint was saved'}", err=True
         )
+        raise
+
+
+@contextmanager
+def _reporting_errors_too(trainer: "SFTTrainer") -> Iterator[None]:
+    """A run that an error ends has a report of the steps before it; the error is what is told."""
+    try:
+        yield
+    except Exception:
+        if trainer.state.global_step:  # else the folder may be another run's
+            with suppress(Exception):
+                _report(trainer)
         raise
 
 

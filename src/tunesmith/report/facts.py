@@ -203,8 +203,7 @@ def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, st
 
 def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:
     """The `columns` setting for rows whose column `question` is answered by `answer`."""
-    # A row's own `input` belongs to an instruction already, and would be there twice.
-    ours = ("instruction", "output") if templated and question != "input" else ("prompt", "completion")
+    ours = ("instruction", "output") if templated else ("prompt", "completion")
     return {
         name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs
     }  # a name that is ours already needs no line

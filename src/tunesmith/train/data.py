@@ -71,6 +71,33 @@ class DataPreparer:
         self._made.add(made)
         return made
 
+    @property
+    def packs_eval(self) -> bool:
+        """Whether evaluation reads packs: as training does, unless `eval_packing` says otherwise."""
+        return bool(self.args.packing if self.args.eval_packing is None else self.args.eval_packing)
+
+    def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
+        """What is trained on, and what is evaluated on: nothing, one data set, or several by name. `by_row`: as
+        `evaluated`."""
+        prepared_eval = self.evaluated(evaluated, by_row=by_row)
+        if not isinstance(train, Mapping):
+            return self(train, "train", packing=self.args.packing), prepared_eval
+        packs = self.packs_eval and not by_row
+        prepared, held_out = self.mixture(train, packing=self.args.packing, eval_packing=packs)
+        if held_out and prepared_eval is not None:
+            raise TunesmithError("eval_dataset is given, and sources hold rows out; keep one of them")
+        return prepared, held_out or prepared_eval
+
+    def evaluated(self, source: Any, *, by_row: bool) -> Any:
+        """One data set to evaluate on, or several by name. `by_row`: logits are wanted row by row, so rows are not
+        packed."""
+        if by_row and self.args.eval_packing:
+            raise TunesmithError("compute_metrics gets logits row by row, and eval_packing: true packs rows; drop one")
+        packs = self.packs_eval and not by_row
+        if isinstance(source, Mapping):
+            return {name: self(rows, name, packing=packs) for name, rows in source.items()}
+        return None if source is None else self(source, "eval", packing=packs)
+
     def mixture(
         self, sources: Mapping[str, DataSource | Source], *, packing: bool, eval_packing: bool
     ) -> tuple[Dataset | IterableDataset, dict[str, Dataset | IterableDataset]]:

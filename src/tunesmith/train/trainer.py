@@ -37,6 +37,7 @@ from tunesmith.train.checkpointing import CheckpointingTrainer
 from tunesmith.train.data import DataPreparer, Source
 from tunesmith.train.journal import JournalingTrainer
 from tunesmith.train.lock import only_run_in
+from tunesmith.train.logits import check_logits
 from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
 from tunesmith.train.offload import offloading
@@ -65,7 +66,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
     reported as `eval_NAME_loss`; `trainer.preflight` says what was found in the data, and `trainer.origins` may say
     where it came from, by split or source, for the card. Afterwards
     `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
-    `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches.
+    `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches; the
+    latter must make them less where those of all rows are over a gigabyte.
 
     The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
     """
@@ -154,31 +156,12 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
         self, train_dataset: Any, eval_dataset: Sources | None, args: SFTConfig, by_row: bool
     ) -> tuple[Any, Any]:
         """Both data sets, and a look at them before any weight is loaded."""
-        eval_packing = not by_row and (args.packing if args.eval_packing is None else args.eval_packing)
-        prepared_eval = self._prepare_eval(eval_dataset, args, by_row=by_row)
-        if isinstance(train_dataset, Mapping):
-            prepared, held_out = self._prepare.mixture(train_dataset, packing=args.packing, eval_packing=eval_packing)
-            if held_out and prepared_eval is not None:
-                raise TunesmithError("eval_dataset is given, and sources hold rows out; keep one of them")
-            prepared_eval = held_out or prepared_eval
-        else:
-            prepared = self._prepare(train_dataset, "train", packing=args.packing)
+        prepared, prepared_eval = self._prepare.everything(train_dataset, eval_dataset, by_row=by_row)
         self.preflight = self._prepare.preflight()
         self.preflight.stop_on_problems()
         self._prepare.save_skipped()
         check_fit(args, prepared, None if by_row else prepared_eval)
         return prepared, prepared_eval
-
-    def _prepare_eval(self, eval_dataset: Sources | None, args: SFTConfig, *, by_row: bool) -> Any:
-        """`by_row`: logits are wanted row by row, so rows are not packed."""
-        if by_row and args.eval_packing:
-            raise TunesmithError("compute_metrics gets logits row by row, and eval_packing: true packs rows; drop one")
-        packing = not by_row and (args.packing if args.eval_packing is None else args.eval_packing)
-        if eval_dataset is None:
-            return None
-        if isinstance(eval_dataset, Mapping):
-            return {name: self._prepare(source, name, packing=packing) for name, source in eval_dataset.items()}
-        return self._prepare(eval_dataset, "eval", packing=packing)
 
     def evaluate(
         self,
@@ -193,8 +176,7 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
                 metrics |= self.evaluate(source, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            args = cast(SFTConfig, self.args)
-            eval_dataset = self._prepare_eval(eval_dataset, args, by_row=self.compute_metrics is not None)
+            eval_dataset = self._prepare.evaluated(eval_dataset, by_row=self.compute_metrics is not None)
         return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(
@@ -212,6 +194,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`, after the self-test that `args.self_test` asks for."""
+        if self.args.eval_strategy != "no":
+            check_logits(self, self.eval_dataset)
         check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
         held = only_run_in(Path(str(self.args.output_dir))) if self.is_world_process_zero() else nullcontext()
         with held:
@@ -308,6 +292,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
         self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """The eval loss is the mean over supervised tokens, not over batches of unequal size."""
+        if description != "Prediction":
+            check_logits(self, dataloader.dataset)
         self._meters["eval"].reset()
         output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
         _, measured = self._meters["eval"].report(self.accelerator)
