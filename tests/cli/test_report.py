@@ -124,10 +124,11 @@ def test_a_browser_draws_every_curve_of_a_real_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["report", "comparison"])
-def test_nothing_sticks_out_of_a_page_on_a_desk_or_on_a_phone_light_or_dark(
+def test_nothing_sticks_out_or_gets_too_small_to_read_on_a_desk_or_on_a_phone_light_or_dark(
     name: str, pages: dict[str, Path], tmp_path: Path
 ) -> None:
     for dark, background in ((False, "rgb(255, 255, 255)"), (True, "rgb(20, 23, 26)")):
         for width in (1200, 400):
             found = measured(pages[name], tmp_path, width=width, dark=dark)
             assert (found.needed, found.background) == (width, background)
+            assert found.smallest >= 8

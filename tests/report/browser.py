@@ -28,9 +28,11 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """`needed` is the width that the page takes, in pixels: more than it was given where something sticks out."""
+    """In pixels: `needed` is the width that the page takes, more than it was given where something sticks out;
+    `smallest` is the height of the smallest text in its curves."""
 
     needed: int
+    smallest: int
     background: str
 
 
@@ -40,7 +42,9 @@ FRAME = """<!doctype html>
 <script>
 document.querySelector("iframe").addEventListener("load", event => {{
   const page = event.target.contentDocument;
-  document.title = page.documentElement.scrollWidth + " " + getComputedStyle(page.body).backgroundColor;
+  const heights = Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height);
+  const found = [page.documentElement.scrollWidth, Math.floor(Math.min(...heights))];
+  document.title = found.join(" ") + " " + getComputedStyle(page.body).backgroundColor;
 }});
 </script>
 """
@@ -64,9 +68,9 @@ def measured(page: Path, folder: Path, *, width: int, dark: bool = False) -> Mea
     frame.write_text(FRAME.format(width=width, page=page.as_uri()), encoding="utf-8")
     flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", *_scheme(dark)]
     dumped = _run([*flags, "--allow-file-access-from-files", "--dump-dom", frame.as_uri()])
-    found = re.search(r"<title>(\d+) ([^<]+)</title>", dumped.stdout)
+    found = re.search(r"<title>(\d+) (\d+) ([^<]+)</title>", dumped.stdout)
     assert found, dumped.stdout + dumped.stderr
-    return Measured(needed=int(found[1]), background=found[2])
+    return Measured(needed=int(found[1]), smallest=int(found[2]), background=found[3])
 
 
 def _needs_browser() -> None:

@@ -11,7 +11,7 @@ from tests.report.test_inspect_html import Reader as PageReader
 from tests.report.written import SCRIPT, write_run
 from tests.ship.runs import record
 from tunesmith.errors import TunesmithError
-from tunesmith.report.compare_html import comparison, differences, distinct, outcomes
+from tunesmith.report.compare_html import Outcome, comparison, differences, distinct, outcomes
 from tunesmith.report.page import amount, cut, duration, size, table
 from tunesmith.report.plots import MOST_POINTS, Curve, smoothed, svg
 from tunesmith.report.run_data import RunData, read_run
@@ -206,6 +206,7 @@ def test_runs_are_compared_by_what_differs_and_where_they_ended(tmp_path: Path) 
     best = {item.name: item.best for item in outcomes(runs)}
     assert best["training loss, at the end"] == best["a text loss, lowest"] == 0
     assert best["most memory"] is None  # it is the same
+    assert Outcome(name="n", values=(1.00001, 1.00002), shown=amount, better=min).best is None  # both are written 1
     html = comparison(runs)
     assert "learning_rate</td>" in html
     assert "max_length" not in html
