@@ -67,7 +67,6 @@ def no_secret_in(folder: Path) -> None:
 
 
 def test_tensorboard_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
@@ -82,7 +81,8 @@ def test_tensorboard_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypat
 
 
 def test_wandb_gets_the_losses_offline(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true"), ("DISABLE_CODE", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     logged = followed(tiny_model, tmp_path, "wandb")
@@ -100,7 +100,8 @@ def test_wandb_gets_the_losses_offline(tiny_model: Path, tmp_path: Path, monkeyp
 
 
 def test_mlflow_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logged = followed(tiny_model, tmp_path, "mlflow")
