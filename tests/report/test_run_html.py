@@ -254,3 +254,13 @@ def test_the_browser_test_would_see_a_script_that_runs_and_an_error(tmp_path: Pa
     seen = look(path, tmp_path)
     assert "<h2>Curves</h2>" not in seen.dom
     assert any("seen" in line for line in seen.console)
+
+
+@pytest.mark.parametrize(("set_to", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_missing_browser_fails_a_build_and_skips_elsewhere(
+    set_to: str, outcome: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.report.browser.CHROMIUM", tmp_path / "none")
+    monkeypatch.setenv("CI", set_to)
+    with pytest.raises(outcome, match="the Debian package chromium"):
+        look(tmp_path / "page.html", tmp_path)
