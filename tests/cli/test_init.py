@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pexpect  # type: ignore[import-untyped]
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -141,7 +142,6 @@ def test_too_little_memory_is_told_and_all_is_tried(
 
 @pytest.mark.slow
 def test_at_a_terminal_it_asks_for_what_is_left_out(tmp_path: Path, tiny_model: Path) -> None:
-    pexpect: Any = pytest.importorskip("pexpect")
     written(tmp_path / "問答.jsonl", [{"問題": f"第{i}題", "答案": f"答案是{i}。"} for i in range(30)])
     command = ["-m", "tunesmith", "init", "mine.yaml", "--output", "runs/qa"]
     child = pexpect.spawn(

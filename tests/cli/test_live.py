@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pexpect")
-pytest.importorskip("pyte")
 from tests.cli.terminal import Terminal
 
 

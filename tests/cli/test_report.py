@@ -1,6 +1,7 @@
 """`tunesmith report` writes one page about a run or several; `tunesmith train` writes that of its own run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tests.report.browser import look, measured
 from tests.report.written import write_run
 from tunesmith.cli.main import Commands
 from tunesmith.cli.main import app as tunesmith
@@ -85,3 +87,48 @@ def test_training_leaves_a_report_with_answers_before_and_after(tiny_model: Path
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "run" / SAMPLES).exists()  # nor what the run before it left
     assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line] == [1]
+
+
+@pytest.fixture(scope="module")
+def pages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of a run that evaluated and answered on the way, and of that run beside another."""
+    folder = tmp_path_factory.mktemp("pages")
+    rows, runs = folder / "rows.jsonl", [folder / "one", folder / "two"]
+    row = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "yes " * 30}]}
+    rows.write_text(f"{json.dumps(row)}\n" * 16)
+    needed = ["train", "--model", str(tiny_model), "--data", str(rows), "--eval-data", str(rows), "--use-cpu"]
+    needed += ["--precision=fp32", "--eval-strategy=steps", "--eval-steps=3", "--max-steps=6", "--logging-steps=1"]
+    commands = [
+        [*needed, "--sample-prompts=1", "--output", str(run), "--learning-rate", rate]
+        for run, rate in zip(runs, ("1e-3", "2e-3"), strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TUNESMITH_HOME", str(folder / "home"))
+        for command in (*commands, ["report", *map(str, runs)]):
+            result = RUNNER.invoke(tunesmith, command)
+            assert result.exit_code == 0, result.output
+    return {"report": runs[0] / "report.html", "comparison": runs[0] / "comparison.html"}
+
+
+# In each panel: training and evaluation in one, or one curve of each of two runs.
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "panels", "curves"), [("report", 5, 6), ("comparison", 6, 12)])
+def test_a_browser_draws_every_curve_of_a_real_run(
+    name: str, panels: int, curves: int, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    seen = look(pages[name], tmp_path)
+    assert seen.console == []
+    assert seen.dom.count("<svg") == panels
+    assert len(re.findall(r"fill: none; stroke: var\(--s\d\)", seen.dom)) == curves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_nothing_sticks_out_or_gets_too_small_to_read_on_a_desk_or_on_a_phone_light_or_dark(
+    name: str, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    for dark, background in ((False, "rgb(255, 255, 255)"), (True, "rgb(20, 23, 26)")):
+        for width in (1200, 400):
+            found = measured(pages[name], tmp_path, width=width, dark=dark)
+            assert (found.needed, found.background) == (width, background)
+            assert found.smallest >= 8

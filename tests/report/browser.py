@@ -1,5 +1,6 @@
 """A page in headless Chromium: what it looks like, what it says on the console, what became of it."""
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
+MISSING = f"no {CHROMIUM} (the Debian package chromium)"
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update"),
     *("--disable-background-networking", "--disable-sync", "--disable-extensions", "--hide-scrollbars"),
@@ -24,17 +26,64 @@ class Seen:
     picture: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """In pixels: `needed` is the width that the page takes, more than it was given where something sticks out;
+    `smallest` is the height of the smallest text in its curves."""
+
+    needed: int
+    smallest: int
+    background: str
+
+
+FRAME = """<!doctype html>
+<style>body {{ margin: 0 }} iframe {{ width: {width}px; height: 900px; border: 0 }}</style>
+<iframe src="{page}"></iframe>
+<script>
+document.querySelector("iframe").addEventListener("load", event => {{
+  const page = event.target.contentDocument;
+  const heights = Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height);
+  const found = [page.documentElement.scrollWidth, Math.floor(Math.min(...heights))];
+  document.title = found.join(" ") + " " + getComputedStyle(page.body).backgroundColor;
+}});
+</script>
+"""
+
+
 def look(page: Path, folder: Path, *, size: str = "1200,2400", dark: bool = False) -> Seen:
     """Loads the file `page`; `folder` takes the browser's files. Skips the test where there is no browser."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM} (the Debian package chromium)")
+    _needs_browser()
     picture = folder / f"{page.stem}{'-dark' if dark else ''}.png"
-    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}"]
-    flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}", *_scheme(dark)]
     dumped = _run([*flags, "--dump-dom", page.as_uri()])
     shot = _run([*flags, f"--screenshot={picture}", page.as_uri()])
     console = [line for line in (dumped.stderr + shot.stderr).splitlines() if re.search(r":CONSOLE[:(]", line)]
     return Seen(dom=dumped.stdout, console=console, picture=picture)
+
+
+def measured(page: Path, folder: Path, *, width: int, dark: bool = False) -> Measured:
+    """Lays the file `page` out in a frame `width` pixels wide: no window of the browser gets that narrow."""
+    _needs_browser()
+    frame = folder / f"frame-{width}.html"
+    frame.write_text(FRAME.format(width=width, page=page.as_uri()), encoding="utf-8")
+    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", *_scheme(dark)]
+    dumped = _run([*flags, "--allow-file-access-from-files", "--dump-dom", frame.as_uri()])
+    found = re.search(r"<title>(\d+) (\d+) ([^<]+)</title>", dumped.stdout)
+    assert found, dumped.stdout + dumped.stderr
+    return Measured(needed=int(found[1]), smallest=int(found[2]), background=found[3])
+
+
+def _needs_browser() -> None:
+    """Where a build server forgets the browser, the tests say so; elsewhere they can do without."""
+    if CHROMIUM.exists():
+        return
+    if os.environ.get("CI"):
+        pytest.fail(MISSING)
+    pytest.skip(MISSING)
+
+
+def _scheme(dark: bool) -> list[str]:
+    return ["--blink-settings=preferredColorScheme=0"] if dark else []
 
 
 def _run(flags: list[str]) -> "subprocess.CompletedProcess[str]":

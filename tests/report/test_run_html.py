@@ -11,7 +11,7 @@ from tests.report.test_inspect_html import Reader as PageReader
 from tests.report.written import SCRIPT, write_run
 from tests.ship.runs import record
 from tunesmith.errors import TunesmithError
-from tunesmith.report.compare_html import comparison, differences, distinct, outcomes
+from tunesmith.report.compare_html import Outcome, comparison, differences, distinct, outcomes
 from tunesmith.report.page import amount, cut, duration, size, table
 from tunesmith.report.plots import MOST_POINTS, Curve, smoothed, svg
 from tunesmith.report.run_data import RunData, read_run
@@ -206,6 +206,7 @@ def test_runs_are_compared_by_what_differs_and_where_they_ended(tmp_path: Path) 
     best = {item.name: item.best for item in outcomes(runs)}
     assert best["training loss, at the end"] == best["a text loss, lowest"] == 0
     assert best["most memory"] is None  # it is the same
+    assert Outcome(name="n", values=(1.00001, 1.00002), shown=amount, better=min).best is None  # both are written 1
     html = comparison(runs)
     assert "learning_rate</td>" in html
     assert "max_length" not in html
@@ -253,3 +254,13 @@ def test_the_browser_test_would_see_a_script_that_runs_and_an_error(tmp_path: Pa
     seen = look(path, tmp_path)
     assert "<h2>Curves</h2>" not in seen.dom
     assert any("seen" in line for line in seen.console)
+
+
+@pytest.mark.parametrize(("set_to", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_missing_browser_fails_a_build_and_skips_elsewhere(
+    set_to: str, outcome: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.report.browser.CHROMIUM", tmp_path / "none")
+    monkeypatch.setenv("CI", set_to)
+    with pytest.raises(outcome, match="the Debian package chromium"):
+        look(tmp_path / "page.html", tmp_path)

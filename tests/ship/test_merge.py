@@ -150,7 +150,6 @@ def test_new_rows_that_nobody_trained_are_the_mean_of_the_others(tmp_path: Path,
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_adapters_of_a_quantized_base_go_into_its_original_weights(bits: int, tmp_path: Path, tiny_model: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     tiny("llama", VOCABULARY).save_pretrained(tmp_path / "base")
     how: Any = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how)

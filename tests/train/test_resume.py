@@ -75,8 +75,6 @@ def stream() -> IterableDataset:
     ids=["async", "async adapters", "8-bit optimizer", "plateau", "noise"],
 )
 def test_it_ends_where_an_uninterrupted_run_does(settings: dict[str, Any], run: Runs) -> None:
-    if settings.get("optim") == "adamw_bnb_8bit":
-        pytest.importorskip("bitsandbytes")
     if settings.get("eval"):
         settings = {name: value for name, value in settings.items() if name != "eval"}
         settings |= {"eval_dataset": UNEVEN_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2}

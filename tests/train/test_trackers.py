@@ -1,6 +1,9 @@
-"""What a run says to TensorBoard, Weights & Biases and MLflow arrives there, offline and without secrets."""
+"""What a run says to TensorBoard, Weights & Biases, MLflow and Trackio arrives there, offline and without secrets."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.conftest import REPO
 from tests.train.runs import TEXT_ROWS
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.cli.main import app
@@ -18,6 +22,20 @@ from tunesmith.train.trackers import check_trackers
 SECRET = "hf_" + "s3cr3t" * 5
 STEPS = 3
 PATIENCE_S = 10
+WITH_TRACKIO = """
+import json, sys
+from pathlib import Path
+from tests.train.test_trackers import followed
+
+model, folder = map(Path, sys.argv[1:])
+logged = followed(model, folder, "trackio")
+
+from trackio.sqlite_storage import SQLiteStorage
+
+(project,) = SQLiteStorage.get_projects()
+(run,) = SQLiteStorage.get_runs(project)
+(folder / "found.json").write_text(json.dumps([run, logged, SQLiteStorage.get_logs(project, run)]))
+"""
 
 
 def followed(tiny_model: Path, folder: Path, tracker: str) -> list[dict[str, Any]]:
@@ -49,7 +67,6 @@ def no_secret_in(folder: Path) -> None:
 
 
 def test_tensorboard_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
@@ -64,7 +81,8 @@ def test_tensorboard_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypat
 
 
 def test_wandb_gets_the_losses_offline(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true"), ("DISABLE_CODE", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     logged = followed(tiny_model, tmp_path, "wandb")
@@ -82,7 +100,8 @@ def test_wandb_gets_the_losses_offline(tiny_model: Path, tmp_path: Path, monkeyp
 
 
 def test_mlflow_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logged = followed(tiny_model, tmp_path, "mlflow")
@@ -92,6 +111,24 @@ def test_mlflow_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: p
     assert found == [pytest.approx(entry["loss"]) for entry in logged if "loss" in entry]
     assert list((tmp_path / "mlruns").rglob("metrics/eval_loss"))
     no_secret_in(tmp_path)
+
+
+def test_trackio_gets_the_losses_offline(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own: Trackio reads where to write when it is imported."""
+    folder = tmp_path / "trackio"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+    env |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1", "TUNESMITH_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", WITH_TRACKIO, str(tiny_model), str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    run, logged, kept = json.loads((tmp_path / "found.json").read_text())
+    assert run == "first"
+    losses = [(entry["train/global_step"], entry["train/loss"]) for entry in kept if "train/loss" in entry]
+    assert losses == [(entry["step"], pytest.approx(entry["loss"])) for entry in logged if "loss" in entry]
+    assert len(losses) == STEPS
+    (held_out,) = [entry["eval/loss"] for entry in kept if "eval/loss" in entry]
+    assert held_out == pytest.approx(logged[-1]["eval_loss"])
+    no_secret_in(folder)
 
 
 def test_the_command_line_that_a_tracker_keeps_has_no_token(

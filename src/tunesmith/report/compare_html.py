@@ -33,7 +33,7 @@ class Outcome:
     @property
     def best(self) -> int | None:
         known = [value for value in self.values if value is not None]
-        if self.better is None or len(known) < 2 or len(set(known)) < 2:
+        if self.better is None or len({self.shown(value) for value in known}) < 2:  # as far as a reader sees
             return None
         return self.values.index(self.better(known))
 

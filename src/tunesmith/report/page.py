@@ -31,6 +31,8 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 .curves figure:first-child { grid-column: 1 / -1; }
 figure { margin: 0; break-inside: avoid; } figcaption { color: var(--faint); } figcaption b { color: var(--text); }
 svg { width: 100%; height: auto; display: block; }
+.curves figure { overflow-x: auto; }
+@media screen and (max-width: 42rem) { .curves figure:first-child svg { min-width: 40rem; } }
 .key { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle;
   margin: 0 .4em 0 .2em; }
 .legend { margin: .4rem 0; } .legend > span { margin-right: 1.2rem; overflow-wrap: anywhere; }
