@@ -7,10 +7,11 @@ from datasets import Dataset
 from transformers import Trainer
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.devices import available
 from tunesmith.train.batches import lengths_of
 
-MOST = 10**9
-"""So many bytes of logits may be held."""
+SHARE = 0.5
+"""Of the main memory that is free, so much may be filled with logits: metrics make copies."""
 FLOAT = 4
 """Bytes of a logit: `transformers` keeps them as float32."""
 
@@ -19,7 +20,7 @@ def check_logits(trainer: Trainer, evaluated: Any) -> None:
     """Whether evaluating on `evaluated` (none, one data set, or several by name) holds few enough logits.
 
     Raises:
-        TunesmithError: rows x longest row x vocabulary x 4 bytes are over `MOST`.
+        TunesmithError: rows x longest row x vocabulary x 4 bytes are over `SHARE` of the memory that is free.
     """
     args = trainer.args
     reduced = trainer.preprocess_logits_for_metrics is not None or args.batch_eval_metrics
@@ -33,12 +34,12 @@ def check_logits(trainer: Trainer, evaluated: Any) -> None:
 
 
 def _check_one(name: str, rows: int, longest: int, vocabulary: int) -> None:
-    held = rows * longest * vocabulary * FLOAT
-    if held <= MOST:
+    held, free = rows * longest * vocabulary * FLOAT, available()
+    if held <= SHARE * free:
         return
     raise TunesmithError(
         f"{name} data: compute_metrics would hold {held:,} bytes of logits ({rows:,} rows x {longest:,} tokens x "
-        f"{vocabulary:,} words x {FLOAT} bytes). Write preprocess_logits_for_metrics=lambda logits, labels: "
-        "logits.argmax(dim=-1), which leaves a token's id of each row of logits; or set batch_eval_metrics: true and "
+        f"{vocabulary:,} words x {FLOAT} bytes), and {free:,} are free. Write "
+        "preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1), which leaves a token's id of each row of logits; or set batch_eval_metrics: true and "
         "take compute_result in compute_metrics, which then gets a batch at a time"
     )
