@@ -84,7 +84,7 @@ def tunesmith(step: Step, folder: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.slow
+@pytest.mark.documented
 @pytest.mark.timeout(900)
 def test_every_command_of_a_first_session_does_what_it_says(tiny_model: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"

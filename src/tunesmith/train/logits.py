@@ -40,6 +40,7 @@ def _check_one(name: str, rows: int, longest: int, vocabulary: int) -> None:
     raise TunesmithError(
         f"{name} data: compute_metrics would hold {held:,} bytes of logits ({rows:,} rows x {longest:,} tokens x "
         f"{vocabulary:,} words x {FLOAT} bytes), and {free:,} are free. Write "
-        "preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1), which leaves a token's id of each row of logits; or set batch_eval_metrics: true and "
-        "take compute_result in compute_metrics, which then gets a batch at a time"
+        "preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1), which leaves a token's id of each "
+        "row of logits; or set batch_eval_metrics: true and take compute_result in compute_metrics, which then gets a "
+        "batch at a time"
     )
