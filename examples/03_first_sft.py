@@ -226,10 +226,10 @@ else:
 
 # Conversations of twelve turns each, four steps at two lengths:
 turns = [row["messages"][1:] for row in train_rows]
-long_rows = [{"messages": [message for turn in turns[at : at + 12] for message in turn]} for at in range(8)]
+long_rows = [{"messages": [message for turn in turns[at : at + 12] for message in turn]} for at in range(4)]
 print()
 for limit in (64, 256):
-    trainer = make_trainer(long_rows, max_length=limit, per_device_train_batch_size=2)
+    trainer = make_trainer(long_rows, max_length=limit, per_device_train_batch_size=1)
     seconds = trainer.train().metrics["train_runtime"]
     learned = sum(label != -100 for label in trainer.train_dataset[0]["labels"])
     print(f"max_length={limit:<4} 4 steps in {seconds:.1f} s; {learned} tokens of answers are left in the first row")
