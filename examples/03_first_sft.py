@@ -75,12 +75,7 @@ def make_rows(tasks, count, seed):
     return rows
 
 
-if HUB:
-    rows = load_dataset("trl-lib/Capybara", split="train[:72]").to_list()
-    train_rows, test_rows = rows[:64], rows[64:]
-else:
-    train_rows, test_rows = make_rows(TRAINING_TASKS, 64, seed=0), make_rows(TEST_TASKS, 8, seed=1)
-
+train_rows, test_rows = make_rows(TRAINING_TASKS, 64, seed=0), make_rows(TEST_TASKS, 8, seed=1)
 print(len(train_rows), "rows to train on,", len(test_rows), "to test with. The first one:")
 for message in train_rows[0]["messages"]:
     print(f"{message['role']:>10}: {message['content']}")
@@ -135,14 +130,18 @@ print(f"in bfloat16 it would be {2 * count / 1e6:,.0f} MB")
 # ## Before training
 #
 # `pipeline` is the shortest way to use a model. We ask it the test sentences and count exact answers. `do_sample=False`
-# always takes the likeliest token, so that the answers on one machine are the same each time.
-
+# always takes the likeliest token, so that the answers on one machine are the same each time. `eos_token_id` says at
+# which tokens to stop: `<|im_end|>` ends a turn in our template, and a base model may have another end token besides.
 
 # %%
+END = tokenizer.convert_tokens_to_ids("<|im_end|>")
+SHORT = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [END, tokenizer.eos_token_id]}
+
+
 def answers(model_or_folder):
     generator = pipeline("text-generation", model=model_or_folder, tokenizer=tokenizer)
     prompts = [row["messages"][:-1] for row in test_rows]
-    outputs = [generator(prompt, max_new_tokens=12, do_sample=False) for prompt in prompts]
+    outputs = [generator(prompt, **SHORT) for prompt in prompts]
     return [output[0]["generated_text"][-1]["content"] for output in outputs]
 
 
@@ -167,19 +166,22 @@ for answer in before[:2]:
 # The number to watch is the **loss**: how surprised the model is by the right answer. It is 0 when each token of the
 # answer was certain, and large when the model would have written something else. `train_on="assistant"` means that
 # only the tokens of the answer count.
+#
+# Three settings we leave as they are: the warm-up (`warmup_steps`, in which the learning rate grows; 0), the schedule
+# (`lr_scheduler_type`, how it falls afterwards; in a straight line) and the `seed` (it makes a run repeatable; 42).
 
 # %%
 COMMON = {
-    "output_dir": OUTPUT,
-    "train_on": "assistant",
-    "max_length": 256,
-    "learning_rate": 2e-3,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
+    "output_dir": OUTPUT,  # the folder that the run may write into
+    "train_on": "assistant",  # the tokens of the answers count
+    "max_length": 256,  # the most tokens of a row
+    "learning_rate": 2e-3,  # how far one step goes
+    "num_train_epochs": 1,  # how often each row is seen
+    "per_device_train_batch_size": 4,  # rows in memory together
+    "logging_steps": 1,  # keep the loss of each step, for our curves
+    "save_strategy": "no",  # no checkpoints on the way: the runs are short
+    "report_to": "none",  # tell no tracking service, such as TensorBoard or W&B
+    "disable_tqdm": True,  # no progress bar
     "self_test": "off",  # saves some seconds in each experiment; in a real run leave it on
 }
 
@@ -219,10 +221,23 @@ try:
     make_trainer(train_rows, max_length=24)
 except TunesmithError as error:
     print("\nmax_length=24 is refused:", error)
+else:
+    raise AssertionError("this should have been refused")
+
+# Conversations of twelve turns each, four steps at two lengths:
+turns = [row["messages"][1:] for row in train_rows]
+long_rows = [{"messages": [message for turn in turns[at : at + 12] for message in turn]} for at in range(4)]
+print()
+for limit in (64, 256):
+    trainer = make_trainer(long_rows, max_length=limit, per_device_train_batch_size=1)
+    seconds = trainer.train().metrics["train_runtime"]
+    learned = sum(label != -100 for label in trainer.train_dataset[0]["labels"])
+    print(f"max_length={limit:<4} 4 steps in {seconds:.1f} s; {learned} tokens of answers are left in the first row")
 
 # %% [markdown]
 # With 24 tokens the questions alone fill the rows, no answer is left to learn from, and tunesmith stops before it has
-# trained anything.
+# trained anything. With long conversations a larger `max_length` takes more seconds, and keeps more answers to learn
+# from. So make it as large as your rows need, and no larger.
 #
 # ### `learning_rate`
 #
@@ -259,9 +274,18 @@ for size, accumulation in ((4, 1), (2, 2)):
     values = ", ".join(f"{loss:.2f}" for loss in losses(trainer)[1])
     print(f"batch of {size} x {accumulation} accumulated: {trainer.state.global_step} steps, losses {values}")
 
+print()
+for size in (1, 8):
+    trainer = make_trainer(train_rows[:16], per_device_train_batch_size=size)
+    trainer.train()
+    print(f"batch of {size}: {trainer.state.global_step} steps, test loss {trainer.evaluate()['eval_loss']:.2f}")
+
 # %% [markdown]
-# The losses agree but for rounding. When memory is short, halve the batch size and double the accumulation: you learn
-# the same.
+# The losses of the first two runs agree but for rounding. When memory is short, halve the batch size and double the
+# accumulation: you learn the same.
+#
+# The last two runs saw the same 16 rows. A small batch makes many steps of them, and each follows the whims of its one
+# row; a large batch makes few steps, in steadier directions. With so few rows the number of steps decides.
 #
 # ### Epochs
 #
@@ -347,6 +371,25 @@ for row, old, new in list(zip(test_rows, before, after, strict=True))[:4]:
 # %% [markdown]
 # That is supervised fine-tuning: 64 examples, 16 steps, and a model that does what it could not do before.
 #
+# ## Longer conversations
+#
+# A conversation may have many turns. With `train_on="assistant"` the model learns from *each* answer in it, and reads
+# all that was said before. Data sets of such conversations are on the hub, such as Capybara; with `HUB = False` we put
+# two of our rows together.
+
+# %%
+if HUB:
+    talks = load_dataset("trl-lib/Capybara", split="train[:16]").to_list()
+else:
+    pairs = zip(train_rows[:16], train_rows[16:32], strict=True)
+    talks = [{"messages": first["messages"] + second["messages"][1:]} for first, second in pairs]
+print("roles:", ", ".join(message["role"] for message in talks[0]["messages"]))
+
+trainer = make_trainer(talks, max_length=1024)
+trainer.train()
+print("losses:", ", ".join(f"{loss:.2f}" for loss in losses(trainer)[1]))
+
+# %% [markdown]
 # ## Plain text
 #
 # Rows need not be conversations. A row with nothing but a `text` is learned from its first token to its last: the
@@ -408,7 +451,7 @@ for choice in ("assistant", "all"):
 
 # %%
 generator = pipeline("text-generation", model=OUTPUT, tokenizer=tokenizer)
-output = generator(conversation("Tuesday is when I need to paint the fence."), max_new_tokens=12, do_sample=False)
+output = generator(conversation("Tuesday is when I need to paint the fence."), **SHORT)
 print(output[0]["generated_text"][-1]["content"])
 
 # %% [markdown]

@@ -118,8 +118,9 @@ for example in prepare(questions, formatting_func=as_pair):
 
 # %% [markdown]
 # The pair says what is prompt and what is completion, so only the completion is trained on. Had the function returned
-# one text, everything would be. Look at the number of tokens, too: it is large for so few characters, because this
-# model's tokenizer was made for English and often splits a Chinese character into its bytes. Exercise 3 counts it.
+# one text, everything would be. Look at the number of tokens, too: it is large for so few characters, because the demo
+# model's tokenizer was made for English and often splits a Chinese character into its bytes. Number 3 of *Try it
+# yourself* counts it.
 #
 # ## Why chat templates?
 #
@@ -166,6 +167,8 @@ try:
     SFTTrainer(model=base, args=config, train_dataset=[conversation], processing_class=base_tokenizer)
 except TunesmithError as error:
     print(error)
+else:
+    raise AssertionError("this should have been refused")
 
 # %% [markdown]
 # ## Give a base model a template: `clone_chat_template`
@@ -217,6 +220,8 @@ try:
     prepare(without_end)
 except TunesmithError as error:
     print(error)
+else:
+    raise AssertionError("this should have been refused")
 
 # %% [markdown]
 # Prompt and completion get the end token by themselves. Rows that you tokenize yourself are taken as they are, and the
@@ -324,7 +329,7 @@ plt.show()
 # tunesmith computes no padding even without packing: the examples of a batch lie side by side anyway. What packing adds
 # is batches of one and the same size, so that a GPU's memory can be filled just right.
 #
-# ## Exercises
+# ## Try it yourself
 #
 # 1. Train on the *last* answer of `conversation` only. Which setting is it? Show the mask.
 # 2. Write a `formatting_func` for `questions` that returns messages, with a system message that asks for short answers.
@@ -366,7 +371,7 @@ for limit in (192, 256, 1024):
 # In 192 tokens, what an order leaves free is often too little for anything else. Of 1024, all but the last are full.
 
 # %% [markdown]
-# ## What you learned
+# ## What you have learned
 #
 # - Rows become tokens and labels; -100 marks what is read but not learned.
 # - A chat template writes roles, structure and stopping into the text. Train with the one that is used later.

@@ -23,14 +23,11 @@ from pathlib import Path
 HUB = False  # True: a model from the Hugging Face hub, and a push to your own account there
 MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
 FOLDER = Path("runs/guide/05")
-if HUB:
-    REPO = "your-name/orders-lora"  # your account, after `hf auth login`
-else:
+if not HUB:
     # A hub on this machine, from the project's tests. The hub's client reads where it is when it is imported.
     sys.path.insert(0, str(Path.cwd()))
     from tests.ship.hub_server import hub_server
 
-    REPO = "learner/orders-lora"
     at_the_end = ExitStack()
     server = at_the_end.enter_context(hub_server(token="hf_onlyforthisnotebook", owners=("learner",)))
     os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_onlyforthisnotebook", "HF_HUB_OFFLINE": "0"}
@@ -57,10 +54,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
 from tunesmith.data.orders import training_rows
+from tunesmith.model.devices import GPUS
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_config, load_model, load_run, load_tokenizer
+from tunesmith.model.lora import lora_config
+from tunesmith.model.plan import METHODS, Run, plan
 from tunesmith.ship.merge import merge
-from tunesmith.ship.push import PushOptions, push
+from tunesmith.ship.push import PushOptions, in_full, push
 
 # %% [markdown]
 # ## The idea of LoRA
@@ -130,6 +130,12 @@ choices = {
     "r=16, q_proj v_proj": LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     "r=2, all-linear": LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     "r=16, all-linear": LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "r=16, all-linear, lora_alpha=8": LoraConfig(
+        r=16, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
+    ),
+    "r=16, all-linear, lora_dropout=0.1": LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"
+    ),
     "r=16, all-linear, and the norms": LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["input_layernorm"], task_type="CAUSAL_LM"
     ),
@@ -158,6 +164,8 @@ try:
     SFTTrainer(MODEL, config, train_dataset=example, peft_config=LoraConfig(target_modules=["query"]))
 except TunesmithError as error:
     print(error)
+else:
+    raise AssertionError("this should have been refused")
 
 # %% [markdown]
 # ## A small sweep
@@ -214,10 +222,12 @@ def losses(trainer):
 
 
 figure, axis = plt.subplots(figsize=(7, 4))
-for name in ("r=2, q_proj v_proj", "r=16, q_proj v_proj", "r=16, all-linear"):
+sweep = ["r=2, q_proj v_proj", "r=16, q_proj v_proj"]
+sweep += ["r=16, all-linear", "r=16, all-linear, lora_alpha=8", "r=16, all-linear, lora_dropout=0.1"]
+for name in sweep:
     trainer = fine_tune(choices[name])
     held_out = trainer.evaluate()["eval_loss"]
-    print(f"{name:20} {trained[name]:10,} trained, loss on held-out rows {held_out:.3f}")
+    print(f"{name:34} {trained[name]:10,} trained, loss on held-out rows {held_out:.3f}")
     axis.plot(losses(trainer), label=f"{name} ({trained[name]:,})")
 axis.set(xlabel="step", ylabel="loss", title="the same 6 steps")
 axis.legend()
@@ -225,8 +235,9 @@ plt.show()
 
 # %% [markdown]
 # The **loss** says how surprised the model is by the right answer; lower is better. More layers and more rank learn
-# faster here. They also cost more, and on little data a large change can learn it by heart. That's why the held-out
-# loss decides.
+# faster here. They also cost more, and on little data a large change can learn it by heart. A smaller `lora_alpha`
+# turns the change down, so the same steps lead less far. Dropout changes little in so short a run; it is meant for long
+# ones that learn by heart. Whatever you try, the held-out loss decides.
 #
 # ## LoRA on conversations
 #
@@ -244,7 +255,7 @@ def right(model, tokenizer):
 
 
 tokenizer = load_tokenizer(MODEL)
-before, count = right(load_model(MODEL), tokenizer)
+before, count = right(load_model(MODEL, device_map="auto"), tokenizer)
 print(f"before: {count} of {len(test)} right, such as {before[0]!r}")
 trainer = fine_tune(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"), steps=20)
 after, count = right(trainer.model, tokenizer)
@@ -305,10 +316,18 @@ plt.show()
 for name, size in memory.items():
     print(f"{name}: {size / 1e6:,.0f} MB")
 
+print("A whole run, as planned for 4 rows of 256 tokens on a T4:")
+planned = Run(config=CONFIG, lora=lora_config("r=16,alpha=32"), device=GPUS["t4"], precision="fp16", rows=4, length=256)
+for method in METHODS:
+    print(f"{method:>5}: {plan(planned, method).memory.total / 1e9:.2f} GB")
+
 # %% [markdown]
 # It learns with both. The memory is not an eighth at 4 bits: the embedding and the head are not quantized, and in a
 # small model they are a large part. In a model of 7 billion weights they are a few percent. And on a CPU quantization
 # costs time; its home is a GPU.
+#
+# The last lines are what `tunesmith plan` expects of whole runs: activations, gradients and the libraries come on top
+# of the weights.
 #
 # ## Attention without padding
 #
@@ -341,10 +360,12 @@ for name, padding_free in (("padded", False), ("without padding", True)):
 # ## Share it: push to the hub
 #
 # A *hub* keeps models under `owner/name`. Without the internet, this notebook talks to a hub on your own machine,
-# through the very same client. Only what a stranger needs is sent, with a *model card* that says what it is.
+# through the very same client. With `HUB = True` it goes to your own account (`hf auth login` first), into a *private*
+# repository that nobody else sees. Only what a stranger needs is sent, with a *model card* that says what it is.
 
 # %%
-pushed = push(run, REPO, PushOptions(samples=False))
+REPO = in_full("orders-lora")  # under the name of the account that is logged in
+pushed = push(run, REPO, PushOptions(private=HUB, samples=False))
 print("pushed to", pushed.url)
 for item in pushed.plan.items:
     print(f"{item.size:12,} bytes  {item.path}")
@@ -353,17 +374,17 @@ for item in pushed.plan.items:
 # And somebody else loads it: the base model, then the adapter by its name on the hub.
 
 # %%
-downloaded = PeftModel.from_pretrained(load_model(MODEL), REPO).eval()
+downloaded = PeftModel.from_pretrained(load_model(MODEL, device_map="auto"), REPO).eval()
 print("the downloaded model answers the same:", right(downloaded, tokenizer)[0] == after)
 
 # %% [markdown]
-# ## Exercises
+# ## Try it yourself
 #
 # 1. How many numbers are in A and B together with r=64 on all linear layers? Compute it from the shapes, then check
 #    with `get_nb_trainable_parameters`.
 # 2. `lora_alpha` doubles, `r` stays. What does the change get multiplied with? Show that doubling B does the same.
 # 3. How many MB does the adapter have with r=4 in fp32, without training it?
-# 4. Which share of the demo model is its embedding? What would 4 bits save if it were a tenth of that share?
+# 4. Which share of the model is its embedding? What would 4 bits save if it were a tenth of that share?
 
 # %%
 # 1
@@ -373,6 +394,7 @@ print(f"{counted:,} and {get_peft_model(skeleton(), lora).get_nb_trainable_param
 
 # %%
 # 2
+print(f"multiplied with {2 * alpha / r:g} instead of {alpha / r:g}; the same as B doubled:", end=" ")
 print(torch.allclose(2 * alpha / r * (B @ A), alpha / r * (2 * B @ A)))
 
 # %%
@@ -393,7 +415,7 @@ if not HUB:
     at_the_end.close()  # the hub on this machine
 
 # %% [markdown]
-# ## What you learned
+# ## What you have learned
 #
 # - LoRA trains two thin matrices beside a frozen one; `r` is what they can say, `lora_alpha / r` how loud.
 # - Names come from `named_modules()`, and a wrong one is an error.

@@ -184,12 +184,14 @@ HELD_OUT = ("What is the capital of Egypt?", "Cairo.", "The capital of Egypt is 
 model, tokenizer = load_run(MODEL)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
+END = tokenizer.convert_tokens_to_ids("<|im_end|>")  # it ends a turn, whatever the tokenizer's end token is
+
 
 def log_probability(question, answer):
     """The logarithm of the probability of the whole answer."""
     asked = prompt_ids(tokenizer, [{"role": "user", "content": question}])
-    said = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    logits = model(torch.tensor([asked + said], device=model.device)).logits[0]
+    said = tokenizer(answer, add_special_tokens=False)["input_ids"] + [END]
+    logits = model(torch.tensor([asked + said], device=model.device)).logits[0].float()  # on a GPU it may be in 16 bits
     each = logits.log_softmax(-1)[len(asked) - 1 : -1]  # the score of a token stands one place before it
     return each.gather(1, torch.tensor(said, device=model.device)[:, None]).sum()
 
@@ -238,14 +240,13 @@ for name, (chosen, rejected) in (("before", start), ("after", end)):
 # step. [TRL](https://huggingface.co/docs/trl) has trainers for the others, and a model that tunesmith saved is one
 # that they load.
 #
-# ## Exercises
+# ## Try it yourself
 #
 # 1. What is the DPO loss where the policy is the reference? Compute it with `dpo_loss`.
 # 2. At which $\beta$ of 0.5, 1, 2, 3 does the odd trick fall below 10%? Use `rlhf`.
 # 3. Train the reward model on 20 pairs only. How far are its numbers from the hidden ones?
-# 4. Why is the DPO loss from log probabilities and not from the loss of SFT? Show that SFT on the chosen answer alone
-#    tells nothing about the rejected one: compute the gradient of `-log p(chosen)` and of the DPO loss for the toy
-#    policy.
+# 4. Why is SFT on the chosen answers not enough? Show that it tells nothing about the rejected one: compute the
+#    gradient of `-log p(chosen)` and of the DPO loss for the toy policy.
 
 # %%
 # 1
@@ -285,12 +286,12 @@ for name, gradient in (("SFT", by_sft), ("DPO", by_dpo)):
 # SFT pushes all other answers down according to how likely they are, right or wrong; DPO pushes down just the one
 # that was rejected.
 #
-# ## What you learned
+# ## What you have learned
 #
 # - SFT imitates; preferences say what is better.
 # - A reward model turns preferences into a number, with $-\log \sigma(r_\text{chosen} - r_\text{rejected})$.
 # - RLHF maximises the reward and pays for leaving the reference; too little of that price, and the reward is hacked.
 # - DPO reaches the same without a reward model, from log probabilities.
-# - All of them begin with a model that SFT has made.
+# - As a rule they begin with a model that SFT has made.
 #
 # You have reached the end of the guide. Take your own data, look at it, and begin.

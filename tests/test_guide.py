@@ -117,7 +117,8 @@ def test_a_named_exception_may_be_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "exercises", "learned"), [("en", "Try it|Exercises", "What you"), ("zh-TW", "動手試試看", "本章學到")]
+    ("language", "exercises", "learned"),
+    [("en", "Try it yourself", "What you have learned"), ("zh-TW", "動手試試看", "本章學到")],
 )
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_chapter_has_exercises_with_solutions_and_ends_with_what_was_learned(
@@ -245,6 +246,20 @@ def test_execute_fails_where_a_cell_writes_to_stderr(
     assert "FAILED" in printed.out
     assert "cell 1 wrote to stderr" in printed.err
     assert "old" in printed.err
+
+
+def test_execute_fails_where_all_take_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _chapter(tmp_path, monkeypatch, "你好。\n<!-- cell -->\n再見。")
+    monkeypatch.setattr(build, "_run", lambda source, target: "")
+    build.main([])
+    assert build.main(["--execute"]) == 0
+    monkeypatch.setattr(build, "ALL_SECONDS", 0.0)
+    assert build.main(["--execute", "en/01"]) == 0  # a part of them may take what it takes
+    capsys.readouterr()
+    assert build.main(["--execute"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # The scripts, for real

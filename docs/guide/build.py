@@ -33,6 +33,8 @@ LANGUAGES = ("en", "zh-TW")
 CHAPTER = re.compile(r"\d\d_\w+\.py")
 SEPARATOR = "<!-- cell -->"
 CELL_SECONDS = 600
+ALL_SECONDS = 12 * 60
+"""What a run of every notebook may take."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -138,9 +140,11 @@ def _all() -> Iterator[tuple[Path, str]]:
 def execute(wanted: list[str]) -> list[str]:
     """Run the notebooks whose name (`en/03_first_sft`) contains one of `wanted`, or all; says seconds of each.
 
-    Returns the names of those in which a cell failed or wrote to stderr: a reader would take a warning for his own
-    mistake. The executed copies, failed ones included, are in build/guide/.
+    Returns the names of those in which a cell failed or wrote to stderr (a reader would take a warning for his own
+    mistake), and "together" where all of them took longer than ALL_SECONDS. The executed copies, failed ones included,
+    are in build/guide/.
     """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a notebook that has a hub of its own says otherwise, for itself
     os.environ.setdefault("MPLCONFIGDIR", str(EXECUTED / "matplotlib"))
     failed, total = [], 0.0
     for script in chapters():
@@ -157,6 +161,9 @@ def execute(wanted: list[str]) -> list[str]:
                 print(error, file=sys.stderr, flush=True)
                 failed.append(name)
     print(f"{total:6.1f} s  together")
+    if not wanted and total > ALL_SECONDS:
+        print(f"all notebooks took {total:.0f} s, and may take {ALL_SECONDS} s: make them shorter", file=sys.stderr)
+        failed.append("together")
     return failed
 
 
