@@ -87,13 +87,16 @@ def test_scores_far_apart_lose_nothing() -> None:
 
 
 def test_short_rows_and_other_libraries_keep_pytorchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, *_ = inputs(4, 4, 1, 1, torch.float32)
-    assert blockwise.pays(q, k)
-    assert blockwise.pays(q[:, :, :2], inputs(8, 8, 1, 1, torch.float32)[1])  # they continue others
-    assert not blockwise.pays(q[:, :, :3], k)
-    assert not blockwise.pays(q.to("meta"), k)
+    q, k, v, _ = inputs(4, 4, 1, 1, torch.float32)
+    longer = inputs(8, 8, 1, 1, torch.float32)
+    assert blockwise.pays(q, k, v)
+    assert blockwise.pays(q[:, :, :2], *longer[1:3])  # they continue others
+    assert not blockwise.pays(q[:, :, :3], k, v)
+    assert not blockwise.pays(q, k, v[..., :8])  # values of another size
+    assert not blockwise.pays(q.double(), k.double(), v.double())
+    assert not blockwise.pays(q.to("meta"), k, v)
     monkeypatch.setattr("tunesmith.model.linear._chosen", False)
-    assert not blockwise.pays(q, k)
+    assert not blockwise.pays(q, k, v)
 
 
 def test_shapes_alone_can_be_computed_and_leave_nothing_behind() -> None:

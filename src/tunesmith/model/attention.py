@@ -170,7 +170,7 @@ def _attend_sdpa(
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     plain = queries == keys and (window is None or keys <= window)
-    if not dropout and (window is None or keys <= window) and blockwise.pays(q, k):
+    if not dropout and (window is None or keys <= window) and blockwise.pays(q, k, v):
         return blockwise.attend(q, k, v, scale)
     mask = None if plain else _causal(queries, keys, window, q.device)
     # On a CPU the kernel shares key heads itself. On CUDA, asking for that can rule out all but the slowest kernel.

@@ -26,10 +26,11 @@ BLOCK = 256
 LOG2E = math.log2(math.e)
 
 
-def pays(q_NQH: Tensor, k_KMH: Tensor) -> bool:
-    """Whether `attend` is the faster way for queries and keys like these."""
-    pairs = q_NQH.shape[2] * k_KMH.shape[2]
-    return q_NQH.device.type == "cpu" and pairs >= SHORTEST**2 and onednn_is_faster()
+def pays(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor) -> bool:
+    """Whether `attend` can take queries, keys and values like these, and is the faster way."""
+    if q_NQH.device.type != "cpu" or q_NQH.dtype == torch.float64 or v_KMH.shape[3] != q_NQH.shape[3]:
+        return False
+    return q_NQH.shape[2] * k_KMH.shape[2] >= SHORTEST**2 and onednn_is_faster()
 
 
 def attend(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor, scale: float) -> Tensor:

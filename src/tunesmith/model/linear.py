@@ -8,7 +8,7 @@ Modules and weights stay `peft`'s: only `forward` is replaced, and wherever anyt
 its own forward runs.
 
 On a CPU, fp32 products go through oneDNN where it is faster than the BLAS that PyTorch calls: MKL leaves a fifth to a
-third of an AMD processor's rate unused. torch has both inside; the choice is measured once.
+half of an AMD processor's rate unused. torch has both inside; the choice is measured once.
 """
 
 import time
