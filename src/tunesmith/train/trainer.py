@@ -67,7 +67,7 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
     where it came from, by split or source, for the card. Afterwards
     `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
     `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches; the
-    latter must make them less where those of all rows are over a gigabyte.
+    latter must make them less where those of all rows would fill more than half of the memory that is free.
 
     The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
     """
