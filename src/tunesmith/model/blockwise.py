@@ -30,6 +30,8 @@ def pays(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor) -> bool:
     """Whether `attend` can take queries, keys and values like these, and is the faster way."""
     if q_NQH.device.type != "cpu" or q_NQH.dtype == torch.float64 or v_KMH.shape[3] != q_NQH.shape[3]:
         return False
+    if isinstance(q_NQH, FakeTensor):  # to count memory, which is about that of PyTorch's, its one call is faster
+        return False
     return q_NQH.shape[2] * k_KMH.shape[2] >= SHORTEST**2 and onednn_is_faster()
 
 
@@ -49,7 +51,7 @@ class _Blockwise(torch.autograd.Function):
         before = k.shape[2] - q.shape[2]
         for start, stop in _blocks(q.shape[2]):
             part, seen = slice(start * groups, stop * groups), before + stop
-            hidden = _hidden(groups, rows).t()[: (stop - start) * groups, : stop - start]
+            hidden = _later(groups).t()[: (stop - start) * groups, : stop - start]
             for head in range(len(keys)):
                 scores = onednn(rows[head, part], keys[head, :seen])
                 scores[:, before + start :] += hidden
@@ -85,7 +87,7 @@ class _Blockwise(torch.autograd.Function):
             for head in range(len(keys)):
                 scores = onednn(keys[head, seen], exponents[head, part], minus_log_z[head, part])
                 if start >= before:
-                    scores[:, : size * groups] += _hidden(groups, rows)[:size, : size * groups]
+                    scores[:, : size * groups] += _later(groups)[:size, : size * groups]
                 p = torch.exp2(scores)  # (keys, rows), as all here
                 d_scores = onednn_times(values[head, seen], d_rows[head, part], minus_d[head, part], p)
                 d_v[head, seen] = onednn(p, d_rows[head, part].t())
@@ -108,15 +110,8 @@ def _blocks(size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def _hidden(groups: int, like: Tensor) -> Tensor:
+@cache
+def _later(groups: int) -> Tensor:
     """(BLOCK, BLOCK*G): minus infinity where a key comes after the query of the row, else 0."""
-    # What is made while shapes alone are computed must not be remembered.
-    return _made(groups) if isinstance(like, FakeTensor) else _remembered(groups)
-
-
-def _made(groups: int) -> Tensor:
     later = torch.full((BLOCK, BLOCK), -math.inf).tril(-1)
     return later.repeat_interleave(groups, dim=1)
-
-
-_remembered = cache(_made)
