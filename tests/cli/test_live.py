@@ -14,14 +14,14 @@ def arguments(tiny_model: Path, tmp_path: Path) -> list[str]:
     rows = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "yes"}]}
     rows.write_text(f"{json.dumps(row)}\n" * 16, encoding="utf-8")
-    output = ["--output", str(tmp_path / "run"), "--save-steps", "20", "--eval-data", str(rows)]
-    steps = ["--max-steps", "5000", "--eval-strategy", "steps", "--eval-steps", "20", "--sample-prompts", "0"]
+    output = ["--output", str(tmp_path / "run"), "--save-steps", "100", "--eval-data", str(rows)]
+    steps = ["--max-steps", "5000", "--eval-strategy", "steps", "--eval-steps", "100", "--sample-prompts", "0"]
     return ["train", "--model", str(tiny_model), "--data", str(rows), *output, *steps, "--use-cpu", "--precision=fp32"]
 
 
 def test_the_screen_shows_the_run_at_any_width_and_ctrl_c_leaves_it_clean(arguments: list[str], home: Path) -> None:
     terminal = Terminal(arguments, columns=80, rows=40)
-    terminal.until(lambda text: "saved checkpoint-40" in text)
+    terminal.until(lambda text: "saved checkpoint-200" in text)
     shown = terminal.text
     assert re.search(r"training [━╺╸]+ \d+/5000 +\d+% epoch \d+\.\d\d/", shown)
     assert re.search(r"^loss \d\.\d{4} [▁▂▃▄▅▆▇█]{20,}$", shown, re.MULTILINE)
@@ -29,11 +29,11 @@ def test_the_screen_shows_the_run_at_any_width_and_ctrl_c_leaves_it_clean(argume
         assert re.search(number, shown), number
     for number in (r"peak [\d.,]+ [GM]iB", r"grad norm \d", r"lr \d\.\d\de-\d\d", r"left \d+:\d\d", r"output /"):
         assert re.search(number, shown), number
-    assert "saved checkpoint-20" in shown
+    assert "saved checkpoint-100" in shown
     assert "Writing model shards" not in terminal.raw  # a library's bar
     assert terminal.screen.cursor.hidden
     terminal.resize(40, 40)
-    terminal.until(lambda text: "saved checkpoint-100" in text)
+    terminal.until(lambda text: "saved checkpoint-500" in text)
     assert sum(line.startswith(("training ━", "training ╸")) for line in terminal.lines) == 1
     assert sum(line.startswith("loss ") for line in terminal.lines) == 1
     terminal.child.send("\x03")
