@@ -3,7 +3,6 @@
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,27 +37,21 @@ def test_the_pages_of_a_step_are_those_of_the_step_before() -> None:
 def test_an_unknown_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.train.memory.platform.libc_ver", lambda: ("", ""))
     monkeypatch.setattr("tunesmith.train.memory.ctypes.CDLL", lambda *_: pytest.fail("called"))
-    assert not memory.keep_freed_memory.__wrapped__()
+    assert not memory.keep_freed_memory()
 
 
-HUGE = """
-import re
+LARGE = """
 import torch
 from tunesmith.train.memory import keep_freed_memory, resident
 before = resident()
 assert keep_freed_memory()
-assert resident() - before < 64 * 2**20
-x = torch.ones(512 * 2**20, dtype=torch.uint8)
-y = torch.ones(3 * 2**30, dtype=torch.uint8)
-del x, y
-assert resident() - before > 3 * 2**30  # more than the 2 GB that an int could name as a threshold
-print(re.search(r"AnonHugePages: *([0-9]+) kB", open("/proc/self/smaps_rollup").read())[1])
+x = torch.ones(3 * 2**30, dtype=torch.uint8)
+del x
+print(resident() - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is told")
-def test_the_heap_is_kept_whatever_its_size_in_huge_pages_where_the_system_has_them_on_request() -> None:
-    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if setting.exists() and "[never]" not in setting.read_text():
-        assert int(done.stdout) > 3 * 2**20 * 0.9
+def test_more_is_kept_than_the_2_gb_that_an_int_could_name_as_a_threshold() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 3 * 2**30 * 0.9

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import platform
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,13 +12,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.errors import TunesmithError
 
-# From glibc's malloc.h and Linux's mman.h; see mallopt(3) and madvise(2).
+# From glibc's malloc.h; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1
-MADV_HUGEPAGE = 14
 
 
-@cache
 def keep_freed_memory() -> bool:
     """Let the allocator keep what a step frees for the next step; returns whether it could be told to.
 
@@ -30,30 +27,8 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    libc = ctypes.CDLL(None)
-    kept = bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
-    if kept and platform.system() == "Linux":
-        _ask_for_huge_pages(libc)
-    return kept
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Let what the heap grows into, up to half the machine's memory, come in pages of 2 MB where the system has them on
-    request ("madvise"): matrix products over small pages lose a twentieth of their time looking addresses up.
-
-    None of that memory is taken until it is used. Where there is no such request, or so large a block, all stays as it
-    was.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    size = os.sysconf("SC_PHYS_PAGES") * page // 2
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    block = libc.malloc(size)
-    if block:
-        start = -(-block // page) * page
-        libc.madvise(start, (block + size - start) // page * page, MADV_HUGEPAGE)
-        libc.free(block)
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 class MemoryLimit(RuntimeError):
