@@ -38,20 +38,3 @@ def test_an_unknown_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("tunesmith.train.memory.platform.libc_ver", lambda: ("", ""))
     monkeypatch.setattr("tunesmith.train.memory.ctypes.CDLL", lambda *_: pytest.fail("called"))
     assert not memory.keep_freed_memory()
-
-
-LARGE = """
-import torch
-from tunesmith.train.memory import keep_freed_memory, resident
-before = resident()
-assert keep_freed_memory()
-x = torch.ones(3 * 2**30, dtype=torch.uint8)
-del x
-print(resident() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is told")
-def test_more_is_kept_than_the_2_gb_that_an_int_could_name_as_a_threshold() -> None:
-    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 3 * 2**30 * 0.9

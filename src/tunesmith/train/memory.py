@@ -14,7 +14,7 @@ from tunesmith.errors import TunesmithError
 
 # From glibc's malloc.h; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-NEVER = -1
+NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
