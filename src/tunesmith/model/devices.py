@@ -68,6 +68,12 @@ def _this_gpu() -> Device | None:
     return _gpu(properties.name, properties.total_memory / GIB, ampere=ampere)
 
 
+def here() -> torch.device:
+    """What a run here computes on. A torch that is built for CUDA may name it where there is no GPU, unless asked
+    whether there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device(CPU)
+
+
 def available() -> int:
     """Bytes of main memory that a new program can have without swapping, on this machine and in this container."""
     try:

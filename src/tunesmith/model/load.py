@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file
 from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.demo import DEMO, DEMO_FOLDER, demo_model_path
+from tunesmith.model.devices import here
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
@@ -131,7 +132,7 @@ def load_run(
     every one computes in natively; elsewhere they are what was saved.
     """
     folder = run_folder(Path(resolve_model(name, progress)))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = here()
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     load: Callable[..., Model] = load_adapted if holds_adapters(str(folder)) else load_model

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.devices import here
 from tunesmith.model.generate import prompt_ids, stop_ids
 from tunesmith.model.load import load_model
 from tunesmith.ship.adapted import explained
@@ -78,7 +79,7 @@ class Source:
 def compute_in(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
     """The device to compare on, and the format to compute in for weights in `dtype`: on a CPU fp32, which every one
     computes in natively."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = here()
     return device, torch.float32 if device.type == "cpu" else dtype
 
 

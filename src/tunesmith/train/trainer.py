@@ -27,6 +27,7 @@ from tunesmith.data.sources import DataSource
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import has_virtual_tokens, starting_point
 from tunesmith.model.compiled import compile_layers
+from tunesmith.model.devices import here
 from tunesmith.model.head import behind_virtual_tokens, next_token_targets
 from tunesmith.model.linear import speed_up
 from tunesmith.model.loss import LossOptions, Supervised
@@ -318,10 +319,7 @@ def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any
     if args.loss_type == "dft" and compute_loss_func is not None:
         raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
     check_trackers(args.report_to)
-    device = torch.accelerator.current_accelerator()
-    check_optimizer(
-        str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu or device is None else device.type
-    )
+    check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
 
 
 def _unhooked(args: SFTConfig) -> bool:
