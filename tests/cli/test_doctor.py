@@ -5,17 +5,17 @@ import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from tests.cli.doctor_cases import gpu, odd_libraries
 from tests.ship.conftest import TOKEN, hub
 from tests.ship.hub_state import Hub
-from tunesmith.cli import checks, doctor
-from tunesmith.cli.checks import Finding
+from tunesmith.cli import doctor, doctor_hub, doctor_installed, doctor_machine
+from tunesmith.cli.doctor_finding import Finding
 from tunesmith.cli.main import Commands
 from tunesmith.cli.output import Application
 from tunesmith.model.demo import INSTALL
@@ -40,7 +40,7 @@ def with_checks(monkeypatch: pytest.MonkeyPatch, found: Mapping[str, doctor.Chec
 
 
 def ok() -> Iterator[Finding]:
-    yield Finding(name="one", mark="ok", found="it is there")
+    yield Finding(name="one", mark="ok", found="it is there", means="All works.")
 
 
 def broken() -> Iterator[Finding]:
@@ -67,6 +67,11 @@ def test_everything_is_looked_at_here_and_training_works(hub: Hub) -> None:
     assert (found["hub token"]["mark"], found["hub token"]["found"]) == ("ok", f"of {hub.owners[0]}")
     assert not any("could not be looked at" in finding["found"] for finding in found.values())
     assert TOKEN not in result.output
+    assert report["versions"]["torch"] == torch.__version__
+    shown = RUNNER.invoke(app, ["doctor"]).stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    assert len(shown) <= 40  # a screen
+    assert shown[-1] == "Training works here."
 
 
 def test_a_problem_is_exit_code_1_with_what_it_means_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +80,7 @@ def test_a_problem_is_exit_code_1_with_what_it_means_and_how_to_mend_it(monkeypa
     assert result.exit_code == 1
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines == [
-        ["ok", "one", "it", "is", "there"],
+        ["ok", "one", "it", "is", "there.", "All", "works."],
         ["problem", "two", "it", "is", "not", "there"],
         ["Nothing", "works."],
         ["mend:", "bring", "it"],
@@ -93,56 +98,51 @@ def test_a_check_that_fails_is_a_line_and_the_next_one_runs(monkeypatch: pytest.
     assert TOKEN not in result.output
 
 
-def test_a_library_that_is_missing_or_too_old_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = ["numpy>=1", "torch<1", "no-such-package>=2", "neither-this; extra == 'dev'"]
-    monkeypatch.setattr(checks, "requires", lambda _: wanted)
-    found = by_name(checks.libraries())
+def test_libraries_are_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd_libraries(monkeypatch)
+    found = by_name(doctor_installed.libraries())
     assert found.keys() == {"torch", "no-such-package", "libraries"}
     assert (found["torch"].mark, found["torch"].mend) == ("problem", "pip install 'torch<1'")
     assert found["no-such-package"].found == "not installed; >=2 is needed"
     assert found["libraries"].found.startswith("numpy ")
-
-
-def test_an_unsupported_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.cli.checks.sys.version_info", (3, 10, 1))
-    assert [finding.mark for finding in checks.python()] == ["problem"]
+    assert doctor_installed.versions().keys() == {"numpy", "torch"}
 
 
 def test_without_the_network_the_hub_is_a_note(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    [found] = doctor.hub()
+    [found] = doctor_hub.hub()
     assert (found.name, found.mark) == ("hub", "note")
     assert "http://127.0.0.1:1 does not answer: " in found.found
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    [found] = doctor.hub()
+    [found] = doctor_hub.hub()
     assert "HF_HUB_OFFLINE" in found.found
 
 
 def test_a_hub_that_never_answers_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "TIMEOUT", 0.2)
+    monkeypatch.setattr(doctor_hub, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        [found] = doctor.hub()
+        [found] = doctor_hub.hub()
     assert found.mark == "note"
 
 
 def test_a_token_is_asked_for_its_owner_and_never_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.refuse["GET /api/whoami-v2"] = (401, "{authorization} is no token")
-    found = by_name(doctor.hub())
+    found = by_name(doctor_hub.hub())
     assert found["hub token"].found == "the hub does not accept it"
     hub.refuse["GET /api/whoami-v2"] = (500, "{authorization} broke it")
-    found = by_name(doctor.hub())
+    found = by_name(doctor_hub.hub())
     assert found["hub token"].found == "whose it is can't be asked: 500"
     monkeypatch.delenv("HF_TOKEN")
-    found = by_name(doctor.hub())
+    found = by_name(doctor_hub.hub())
     assert (found["hub token"].mark, found["hub token"].found) == ("note", "none")
     assert TOKEN not in str(found)
 
 
 def test_a_full_disk_under_the_cache_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_HOME", str(home / "not" / "made"))
-    monkeypatch.setattr("tunesmith.cli.checks.shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
-    found = by_name(checks.disks())
+    monkeypatch.setattr("tunesmith.cli.doctor_machine.shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
+    found = by_name(doctor_machine.disks())
     assert found["cache folder"].mark == "problem"
     assert found["cache folder"].found == f"{home / 'not' / 'made'}: 100 MB free"
     assert "TUNESMITH_HOME" in found["cache folder"].mend
@@ -153,34 +153,15 @@ def test_a_full_disk_under_the_cache_is_a_problem(home: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("free", "mark"), [(5e8, "problem"), (3e9, "note"), (6e9, "ok")])
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch, free: float, mark: str) -> None:
     monkeypatch.setattr("tunesmith.model.devices.available", lambda: int(free))
-    [found] = checks.memory()
+    [found] = doctor_machine.memory()
     assert found.mark == mark
     assert f"{free / 1e9:.1f} GB available" in found.found or "500 MB available" in found.found
 
 
 def test_a_demo_model_that_is_missing_is_a_note_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda _: None)
-    [found] = checks.demo_model()
+    monkeypatch.setattr(doctor_installed, "find_spec", lambda _: None)
+    [found] = doctor_installed.demo_model()
     assert (found.mark, found.mend) == ("note", INSTALL)
-
-
-def test_bitsandbytes_that_is_missing_is_a_note_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda _: None)
-    monkeypatch.setattr("tunesmith.model.quantize.find_spec", lambda _: None)
-    [found] = checks.bitsandbytes()
-    assert found.mark == "note"
-    assert "pip install" in found.mend
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A GPU for torch to tell of; the test says what torch was built for."""
-    properties = SimpleNamespace(name="NVIDIA A10G", major=8, minor=6)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20_000_000_000, 23_600_000_000))
-    return properties
 
 
 @pytest.mark.parametrize(
@@ -193,16 +174,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_a_gpu_that_torch_is_not_built_for_is_a_problem(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch, built: list[str], mark: str
+    monkeypatch: pytest.MonkeyPatch, built: list[str], mark: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
-    [found] = checks.accelerators()
+    gpu(monkeypatch, built=built)
+    [found] = doctor_machine.accelerators()
     assert found.mark == mark
     assert found.found == "NVIDIA A10G, compute capability 8.6, 23.6 GB of memory, 20.0 GB free"
-
-
-def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.cli.checks.shutil.which", lambda name: f"/bin/{name}")
-    [found] = checks.torch_build()
-    assert found.mark == "note"
-    assert "CUDA build" in found.mend

@@ -6,8 +6,7 @@ in fp32 are. `peft.prepare_model_for_kbit_training` would turn embeddings and no
 large vocabulary gigabytes and changes no gradient, since all of these are frozen.
 """
 
-from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel
@@ -15,8 +14,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.bnb import Bits, refuse_missing
+from tunesmith.model.devices import here
 
-Bits = Literal["8bit", "4bit"]
 OPTIMIZERS = ("8bit", "paged", "bnb")
 """What is in the name of an optimizer of `bitsandbytes`."""
 
@@ -42,8 +42,7 @@ def check_quantization(config: Any) -> None:
     settings = config if isinstance(config, dict) else config.to_dict()
     if not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
         return
-    device = torch.accelerator.current_accelerator()
-    refuse_missing("8-bit and 4-bit models", "cpu" if device is None else device.type)
+    refuse_missing("8-bit and 4-bit models", here().type)
 
 
 def check_optimizer(name: str, device: str) -> None:
@@ -55,19 +54,6 @@ def check_optimizer(name: str, device: str) -> None:
         raise TunesmithError(
             f"optim: {name} pages its state between GPU and main memory, and this device is a {device}; take "
             f"{name.replace('paged_', '')}"
-        )
-
-
-def refuse_missing(what: str, device: str) -> None:
-    if find_spec("bitsandbytes") is None:
-        raise TunesmithError(f"{what} need bitsandbytes: pip install 'tunesmith[quant]'")
-    import bitsandbytes
-
-    known = sorted(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
-    if device not in known:
-        raise TunesmithError(
-            f"{what} are not there on {device}: this bitsandbytes ({bitsandbytes.__version__}) runs on "
-            f"{', '.join(known)}. Train in bf16 or fp32 with LoRA there"
         )
 
 
