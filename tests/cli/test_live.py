@@ -42,3 +42,44 @@ def test_the_screen_shows_the_run_at_any_width_and_ctrl_c_leaves_it_clean(argume
     assert "stopping after this step, with a checkpoint" in terminal.text.replace("\n", " ")
     assert "go on:  tunesmith train" in terminal.text.replace("\n", "")
     assert sum(line.startswith(("stopped ━", "stopped ╸")) for line in terminal.lines) == 1
+
+
+NUMBERS = r"(best|elapsed|eval loss|grad norm|left|loss|lr|memory|peak|supervised|tokens/s) "
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_no_line_of_the_view_breaks_in_a_narrow_or_a_wide_window(
+    arguments: list[str], home: Path, columns: int
+) -> None:
+    terminal = Terminal([*arguments, "--max-steps", "300"], columns=columns, rows=40)
+    terminal.until(lambda text: "saved checkpoint-200" in text)
+    assert_whole(terminal, "training")
+    assert terminal.finish() == 0
+    assert_whole(terminal, "trained")
+    assert "saved checkpoint-300" in terminal.text
+
+
+def assert_whole(terminal: Terminal, phase: str) -> None:
+    """The view is there once, each of its lines begins with what it tells, and none fills its row."""
+    lines = [line for line in terminal.lines if line]
+    [first] = [i for i, line in enumerate(lines) if re.match(rf"{phase} .*\d+/300 +\d+%", line)]
+    [last] = [i for i, line in enumerate(lines) if line.startswith("output ")]
+    assert last > first + 3
+    assert all(re.match(rf"{NUMBERS}|• (saved|the)|\d+ earlier", line) for line in lines[first + 1 : last]), lines
+    assert all(len(line) < terminal.screen.columns for line in lines[first : last + 1])
+
+
+def test_in_a_ci_job_with_a_terminal_there_are_plain_lines(arguments: list[str], home: Path, tmp_path: Path) -> None:
+    short = [*arguments, "--max-steps", "12", "--eval-steps", "6", "--logging-steps", "4"]
+    terminal = Terminal(short, columns=80, rows=40, env={"CI": "true"})
+    assert terminal.finish() == 0
+    assert re.findall(r"^step (\d+)/12  loss", terminal.text, re.MULTILINE) == ["4", "8", "12"]
+    assert re.findall(r"^step (\d+)  eval loss", terminal.text, re.MULTILINE) == ["6", "12"]
+    assert "\x1b" not in terminal.raw  # no colour, no movement
+    assert "\r" not in terminal.raw.replace("\r\n", "\n")  # what draws a bar in place
+    run, rows = str(tmp_path / "run"), str(tmp_path / "rows.jsonl")
+    terminal = Terminal(["eval", run, "--data", rows, "--max-new-tokens", "2"], env={"CI": "true"})
+    assert terminal.finish() == 0
+    assert sum("16/16" in line for line in terminal.lines) == 1
+    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.raw).count("\x1b") == 0  # but for the bold words of a table
+    assert "\r" not in terminal.raw.replace("\r\n", "\n")

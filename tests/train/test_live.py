@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from tunesmith.train.live import BARS, EVENTS_SHOWN, Curve, RunView, Snapshot
-from tunesmith.train.progress import TrainingProgress, can_draw
+from tunesmith.train.live import BARS, EVENTS_SHOWN, Curve, RunView, Snapshot, can_draw
+from tunesmith.train.progress import TrainingProgress
 from tunesmith.train.remarks import Remarks
 
 

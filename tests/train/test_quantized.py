@@ -1,6 +1,7 @@
 """8-bit and 4-bit base models: `bitsandbytes` really runs, here on the CPU."""
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.train.runs import PAIR_ROWS, weights_of
 from tunesmith.cli.main import app
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import load_run
-from tunesmith.model.quantize import bits_of, check_optimizer, quantization
+from tunesmith.model.quantize import bits_of, check_optimizer, keep_quantized, quantization
 
 BITS = ("8bit", "4bit")
 LORA = LoraConfig(r=8, target_modules="all-linear")
@@ -158,6 +159,17 @@ def test_optimizers_that_page_need_a_gpu(trainer_of: Callable[..., Any]) -> None
         trainer_of(optim="paged_adamw_8bit")
     check_optimizer("paged_adamw_8bit", "cuda")
     check_optimizer("adamw_torch", "mps")
+
+
+def test_no_layer_says_in_each_step_that_it_rounds_its_input(caplog: pytest.LogCaptureFixture) -> None:
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    layer = Linear8bitLt(64, 64, has_fp16_weights=False)
+    keep_quantized(layer)
+    with caplog.at_level(logging.WARNING, "bitsandbytes"):  # the command line has it quieter
+        layer(torch.ones(1, 64, dtype=torch.bfloat16))
+        logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
+    assert caplog.messages == ["something else"]
 
 
 def test_other_words_are_refused() -> None:

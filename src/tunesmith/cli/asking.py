@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.output import mode
 from tunesmith.cli.output import note as say
+from tunesmith.cli.output import progress_console
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -175,14 +175,13 @@ def _base_model(record: "RunRecord | None", largest: int, settings: Settings) ->
 def _answers(name: str, model: Any, tokenizer: Any, encoded: list[list[int]], settings: Settings) -> list["Answer"]:
     """The likeliest answers, with a line on stderr that says how many are there."""
     import torch
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tunesmith.model.generate import Sampling, generate_from_ids
 
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     shown = (TextColumn("answers, {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True, quiet=mode().quiet)) as progress:
+    with Progress(*shown, console=progress_console(stderr=True)) as progress:
         task = progress.add_task(name, total=len(encoded))
         try:
             return generate_from_ids(

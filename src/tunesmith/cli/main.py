@@ -3,9 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
-import logging
 import traceback
-import warnings
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +24,7 @@ from tunesmith.cli.inspect import HELP as INSPECT_HELP
 from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
 from tunesmith.cli.inspect import inspect
 from tunesmith.cli.merge import merge
+from tunesmith.cli.noise import hide_noise
 from tunesmith.cli.output import Application, fail
 from tunesmith.cli.plan import HELP as PLAN_HELP
 from tunesmith.cli.plan import USAGE as PLAN_USAGE
@@ -94,11 +93,7 @@ def options(
     Begin: tunesmith demo, or tunesmith init recipe.yaml --data rows.jsonl
     Every command has --quiet and --json, and shows an example with --help.
     """
-    # bitsandbytes tells everybody on a CPU to install a package for faster 4-bit inference, and how it rounds; peft
-    # reads a name that transformers deprecates. Nobody who runs a command can act on any of these.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    hide_noise()
 
 
 SUMMARIES = {

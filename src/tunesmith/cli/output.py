@@ -71,11 +71,16 @@ def finish_lines(value: Mapping[str, Any], lines: list[str]) -> None:
     finish(value, lambda: typer.echo("\n".join(lines)))
 
 
-def progress_console() -> "Console":
-    """Where to draw what happens on the way; one of several processes that train draws."""
+def progress_console(*, stderr: bool = False) -> "Console":
+    """Where to draw what happens on the way; one of several processes that train draws. What can't be drawn anew in
+    place, in a CI's log say, is printed once."""
     from rich.console import Console
 
-    return Console(stderr=mode().as_json, quiet=mode().quiet or os.environ.get("RANK", "0") != "0")
+    from tunesmith.train.live import can_draw
+
+    quiet = mode().quiet or os.environ.get("RANK", "0") != "0"
+    console = Console(stderr=stderr or mode().as_json, quiet=quiet)
+    return console if can_draw(console) else Console(stderr=console.stderr, quiet=quiet, force_terminal=False)
 
 
 def _plain(value: Any) -> Any:

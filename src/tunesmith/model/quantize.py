@@ -6,6 +6,7 @@ in fp32 are. `peft.prepare_model_for_kbit_training` would turn embeddings and no
 large vocabulary gigabytes and changes no gradient, since all of these are frozen.
 """
 
+import logging
 from typing import Any, get_args
 
 import torch
@@ -73,3 +74,9 @@ def keep_quantized(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    """Each 8-bit layer says in each step that it rounds its input, which is the method: thousands of lines a minute."""
+    return "inputs will be cast from" not in record.msg

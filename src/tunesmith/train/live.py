@@ -4,6 +4,7 @@ Nothing here knows of a trainer; `progress` fills in the numbers, and another th
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ SHORTEST_BAR = 8
 SMOOTHING = 0.9
 """How much of a speed or a share that is shown comes from the steps before."""
 GIB_IN_MIB = 1024
+
+
+def can_draw(console: Console) -> bool:
+    """Whether a view can be drawn anew in place: on a terminal that can go back, and not in a CI's log."""
+    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal and not in_ci
 
 
 class Curve:

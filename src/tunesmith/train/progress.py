@@ -1,6 +1,6 @@
-"""What a person sees while training: a view that is drawn in place on a terminal, plain lines elsewhere."""
+"""What a person sees while training: a view that is drawn in place on a terminal; elsewhere plain lines, one in so many
+steps as `logging_steps` says."""
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,17 +10,8 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from tunesmith.model.load import no_bars
-from tunesmith.train.live import ResizableLive, RunView, Snapshot
+from tunesmith.train.live import ResizableLive, RunView, Snapshot, can_draw
 from tunesmith.train.remarks import Remarks
-
-PLAIN_SECONDS = 10
-"""Outside a terminal, at most one line in this many seconds."""
-
-
-def can_draw(console: Console) -> bool:
-    """Whether a view can be drawn anew in place: on a terminal that can go back, and not in a CI's log."""
-    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal and not in_ci
 
 
 class TrainingProgress(TrainerCallback):
@@ -33,7 +24,7 @@ class TrainingProgress(TrainerCallback):
         self._live: ResizableLive | None = None
         self._open = ExitStack()
         self._silenced = ExitStack()
-        self._printed = self._evaluated = 0.0
+        self._evaluated = 0.0
         self._now = Snapshot(output="", total=0, epochs=0)
 
     @classmethod
@@ -115,11 +106,9 @@ class TrainingProgress(TrainerCallback):
         now = self._now
         if now.loss is None:  # nobody tells of each step
             now.curve.add(logs["loss"])
-        elapsed = time.perf_counter() - self._started
-        last = state.global_step == state.max_steps
-        if self._live is not None or (time.perf_counter() - self._printed <= PLAIN_SECONDS and not last):
+        if self._live is not None:
             return
-        self._printed = time.perf_counter()
+        elapsed = time.perf_counter() - self._started
         speed = (logs["num_tokens"] - self._tokens) / elapsed
         left = elapsed / max(state.global_step - self._first_step, 1) * (state.max_steps - state.global_step)
         parts = [f"step {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.4f}", f"{speed:.0f} tokens/s"]
