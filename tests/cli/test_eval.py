@@ -179,7 +179,11 @@ def test_the_table_fits_a_terminal_and_says_what_was_left_out_and_cut_off(adapte
     assert f"left out: 1 with no prompt ({data}, line 5)" in result.stdout
     assert "left out: 1 with a call of a tool for its answer" in result.stdout
     assert "left out: 1 with a prompt too long to answer in 6 of the model's 256 tokens" in result.stdout
-    assert "cut off: 8 answers (tuned) did not end within 6 tokens" in result.stdout
+    [cut] = [line for line in result.stdout.splitlines() if line.startswith("cut off")]
+    assert "cut off: 8 tuned and 8 base answers did not end within 6 tokens" in cut
+    assert cut.count(data) == 3
+    alone = invoke(adapters, data, "--no-base").stdout
+    assert "cut off: 8 tuned answers did not end" in alone
     assert "metrics: exact_match, rouge, because the expected answers are texts" in result.stderr
     assert "answers, base" in result.stderr
 

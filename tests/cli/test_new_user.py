@@ -48,7 +48,7 @@ STEPS = (
     Step(command="chat runs/first --prompt 'What is 7 + 1?' --max-new-tokens 4", says=()),
     Step(
         command="merge runs/first --output merged",
-        says=("/merged: 14 layers merged (LORA adapters)", "greedy tokens equal"),
+        says=("merged: 14 layers merged (LoRA adapters)", "greedy tokens equal"),
         leaves=("merged/model.safetensors", "merged/config.json"),
         tells=("Merging 14 layers into base ...", "Comparing what was written with the adapters"),
     ),

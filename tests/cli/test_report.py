@@ -65,7 +65,9 @@ def test_a_mistake_is_named(
     assert message in result.stderr
 
 
-def test_training_leaves_a_report_with_answers_before_and_after(tiny_model: Path, tmp_path: Path) -> None:
+def test_training_leaves_a_report_with_answers_before_and_after(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "yes"}]}
     other = {"messages": [{"role": "user", "content": "say no"}, {"role": "assistant", "content": "no"}]}
     for name, rows in (("rows", [row] * 16), ("held", [other] * 2)):
@@ -83,8 +85,13 @@ def test_training_leaves_a_report_with_answers_before_and_after(tiny_model: Path
     assert record is not None
     assert len(record.samples) == 1
     assert "sample_prompts" not in yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    needed[-1] = "run"
     result = RUNNER.invoke(tunesmith, [*needed, "--max-steps", "1", "--sample-prompts", "0"])
     assert result.exit_code == 0, result.output
+    assert "how it went:  run/report.html\nsaved the model to run\n" in result.stdout  # named as it was asked for
+    told = RUNNER.invoke(tunesmith, ["report", "run/checkpoint-1"]).stdout
+    assert re.fullmatch(r"wrote run/report\.html \(\d+ kB\); open it in a browser\n", told)
     assert not (tmp_path / "run" / SAMPLES).exists()  # nor what the run before it left
     assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line] == [1]
 

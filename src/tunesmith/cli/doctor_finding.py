@@ -22,7 +22,3 @@ class Finding:
         assert self.found
         assert self.means
         assert bool(self.mend) == (self.mark != "ok")
-
-
-def size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.cli.doctor_finding import Finding, Mark, size
+from tunesmith.cli.doctor_finding import Finding, Mark
+from tunesmith.cli.output import size
 
 LITTLE_MEMORY, TOO_LITTLE_MEMORY = 4e9, 1e9
 """Bytes: what LoRA on the demo model takes and some more, and what does not even hold the libraries and a model."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tunesmith.report.metrics import Estimate, Metric, Result
 
 WIDTH = 80
+CUT_SHOWN = 3
+"""Answers that did not end, whose places are told."""
 
 
 def evaluate(
@@ -142,14 +144,16 @@ def _lines(answered: Answered, counts: "Counts", settings: Settings) -> list[str
     for reason, (count, places) in counts.dropped.items():
         more = ", ..." if count > len(places) else ""
         found.append(f"left out: {count:,} with {reason} ({', '.join(places)}{more})")
-    for name, cut in _cut_off(answered).items():
-        if cut:
-            places = [answered.questions[i].place for i in cut[:3]]
-            found.append(
-                f"cut off: {len(cut):,} answers ({name}) did not end within {settings.max_new_tokens} tokens, which "
-                f"lowers scores ({', '.join(places)}{', ...' if len(cut) > 3 else ''}); raise --max-new-tokens, or "
-                "train on rows that end with an end token"
-            )
+    cut = {name: rows for name, rows in _cut_off(answered).items() if rows}
+    if cut:
+        rows = sorted(set().union(*cut.values()))
+        places = [answered.questions[i].place for i in rows[:CUT_SHOWN]]
+        counts_of = " and ".join(f"{len(rows):,} {name}" for name, rows in cut.items())
+        found.append(
+            f"cut off: {counts_of} answers did not end within {settings.max_new_tokens} tokens, which lowers scores "
+            f"({'; '.join(places)}{'; ...' if len(rows) > CUT_SHOWN else ''}); raise --max-new-tokens, or train on "
+            "rows that end with an end token"
+        )
     return found
 
 

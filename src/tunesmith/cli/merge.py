@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish_lines, note
+from tunesmith.cli.output import finish_lines, note, size
 
 if TYPE_CHECKING:
     from tunesmith.ship.merge import MergeReport
@@ -53,16 +53,18 @@ def merge(
     report = merge_run(run, output, options, progress=note)
     dtype = str(report.dtype).removeprefix("torch.")
     about = {field.name: getattr(report, field.name) for field in fields(report)}
-    finish_lines(about | {"dtype": dtype}, lines(report))
+    finish_lines(about | {"dtype": dtype}, lines(report, output))
 
 
-def lines(report: "MergeReport") -> list[str]:
-    """What is said at the end."""
+def lines(report: "MergeReport", output: Path) -> list[str]:
+    """What is said at the end; `output` is the folder as the user named it."""
+    from tunesmith.ship.record import adapters_of
+
     count = f"{report.files} file{'' if report.files == 1 else 's'}"
     dtype = str(report.dtype).removeprefix("torch.")
     found = [
-        f"{report.folder}: {report.layers} layers merged ({report.kind} adapters), {report.size / 1e6:,.0f} MB of "
-        f"weights in {dtype}, {count}"
+        f"{output}: {report.layers} layers merged ({adapters_of(report.kind)}), {size(report.size)} of weights in "
+        f"{dtype}, {count}"
     ]
     if report.untied:
         found.append("The input embeddings and the head are no longer one weight: the adapters made them different.")

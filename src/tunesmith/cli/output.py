@@ -71,6 +71,13 @@ def finish_lines(value: Mapping[str, Any], lines: list[str]) -> None:
     finish(value, lambda: typer.echo("\n".join(lines)))
 
 
+def size(count: float) -> str:
+    """Bytes, for people: `1.4 GB`, `270 MB`, `98 kB`."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
+
+
 def progress_console(*, stderr: bool = False) -> "Console":
     """Where to draw what happens on the way; one of several processes that train draws. What can't be drawn anew in
     place, in a CI's log say, is printed once."""

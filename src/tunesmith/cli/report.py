@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.complete import runs as runs_here
-from tunesmith.cli.output import finish_lines
+from tunesmith.cli.output import finish_lines, size
 from tunesmith.errors import TunesmithError
 
 REPORT, COMPARISON = "report.html", "comparison.html"
@@ -29,10 +29,10 @@ def report(
     Example: tunesmith report runs/first runs/second --output both.html
     """
     path = write_report(runs, output)
-    size = path.stat().st_size
+    count = path.stat().st_size
     finish_lines(
-        {"runs": runs, "report": str(path), "bytes": size},
-        [f"wrote {path} ({size / 1e3:,.0f} kB); open it in a browser"],
+        {"runs": runs, "report": str(path), "bytes": count},
+        [f"wrote {path} ({size(count)}); open it in a browser"],
     )
 
 
@@ -43,7 +43,8 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     from tunesmith.report.run_html import page
 
     found = [read_run(run) for run in runs]
-    path = Path(output).expanduser() if output else found[0].folder / (REPORT if len(found) == 1 else COMPARISON)
+    folder = _as_named(runs[0], found[0].folder)
+    path = Path(output).expanduser() if output else folder / (REPORT if len(found) == 1 else COMPARISON)
     if path.is_dir():
         raise TunesmithError(f"--output {output} is a folder; give the file to write, such as {path / REPORT}")
     if not path.parent.is_dir():
@@ -55,3 +56,9 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     except OSError as error:
         raise TunesmithError(f"{path} can't be written: {error.strerror}") from error
     return path
+
+
+def _as_named(run: str, folder: Path) -> Path:
+    """The `folder` of a run as the user wrote it, who gave it or a checkpoint in it."""
+    given = Path(run).expanduser()
+    return next((path for path in (given, given.parent) if path.resolve() == folder), folder)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.ship.markdown import block, inline, shortened, table
+from tunesmith.ship.record import adapters_of
 
 if TYPE_CHECKING:
     from tunesmith.ship.licence import Licence
@@ -192,7 +193,7 @@ def _training(content: Page) -> list[str]:
 
 
 def _method(method: "Method") -> str:
-    parts = ["full fine-tuning" if method.kind == "full" else f"{method.kind.upper()} adapters".replace("LORA", "LoRA")]
+    parts = ["full fine-tuning" if method.kind == "full" else adapters_of(method.kind)]
     parts += [f"rank {method.rank}"] if method.rank is not None else []
     parts += [f"alpha {method.alpha:g}"] if method.alpha is not None else []
     parts += [f"dropout {method.dropout:g}"] if method.dropout else []

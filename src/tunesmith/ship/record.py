@@ -56,6 +56,14 @@ class Origin:
 DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 
 
+ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "loha": "LoHa", "lokr": "LoKr", "vera": "VeRA"}
+
+
+def adapters_of(kind: str) -> str:
+    """The kind of adapters that `peft` calls `kind`, in either case, as papers spell it."""
+    return f"{ADAPTERS.get(kind.lower(), kind.upper())} adapters"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """What was trained. `kind` is "full" or the kind of adapter in lower case, such as "lora"; `bits` is the precision
