@@ -137,7 +137,8 @@ def test_what_is_hidden_is_named_and_the_rest_is_heard(caplog: pytest.LogCapture
         warnings.simplefilter("always")
         hide_noise()
         hide_noise()  # once, however often
-        for text in ("Setting `save_embedding_layers` to `True` as", "The disk is nearly full"):
+        texts = ("Setting `save_embedding_layers` to `True` as", "Model has `tie_word_embeddings=True` and a tied")
+        for text in (*texts, "The disk is nearly full"):
             warnings.warn(text, UserWarning, stacklevel=1)
         for text in ("The speedups for torchdynamo mostly come with GPU", "eval_steps is odd"):
             logging.getLogger("transformers.training_args").warning(text)

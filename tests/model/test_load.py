@@ -199,3 +199,14 @@ def test_loading_prints_nothing(tiny_model: Path, adapters: Path, capfd: pytest.
     load_run(str(tiny_model))
     load_run(str(adapters))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_torch_built_for_a_gpu_that_is_not_there_computes_on_the_cpu(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    model, _ = load_run(str(tiny_model))
+    assert model.device.type == "cpu"

@@ -21,6 +21,8 @@ WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("MatMul8bitLt: inputs will be cast", UserWarning),  # as earlier versions of bitsandbytes said it
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # peft reads a name that transformers deprecates
     ("Setting `save_embedding_layers` to `True`", UserWarning),  # of peft, which does what is right
+    # Of peft, where adapters have a head whose weight was the embeddings', too: merging parts the two, and says so.
+    ("Model has `tie_word_embeddings=True`", UserWarning),
 )
 
 

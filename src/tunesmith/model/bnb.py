@@ -53,7 +53,9 @@ def _errors(bits: Bits, device: str) -> list[float]:
     )
     dtype = torch.float32 if device == "cpu" else torch.float16
     input = x.to(device, dtype, copy=True).requires_grad_()
-    output = _layer(bits, weight, dtype).to(device)(input)
+    with torch.random.fork_rng(devices=[]):  # layers begin with random numbers, even where they are replaced
+        layer = _layer(bits, weight, dtype)
+    output = layer.to(device)(input)
     [gradient] = torch.autograd.grad(output, input, dy.to(device, output.dtype))
     return [_distance(output, x @ weight.T), _distance(gradient, dy @ weight)]
 
