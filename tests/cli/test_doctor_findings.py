@@ -66,7 +66,7 @@ def test_every_finding_that_the_code_can_make_is_among_the_cases(monkeypatch: py
         ("no product", "use_cpu"),
         ("failing product", "a small 4bit product fails on cpu: Native code method attempted to call"),
         ("failing product", "pip install --force-reinstall --no-deps 'bitsandbytes"),
-        ("wrong product", "a small 8bit product on cpu is 1"),
+        ("wrong product", "a small 8bit product on cpu and its gradient are 1"),
         ("unimportable bitsandbytes", "can't be imported: libbitsandbytes.so: cannot open shared object file"),
         ("bitsandbytes of other devices", "runs on cuda"),
         ("old bitsandbytes", "0.45.0; <1,>=0.46.1 is needed"),
