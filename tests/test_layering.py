@@ -20,8 +20,8 @@ LAYERS = (
     ("base",),
     ("data", "model"),
     ("ship",),
-    ("train",),
-    ("report", "serve"),
+    ("report",),
+    ("train", "serve"),
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.

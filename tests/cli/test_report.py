@@ -65,6 +65,7 @@ def test_a_mistake_is_named(
     assert message in result.stderr
 
 
+@pytest.mark.reports
 def test_training_leaves_a_report_with_answers_before_and_after(tiny_model: Path, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "yes"}]}
     other = {"messages": [{"role": "user", "content": "say no"}, {"role": "assistant", "content": "no"}]}
