@@ -77,9 +77,11 @@ def test_the_record_says_what_was_trained_on_what_and_how_it_went(
     assert len(record.prompts) == 3
 
 
-def test_checkpoints_hold_no_record(trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.reports
+def test_the_record_is_the_runs_and_not_of_its_checkpoints(trainer_of: Callable[..., Any], tmp_path: Path) -> None:
     trainer_of(save_strategy="steps", save_steps=1).train()
-    assert not list((tmp_path / "run").glob("**/run.json"))
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    assert list((tmp_path / "run").glob("**/run.json")) == [tmp_path / "run" / "run.json"]
 
 
 @pytest.mark.parametrize("adapters", [LORA, None], ids=["adapters", "full"])
