@@ -57,7 +57,7 @@ class SFTConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata=_help("Log every so many steps; below 1, a share of the run."))
     precision: Precision = field(default="auto", metadata=_help("auto measures the device | fp32 | bf16 | fp16."))
     bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata=_help("TRL's way to say precision: bf16 (True), or not (False).")
+        default=None, metadata=_help("TRL's way to say precision: bf16 (true), or not (false).")
     )
 
     # The model
@@ -93,7 +93,7 @@ class SFTConfig(TrainingArguments):
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that prepare the data; unset, one."))
     max_length: int | None = field(
-        default=1024, metadata=_help("Most tokens of an example, and of a pack. None: no limit.")
+        default=1024, metadata=_help("Most tokens of an example, and of a pack; null: no limit.")
     )
     on_bad_row: OnBadRow = field(
         default="error",
@@ -120,7 +120,7 @@ class SFTConfig(TrainingArguments):
         ),
     )
     completion_only_loss: bool | None = field(
-        default=None, metadata=_help("TRL's name for train_on: completion (True) or all (False).")
+        default=None, metadata=_help("TRL's name for train_on: completion (true) or all (false).")
     )
     assistant_only_loss: bool = field(default=False, metadata=_help("TRL's name for train_on: assistant."))
     allow_no_eos: bool = field(
@@ -151,7 +151,7 @@ class SFTConfig(TrainingArguments):
         ),
     )
     padding_free: bool = field(
-        default=True, metadata=_help("Batches without padding; False pads, for comparison or an odd model.")
+        default=True, metadata=_help("Batches without padding; false pads, for comparison or an odd model.")
     )
     pad_to_multiple_of: int | str | None = field(
         default=None, metadata=_help("Pad rows to a multiple of this many tokens; needs padding_free: false.")
