@@ -76,6 +76,7 @@ RUN: dict[str, Callable[[str, str], None]] = {"python": _python, "console": _con
 
 
 @pytest.mark.documented
+@pytest.mark.timeout(900)  # the page of commands trains, merges and exports
 @pytest.mark.parametrize("page", PAGES)
 def test_every_snippet_of_the_page_works_in_the_order_of_the_page(page: str, folder: Path) -> None:
     for number, (kind, text) in enumerate(_snippets(page), start=1):

@@ -42,10 +42,10 @@ BATCH_SIZE = Annotated[int, typer.Option(metavar="N", help="Answers at a time.")
 NO_BASE = Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")]
 SYSTEM = Annotated[str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")]
 OUTPUT = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")]
-COLUMNS = Annotated[str | None, typer.Option(metavar="NAMES", help="'{prompt: question, completion: answer}'.")]
-SPLIT = Annotated[str | None, typer.Option(metavar="NAME", help="Of data on the hub (test).")]
+COLUMNS = Annotated[str | None, typer.Option(metavar="NAMES", help="Our names to the data's: '{prompt: question}'.")]
+SPLIT = Annotated[str | None, typer.Option(metavar="NAME", help="The split of data on the hub; unset, test.")]
 AS_CHAT = Annotated[bool | None, typer.Option("--chat/--text", help="How to ask texts. Unset: as trained.")]
-SEED = Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")]
+SEED = Annotated[int, typer.Option(metavar="N", help="The seed of what is drawn.")]
 TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 
 
