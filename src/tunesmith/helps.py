@@ -76,7 +76,7 @@ HELPS = {
     "load_best_model_at_end": "End with the best checkpoint; needs evaluation.",
     "metric_for_best_model": "What is best: the name of a metric; unset, the loss.",
     "greater_is_better": "Whether more of that metric is better; unset, yes, except of a loss.",
-    "resume_from_checkpoint": "Go on from a checkpoint: true, the newest whole one in the output folder, or its path.",
+    "resume_from_checkpoint": "Go on: true for the newest whole checkpoint in the output folder, or the path of one.",
     "ignore_data_skip": "When resuming, start at the beginning of the data.",
     "restore_callback_states_from_checkpoint": "When resuming, callbacks go on as they were, too.",
     # The hub
