@@ -119,6 +119,13 @@ def test_every_save_sends_the_checkpoints_model_and_nothing_of_the_optimizer(
     assert not [name for name in files if name.endswith((".pt", ".pth", ".bin")) or "checkpoint" in name]
 
 
+def test_every_save_goes_to_the_branch_that_hub_revision_names(hub: Hub, trainer_of: Callable[..., Any]) -> None:
+    saves = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(**saves, hub_model_id="org/run", hub_revision="tried").train()
+    assert hub.files("org/run", "tried")["model.safetensors"]
+    assert "model.safetensors" not in hub.files("org/run")
+
+
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_strategies_that_send_the_optimizer_are_refused(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(TunesmithError, match=f"hub_strategy is {strategy}, which sends the optimizer's state"):
