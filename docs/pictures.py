@@ -1,20 +1,24 @@
-"""Draws the pictures of the pages.
+"""Draws the pictures of the pages from the run in the folder RUN.
 
-    python docs/pictures.py RUN docs/images/live.svg
+    python docs/pictures.py RUN docs/images
 
-The view of `tunesmith train` in the middle of the run in the folder RUN, from the numbers that it wrote of each step.
+`live.svg` is the view of `tunesmith train` in the middle of the run, from the numbers that it wrote of each step;
+`report.png` the beginning of its report in Chromium, the Debian package.
 """
 
 import io
 import json
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
+from tunesmith.report.write import write_report
 from tunesmith.train.live import RunView, Snapshot
 
 COLUMNS = 84
@@ -22,6 +26,9 @@ SHARE = 0.7
 """How far the run is in the picture."""
 FRAME = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 """rich's, without the fonts that it has from elsewhere: the reader's own do."""
+CHROMIUM = "/usr/bin/chromium"
+PAGE = (1080, 1290)
+"""Pixels of the report that are shown, (width, height)."""
 
 
 def draw_live(run: Path, picture: Path) -> None:
@@ -38,10 +45,28 @@ def draw_live(run: Path, picture: Path) -> None:
     now.events += [line["event"] for line in lines if "event" in line and line["step"] <= last["step"]]
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(RunView(now))
-    picture.parent.mkdir(parents=True, exist_ok=True)
     drawn = console.export_svg(title="tunesmith train recipe.yaml", code_format=FRAME)
     picture.write_text("".join(f"{line.rstrip()}\n" for line in drawn.splitlines() if line.strip()), encoding="utf-8")
 
 
+def draw_report(run: Path, picture: Path) -> None:
+    """Writes `picture`, a PNG, of the report of the run in the folder `run`."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = write_report([str(run)], str(Path(folder) / "report.html"))
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/profile",
+        ]
+        size = f"--window-size={PAGE[0]},{PAGE[1]}"
+        command = [CHROMIUM, *flags, size, f"--screenshot={picture.absolute()}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
 if __name__ == "__main__":
-    draw_live(Path(sys.argv[1]), Path(sys.argv[2]))
+    source, pictures = Path(sys.argv[1]), Path(sys.argv[2])
+    pictures.mkdir(parents=True, exist_ok=True)
+    draw_live(source, pictures / "live.svg")
+    draw_report(source, pictures / "report.png")

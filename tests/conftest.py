@@ -56,6 +56,15 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tunesmith.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 
+@pytest.fixture(autouse=True)
+def no_page_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report of a run takes longer than most runs of the tests; those marked `reports` get it."""
+    import tunesmith.train.journal
+
+    if request.node.get_closest_marker("reports") is None:
+        monkeypatch.setattr(tunesmith.train.journal.JournalingTrainer, "_write_report", lambda self: None)
+
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -9,34 +9,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from tests.trl_fields import ADDED, CHANGED
 from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError
 
-# TRL 1.16's `SFTConfig` on top of `TrainingArguments`, with its defaults.
-TRL_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-5,
-    "logging_steps": 10,
-    "bf16": None,
-    "model_init_kwargs": None,
-    "trust_remote_code": False,
-    "router_aux_loss_coef": None,
-    "chat_template_path": None,
-    "dataset_text_field": "text",
-    "dataset_kwargs": None,
-    "dataset_num_proc": None,
-    "eos_token": None,
-    "pad_token": None,
-    "max_length": 1024,
-    "truncation_mode": "keep_start",
-    "shuffle_dataset": False,
-    "packing": False,
-    "packing_strategy": "bfd",
-    "eval_packing": None,
-    "completion_only_loss": None,
-    "assistant_only_loss": False,
-    "loss_type": "nll",
-    "activation_offloading": False,
-}
 OTHER_DEFAULTS = {"padding_free": True, "pad_to_multiple_of": None, "gradient_checkpointing": None}
 """Those that differ from TRL's: batches have no padding, and computing twice costs time that small models can save."""
 
@@ -53,8 +29,8 @@ def refused(message: str, **settings: Any) -> None:
 
 def test_trls_names_are_fields_with_trls_defaults() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-    assert {name: defaults[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
-    assert {name: defaults[name] for name in OTHER_DEFAULTS} == OTHER_DEFAULTS
+    theirs = ADDED | CHANGED
+    assert {name: defaults[name] for name in theirs} == theirs | OTHER_DEFAULTS
 
 
 def test_every_field_of_training_arguments_is_a_field() -> None:
@@ -145,6 +121,8 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef is 0.1: this loss is not supported; leave it unset"),
         ({"activation_offloading": True}, "activation_offloading is True, but this run is on cpu, where activations"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True: Liger replaces the forward"),
+        ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config is {'rope': True}: Liger is not used"),
+        ({"use_cache": True}, "use_cache is True: training computes without a cache"),
         ({"torch_compile_mode": "reduce-overhead"}, "choose default | max-autotune-no-cudagraphs"),
         ({"torch_compile": True, "gradient_checkpointing": True}, "torch_compile is True, and so is gradient_check"),
         ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'; only 'keep_start' is supported"),
@@ -201,16 +179,25 @@ def test_activations_may_leave_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_off_are_accepted_as_off() -> None:
     make(activation_offloading=False, use_liger_kernel=False, torch_compile=False, router_aux_loss_coef=0.0)
+    make(use_cache=False, liger_kernel_config=None)
 
 
 def test_trls_other_names_for_our_defaults_are_accepted() -> None:
     found = make(pad_to_multiple_of="auto", loss_type="chunked_nll")
     assert found.pad_to_multiple_of is None
     assert found.loss_type == "nll"
+    assert make(pad_to_multiple_of="none").pad_to_multiple_of is None
+    assert make(packing=True, packing_strategy="bfd-requeue").packing_strategy == "bfd_split"
 
 
 def test_padded_batches_may_be_padded_to_a_multiple() -> None:
     assert make(pad_to_multiple_of=8, padding_free=False).pad_to_multiple_of == 8
+    assert make(pad_to_multiple_of="64", padding_free=False).pad_to_multiple_of == 64
+
+
+@pytest.mark.parametrize("value", [0, -8, "0", "wide", 1.5])
+def test_a_multiple_to_pad_to_is_a_number_of_tokens(value: Any) -> None:
+    refused(f"pad_to_multiple_of is {value!r}; write a number of tokens from 1 on", pad_to_multiple_of=value)
 
 
 @pytest.mark.parametrize("name", ["model_init_kwargs", "dataset_kwargs", "chat_template_kwargs", "columns"])

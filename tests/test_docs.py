@@ -12,6 +12,7 @@ import pytest
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
+from tests.trl_fields import ADDED, CHANGED, VERSION
 from tunesmith.cli.main import app
 from tunesmith.config import SFTConfig
 from tunesmith.data.formats import FormatOptions, detect, parse
@@ -22,30 +23,6 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WRITTEN_BY_SCRIPTS = ("first-session.md",)  # transcripts: the script that wrote one ran its commands
 RUN_BY_HAND = "sh"  # what installs, or waits for a person; kept to a few lines
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name not in WRITTEN_BY_SCRIPTS)
-TRL_FIELDS = {
-    "model_init_kwargs",
-    "trust_remote_code",
-    "router_aux_loss_coef",
-    "chat_template_path",
-    "dataset_text_field",
-    "dataset_kwargs",
-    "dataset_num_proc",
-    "eos_token",
-    "max_length",
-    "truncation_mode",
-    "shuffle_dataset",
-    "packing",
-    "packing_strategy",
-    "padding_free",
-    "pad_to_multiple_of",
-    "eval_packing",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "loss_type",
-    "activation_offloading",
-    "pad_token",
-}
-"""What TRL 1.16's SFTConfig adds to TrainingArguments."""
 
 
 @pytest.fixture
@@ -99,6 +76,7 @@ RUN: dict[str, Callable[[str, str], None]] = {"python": _python, "console": _con
 
 
 @pytest.mark.documented
+@pytest.mark.timeout(900)  # the page of commands trains, merges and exports
 @pytest.mark.parametrize("page", PAGES)
 def test_every_snippet_of_the_page_works_in_the_order_of_the_page(page: str, folder: Path) -> None:
     for number, (kind, text) in enumerate(_snippets(page), start=1):
@@ -106,13 +84,25 @@ def test_every_snippet_of_the_page_works_in_the_order_of_the_page(page: str, fol
             RUN[kind](text, f"{page}, snippet {number}")
 
 
-def test_the_page_about_trl_has_every_field_of_both() -> None:
-    page = (DOCS / "trl.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
-    ours = {field.name for field in fields(SFTConfig)} - {field.name for field in fields(TrainingArguments)}
-    assert ours <= set(named)
-    assert set(named) >= TRL_FIELDS
-    assert set(named) <= {field.name for field in fields(SFTConfig)}
+def test_the_page_about_trl_has_every_field_of_both_and_each_default_that_differs() -> None:
+    assert f"TRL {VERSION.rpartition('.')[0]} adds" in (DOCS / "trl.md").read_text(encoding="utf-8")
+    first, differing, second = (_named(table) for table in _tables("trl.md"))
+    ours = {field.name: field.default for field in fields(SFTConfig)}
+    assert first == list(ADDED)
+    added = ours.keys() - {field.name for field in fields(TrainingArguments)}
+    assert second == [name for name in ours if name in added - ADDED.keys()]
+    theirs = ADDED | CHANGED
+    # Of `bf16` both have None, of which each makes another thing.
+    assert set(differing) == {name for name in theirs if theirs[name] != ours[name]} | {"bf16"}
+
+
+def _tables(page: str) -> list[str]:
+    return re.findall(r"(?:^\|.*\n)+", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _named(table: str) -> list[str]:
+    """What the first column of a table has in code."""
+    return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
 
 
 def test_both_languages_of_the_readme_have_the_same_sections_commands_and_figures() -> None:

@@ -20,14 +20,13 @@ LAYERS = (
     ("base",),
     ("data", "model"),
     ("ship",),
-    ("train",),
-    ("report", "serve"),
+    ("report",),
+    ("train", "serve"),
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
-TOP_LEVEL = dict.fromkeys(("errors", "types", "home", "precision", "coerce", "sandbox", "config", "recipe"), "base") | {
-    "__main__": "cli"
-}
+BASE = ("errors", "types", "home", "precision", "coerce", "sandbox", "config", "helps", "recipe")
+TOP_LEVEL = dict.fromkeys(BASE, "base") | {"__main__": "cli"}
 HEIGHT = {place: height for height, row in enumerate(LAYERS) for place in row}
 
 # Importing one of these (a folder stands for all its modules) must load none of HEAVY.
@@ -37,6 +36,7 @@ TORCH_FREE = (
     "home",
     "coerce",
     "sandbox",
+    "helps",
     "recipe",
     "data.read",
     "data.formats",

@@ -1,12 +1,15 @@
 """A recipe is checked as a whole before anything is loaded, and every mistake in it is named with its line."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError
+from tunesmith.helps import HELPS
 from tunesmith.recipe import all_settings, parse_options, resolve
 
 NEEDED = {"model": "demo", "data": "rows.jsonl", "output": "runs/x"}
@@ -202,8 +205,19 @@ def test_a_wrong_option_is_refused(tokens: list[str], message: str | None) -> No
         parse_options(tokens)
 
 
-def test_every_setting_has_help() -> None:
-    assert not [name for name, setting in all_settings().items() if not setting.help]
+def test_every_setting_has_a_line_of_help() -> None:
+    helps = {name: setting.help for name, setting in all_settings().items()}
+    assert not [name for name, text in helps.items() if not 10 < len(text) <= 180 or text[-1] != "." or "\n" in text]
+
+
+def test_a_line_replaces_that_of_transformers_for_each_field_that_is_not_redefined() -> None:
+    redefined = {"learning_rate", "logging_steps", "bf16"}
+    assert set(HELPS) == {field.name for field in fields(TrainingArguments)} - redefined
+
+
+def test_fsdp_is_turned_on_as_transformers_says() -> None:
+    assert parse_options(["--fsdp", "recipe.yaml"]) == ("recipe.yaml", {"fsdp": True})
+    assert all_settings()["fsdp"].kind == bool | str | None
 
 
 def test_a_number_that_transformers_can_not_count_with_is_a_mistake_of_the_recipe() -> None:

@@ -20,6 +20,14 @@ OnBadRow = Literal["error", "skip"]
 COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 """The others record CUDA graphs, one for each length of a batch."""
 
+UNSUPPORTED = {
+    "router_aux_loss_coef": "this loss is not supported; leave it unset",
+    "use_liger_kernel": "Liger replaces the forward that computes our loss, which never makes the full logits either",
+    "liger_kernel_config": "Liger is not used; leave it unset",
+    "use_cache": "training computes without a cache, whose entries it would never read; leave it off",
+}
+"""Settings of TRL and `transformers` that are refused, unless they are off, and why."""
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -49,7 +57,7 @@ class SFTConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata=_help("Log every so many steps; below 1, a share of the run."))
     precision: Precision = field(default="auto", metadata=_help("auto measures the device | fp32 | bf16 | fp16."))
     bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata=_help("TRL's way to say precision: bf16 (True), or not (False).")
+        default=None, metadata=_help("TRL's way to say precision: bf16 (true), or not (false).")
     )
 
     # The model
@@ -85,7 +93,7 @@ class SFTConfig(TrainingArguments):
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that prepare the data; unset, one."))
     max_length: int | None = field(
-        default=1024, metadata=_help("Most tokens of an example, and of a pack. None: no limit.")
+        default=1024, metadata=_help("Most tokens of an example, and of a pack; null: no limit.")
     )
     on_bad_row: OnBadRow = field(
         default="error",
@@ -112,7 +120,7 @@ class SFTConfig(TrainingArguments):
         ),
     )
     completion_only_loss: bool | None = field(
-        default=None, metadata=_help("TRL's name for train_on: completion (True) or all (False).")
+        default=None, metadata=_help("TRL's name for train_on: completion (true) or all (false).")
     )
     assistant_only_loss: bool = field(default=False, metadata=_help("TRL's name for train_on: assistant."))
     allow_no_eos: bool = field(
@@ -143,7 +151,7 @@ class SFTConfig(TrainingArguments):
         ),
     )
     padding_free: bool = field(
-        default=True, metadata=_help("Batches without padding; False pads, for comparison or an odd model.")
+        default=True, metadata=_help("Batches without padding; false pads, for comparison or an odd model.")
     )
     pad_to_multiple_of: int | str | None = field(
         default=None, metadata=_help("Pad rows to a multiple of this many tokens; needs padding_free: false.")
@@ -205,6 +213,7 @@ class SFTConfig(TrainingArguments):
         self._check_choices()
         self._check_supervision()
         self._check_batches()
+        self._settle_padding()
         if self.memory_limit is not None:
             try:
                 byte_count(self.memory_limit)
@@ -242,6 +251,8 @@ class SFTConfig(TrainingArguments):
         return "completion" if self.completion_only_loss else "all"
 
     def _check_choices(self) -> None:
+        if self.packing_strategy == "bfd-requeue":  # type: ignore[comparison-overlap]  # its name in TRL, once
+            self.packing_strategy = "bfd_split"
         choices: dict[str, Any] = {
             "loss_type": LossType,
             "packing_strategy": PackingStrategy,
@@ -259,6 +270,23 @@ class SFTConfig(TrainingArguments):
                 raise TunesmithError(f"{name} is {value!r}; choose {' | '.join(allowed)}{nearest(str(value), allowed)}")
         if self.loss_type == "chunked_nll":
             self.loss_type = "nll"
+
+    def _settle_padding(self) -> None:
+        """TRL takes text here, too: auto and none, and a number as its CLI gives it."""
+        text = str(self.pad_to_multiple_of).lower()
+        if text in ("auto", "none", "null"):
+            self.pad_to_multiple_of = None
+            return
+        if not text.isdecimal() or int(text) < 1:
+            raise TunesmithError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of!r}; write a number of tokens from 1 on"
+            )
+        self.pad_to_multiple_of = int(text)
+        if self.padding_free:
+            raise TunesmithError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches have no padding; "
+                "drop it, or set padding_free: false"
+            )
 
     def _check_supervision(self) -> None:
         named = {
@@ -285,13 +313,6 @@ class SFTConfig(TrainingArguments):
             )
         if self.packing and not self.padding_free:
             raise TunesmithError("packing puts examples side by side, which padding_free: false forbids; drop one")
-        if self.pad_to_multiple_of == "auto":
-            self.pad_to_multiple_of = None
-        if self.pad_to_multiple_of is not None and self.padding_free:
-            raise TunesmithError(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches have no padding; "
-                "drop it, or set padding_free: false"
-            )
         if self.truncation_mode != "keep_start":
             raise TunesmithError(
                 f"truncation_mode is {self.truncation_mode!r}; only 'keep_start' is supported. "
@@ -348,15 +369,8 @@ class SFTConfig(TrainingArguments):
             )
 
     def _refuse_unsupported(self) -> None:
-        reasons = {
-            "router_aux_loss_coef": (self.router_aux_loss_coef, "this loss is not supported; leave it unset"),
-            "use_liger_kernel": (
-                self.use_liger_kernel,
-                "Liger replaces the forward that computes our loss, which never makes the full logits either",
-            ),
-        }
-        for name, (value, reason) in reasons.items():
-            if value:
+        for name, reason in UNSUPPORTED.items():
+            if value := getattr(self, name):
                 raise TunesmithError(f"{name} is {value!r}: {reason}")
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
         if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):

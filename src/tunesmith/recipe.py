@@ -14,6 +14,7 @@ import yaml
 
 from tunesmith.coerce import BOOLEANS, UniqueKeyLoader, coerce, expected, found, members_of
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.helps import HELPS
 
 if TYPE_CHECKING:
     from tunesmith.config import SFTConfig
@@ -245,13 +246,13 @@ def all_settings() -> dict[str, Setting]:
     from tunesmith.config import SFTConfig
 
     kinds = get_type_hints(SFTConfig)
-    # `true` means the newest checkpoint in the output folder; the declared type has only a path.
-    kinds["resume_from_checkpoint"] = bool | str | None
+    # `true` means the newest checkpoint in the output folder, and FSDP on; the declared types have only text.
+    kinds |= dict.fromkeys(("resume_from_checkpoint", "fsdp"), bool | str | None)
     inherited = {item.name for item in fields(TrainingArguments)}
     settings = {name: Setting(kind=kind, default=MISSING, help=text) for name, (kind, text) in KEYS.items()}
     for item in sorted(fields(SFTConfig), key=lambda item: item.name in inherited):
         default = item.default if item.default_factory is MISSING else item.default_factory()
-        text = " ".join(str(item.metadata.get("help", "")).split())
+        text = HELPS.get(item.name) or " ".join(str(item.metadata.get("help", "")).split())
         settings[item.name] = Setting(kind=kinds[item.name], default=default, help=text)
     return settings
 

@@ -65,6 +65,7 @@ def test_a_mistake_is_named(
     assert message in result.stderr
 
 
+@pytest.mark.reports
 def test_training_leaves_a_report_with_answers_before_and_after(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_demo_model_that_must_be_converted_says_so(
     assert "Converting the demo model" in result.stdout
 
 
+@pytest.mark.reports
 def test_a_run_that_an_error_ends_has_a_report(
     needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,12 +142,7 @@ def test_a_run_that_an_error_ends_has_a_report(
     run = tmp_path / "run"
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 2
     assert "learning rate" in (run / "report.html").read_text(encoding="utf-8")
-
-    def report(trainer: SFTTrainer) -> None:
-        raise OSError("full")
-
-    monkeypatch.setattr("tunesmith.cli.train._report", report)
-    assert isinstance(RUNNER.invoke(app, [*needed, "--max-steps", "4"]).exception, ValueError)
+    assert f"how it went:  {run / 'report.html'}" in result.stdout
 
 
 def test_fields_lists_every_setting() -> None:

@@ -77,9 +77,11 @@ def test_the_record_says_what_was_trained_on_what_and_how_it_went(
     assert len(record.prompts) == 3
 
 
-def test_checkpoints_hold_no_record(trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.reports
+def test_the_record_is_the_runs_and_not_of_its_checkpoints(trainer_of: Callable[..., Any], tmp_path: Path) -> None:
     trainer_of(save_strategy="steps", save_steps=1).train()
-    assert not list((tmp_path / "run").glob("**/run.json"))
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    assert list((tmp_path / "run").glob("**/run.json")) == [tmp_path / "run" / "run.json"]
 
 
 @pytest.mark.parametrize("adapters", [LORA, None], ids=["adapters", "full"])
@@ -115,6 +117,13 @@ def test_every_save_sends_the_checkpoints_model_and_nothing_of_the_optimizer(
     files = hub.files("org/run")
     assert files["model.safetensors"]
     assert not [name for name in files if name.endswith((".pt", ".pth", ".bin")) or "checkpoint" in name]
+
+
+def test_every_save_goes_to_the_branch_that_hub_revision_names(hub: Hub, trainer_of: Callable[..., Any]) -> None:
+    saves = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(**saves, hub_model_id="org/run", hub_revision="tried").train()
+    assert hub.files("org/run", "tried")["model.safetensors"]
+    assert "model.safetensors" not in hub.files("org/run")
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

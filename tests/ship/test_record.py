@@ -15,7 +15,7 @@ from tunesmith.config import SFTConfig
 from tunesmith.data.preflight import Preflight, SplitReport
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.gather import counts_of, method_of, prompts_of, settings_of, versions
+from tunesmith.ship.gather import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
 from tunesmith.ship.record import Method, Origin, Prompt, RunRecord
 from tunesmith.types import Conversation, Message, Row, Text, Tokens
 
@@ -149,6 +149,32 @@ def test_the_settings_are_those_that_had_an_effect(tmp_path: Path) -> None:
     assert found["max_steps"] == 7
     assert not {"num_train_epochs", "packing_strategy", "hub_token", "output_dir"} & found.keys()
     json.dumps(found)
+
+
+def test_settings_that_are_not_as_by_default_are_told_without_secrets_and_places(tmp_path: Path) -> None:
+    made: dict[str, Any] = {"adam_epsilon": 1e-6, "columns": {"prompt": "q"}, "pad_token": "<pad>"}
+    kept = {"token": "hf_never", "dtype": "float32"}
+    config = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, run_name="mine", report_to="none", model_init_kwargs=kept, **made
+    )
+    found = settings_of(config)
+    assert {name: found.get(name) for name in made} == made
+    assert "eval_strategy" not in found
+    assert found["model_init_kwargs"] == {"dtype": "float32"}
+    assert not {"run_name", "report_to", "bf16", "disable_tqdm"} & found.keys()
+
+
+def test_adapters_tell_what_is_not_as_by_default() -> None:
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=True, exclude_modules=["up_proj"]
+    )
+    adapted = get_peft_model(tiny("llama"), lora)
+    assert adapter_settings_of(adapted) == {
+        "lora.modules_to_save": ["lm_head"],
+        "lora.exclude_modules": ["up_proj"],
+        "lora.use_dora": True,
+    }
+    assert adapter_settings_of(tiny("llama")) == {}
 
 
 def test_every_source_of_every_split_is_counted() -> None:

@@ -210,6 +210,24 @@ def test_compute_loss_func_gets_logits_and_is_the_loss(steps: int, trainer_of: C
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_outputs_beside_the_loss_are_those_of_its_own_pass(padding_free: bool, trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(padding_free=padding_free)
+    model = trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    alone = trainer.compute_loss(model, batch)
+    passes: list[int] = []
+    model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert len(passes) == 1
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert outputs.logits.shape[:2] == batch["labels"].shape
+    labels = batch["labels"][:, 1:].flatten()
+    by_torch = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels)
+    assert by_torch.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert by_torch.requires_grad
+
+
 def test_callbacks_are_called_and_see_what_is_logged(trainer_of: Callable[..., Any]) -> None:
     class Watcher(TrainerCallback):
         steps = 0

@@ -54,7 +54,7 @@ def run(output: Path, console: Console) -> Score:
     from tunesmith.data.orders import held_out_rows, training_rows
 
     rows, held_out = training_rows(), held_out_rows()
-    trainer = _trainer(output, rows, console)
+    trainer = _trainer(output, rows, held_out, console)
     with trainer.model.disable_adapter():  # which change nothing yet, and take time
         before = _measure(trainer, held_out, "before", console)
     _train(trainer, console)
@@ -68,11 +68,13 @@ def run(output: Path, console: Console) -> Score:
     about = {"output": str(output), "held_out": len(held_out), "seconds": seconds}
     finish(about | scores, lambda: _show(held_out, before, after, Console()))
     console.print(f"\nTrained on {len(rows)} e-mails in {output}; everything took {seconds / 60:.1f} minutes.")
+    if trainer.report is not None:
+        console.print(f"How it went: {trainer.report}", highlight=False, soft_wrap=True)
     _next_commands(output, held_out[0]["messages"], console)
     return after
 
 
-def _trainer(output: Path, rows: list[dict[str, Any]], console: Console) -> Any:
+def _trainer(output: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]], console: Console) -> Any:
     from peft import LoraConfig
 
     from tunesmith.config import SFTConfig
@@ -89,6 +91,9 @@ def _trainer(output: Path, rows: list[dict[str, Any]], console: Console) -> Any:
         adam_beta2=0.98,  # the default 0.999 averages over more steps than this run has
         lr_scheduler_type="linear",
         train_on="assistant",
+        eval_strategy="steps",
+        eval_steps=0.5,
+        sample_prompts=SHOWN,
         logging_steps=9,  # 16 lines of its 135 steps, where no view is drawn in place
         logging_first_step=True,
         save_strategy="no",
@@ -97,7 +102,7 @@ def _trainer(output: Path, rows: list[dict[str, Any]], console: Console) -> Any:
     )
     console.print(f"Settled on {args.precision_note}.", highlight=False, soft_wrap=True)
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return SFTTrainer(model=DEMO, args=args, train_dataset=rows, peft_config=adapter)
+    return SFTTrainer(model=DEMO, args=args, train_dataset=rows, eval_dataset=held_out, peft_config=adapter)
 
 
 def _train(trainer: Any, console: Console) -> None:

@@ -19,51 +19,60 @@ from tunesmith.errors import TunesmithError
 if TYPE_CHECKING:
     from tunesmith.data.tokenize import Counts
     from tunesmith.report.metrics import Estimate, Metric, Result
+    from tunesmith.report.questions import Source
 
 WIDTH = 80
 CUT_SHOWN = 3
 """Answers that did not end, whose places are told."""
 
 
+# The options, in the order of the help
+RUN = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs)
+]
+DATA = Annotated[str, typer.Option(metavar="FILE", help="Rows not trained on.")]
+METRIC = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="exact_match, contains, json_valid, json_equal, number, rouge; repeatable. Unset: what fits.",
+    ),
+]
+LIMIT = Annotated[int | None, typer.Option(metavar="N", help="Ask N rows, drawn at random.")]
+MAX_NEW_TOKENS = Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")]
+BATCH_SIZE = Annotated[int, typer.Option(metavar="N", help="Answers at a time.")]
+NO_BASE = Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")]
+SYSTEM = Annotated[str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")]
+OUTPUT = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")]
+COLUMNS = Annotated[str | None, typer.Option(metavar="NAMES", help="Our names to the data's: '{prompt: question}'.")]
+SPLIT = Annotated[str | None, typer.Option(metavar="NAME", help="The split of data on the hub; unset, test.")]
+AS_CHAT = Annotated[bool | None, typer.Option("--chat/--text", help="How to ask texts. Unset: as trained.")]
+SEED = Annotated[int, typer.Option(metavar="N", help="The seed of what is drawn.")]
+TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+
+
 def evaluate(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs),
-    ],
-    data: Annotated[str, typer.Option(metavar="FILE", help="Rows not trained on.")],
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="exact_match, contains, json_valid, json_equal, number, rouge; repeatable. Unset: what fits.",
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Ask N rows, drawn at random.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 16,
-    no_base: Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")] = False,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")] = None,
-    columns: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="'{prompt: question, completion: answer}'.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(metavar="NAME", help="Of data on the hub (test).")] = None,
-    as_chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--text", help="How to ask texts. Unset: as trained."),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    run: RUN,
+    data: DATA,
+    metric: METRIC = None,
+    limit: LIMIT = None,
+    max_new_tokens: MAX_NEW_TOKENS = 256,
+    batch_size: BATCH_SIZE = 16,
+    no_base: NO_BASE = False,
+    system: SYSTEM = None,
+    output: OUTPUT = None,
+    columns: COLUMNS = None,
+    split: SPLIT = None,
+    as_chat: AS_CHAT = None,
+    seed: SEED = 0,
+    trust_remote_code: TRUST = False,
 ) -> None:
     """Ask a run rows that it was not trained on, and score its answers beside those of its base model.
 
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
-    from tunesmith.data.tokenize import Counts
-    from tunesmith.report.metrics import chosen, fitting, refuse_unfit, scored
-    from tunesmith.report.questions import Source, questions
+    from tunesmith.report.metrics import chosen
+    from tunesmith.report.questions import Source
 
     settings = Settings(
         run=run,
@@ -78,8 +87,17 @@ def evaluate(
     metrics = chosen(metric or ())
     if output is not None:
         _check_output(output)
+    _score(settings, Source(data=data, split=split, columns=_columns(columns), system=system), metrics, output)
+
+
+def _score(settings: Settings, source: "Source", metrics: Sequence["Metric"], output: Path | None) -> None:
+    """Asks the rows of `source`, and says and writes what `metrics` make of the answers; none given, those that fit."""
+    from tunesmith.data.tokenize import Counts
+    from tunesmith.report.metrics import fitting, refuse_unfit, scored
+    from tunesmith.report.questions import questions
+
     counts = Counts()
-    found = questions(Source(data=data, split=split, columns=_columns(columns), system=system), counts)
+    found = questions(source, counts)
     expected = [item.expected for item in found]
     metrics, why = (metrics, "") if metrics else fitting(expected)
     if why:
@@ -91,10 +109,11 @@ def evaluate(
     expected = [item.expected for item in answered.questions]
     tuned = [answer.text for answer in answered.tuned]
     base = None if answered.base is None else [answer.text for answer in answered.base]
-    results = [scored(item, expected, tuned, base, seed) for item in metrics]
+    results = [scored(item, expected, tuned, base, settings.seed) for item in metrics]
     if output is not None:
         _write(output, answered, metrics)
-    about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed, "metrics_chosen_for": why}
+    about = {"run": settings.run, "data": source.data, "max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    about |= {"metrics_chosen_for": why}
     finish(about | _as_json(answered, results, counts), lambda: _show(answered, results, counts, settings))
 
 

@@ -19,10 +19,10 @@ def merge(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The new folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset, the base model's.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file, and of memory.")] = "2GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, and most weights in memory at once.")] = "2GB",
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest relative difference of logits."),
+        typer.Option(help="Largest relative difference of logits; unset, by dtype."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Compare answers to this; repeatable.")
@@ -30,7 +30,7 @@ def merge(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare what was written with the adapters.")
     ] = True,
-    adapter: Annotated[str | None, typer.Option(help="Their subfolder of RUN, if they have one.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The subfolder of RUN that holds the adapters.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Merge the adapters of a run into their base model.

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.", autocompletion=runs)],
-    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Where to; made when it is missing.")],
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="The repository; made when it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Make it private; a public one is refused.")] = False,
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="The branch, made when it is missing.")] = "main",
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="Such as apache-2.0; without it, the base model's.")
+        str | None,
+        typer.Option("--license", metavar="ID", help="The licence, such as apache-2.0; unset, the base model's."),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="The base model on the hub, where the run names a folder.")

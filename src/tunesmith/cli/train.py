@@ -5,7 +5,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,11 +101,12 @@ def run(recipe: "Recipe") -> None:
         _say_preflight(trainer)
         _say(trainer.trainable)
         view.follow(trainer)
-        with _telling_what_is_kept(str(recipe.config.output_dir)), _reporting_errors_too(trainer):
+        with _telling_what_is_kept(trainer):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
         if not stop.stopped:
             trainer.save_model()
-    _finish(trainer, _report(trainer), stopped=stop.stopped)
+    _say_report(trainer)
+    _finish(trainer, stopped=stop.stopped)
     if stop.stopped:
         raise typer.Exit(stop.exit_code)
 
@@ -131,7 +132,7 @@ def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
     return trainer
 
 
-def _finish(trainer: "SFTTrainer", report: Path | None, *, stopped: bool) -> None:
+def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
     """What came of it, and what can be done with it."""
     output, state = str(trainer.args.output_dir), trainer.state
     saved = "adapters" if trainer.has_adapters else "model"
@@ -144,10 +145,10 @@ def _finish(trainer: "SFTTrainer", report: Path | None, *, stopped: bool) -> Non
     else:
         lines = [f"saved the {saved} to {output}", f"try it:  tunesmith chat {shlex.quote(output)}"]
     if _is_main():
-        finish_lines(_result(trainer, report) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
+        finish_lines(_result(trainer) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
 
 
-def _result(trainer: "SFTTrainer", report: Path | None) -> dict[str, Any]:
+def _result(trainer: "SFTTrainer") -> dict[str, Any]:
     """The numbers of a run: the last of each, and what was odd."""
     history = trainer.state.log_history
     last: dict[str, Any] = {}
@@ -166,52 +167,31 @@ def _result(trainer: "SFTTrainer", report: Path | None) -> dict[str, Any]:
         "trained_parameters": trainer.trainable.trained,
         "parameters": trainer.trainable.parameters,
         "events": [{"step": step, "event": text} for step, text in trainer.events],
-        "report": None if report is None else str(report),
+        "report": None if trainer.report is None else str(trainer.report),
     }
 
 
 @contextmanager
-def _telling_what_is_kept(output: str) -> Iterator[None]:
-    """A second Ctrl-C leaves at once; what was saved before stays."""
+def _telling_what_is_kept(trainer: "SFTTrainer") -> Iterator[None]:
+    """An error leaves a report. A second Ctrl-C leaves at once; what was saved before stays."""
     from tunesmith.model.load import newest_checkpoint
 
     try:
         yield
+    except Exception:
+        _say_report(trainer)
+        raise
     except KeyboardInterrupt:
-        newest = newest_checkpoint(Path(output))
+        newest = newest_checkpoint(Path(str(trainer.args.output_dir)))
         typer.echo(
             f"left at once; {f'the newest checkpoint is {newest}' if newest else 'no checkpoint was saved'}", err=True
         )
         raise
 
 
-@contextmanager
-def _reporting_errors_too(trainer: "SFTTrainer") -> Iterator[None]:
-    """A run that an error ends has a report of the steps before it; the error is what is told."""
-    try:
-        yield
-    except Exception:
-        if trainer.state.global_step:  # else the folder may be another run's
-            with suppress(Exception):
-                _report(trainer)
-        raise
-
-
-def _report(trainer: "SFTTrainer") -> Path | None:
-    """A run stands without its report."""
-    from tunesmith.cli.report import write_report
-
-    if not trainer.is_world_process_zero():
-        return None
-    output = str(trainer.args.output_dir)
-    trainer.record().write(output)  # also of a run that was stopped
-    try:
-        path = write_report([output])
-    except TunesmithError as error:
-        _say(f"note: there is no report: {error}")
-        return None
-    _say(f"how it went:  {path}")
-    return path
+def _say_report(trainer: "SFTTrainer") -> None:
+    if trainer.report is not None:
+        _say(f"how it went:  {trainer.report}")
 
 
 def _say_preflight(trainer: "SFTTrainer") -> None:

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CHECKED_TOKENS = 4
 """Size of each of the two documents that the first batch is checked with."""
 
-OURS = ("labels", "lengths", "parents", "loss_options")
+OURS = ("labels", "lengths", "parents", "loss_options", "return_outputs")
 """What a batch holds beside the arguments of the model's own forward."""
 
 # How a model's config says what its forward does to the head's product. A model that does something else is found by
@@ -77,6 +77,7 @@ class _Path:
 
 def teach(model: PreTrainedModel) -> None:
     """Let `model(..., supervise=Targets, loss_options=LossOptions)` return a `Supervised`; other calls are unchanged.
+    With `return_outputs=True` it holds the model's outputs, too.
 
     `lengths`, the token counts of the documents in a flat row, goes with `supervise` and restricts attention to them;
     `parents` says which of them continue another (`document_map`).
@@ -110,9 +111,10 @@ def _supervised(
     head = plain_head(model)
     if path.fused is None or (lengths is not None and not path.documents):
         _check(model, original, path, head, inputs["input_ids"], documents=lengths is not None)
-    if head is None or not path.fused:
-        logits = original(**inputs).logits
-        return cross_entropy(logits.flatten(0, 1)[supervise.positions.to(logits.device)], supervise, options)
+    wanted = bool(batch.get("return_outputs"))
+    if head is None or not path.fused or wanted:
+        outputs = original(**inputs)
+        return _from_outputs(outputs, supervise, options, wanted=wanted)
     hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
     positions = supervise.positions.to(hidden.device)
     picked = hidden[positions].to(head.weight.device)
@@ -122,12 +124,19 @@ def _supervised(
 
 
 def behind_virtual_tokens(
-    model: nn.Module, batch: Mapping[str, Any], targets: Targets, options: LossOptions
+    model: nn.Module, batch: Mapping[str, Any], targets: Targets, options: LossOptions, *, return_outputs: bool = False
 ) -> Supervised:
     """The loss of padded rows (B, T) for a model that puts virtual tokens in front of each: `peft` makes embeddings of
-    both, so the loss is taken from the logits of the last T positions."""
-    logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
-    return cross_entropy(logits.flatten(0, 1)[targets.positions.to(logits.device)], targets, options)
+    both, so the loss is taken from the logits of the last T positions, which are those of the outputs, too."""
+    outputs = model(**batch, use_cache=False)
+    outputs.logits = outputs.logits[:, -batch["input_ids"].shape[1] :]
+    return _from_outputs(outputs, targets, options, wanted=return_outputs)
+
+
+def _from_outputs(outputs: Any, targets: Targets, options: LossOptions, *, wanted: bool) -> Supervised:
+    logits = outputs.logits.flatten(0, 1)[targets.positions.to(outputs.logits.device)]
+    result = cross_entropy(logits, targets, options)
+    return replace(result, outputs=outputs) if wanted else result
 
 
 def _check(

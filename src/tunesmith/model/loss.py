@@ -40,13 +40,15 @@ class Supervised:
 
     `loss` is the weighted sum over positions, with its graph; the rest has no graph: `nll` (S,) is each position's
     plain negative log-likelihood in nats, `entropy` (S,) that of the prediction, `correct` (S,) whether its most
-    likely token is the target.
+    likely token is the target. `outputs` are those of the model, with the logits of all positions, where they were
+    asked for.
     """
 
     loss: Tensor
     nll: Tensor
     entropy: Tensor
     correct: Tensor
+    outputs: Any = None
 
 
 def linear_cross_entropy(

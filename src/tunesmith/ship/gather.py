@@ -1,8 +1,11 @@
 """The parts of a run's record, from what the trainer has at hand."""
 
 import platform
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from tunesmith import __version__
@@ -10,7 +13,7 @@ from tunesmith.data.preflight import Preflight, is_train
 from tunesmith.ship.record import Method, Origin, Prompt, SourceCount
 from tunesmith.types import Conversation, Row, Text
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "bitsandbytes")
 SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -39,7 +42,18 @@ SETTINGS = (
     "data_seed",
     "world_size",
 )
-"""What a reader of the results wants to know. No path and no name of a service is among them."""
+"""What a reader of the results wants to know even where it is the default."""
+UNSAID = re.compile(
+    "output_dir|run_name|project|report_to|(hub|trackio)_.*|push_to_hub|log_.*|disable_tqdm|resume_from_checkpoint"
+    "|local_rank|deepspeed|accelerator_config|dataloader_pin_memory|bf16|fp16|completion_only_loss|assistant_only_loss"
+    "|activation_checkpointing|do_.*|debug"
+)
+"""Paths of this machine, names of services, secrets, how a run shows itself, and what another setting says already."""
+UNSAID_OF_ADAPTERS = re.compile(
+    "r|lora_alpha|lora_dropout|target_modules|peft_type|task_type|peft_version|auto_mapping|base_model_name_or_path"
+    "|revision|inference_mode|runtime_config"
+)
+"""What `Method` has, and what does not change the training."""
 
 
 def versions() -> dict[str, str]:
@@ -75,7 +89,8 @@ def method_of(model: Any) -> Method:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """The hyperparameters of an `SFTConfig`, without those that are unset, and `train_on` as it was resolved."""
+    """The settings of an `SFTConfig`: the hyperparameters that count, without those that are unset, `train_on` as it
+    was resolved, and whatever else is not as it is by default."""
     values = {name: getattr(config, name, None) for name in SETTINGS}
     values["train_on"] = getattr(config, "resolved_train_on", None)
     if not values["packing"]:
@@ -86,7 +101,42 @@ def settings_of(config: Any) -> dict[str, Any]:
         values["num_train_epochs"] = None
     else:
         values["max_steps"] = None
-    return {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+    others = {name: value for name, value in _chosen(config, UNSAID).items() if name not in SETTINGS}
+    return {name: _shown(value) for name, value in (values | others).items() if value is not None}
+
+
+def adapter_settings_of(model: Any) -> dict[str, Any]:
+    """What of the adapters of `model`, if it has any, is not as `peft` has it by default and not in `method_of`; named
+    `lora.use_dora`."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    config = next(iter(configs.values()), None)
+    if config is None:
+        return {}
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    return {f"{kind}.{name}": _shown(value) for name, value in _chosen(config, UNSAID_OF_ADAPTERS).items()}
+
+
+def _chosen(config: Any, unsaid: re.Pattern[str]) -> dict[str, Any]:
+    """The fields of a dataclass that have another value than by default, but for those that are `unsaid`."""
+    found = {}
+    for item in fields(config) if is_dataclass(config) else ():
+        value = getattr(config, item.name, None)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        # One that was unset and is off or empty now is as it was.
+        if value != default and (value or default) and not unsaid.fullmatch(item.name):
+            found[item.name] = value
+    return found
+
+
+def _shown(value: Any) -> Any:
+    """Without secrets and without paths; sets in an order."""
+    if isinstance(value, Mapping):
+        return {str(key): _shown(item) for key, item in value.items() if not str(key).endswith("token")}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return getattr(value, "value", value)
 
 
 def counts_of(preflight: Preflight, origins: Mapping[str, Origin]) -> tuple[SourceCount, ...]:

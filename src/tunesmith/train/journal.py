@@ -21,6 +21,7 @@ from tunesmith.config import SFTConfig
 from tunesmith.data.preflight import histogram, is_train
 from tunesmith.data.typed import parsed
 from tunesmith.model.loss import Supervised
+from tunesmith.report.write import REPORT, write_report
 from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, write
 from tunesmith.ship.record import RunRecord
 from tunesmith.train.data import LOOKED_AT, numbered
@@ -37,8 +38,9 @@ MIB = 2**20
 
 class JournalingTrainer(GuardedTrainer):
     """Each optimizer step, evaluation and event is a line of `metrics.jsonl` when it is over; with `sample_prompts`,
-    answers go to `samples.jsonl` before training, with each evaluation and at the end. A run that goes on from a
-    checkpoint drops the lines behind it. Nothing here changes what is trained."""
+    answers go to `samples.jsonl` before training, with each evaluation and at the end. At last, also after an error,
+    `report.html` shows all of it. A run that goes on from a checkpoint drops the lines behind it. Nothing here changes
+    what is trained."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ledger = Ledger()
@@ -50,6 +52,8 @@ class JournalingTrainer(GuardedTrainer):
         self._began = self._clock = 0.0
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         """Told each line of `metrics.jsonl`, on the main process."""
+        self.report: Path | None = None
+        """The page about the run, when `train` is over; None where it could not be written, and on other processes."""
         super().__init__(*args, **kwargs)
         self.add_callback(_Moments(self))
 
@@ -59,6 +63,14 @@ class JournalingTrainer(GuardedTrainer):
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         samples = before_and_after(self._answers, best or self.state.global_step)
         return replace(super().record(), samples=samples)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`. A run that an error ends has a report of the steps before it."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception:
+            self._end_journal()
+            raise
 
     # Steps
 
@@ -142,7 +154,7 @@ class JournalingTrainer(GuardedTrainer):
 
     def _begin_journal(self) -> None:
         self._journaling = self.is_world_process_zero()
-        self._ledger, self._parts, self._written = Ledger(), [], self.state.global_step
+        self._ledger, self._parts, self._written, self.report = Ledger(), [], self.state.global_step, None
         if not self._journaling:
             return
         kept = self._attempt(lambda: keep_up_to(self._folder / METRICS, self._written)) or []
@@ -157,11 +169,20 @@ class JournalingTrainer(GuardedTrainer):
         self._clock = time.perf_counter()
 
     def _end_journal(self) -> None:
-        self._answer()
         self._ledger.end_pass()
         if self._journaling and (found := self._ledger.as_json(self._decode)) is not None:
             self._attempt(lambda: write(self._folder / EXAMPLES, found))
+        if self._journaling and self.state.global_step:
+            self._write_report()
         self._journaling = False
+
+    def _write_report(self) -> None:
+        """`report.html`, with the `run.json` that it needs, as things stand. A run stands without them."""
+        try:
+            self.record().write(self._folder)
+            self.report = write_report([str(self._folder)], str(self._folder / REPORT))
+        except Exception as error:  # whatever it is, weights that were trained and are not saved yet are worth more
+            logger.warning("%s has no report (%s): %s", self._folder, type(error).__name__, error)
 
     def _decode(self, ids: list[int]) -> str:
         return str(cast(PreTrainedTokenizerBase, self.processing_class).decode(ids))
@@ -176,11 +197,13 @@ class JournalingTrainer(GuardedTrainer):
     # Samples
 
     def _choose_prompts(self) -> None:
-        """Weights that are spread over processes can't answer on one of them alone."""
         count = cast(SFTConfig, self.args).sample_prompts or 0
-        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._asked = []
-        if not count or spread or not self._journaling:
+        if not count or not self._journaling:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            why = "the weights are spread over processes, of which none can answer alone"
+            self._event(self.state.global_step, f"sample_prompts: no prompt is answered, since {why}")
             return
         arguments: Any = cast(SFTConfig, self.args).chat_template_kwargs or {}
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
@@ -234,6 +257,7 @@ class _Moments(TrainerCallback):
         self._trainer._answer()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._answer()
         self._trainer._end_journal()
 
 

@@ -111,5 +111,6 @@ class PublishingTrainer(BatchingTrainer):
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             self.record().write(str(self.args.output_dir))
             token, step = self.args.hub_token, self.state.global_step
-            options = PushOptions(message=f"Training in progress, step {step}", samples=False)
+            branch = self.args.hub_revision or MAIN
+            options = PushOptions(revision=branch, message=f"Training in progress, step {step}", samples=False)
             push(checkpoint_folder, in_full(self.hub_model_id or "", token), options, token=token)

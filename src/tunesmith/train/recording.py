@@ -5,7 +5,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from tunesmith.ship.gather import counts_of, method_of, prompts_of, settings_of, versions
+from tunesmith.ship.gather import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
 from tunesmith.ship.record import Origin, RunRecord
 from tunesmith.train.setup import Model, base_model
 
@@ -28,7 +28,7 @@ def record_of(trainer: Any, origins: Mapping[str, Origin]) -> RunRecord:
         trainable_parameters=amount.trained,
         total_parameters=amount.parameters,
         data=counts_of(trainer.preflight, origins),
-        settings=settings_of(trainer.args),
+        settings=settings_of(trainer.args) | adapter_settings_of(trainer.model),
         history=tuple(history),
         metrics={name: value for entry in last for name, value in entry.items() if name.startswith("eval_")},
         seconds=sum(seconds) if seconds else None,

@@ -231,7 +231,8 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum over supervised tokens / their weight in the whole step. With `return_outputs`, the logits as well."""
+        """Sum over supervised tokens / their weight in the whole step. With `return_outputs`, those of the model, too,
+        with the logits of all positions."""
         if num_items_in_batch is None:
             num_items_in_batch = _weight(inputs)
         labels, weights = inputs["labels"], inputs.get("weights")
@@ -239,19 +240,24 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
         # `peft` counts the positions of virtual tokens itself.
         ours = {"labels", "weights", "places", *(("position_ids",) if virtual else ())}
         forward = {name: value for name, value in inputs.items() if name not in ours}
-        outputs = None
         self._meter.read(inputs)
         if self.compute_loss_func is not None:
             outputs = model(**forward, use_cache=False)
+            outputs.logits = outputs.logits[:, -labels.shape[1] :]  # without those of virtual tokens
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         else:
             targets = next_token_targets(labels, weights, inputs.get("places"))
             with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
                 result: Supervised
                 if virtual:
-                    result = behind_virtual_tokens(model, forward, targets, self._loss_options)
+                    result = behind_virtual_tokens(
+                        model, forward, targets, self._loss_options, return_outputs=return_outputs
+                    )
                 else:
-                    result = model(**forward, supervise=targets, loss_options=self._loss_options)
+                    result = model(
+                        **forward, supervise=targets, loss_options=self._loss_options, return_outputs=return_outputs
+                    )
+            outputs = result.outputs
             self._meter.add(result, targets)
             if model.training:
                 self._note_losses(inputs, result)
@@ -260,14 +266,7 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
             loss = result.loss / torch.where(total > 0, total, torch.ones_like(total))
         if model.training and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
-        if not return_outputs:
-            return loss
-        if outputs is None:
-            with torch.no_grad():
-                outputs = model(**forward, use_cache=False)
-        if virtual:
-            outputs.logits = outputs.logits[:, -labels.shape[1] :]
-        return loss, outputs
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self,
