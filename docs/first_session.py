@@ -2,7 +2,7 @@
 
     python docs/first_session.py
 
-Takes about three minutes on two CPU cores, and needs no network once the demo model is there. The commands run in an
+Takes about two minutes on two CPU cores, and needs no network once the demo model is there. The commands run in an
 empty folder; `docs/images/live.svg` is drawn from the run (see `pictures.py`).
 """
 
@@ -17,27 +17,18 @@ from pathlib import Path
 
 from pictures import draw_live
 
+from tunesmith.model.demo import demo_model_path
+
 PAGE = Path(__file__).with_name("first-session.md")
 LIVE = Path(__file__).parent / "images" / "live.svg"
+RUN = Path("runs") / "first"
 COLUMNS = 100
 HEADER = """# A first session
 
 <!-- Written by docs/first_session.py, which runs each command below. Change it there. -->
 
 From nothing to a model that has learned something, with what each command prints. It was run on a machine without a
-GPU; `tunesmith demo` does the same on its own.
-"""
-RECIPE = """model: demo
-data: train.jsonl
-train_on: assistant
-lora: r=16
-learning_rate: 2.0e-3
-warmup_steps: 8
-per_device_train_batch_size: 2
-num_train_epochs: 1
-logging_steps: 8
-save_strategy: 'no'
-sample_prompts: 1
+GPU and without a network; times and speeds are that machine's. `tunesmith demo` does much the same on its own.
 """
 
 
@@ -64,7 +55,13 @@ STEPS = (
     ),
     Step(
         title="A recipe",
-        text="The settings of a run, one a line. `tunesmith init` writes one for your own rows.",
+        text="`init` looks at the rows and at the machine, and writes the settings of a run that fits both. It asks\n"
+        "for what the options leave out; with `--yes` it takes the defaults.",
+        command="tunesmith init recipe.yaml --data train.jsonl --model demo --output runs/first --yes",
+    ),
+    Step(
+        title="What is in the recipe?",
+        text="One setting a line, each with its reason. Change what you like.",
         command="cat recipe.yaml",
     ),
     Step(
@@ -78,27 +75,41 @@ STEPS = (
         command="tunesmith inspect recipe.yaml --row 1",
     ),
     Step(
+        title="Does it fit?",
+        text="`plan` counts the memory of each way to train, still without weights; `--gpu t4` counts for a GPU that\n"
+        "is elsewhere.",
+        command="tunesmith plan recipe.yaml",
+    ),
+    Step(
         title="Train",
-        text="On a terminal one view is drawn in place, as below; in a log there are plain lines.\n\n"
-        "![The view of a run](images/live.svg)",
-        command="tunesmith train recipe.yaml --output runs/first",
+        text="Every setting is an option, too, and overrides the recipe: here one epoch in smaller steps, in place of\n"
+        "five, which is enough for a first look. On a terminal one view is drawn in place, as below; in a log there\n"
+        "are plain lines.\n\n![The view of a run](images/live.svg)",
+        command="tunesmith train recipe.yaml --num-train-epochs 1 --per-device-train-batch-size 2 --learning-rate 2e-3",
+    ),
+    Step(
+        title="How good is it?",
+        text="Rows that were not trained on, beside the answers of the model before training, which writes prose and\n"
+        "often does not end.",
+        command="tunesmith eval runs/first --data orders/held_out.jsonl --limit 8 --max-new-tokens 72 "
+        "--metric json_valid --metric json_equal",
     ),
     Step(
         title="Ask it",
         text="An e-mail that was in no row.",
         command=f"tunesmith chat runs/first --system {SYSTEM!r} "
-        "--prompt 'Hi, Mia Chen here. Please send 3 desk lamps and 2 chairs by Friday. It is urgent!'",
-    ),
-    Step(
-        title="How good is it?",
-        text="Rows that were not trained on, beside the answers of the model before training.",
-        command="tunesmith eval runs/first --data orders/held_out.jsonl --limit 8 --max-new-tokens 72 "
-        "--metric json_valid --metric json_equal",
+        "--prompt 'Hi, Mia Chen here. Please send 3 desk lamps and 2 chairs by 6 March 2026. It is urgent!'",
     ),
     Step(
         title="How did it go?",
         text="One page with curves, samples and the examples that were hardest.",
         command="tunesmith report runs/first",
+    ),
+    Step(
+        title="Take it along",
+        text="A run that trained adapters needs its base model. `merge` writes one model, which loads with plain "
+        "`transformers`.\n`tunesmith export` writes a file for llama.cpp and Ollama, and `tunesmith push` publishes.",
+        command="tunesmith merge runs/first --output models/orders",
     ),
 )
 
@@ -106,10 +117,15 @@ STEPS = (
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-        page = written([(step, neutral(printed(step.command, folder), folder)) for step in STEPS])
-        draw_live(folder / "runs" / "first", LIVE)
+        page = written(session(folder))
+        draw_live(folder / RUN, LIVE)
     PAGE.write_text(page, encoding="utf-8")
+
+
+def session(folder: Path) -> list[tuple[Step, str]]:
+    """Every step, run in the empty `folder`, and what it showed."""
+    demo_model_path()  # converted once: that is told in the first session on a machine, and in no other
+    return [(step, neutral(printed(step.command, folder), folder)) for step in STEPS]
 
 
 def written(shown: list[tuple[Step, str]]) -> str:
@@ -124,10 +140,17 @@ def printed(command: str, folder: Path) -> str:
     """What `command` writes in `folder`, stderr too, as on a screen. A command that fails ends the script."""
     tool = Path(sys.executable).with_name("tunesmith")
     path = f"{tool.parent}:{os.environ['PATH']}" if tool.exists() else os.environ["PATH"]
-    env = os.environ | {"PATH": path, "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    env = os.environ | {"PATH": path, "COLUMNS": str(COLUMNS), "NO_COLOR": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # the page is that of any machine
     shell = shutil.which("bash") or "sh"
     done = subprocess.run(
-        [shell, "-c", command], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        [shell, "-c", command],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     text = done.stdout.decode("utf-8", errors="replace")
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Every snippet of the pages under docs/ does what the page says: Python and commands run, recipes and rows parse."""
+"""Every snippet of the pages does what the page says: Python and commands run, recipes and rows parse."""
 
 import json
 import re
@@ -12,40 +12,58 @@ import pytest
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
+from tests import shell_lines
+from tests.conftest import REPO
+from tests.transcript import stable
 from tests.trl_fields import ADDED, CHANGED, VERSION
 from tunesmith.cli.main import app
 from tunesmith.config import SFTConfig
+from tunesmith.data import orders
 from tunesmith.data.formats import FormatOptions, detect, parse
 from tunesmith.recipe import resolve
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = REPO / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WRITTEN_BY_SCRIPTS = ("first-session.md",)  # transcripts: the script that wrote one ran its commands
-RUN_BY_HAND = "sh"  # what installs, or waits for a person; kept to a few lines
-PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name not in WRITTEN_BY_SCRIPTS)
+ELSEWHERE = ("first-session.md", "README.zh-TW.md")
+"""Pages with a test of their own: a transcript, and one whose snippets are those of another page."""
+PAGES = sorted(
+    str(page.relative_to(REPO))
+    for folder in (REPO, DOCS, REPO / "recipes")
+    for page in folder.glob("*.md")
+    if page.name not in ELSEWHERE
+)
+WAITS = ("serve",)
+"""Commands that end when somebody ends them."""
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the pages name."""
+def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages name, and folders of the names on the hub, which come first."""
     chat = [
         {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
         for n in range(8)
     ]
     questions = [{"question": f"What is {n} + 1?", "answer": f" {n + 1}"} for n in range(8)]
     test = [{"prompt": row["question"], "completion": row["answer"]} for row in questions[:2]]
-    files: dict[str, list[dict[str, Any]]] = {"chat": chat, "questions": questions, "test": test}
-    for name, rows in files.items():
+    capybara = [{"source": "test", "num_turns": 1, **row} for row in chat]
+    files: dict[str, list[dict[str, Any]]] = {"chat": chat, "rows": chat, "questions": questions, "test": test}
+    for name, rows in (files | {"trl-lib/Capybara/train": capybara}).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    recipe = next(text for kind, text in _snippets("index.md") if kind == "yaml")
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines, encoding="utf-8")
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen2-0.5B").symlink_to(tiny_model)
+    (tmp_path / "recipes").symlink_to(REPO / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def _snippets(page: str) -> list[tuple[str, str]]:
-    return FENCE.findall((DOCS / page).read_text(encoding="utf-8"))
+    text = (REPO / page).read_text(encoding="utf-8")
+    found = FENCE.findall(text)
+    assert 2 * len(found) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), f"{page}: a fence of another form"
+    return found
 
 
 def _python(text: str, name: str) -> None:
@@ -56,14 +74,37 @@ def _console(text: str, name: str) -> None:
     for line in text.splitlines():
         if line.startswith("$ "):
             command, *arguments = shlex.split(line[2:], comments=True)
-            assert command == "tunesmith", f"{name}: {line}"
+            if command != "tunesmith" or arguments[0] in WAITS:
+                shell_lines.check(line[2:])
+                continue
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, f"{name}: {line}\n{result.output}"
 
 
+def _shell(text: str, name: str) -> None:
+    for line in filter(None, text.splitlines()):
+        shell_lines.check(line)
+
+
+def _demo(text: str, name: str) -> None:
+    """What `make demo` prints is what is shown, in the same order; here of a few e-mails."""
+    few, fewer = orders.training_rows()[:4], orders.held_out_rows()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orders, "training_rows", lambda: few)
+        patch.setattr(orders, "held_out_rows", lambda: fewer)
+        result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 0, f"{name}: {result.output}"
+    shown, printed = (
+        [re.sub(r"\d[\d,.]*\d|\d", "#", line) for line in stable(lines)]
+        for lines in (re.sub(r"^\.\.\.\n", "", text, flags=re.MULTILINE), result.output)
+    )
+    rest = iter(printed)
+    assert [line for line in shown if line not in rest] == [], f"{name}: {result.output}"
+
+
 def _yaml(text: str, name: str) -> None:
-    Path("snippet.yaml").write_text(text, encoding="utf-8")
-    resolve("snippet.yaml", {})
+    Path("recipe.yaml").write_text(text, encoding="utf-8")
+    resolve("recipe.yaml", {})
 
 
 def _json(text: str, name: str) -> None:
@@ -72,7 +113,14 @@ def _json(text: str, name: str) -> None:
         parse(row, detect(row, options), options)
 
 
-RUN: dict[str, Callable[[str, str], None]] = {"python": _python, "console": _console, "yaml": _yaml, "json": _json}
+RUN: dict[str, Callable[[str, str], None]] = {
+    "python": _python,
+    "console": _console,
+    "sh": _shell,
+    "text": _demo,
+    "yaml": _yaml,
+    "json": _json,
+}
 
 
 @pytest.mark.documented
@@ -80,8 +128,7 @@ RUN: dict[str, Callable[[str, str], None]] = {"python": _python, "console": _con
 @pytest.mark.parametrize("page", PAGES)
 def test_every_snippet_of_the_page_works_in_the_order_of_the_page(page: str, folder: Path) -> None:
     for number, (kind, text) in enumerate(_snippets(page), start=1):
-        if kind != RUN_BY_HAND:
-            RUN[kind](text, f"{page}, snippet {number}")
+        RUN[kind](text, f"{page}, snippet {number}")
 
 
 def test_the_page_about_trl_has_every_field_of_both_and_each_default_that_differs() -> None:
@@ -106,7 +153,7 @@ def _named(table: str) -> list[str]:
 
 
 def test_both_languages_of_the_readme_have_the_same_sections_commands_and_figures() -> None:
-    english, chinese = ((DOCS.parent / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
+    english, chinese = ((REPO / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
     for text in (english, chinese):
         assert text.startswith("# tunesmith\n")
     assert len(re.findall("^## ", english, re.MULTILINE)) == len(re.findall("^## ", chinese, re.MULTILINE))

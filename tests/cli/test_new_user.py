@@ -50,7 +50,10 @@ STEPS = (
         command="merge runs/first --output merged",
         says=("merged: 14 layers merged (LoRA adapters)", "greedy tokens equal"),
         leaves=("merged/model.safetensors", "merged/config.json"),
-        tells=("Merging 14 layers into base ...", "Comparing what was written with the adapters"),
+        tells=(
+            "Merging the adapters of 14 layers with the weights of base ...",
+            "Comparing what was written with the adapters",
+        ),
     ),
     Step(
         command="push runs/first --repo me/first --base-model me/base --dry-run",

@@ -135,7 +135,11 @@ def _measure(trainer: Any, held_out: list[dict[str, Any]], when: str, console: C
 
 
 def _show(held_out: list[dict[str, Any]], before: Score, after: Score, console: Console) -> None:
-    table = Table(title=f"{len(held_out)} held-out e-mails: other names, items and phrasings than in training")
+    # Not the table's title, which would be broken into lines as wide as the table.
+    console.print(
+        f"\n{len(held_out)} held-out e-mails: other names, items and phrasings than in training", highlight=False
+    )
+    table = Table()
     for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_row("exactly right", f"{before.exact:.0%}", f"[bold green]{after.exact:.0%}[/]")

@@ -125,7 +125,7 @@ def merge(
     _check_room(target, size)
     if job.in_memory is not None:
         say(f"The whole base model is loaded: {job.in_memory}.")
-    say(f"Merging {len(job.adapted.layers)} layers into {job.source.base} ...")
+    say(f"Merging the adapters of {len(job.adapted.layers)} layers with the weights of {job.source.base} ...")
     with _staged(target) as folder:
         files = _write(job, folder, options)
         found = None
