@@ -1,6 +1,7 @@
 """`import tunesmith` costs nothing, and its public names come from the modules that define them."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -13,10 +14,12 @@ import tunesmith
 CPU_LIMIT_S = 0.3
 
 
-def import_in_a_child(*, then: str) -> list[object]:
+def import_in_a_child(*, then: str, **variables: str) -> list[object]:
     """The JSON list `then` in a fresh interpreter after `import tunesmith`."""
-    program = f"import tunesmith, json, sys, time; print(json.dumps({then}))"
-    child = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    program = f"import tunesmith, json, os, sys, time; print(json.dumps({then}))"
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))} | variables
+    command = [sys.executable, "-I", "-c", program]
+    child = subprocess.run(command, capture_output=True, text=True, check=True, env=known)
     result = json.loads(child.stdout)
     assert isinstance(result, list)
     return result
@@ -26,6 +29,17 @@ def test_import_takes_under_a_third_of_a_second_of_processor_time() -> None:
     """The interpreter's own start is in the figure; the least of three, so that a busy machine does not fail it."""
     seconds = min(float(str(import_in_a_child(then="[time.process_time()]")[0])) for _ in range(3))
     assert seconds < CPU_LIMIT_S, f"import tunesmith took {seconds:.2f} s of processor time; what does it load?"
+
+
+@pytest.mark.parametrize(
+    ("variables", "rounds"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["as it is", "a number", "a policy"],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_has_said_how(
+    variables: dict[str, str], rounds: str | None
+) -> None:
+    assert import_in_a_child(then="[os.environ.get('GOMP_SPINCOUNT')]", **variables) == [rounds]
 
 
 def test_import_loads_no_heavy_library() -> None:
