@@ -139,6 +139,24 @@ def test_the_terminal_is_given_back_when_a_run_ends_with_an_exception(monkeypatc
     assert all(type(handler).__name__ != "Remarks" for handler in logging.root.handlers)
 
 
+def test_the_speed_and_the_time_left_in_a_plain_line_are_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 10.0, 510.0, 520.0, 520.0])
+    monkeypatch.setattr("tunesmith.train.progress.time.perf_counter", lambda: next(clock))
+    file = io.StringIO()
+    state: Any = TrainerState(max_steps=4, num_train_epochs=1)
+    args, control = SimpleNamespace(output_dir="runs/first"), TrainerControl()
+    view = TrainingProgress(Console(file=file, width=200))
+    view.on_train_begin(args, state, control)  # at 0 s
+    state.global_step = 1
+    view.on_step_end(args, state, control)  # at 10 s
+    view.on_prediction_step(args, state, control)  # from 10 s
+    view.on_evaluate(args, state, control)  # to 510 s
+    state.global_step = 2
+    view.on_step_end(args, state, control)
+    view.on_log(args, state, control, logs={"loss": 1.0, "num_tokens": 400})
+    assert file.getvalue() == "step 2/4  loss 1.0000  20 tokens/s  20 s left\n"
+
+
 def test_what_is_shown_of_a_step_costs_far_less_than_a_millisecond() -> None:
     now = snapshot()
     line = {"loss": 1.0, "tokens": 9, "supervised_tokens": 3, "tokens_per_second": 5.0, "memory_mb": 7.0}

@@ -70,8 +70,11 @@ class TrainingProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now, done = self._now, state.global_step - self._first_step
         now.step, now.epoch, now.phase = state.global_step, state.epoch or 0.0, "training"
-        trained = time.perf_counter() - self._started - self._evaluated
-        now.left = trained / max(done, 1) * (now.total - now.step)
+        now.left = self._trained() / max(done, 1) * (now.total - now.step)
+
+    def _trained(self) -> float:
+        """Seconds, without those of evaluations."""
+        return time.perf_counter() - self._started - self._evaluated
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._now.phase != "evaluating":
@@ -108,13 +111,11 @@ class TrainingProgress(TrainerCallback):
             now.curve.add(logs["loss"])
         if self._live is not None:
             return
-        elapsed = time.perf_counter() - self._started
-        speed = (logs["num_tokens"] - self._tokens) / elapsed
-        left = elapsed / max(state.global_step - self._first_step, 1) * (state.max_steps - state.global_step)
+        speed = (logs["num_tokens"] - self._tokens) / self._trained()
         parts = [f"step {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.4f}", f"{speed:.0f} tokens/s"]
         parts += [] if now.supervised is None else [f"{now.supervised:.0%} supervised"]
         parts += [] if now.peak is None else [f"peak {now.peak:,.0f} MiB"]
-        self.console.print("  ".join([*parts, f"{left:.0f} s left"]), highlight=False, soft_wrap=True)
+        self.console.print("  ".join([*parts, f"{now.left or 0:.0f} s left"]), highlight=False, soft_wrap=True)
 
     def _show_eval(self, name: str, value: float, state: TrainerState) -> None:
         source = name.removeprefix("eval_").removesuffix("loss").rstrip("_")
