@@ -180,7 +180,11 @@ def _steps(facts: Facts, plan: Schedule) -> list[Line]:
 
 def _kept(plan: Schedule) -> list[Line]:
     return [
-        Line(key="logging_steps", value=max(1, min(10, plan.steps // 50)), why="a line of numbers each so many steps"),
+        Line(
+            key="logging_steps",
+            value=max(1, min(10, plan.steps // 20)),
+            why="a line is printed each so many; metrics.jsonl has every step",
+        ),
         Line(key="save_strategy", value="epoch", why="a checkpoint after each epoch, to go on from"),
         Line(key="save_total_limit", value=2, why="the newest checkpoints; older ones are deleted"),
         Line(key="seed", value=42, why="the order of the rows, and what is held out"),
