@@ -1,9 +1,10 @@
 """Draws the pictures of the pages from the run in the folder RUN.
 
-    python docs/pictures.py RUN docs/images
+    python docs/pictures.py RUN docs/images/live.svg
+    python docs/pictures.py RUN docs/images/report.png
 
-`live.svg` is the view of `tunesmith train` in the middle of the run, from the numbers that it wrote of each step;
-`report.png` the beginning of its report in Chromium, the Debian package.
+The first is the view of `tunesmith train` in the middle of the run, from the numbers that it wrote of each step; the
+second the beginning of its report in Chromium, the Debian package. The run of `tunesmith demo` makes a good one.
 """
 
 import io
@@ -27,7 +28,7 @@ SHARE = 0.7
 FRAME = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 """rich's, without the fonts that it has from elsewhere: the reader's own do."""
 CHROMIUM = "/usr/bin/chromium"
-PAGE = (1080, 1290)
+PAGE = (1080, 1420)
 """Pixels of the report that are shown, (width, height)."""
 
 
@@ -66,7 +67,7 @@ def draw_report(run: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    source, pictures = Path(sys.argv[1]), Path(sys.argv[2])
-    pictures.mkdir(parents=True, exist_ok=True)
-    draw_live(source, pictures / "live.svg")
-    draw_report(source, pictures / "report.png")
+    source, wanted = Path(sys.argv[1]), Path(sys.argv[2])
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    draw = draw_report if wanted.suffix == ".png" else draw_live
+    draw(source, wanted)

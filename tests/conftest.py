@@ -58,10 +58,11 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_page_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report of a run takes longer than most runs of the tests; those marked `reports` get it."""
+    """Drawing the report of a run takes longer than most runs of the tests; those marked `reports` get it,
+    and what pages show."""
     import tunesmith.train.journal
 
-    if request.node.get_closest_marker("reports") is None:
+    if not any(map(request.node.get_closest_marker, ("reports", "documented"))):
         monkeypatch.setattr(tunesmith.train.journal.JournalingTrainer, "_write_report", lambda self: None)
 
 
