@@ -41,6 +41,9 @@ def _make(arguments: list[str]) -> None:
 def _tunesmith(arguments: list[str]) -> None:
     """The command's own parser takes them."""
     group = get_command(app)
+    if all(word.startswith("-") for word in arguments):  # parsing these would do at once what they say
+        assert set(arguments) <= {name for item in group.params for name in item.opts}, arguments
+        return
     context = group.make_context("tunesmith", list(arguments))
     name, command, rest = group.resolve_command(context, list(arguments))  # type: ignore[attr-defined]
     assert command.make_context(name, rest, parent=context).args == [], arguments
