@@ -223,3 +223,9 @@ def test_fsdp_is_turned_on_as_transformers_says() -> None:
 def test_a_number_that_transformers_can_not_count_with_is_a_mistake_of_the_recipe() -> None:
     with pytest.raises(TunesmithError, match="infinity"):
         resolve(None, {"model": "demo", "data": "rows.jsonl", "output": "run", "save_steps": "inf"})
+
+
+def test_what_is_kept_of_a_recipe_has_no_secrets_within_its_settings() -> None:
+    given = {"model": "x", "data": "y", "model_init_kwargs": {"token": "anothersecret", "dtype": "float32"}}
+    kept = yaml.safe_load(resolve(None, given | {"output": "z"}).to_yaml())
+    assert kept["model_init_kwargs"] == {"dtype": "float32"}

@@ -15,6 +15,7 @@ import yaml
 from tunesmith.coerce import BOOLEANS, UniqueKeyLoader, coerce, expected, found, members_of
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.helps import HELPS
+from tunesmith.secrets import without_secrets
 
 if TYPE_CHECKING:
     from tunesmith.config import SFTConfig
@@ -107,7 +108,7 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML: what was given and what was chosen; everything else is a default."""
         values = {**self.given, **{name: value for name, (value, _) in self.chosen.items()}}
-        public = {name: value for name, value in values.items() if name not in NOT_SAVED}
+        public = {name: without_secrets(value) for name, value in values.items() if name not in NOT_SAVED}
         public = {name: public.pop(name) for name in ("model", "data", "eval_data") if name in public} | public
         return yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
 

@@ -153,15 +153,16 @@ def test_the_settings_are_those_that_had_an_effect(tmp_path: Path) -> None:
 
 def test_settings_that_are_not_as_by_default_are_told_without_secrets_and_places(tmp_path: Path) -> None:
     made: dict[str, Any] = {"adam_epsilon": 1e-6, "columns": {"prompt": "q"}, "pad_token": "<pad>"}
-    kept = {"token": "hf_never", "dtype": "float32"}
+    kept: dict[str, Any] = {"token": "hf_never", "api_key": "never", "dtype": "float32", "max_memory": ["/home/me/a"]}
     config = SFTConfig(
         output_dir=str(tmp_path), use_cpu=True, run_name="mine", report_to="none", model_init_kwargs=kept, **made
     )
     found = settings_of(config)
     assert {name: found.get(name) for name in made} == made
     assert "eval_strategy" not in found
-    assert found["model_init_kwargs"] == {"dtype": "float32"}
-    assert not {"run_name", "report_to", "bf16", "disable_tqdm"} & found.keys()
+    assert found["model_init_kwargs"] == {"dtype": "float32", "max_memory": ["a"]}
+    assert settings_of(SFTConfig(output_dir=str(tmp_path), max_length=None))["max_length"] == "none"
+    assert not {"run_name", "report_to", "bf16", "disable_tqdm", "use_cpu"} & found.keys()
 
 
 def test_adapters_tell_what_is_not_as_by_default() -> None:

@@ -140,12 +140,14 @@ def test_the_terminal_is_given_back_when_a_run_ends_with_an_exception(monkeypatc
 
 
 def test_the_speed_and_the_time_left_in_a_plain_line_are_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 10.0, 510.0, 520.0, 520.0])
+    clock = iter([-50.0, -20.0, 0.0, 10.0, 10.0, 510.0, 520.0, 520.0, 530.0, 530.0])
     monkeypatch.setattr("tunesmith.train.progress.time.perf_counter", lambda: next(clock))
     file = io.StringIO()
     state: Any = TrainerState(max_steps=4, num_train_epochs=1)
     args, control = SimpleNamespace(output_dir="runs/first"), TrainerControl()
     view = TrainingProgress(Console(file=file, width=200))
+    view.on_prediction_step(args, state, control)  # from -50 s: before training, which does not count
+    view.on_evaluate(args, state, control)  # to -20 s
     view.on_train_begin(args, state, control)  # at 0 s
     state.global_step = 1
     view.on_step_end(args, state, control)  # at 10 s
@@ -155,6 +157,14 @@ def test_the_speed_and_the_time_left_in_a_plain_line_are_without_evaluations(mon
     view.on_step_end(args, state, control)
     view.on_log(args, state, control, logs={"loss": 1.0, "num_tokens": 400})
     assert file.getvalue() == "step 2/4  loss 1.0000  20 tokens/s  20 s left\n"
+    state.global_step = 3
+    view.on_step_end(args, state, control)
+    numbers = {"memory_mb": 8.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 20.0}
+    view._take({"loss": 0.5, "tokens": 600, "supervised_tokens": 300, **numbers})
+    view.on_train_end(args, state, control)  # the last step, which was not logged
+    assert file.getvalue().splitlines()[1:] == [
+        "step 3/4  loss 0.5000  20 tokens/s  50% supervised  peak 8 MiB  10 s left"
+    ]
 
 
 def test_what_is_shown_of_a_step_costs_far_less_than_a_millisecond() -> None:

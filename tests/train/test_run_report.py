@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from tests.train.runs import PAIR_ROWS
 from tunesmith import SFTTrainer
@@ -53,16 +54,78 @@ def test_a_run_that_an_error_ends_has_a_page_of_the_steps_before(
     with pytest.raises(ValueError, match=r"^broken$"):
         trainer.train()
     assert trainer.report is not None
-    assert "learning rate" in trainer.report.read_text(encoding="utf-8")
+    page = trainer.report.read_text(encoding="utf-8")
+    for wanted in ("An error, the last of the events, ended the run at step 2 of 4.", "ValueError: broken"):
+        assert wanted in page, wanted
 
 
-def test_an_error_before_the_first_step_leaves_the_page_of_an_earlier_run(
-    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_leaves_a_page_too(trainer_of: Callable[..., Any]) -> None:
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    trainer = trainer_of(max_steps=4, callbacks=[Interrupted()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "KeyboardInterrupt" in trainer.report.read_text(encoding="utf-8")
+
+
+def test_a_run_that_is_stopped_says_so_and_one_that_is_finished_does_not(trainer_of: Callable[..., Any]) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 1
+
+    stopped = trainer_of(max_steps=4, callbacks=[Stop()])
+    stopped.train()
+    assert "The run was stopped at step 1 of 4." in stopped.report.read_text(encoding="utf-8")
+    finished = trainer_of(max_steps=4)
+    finished.train()
+    page = finished.report.read_text(encoding="utf-8")
+    assert "ended the run" not in page
+    assert "was stopped" not in page
+
+
+def test_evaluations_before_and_after_training_are_in_the_journal_and_the_page(
+    trainer_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    first = trainer_of(max_steps=1)
+    trainer = trainer_of(max_steps=2, eval_dataset=PAIR_ROWS[:2])
+    trainer.evaluate()
+    assert not (tmp_path / "run" / METRICS).exists()
+    trainer.train()
+    trainer.evaluate()
+    lines = read_lines(tmp_path / "run" / METRICS)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2]
+    assert "evaluation loss, at the end" in trainer.report.read_text(encoding="utf-8")
+
+
+def test_prompts_of_rows_that_were_trained_on_are_said_to_be(trainer_of: Callable[..., Any]) -> None:
+    seen, held_out = (
+        trainer_of(sample_prompts=1, max_steps=1),
+        trainer_of(sample_prompts=1, max_steps=1, eval_dataset=PAIR_ROWS[:1]),
+    )
+    for trainer, trained_on in ((seen, True), (held_out, False)):
+        trainer.train()
+        page = trainer.report.read_text(encoding="utf-8")
+        assert ("No rows were held out, so these prompts are from rows that were trained on" in page) is trained_on
+
+
+def test_a_damaged_journal_of_an_earlier_run_is_none_of_a_new_ones_business(
+    trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / METRICS).write_text("no json\n", encoding="utf-8")
+    trainer_of(max_steps=1).train()
+    assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS)] == [1]
+
+
+def test_an_error_before_the_first_step_leaves_an_earlier_run_as_it_was(
+    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = trainer_of(max_steps=1, sample_prompts=1)
     first.train()
-    page = first.report.read_bytes()
-    second = trainer_of(max_steps=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*") if path.is_file()}
+    second = trainer_of(max_steps=1, sample_prompts=1, learning_rate=9e-3)
 
     def compute_loss(*_: Any, **__: Any) -> Any:
         raise ValueError("broken")
@@ -71,7 +134,8 @@ def test_an_error_before_the_first_step_leaves_the_page_of_an_earlier_run(
     with pytest.raises(ValueError, match="broken"):
         second.train()
     assert second.report is None
-    assert first.report.read_bytes() == page
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    assert {"report.html", "metrics.jsonl", "samples.jsonl", "preflight.json", "examples.json"} <= before.keys()
 
 
 def test_a_page_that_can_not_be_written_costs_the_page_and_not_the_run(

@@ -94,6 +94,6 @@ def _answer(method: str, url: str, token: str | None = None) -> tuple[Any, dict[
 
 def scrubbed(text: str, *secrets: str) -> str:
     """Without tokens."""
-    from tunesmith.ship.secrets import known_secrets, scrub
+    from tunesmith.secrets import known_secrets, scrub
 
     return scrub(text, [*secrets, *known_secrets()])

@@ -69,7 +69,7 @@ def train(
 
 def _hide_tokens(recipe: "Recipe") -> None:
     """Trackers keep the command line that a run was started with."""
-    from tunesmith.ship.secrets import scrub
+    from tunesmith.secrets import scrub
 
     secrets = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
     sys.argv = [scrub(word, secrets) for word in sys.argv]

@@ -18,7 +18,7 @@ from tunesmith.report.run_html import (
     setting,
     speed,
 )
-from tunesmith.ship.secrets import known_secrets, scrub
+from tunesmith.secrets import known_secrets, scrub
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,12 +34,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """`asked` stands for the prompt: a text, or messages."""
+    """`asked` stands for the prompt: a text, or messages; `trained_on` says whether its row is one of those."""
 
     step: int
     asked: Text
     expected: str | None
     answer: str
+    trained_on: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +204,7 @@ def _answer(line: Mapping[str, Any]) -> Answer:
         asked=messages,
         expected=None if expected is None else str(expected),
         answer=str(line["answer"]),
+        trained_on=bool(line.get("trained_on")),
     )
 
 

@@ -24,10 +24,10 @@ from tunesmith.report.page import (
 )
 from tunesmith.report.plots import Curve, svg
 from tunesmith.report.run_data import Answer, ExampleLoss, RunData, Split, Step
+from tunesmith.secrets import known_secrets, scrub
 from tunesmith.ship.curves import curve_name
 from tunesmith.ship.page import spoken
 from tunesmith.ship.record import Method, Origin
-from tunesmith.ship.secrets import known_secrets, scrub
 
 SHOWN_ANSWERS = 6
 """Of one prompt side by side; of more, the first, the last, and some between."""
@@ -38,6 +38,7 @@ LONGEST = 3000
 LAST_PART = 0.1
 """The loss at the end is the mean over this part of the steps."""
 
+UNFINISHED = {"error": "An error, the last of the events, ended the run", "stopped": "The run was stopped"}
 PANELS: tuple[tuple[str, str, str, bool], ...] = (
     ("learning_rate", "Learning rate", "learning rate", False),
     ("tokens_per_second", "Speed", "tokens/s", True),
@@ -104,7 +105,7 @@ def _summary(run: RunData) -> Iterator[str]:
     ends = [(f"{name} loss, at the end", amount(points[-1][1])) for name, points in eval_losses(run)]
     yield numbers(
         [
-            ("steps", f"{run.steps[-1].step:,}" if run.steps else ""),
+            ("steps", _steps(run)),
             ("training loss, at the end", amount(final_loss(run.steps))),
             *ends[:3],
             ("time", duration(seconds(run))),
@@ -117,6 +118,8 @@ def _summary(run: RunData) -> Iterator[str]:
         yield '<p class="warn">The run was not saved: there is no run.json in its folder.</p>\n'
         return
     trained = f"{record.trainable_parameters:,} of {record.total_parameters:,}"
+    if record.ended in UNFINISHED:
+        yield f'<p class="warn">{UNFINISHED[record.ended]} at step {_steps(run)}.</p>\n'
     yield facts(
         [
             ("base model", named(record.base_model)),
@@ -126,6 +129,15 @@ def _summary(run: RunData) -> Iterator[str]:
             ("tokens read", amount(tokens) if tokens else ""),
         ]
     )
+
+
+def _steps(run: RunData) -> str:
+    """`100`, or of a run that has not come to its end `40 of 100`."""
+    last = run.steps[-1].step if run.steps else None
+    planned = run.record.planned_steps if run.record is not None else None
+    if last is None:
+        return ""
+    return f"{last:,} of {planned:,}" if planned is not None and last < planned else f"{last:,}"
 
 
 def named(origin: Origin) -> str:
@@ -185,6 +197,8 @@ def _samples(run: RunData) -> Iterator[str]:
     if not by_prompt:
         return
     yield "<h2>Samples <small>the likeliest answers, before training and on the way</small></h2>\n"
+    if any(answer.trained_on for answer in run.answers):
+        yield '<p class="warn">No rows were held out, so these prompts are from rows that were trained on.</p>\n'
     for number, answers in enumerate(by_prompt.values(), start=1):
         first = answers[0]
         yield f"<h3>Prompt {number}</h3>\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith import __version__
 from tunesmith.data.preflight import Preflight, is_train
+from tunesmith.secrets import without_secrets
 from tunesmith.ship.record import Method, Origin, Prompt, SourceCount
 from tunesmith.types import Conversation, Row, Text
 
@@ -46,7 +47,7 @@ SETTINGS = (
 UNSAID = re.compile(
     "output_dir|run_name|project|report_to|(hub|trackio)_.*|push_to_hub|log_.*|disable_tqdm|resume_from_checkpoint"
     "|local_rank|deepspeed|accelerator_config|dataloader_pin_memory|bf16|fp16|completion_only_loss|assistant_only_loss"
-    "|activation_checkpointing|do_.*|debug"
+    "|activation_checkpointing(_kwargs)?|do_.*|debug|use_cpu"
 )
 """Paths of this machine, names of services, secrets, how a run shows itself, and what another setting says already."""
 UNSAID_OF_ADAPTERS = re.compile(
@@ -101,7 +102,9 @@ def settings_of(config: Any) -> dict[str, Any]:
         values["num_train_epochs"] = None
     else:
         values["max_steps"] = None
-    others = {name: value for name, value in _chosen(config, UNSAID).items() if name not in SETTINGS}
+    chosen = _chosen(config, UNSAID)
+    others = {name: value for name, value in chosen.items() if name not in SETTINGS}
+    others |= {name: "none" for name, value in chosen.items() if value is None}
     return {name: _shown(value) for name, value in (values | others).items() if value is not None}
 
 
@@ -129,12 +132,14 @@ def _chosen(config: Any, unsaid: re.Pattern[str]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Without secrets and without paths; sets in an order."""
+    """Without secrets, and of a path its last part; sets in an order."""
     if isinstance(value, Mapping):
-        return {str(key): _shown(item) for key, item in value.items() if not str(key).endswith("token")}
+        return {str(key): _shown(item) for key, item in without_secrets(value).items()}
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
-    if isinstance(value, str) and Path(value).is_absolute():
+    if isinstance(value, list | tuple):
+        return [_shown(item) for item in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("file:")):
         return Path(value).name
     return getattr(value, "value", value)
 

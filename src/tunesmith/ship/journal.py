@@ -31,10 +31,15 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     _replace(path, _text(value) + "\n")
 
 
+def up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """What `keep_up_to` leaves; nothing is changed yet."""
+    return [entry for entry in read_lines(path) if entry.get("step", 0) <= step] if step else []
+
+
 def keep_up_to(path: Path, step: int) -> list[dict[str, Any]]:
     """Takes out of a file of lines what came after `step`, and returns what is left; a run that starts anew, at step 0,
     keeps nothing. A last line that was cut off goes, too."""
-    kept = [entry for entry in read_lines(path) if step and entry.get("step", 0) <= step]
+    kept = up_to(path, step)
     if kept:
         _replace(path, "".join(_text(entry) + "\n" for entry in kept))
     else:

@@ -13,10 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from tunesmith.errors import TunesmithError
+from tunesmith.secrets import known_secrets, scrub
 from tunesmith.ship.card import CARD, CardOptions, model_card
 from tunesmith.ship.files import MODEL_FILE, Item, left_out, model_files, run_folder, small_texts
 from tunesmith.ship.record import RUN, RunRecord
-from tunesmith.ship.secrets import known_secrets, scrub
 
 MAIN = "main"
 MESSAGE = "Upload a model tuned with tunesmith"

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.demo import DEMO, DEMO_FOLDER
-from tunesmith.ship.secrets import known_secrets, scrub
+from tunesmith.secrets import known_secrets, scrub
 
 RUN = "run.json"
 FORMAT = 1
@@ -110,8 +110,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """A finished run. `seconds` is the time that training took; `history` the trainer's `state.log_history`, `metrics`
-    the last evaluation's; `prompts` are for whoever wants to ask the model, `samples` were asked.
+    """A run as far as it has come: `steps` of `planned_steps`. `ended` says how: "finished", "stopped" or "error";
+    empty while the run goes on, and of earlier versions. `seconds` is the time that training took; `history` the
+    trainer's `state.log_history`, `metrics` the last evaluation's; `prompts` are for whoever wants to ask the model,
+    `samples` were asked.
 
     Numbers that are not finite are None in what is written, and tokens and passwords are blacked out.
     """
@@ -126,6 +128,9 @@ class RunRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     metrics: dict[str, float | None] = field(default_factory=dict)
+    steps: int | None = None
+    planned_steps: int | None = None
+    ended: str = ""
     seconds: float | None = None
     device: str = ""
     prompts: tuple[Prompt, ...] = ()

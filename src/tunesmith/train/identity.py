@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
 from tunesmith.config import SFTConfig
+from tunesmith.secrets import without_secrets
 from tunesmith.ship.record import Origin
 from tunesmith.train.checkpoint import Identity
 from tunesmith.train.setup import Model, base_model
@@ -130,7 +131,7 @@ def _serialized(column: pa.ChunkedArray) -> Iterator[Any]:
 def _settings(args: SFTConfig, processes: int) -> dict[str, Any]:
     values = args.to_dict()
     names = [item.name for item in fields(args) if item.init]
-    kept = {name: _plain(values[name]) for name in names if name in values and _is_compared(name)}
+    kept = {name: _plain(without_secrets(values[name])) for name in names if name in values and _is_compared(name)}
     return kept | {"train_on": args.resolved_train_on, "processes": processes}
 
 

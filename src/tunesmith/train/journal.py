@@ -6,7 +6,9 @@ The files and their form are those of `ship.journal`; only the main process writ
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +22,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from tunesmith.config import SFTConfig
 from tunesmith.data.preflight import histogram, is_train
 from tunesmith.data.typed import parsed
+from tunesmith.errors import TunesmithError
 from tunesmith.model.loss import Supervised
 from tunesmith.report.write import REPORT, write_report
-from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, write
+from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
 from tunesmith.ship.record import RunRecord
 from tunesmith.train.data import LOOKED_AT, numbered
 from tunesmith.train.guard import GuardedTrainer
@@ -39,13 +42,17 @@ MIB = 2**20
 class JournalingTrainer(GuardedTrainer):
     """Each optimizer step, evaluation and event is a line of `metrics.jsonl` when it is over; with `sample_prompts`,
     answers go to `samples.jsonl` before training, with each evaluation and at the end. At last, also after an error,
-    `report.html` shows all of it. A run that goes on from a checkpoint drops the lines behind it. Nothing here changes
-    what is trained."""
+    `report.html` shows all of it. A run that goes on from a checkpoint drops the lines behind it; what an earlier run
+    wrote stays until the first step is over. Nothing here changes what is trained."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ledger = Ledger()
         self._journaling = False
+        self._held: list[tuple[str, dict[str, Any]]] | None = []  # lines before the first step is over
+        self._start = 0
+        self._ended = ""
         self._asked: list[Asked] = []
+        self._trained_on = False
         self._answers: list[dict[str, Any]] = []
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._written = 0
@@ -62,14 +69,17 @@ class JournalingTrainer(GuardedTrainer):
         # A best model that was loaded at the end is that of an earlier step.
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         samples = before_and_after(self._answers, best or self.state.global_step)
-        return replace(super().record(), samples=samples)
+        return replace(super().record(), samples=samples, ended=self._ended)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`. A run that an error ends has a report of the steps before it."""
+        """As in `transformers`. A run that an error ends, or Ctrl-C, has a report of the steps before it."""
         try:
             return super().train(*args, **kwargs)
-        except Exception:
-            self._end_journal()
+        except BaseException as error:
+            with suppress(Exception):  # what ended the run is told, not what could not be written about it
+                if self._journaling and self.state.global_step:
+                    self._note(METRICS, {"event": f"the run ended: {type(error).__name__}: {error}"})
+                self._end_journal("error")
             raise
 
     # Steps
@@ -110,6 +120,7 @@ class JournalingTrainer(GuardedTrainer):
         values = sums.tolist()
         if not self._journaling:
             return
+        self._open()
         self._ledger.end_step(self._written)
         taken = time.perf_counter() - self._clock
         entry = {
@@ -138,14 +149,17 @@ class JournalingTrainer(GuardedTrainer):
         if file == METRICS:
             for listener in self.listeners:
                 listener(line)
-        self._attempt(lambda: append(self._folder / file, line))
+        if self._held is not None:
+            self._held.append((file, line))
+        else:
+            self._attempt(lambda: append(self._folder / file, line))
 
     def _attempt(self, act: Any) -> Any:
         try:
             return act()
-        except OSError as error:
+        except (OSError, TunesmithError) as error:  # of a damaged file, too
             self._journaling = False
-            logger.warning("%s can't be written to, so the run is not followed any further: %s.", self._folder, error)
+            logger.warning("In %s the run is not followed any further: %s.", self._folder, error)
             return None
 
     @property
@@ -154,27 +168,57 @@ class JournalingTrainer(GuardedTrainer):
 
     def _begin_journal(self) -> None:
         self._journaling = self.is_world_process_zero()
-        self._ledger, self._parts, self._written, self.report = Ledger(), [], self.state.global_step, None
+        self._ledger, self._parts, self._ended = Ledger(), [], ""
+        self._start = self._written = self.state.global_step
+        self._held = self._held or []  # with evaluations before training
         if not self._journaling:
             return
-        kept = self._attempt(lambda: keep_up_to(self._folder / METRICS, self._written)) or []
-        self._answers = self._attempt(lambda: keep_up_to(self._folder / SAMPLES, self._written)) or []
-        self._attempt(lambda: write(self._folder / PREFLIGHT, self._preflight_report()))
-        if not self._written:
-            self._attempt(lambda: (self._folder / EXAMPLES).unlink(missing_ok=True))  # an earlier run's
+        kept = self._attempt(lambda: up_to(self._folder / METRICS, self._start)) or []
+        self._answers = self._attempt(lambda: up_to(self._folder / SAMPLES, self._start)) or []
         before = max((entry.get("seconds") or 0.0 for entry in kept), default=0.0)
         self._began = time.perf_counter() - before
         self._choose_prompts()
         self._answer()
         self._clock = time.perf_counter()
 
-    def _end_journal(self) -> None:
-        self._ledger.end_pass()
-        if self._journaling and (found := self._ledger.as_json(self._decode)) is not None:
-            self._attempt(lambda: write(self._folder / EXAMPLES, found))
-        if self._journaling and self.state.global_step:
+    def _open(self) -> None:
+        """The files are this run's from now on."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        for file in (METRICS, SAMPLES):
+            self._attempt(partial(keep_up_to, self._folder / file, self._start))
+        self._attempt(lambda: write(self._folder / PREFLIGHT, self._preflight_report()))
+        if not self._start:
+            self._attempt(lambda: (self._folder / EXAMPLES).unlink(missing_ok=True))
+        for file, line in held:
+            if self._journaling:
+                self._attempt(partial(append, self._folder / file, line))
+
+    def _note_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """During training, before it or after."""
+        entry = {name: value for name, value in metrics.items() if name != "epoch"}
+        if self._journaling or not self.is_world_process_zero():
+            self._note(METRICS, entry)
+        elif self._held is not None:
+            self._held.append((METRICS, {"step": 0, "epoch": None, **entry, "seconds": None}))
+        elif self._ended:  # and not broken off by a full disk
+            self._journaling = True
+            self._note(METRICS, entry)
             self._write_report()
-        self._journaling = False
+            self._journaling = False
+
+    def _end_journal(self, ended: str) -> None:
+        """`ended` says how: "finished", "stopped" or "error"."""
+        begun, self._journaling = self._journaling and self._held is None, False
+        if not begun:
+            self._held = []
+            return
+        self._ended = ended
+        self._ledger.end_pass()
+        if (found := self._ledger.as_json(self._decode)) is not None:
+            self._attempt(lambda: write(self._folder / EXAMPLES, found))
+        self._write_report()
 
     def _write_report(self) -> None:
         """`report.html`, with the `run.json` that it needs, as things stand. A run stands without them."""
@@ -209,7 +253,9 @@ class JournalingTrainer(GuardedTrainer):
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
         model = cast(Model, self.model)
         for trained_on in (False, True):  # rows that are trained on show less, but better than none
-            self._asked = self._asked or chosen(self._rows(trained_on), count, model, tokenizer, arguments)
+            if not self._asked:
+                self._asked = chosen(self._rows(trained_on), count, model, tokenizer, arguments)
+                self._trained_on = trained_on
 
     def _rows(self, trained_on: bool) -> Iterator[Row]:
         for split, (source, formats) in self._prepare._sources.items():
@@ -233,7 +279,7 @@ class JournalingTrainer(GuardedTrainer):
         for asked, answer in zip(self._asked, answers, strict=True):
             entry = {"prompt": asked.prompt.prompt, "expected": asked.prompt.expected, "answer": answer.text}
             self._answers.append({"step": step, **entry})
-            self._note(SAMPLES, entry | {"ended": answer.ended})
+            self._note(SAMPLES, entry | {"ended": answer.ended, "trained_on": self._trained_on})
 
 
 class _Moments(TrainerCallback):
@@ -253,12 +299,13 @@ class _Moments(TrainerCallback):
 
     def on_evaluate(self, *_: Any, metrics: Mapping[str, Any] | None = None, **__: Any) -> None:
         if metrics:
-            self._trainer._note(METRICS, {name: value for name, value in metrics.items() if name != "epoch"})
+            self._trainer._note_evaluation(metrics)
         self._trainer._answer()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._trainer._answer()
-        self._trainer._end_journal()
+        state = self._trainer.state
+        self._trainer._end_journal("finished" if state.global_step >= state.max_steps else "stopped")
 
 
 def _counts(inputs: Mapping[str, Any], like: Tensor) -> Tensor:

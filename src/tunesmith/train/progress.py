@@ -24,7 +24,7 @@ class TrainingProgress(TrainerCallback):
         self._live: ResizableLive | None = None
         self._open = ExitStack()
         self._silenced = ExitStack()
-        self._evaluated = 0.0
+        self._evaluated, self._read, self._shown = 0.0, 0, 0
         self._now = Snapshot(output="", total=0, epochs=0)
 
     @classmethod
@@ -42,7 +42,11 @@ class TrainingProgress(TrainerCallback):
         self._silenced.enter_context(no_bars())
         listeners = getattr(trainer, "listeners", None)
         if listeners is not None:
-            listeners.append(lambda line: self._now.take(line))
+            listeners.append(self._take)
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        self._now.take(line)
+        self._read += line.get("tokens") or 0
 
     def say(self, text: str) -> None:
         """An event of the view while it is drawn, else a line."""
@@ -56,7 +60,8 @@ class TrainingProgress(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self._started, self._tokens = time.perf_counter(), counted[-1] if counted else 0  # those of a resumed run
-        self._first_step = state.global_step
+        self._first_step = self._shown = state.global_step
+        self._evaluated, self._read = 0.0, 0
         total, epochs = state.max_steps, float(state.num_train_epochs)
         self._now = Snapshot(output=str(args.output_dir), total=total, epochs=epochs, step=state.global_step)
         for entry in state.log_history:
@@ -94,25 +99,28 @@ class TrainingProgress(TrainerCallback):
             return
         logs = kwargs["logs"]
         if "loss" in logs:
-            self._show(logs, state)
+            if self._now.loss is None:  # nobody tells of each step
+                self._now.curve.add(logs["loss"])
+            self._show(logs["loss"], logs["num_tokens"] - self._tokens, state)
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith("loss"):
                 self._show_eval(name, value, state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._shown < state.global_step and self._now.loss is not None:
+            self._show(self._now.loss, self._read, state)  # the last step, however rarely steps are logged
         self._now.phase = "stopped" if state.global_step < state.max_steps else "trained"
         self._close()
 
     # What is shown
 
-    def _show(self, logs: Mapping[str, Any], state: TrainerState) -> None:
-        now = self._now
-        if now.loss is None:  # nobody tells of each step
-            now.curve.add(logs["loss"])
+    def _show(self, loss: float, tokens: float, state: TrainerState) -> None:
+        """A plain line; `tokens` were read since training began."""
+        now, self._shown = self._now, state.global_step
         if self._live is not None:
             return
-        speed = (logs["num_tokens"] - self._tokens) / self._trained()
-        parts = [f"step {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.4f}", f"{speed:.0f} tokens/s"]
+        speed = tokens / self._trained()
+        parts = [f"step {state.global_step}/{state.max_steps}", f"loss {loss:.4f}", f"{speed:.0f} tokens/s"]
         parts += [] if now.supervised is None else [f"{now.supervised:.0%} supervised"]
         parts += [] if now.peak is None else [f"peak {now.peak:,.0f} MiB"]
         self.console.print("  ".join([*parts, f"{now.left or 0:.0f} s left"]), highlight=False, soft_wrap=True)

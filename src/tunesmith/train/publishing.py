@@ -1,5 +1,6 @@
 """What of a run is saved, and what becomes of it: its record, the merged model, the hub."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from tunesmith.data.preflight import Preflight
 from tunesmith.model.adapters import StartingPoint, Trainable, trainable
+from tunesmith.secrets import without_secrets
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
 from tunesmith.ship.push import MAIN, MESSAGE, PushOptions, PushReport, in_full, made, push
 from tunesmith.ship.record import Origin, RunRecord
@@ -45,7 +47,8 @@ class PublishingTrainer(BatchingTrainer):
             if self._base_changed is not None and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 self._base_changed.save_for_the_base(cast(PeftModel, self.model), folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+            settings = json.dumps(without_secrets(json.loads(self.args.to_json_string())), indent=2)
+            (folder / "training_args.json").write_text(f"{settings}\n", encoding="utf-8")
             if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
                 self.record().write(folder)
 

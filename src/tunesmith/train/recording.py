@@ -30,6 +30,8 @@ def record_of(trainer: Any, origins: Mapping[str, Origin]) -> RunRecord:
         data=counts_of(trainer.preflight, origins),
         settings=settings_of(trainer.args) | adapter_settings_of(trainer.model),
         history=tuple(history),
+        steps=trainer.state.global_step,
+        planned_steps=trainer.state.max_steps,
         metrics={name: value for entry in last for name, value in entry.items() if name.startswith("eval_")},
         seconds=sum(seconds) if seconds else None,
         device=trainer.args.device.type,

@@ -195,6 +195,7 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`, after the self-test that `args.self_test` asks for."""
+        self.report = None
         if self.args.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
         check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
