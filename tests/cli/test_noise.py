@@ -102,7 +102,12 @@ def test_evaluating_and_merging(trained: tuple[str, Any], rows: str, tmp_path: P
     known = [r"16 rows that \S+ was asked *", r"[┏┃┡│└].*", "In brackets: .*", "cut off: .*"]
     assert strange(done.stdout, known) == []
     done = said("merge", run, "--output", str(tmp_path / "merged"))
-    assert strange(done.stderr, [r"Merging the adapters of 14 layers with .* \.\.\.", r"Comparing what was written .* \.\.\."]) == []
+    assert (
+        strange(
+            done.stderr, [r"Merging the adapters of 14 layers with .* \.\.\.", r"Comparing what was written .* \.\.\."]
+        )
+        == []
+    )
     assert len(done.stdout.splitlines()) == 2
 
 
