@@ -25,7 +25,7 @@ LAYERS = (
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
-BASE = ("errors", "types", "home", "precision", "coerce", "sandbox", "config", "helps", "recipe")
+BASE = ("errors", "types", "home", "precision", "coerce", "sandbox", "config", "helps", "words", "recipe")
 TOP_LEVEL = dict.fromkeys(BASE, "base") | {"__main__": "cli"}
 HEIGHT = {place: height for height, row in enumerate(LAYERS) for place in row}
 
@@ -37,6 +37,7 @@ TORCH_FREE = (
     "coerce",
     "sandbox",
     "helps",
+    "words",
     "recipe",
     "data.read",
     "data.formats",
