@@ -25,7 +25,7 @@ LAYERS = (
     ("cli",),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
-BASE = ("errors", "types", "home", "precision", "coerce", "sandbox", "config", "helps", "secrets", "recipe")
+BASE = ("errors", "types", "home", "precision", "coerce", "sandbox", "config", "helps", "secrets", "words", "recipe")
 TOP_LEVEL = dict.fromkeys(BASE, "base") | {"__main__": "cli"}
 HEIGHT = {place: height for height, row in enumerate(LAYERS) for place in row}
 
@@ -38,6 +38,7 @@ TORCH_FREE = (
     "sandbox",
     "helps",
     "secrets",
+    "words",
     "recipe",
     "data.read",
     "data.formats",

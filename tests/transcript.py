@@ -1,7 +1,6 @@
 """What stays the same in what commands print: their words, without the numbers that a machine measures."""
 
 import re
-from itertools import groupby
 
 MEASURED = (
     # `doctor`: whole lines that tell of the machine and of what is installed, with the lines that they go on in.
@@ -15,8 +14,8 @@ MEASURED = (
     (r"\d:\d\d:\d\d", "#"),
     # Columns of numbers, as in the table of `plan`.
     (r"(?<=  )\d[\d,.]*(?=  |$)", "#"),
-    # Training, whose lines come after some seconds each.
-    (r"^step \d+(/\d+  loss )[\d.]+(.*  )\d+(?=% supervised)", r"step #\1#\2#"),
+    # Training. At which steps there is a line follows from `logging_steps` alone, so the numbers of the steps count.
+    (r"^(step \d+/\d+  loss )[\d.]+(.*  )\d+(?=% supervised)", r"\1#\2#"),
     # What the model answered, and scores of that.
     (r"^\{.*\}$", "{an answer}"),
     (r"[+-]?\d+%? \([+-]?\d+, [+-]?\d+\)", "# (#, #)"),
@@ -30,7 +29,7 @@ MEASURED = (
 
 
 def stable(text: str) -> list[str]:
-    """The lines of `text` with `#` for what is measured. Of equal lines in a row, how many depends on the speed."""
+    """The lines of `text` with `#` for what is measured."""
     for pattern, neutral in MEASURED:
         text = re.sub(pattern, neutral, text, flags=re.MULTILINE)
-    return [line for line, _ in groupby(line.strip() for line in text.splitlines())]
+    return [line.strip() for line in text.splitlines()]

@@ -27,7 +27,7 @@ def test_the_report_has_counts_lengths_and_notes(rows: Path, tiny_model: Path) -
     assert done.exit_code == 0, done.output
     assert "train: 3 rows, 3 examples, 18 tokens, 6 supervised (33%), longest 6" in done.output
     assert "1 to      6 tokens" in done.output
-    assert "note: train: 1 examples are exact copies of another" in done.output
+    assert "note: train: 1 example is an exact copy of another" in done.output
     assert done.output.endswith("ready to train\n")
 
 
@@ -89,7 +89,7 @@ def test_named_sources_are_reported_one_by_one(rows: Path, tmp_path: Path, tiny_
     done = check(recipe, "--train-on", "all")
     assert done.exit_code == 0, done.output
     assert "train/sums: 2 rows" in done.output
-    assert "\nsums: 1 rows" in done.output
+    assert "\nsums: 1 row, " in done.output
     assert "train: an epoch uses 4 of sums, 1 of again" in done.output
 
 

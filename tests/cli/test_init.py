@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -55,6 +56,19 @@ def test_a_file_is_enough_and_the_recipe_passes_check(labelled: Path, tiny_model
     checked = tunesmith("check", "recipe.yaml")
     assert checked.exit_code == 0, checked.output
     assert "train/mail: 54 rows, 54 examples" in checked.output
+
+
+def test_one_row_is_not_many(tmp_path: Path, tiny_model: Path) -> None:
+    written(tmp_path / "one.jsonl", [{"text": "a text"}])
+    done = tunesmith("init", "--data", "one.jsonl", "--model", tiny_model)
+    assert done.exit_code == 0, done.output
+    assert "1 row, format text" in done.output
+    text = Path("recipe.yaml").read_text(encoding="utf-8")
+    assert "1 row is too few to hold some out" in text
+    assert "for 1 row: " in text
+    checked = tunesmith("check", "recipe.yaml").output
+    assert "train: 1 row, 1 example, " in checked
+    assert not re.search(r"\b1 \w+s\b", done.output + text + checked)
 
 
 def test_quiet_prints_only_what_was_written(labelled: Path, tiny_model: Path) -> None:

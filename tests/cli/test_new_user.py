@@ -35,7 +35,11 @@ STEPS = (
     Step(command="plan recipe.yaml", says=("lora", "fits")),
     Step(
         command="train recipe.yaml --max-steps 3 --logging-steps 1 --use-cpu --precision fp32",
-        says=("saved the adapters to runs/first", "how it went:  runs/first/report.html\n", "chat runs/first"),
+        says=(
+            "saved the adapters to runs/first",
+            "how it went:  runs/first/report.html\n",
+            "tunesmith chat runs/first",
+        ),
         leaves=("runs/first/adapter_model.safetensors", "runs/first/run.json", "runs/first/report.html"),
     ),
     Step(command="report runs/first --output page.html", says=("wrote page.html (",), leaves=("page.html",)),

@@ -21,7 +21,7 @@ TRAINED = [
     r"(learning_rate|eval_strategy): \S+ \(.*\)",
     r"(train|eval): 16 rows, .*",
     r" +\d+ to +\d+ tokens  #+ \d+",
-    r"note: .*examples are (exact copies|in the training data).*",
+    r"note: .*examples? (is|are) (an exact copy|exact copies|in the training data).*",
     r"trains [\d,]+ of [\d,]+ parameters .*",
     r"step \d+/3  loss \d+\.\d{4}  .* s left",
     r"step \d+  eval loss \d+\.\d{4}",

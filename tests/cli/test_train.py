@@ -110,6 +110,19 @@ def test_a_mistake_stops_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_that_can_not_be_written_stops_before_the_data_is_read(
+    needed: list[str], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.cli.rows.training_rows", None)
+    for output in (rows, rows / "run", Path("/proc/nope/run")):
+        result = RUNNER.invoke(app, [*needed, "--output", str(output)])
+        assert result.exit_code == 2
+        assert re.fullmatch(
+            rf"error: output {output} can't be written: (Not a|No such file or) directory; take another folder\n",
+            result.stderr,
+        )
+
+
 def test_a_demo_model_that_must_be_converted_says_so(
     needed: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,8 @@ def test_data_without_any_end_token_stops_the_run_unless_allowed() -> None:
 
 
 def test_a_doubled_bos_stops_the_run() -> None:
-    assert "two BOS" in judged({"train": report(double_bos=2)}).problems[0]
+    assert "2 examples begin with two BOS" in judged({"train": report(double_bos=2)}).problems[0]
+    assert "1 example begins with two BOS" in judged({"train": report(double_bos=1)}).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,12 @@ def test_a_doubled_bos_stops_the_run() -> None:
     [
         ({"without_end": 2}, "train: 2 examples do not end with an end token"),
         ({"duplicates": 4}, "train: 4 examples are exact copies of another"),
-        ({"weightless": 1}, "train: 1 examples have weight 0 throughout"),
+        ({"weightless": 2}, "train: 2 examples have weight 0 throughout"),
+        ({"without_end": 1}, "train: 1 example does not end with an end token"),
+        ({"duplicates": 1}, "train: 1 example is an exact copy of another"),
+        ({"weightless": 1}, "train: 1 example has weight 0 throughout"),
+        ({"counts": counted(3, dropped={"too long": (1, ["row 1"])})}, "train: 1 row dropped, too long: row 1"),
+        ({"counts": counted(3, truncated=1, lost_tokens=1)}, "train: 1 example truncated"),
         (
             {"counts": counted(3, dropped={"too long": (7, ["row 1", "row 2"])})},
             "train: 7 rows dropped, too long: row 1, row 2, ...",
@@ -112,6 +118,7 @@ def test_what_is_odd_is_told(changes: dict[str, Any], note: str) -> None:
 
 def test_leakage_is_told() -> None:
     assert "eval: 5 examples are in the training data too" in judged({"train": report()}, {"eval": 5}).notes[0]
+    assert "eval: 1 example is in the training data too" in judged({"train": report()}, {"eval": 1}).notes[0]
 
 
 def test_nothing_odd_gives_no_notes() -> None:

@@ -88,6 +88,18 @@ def test_of_checkpoints_alone_the_newest_is_the_run(tiny_model: Path, adapters: 
     assert isinstance(load_run(str(folder))[0], PeftModel)
 
 
+def test_a_folder_without_a_model_is_no_run(tiny_model: Path, tmp_path: Path) -> None:
+    failed = tmp_path / "runs" / "failed"
+    failed.mkdir(parents=True)
+    (failed / "run.json").touch()
+    none = r"failed is no run or model: it has neither config\.json nor adapter_config\.json, nor any checkpoint; a run"
+    with pytest.raises(TunesmithError, match=none):
+        load_run(str(failed))
+    shutil.copytree(tiny_model, tmp_path / "runs" / "first" / "checkpoint-2")
+    with pytest.raises(TunesmithError, match=r"adapter_config\.json; .*runs/first in it is one"):
+        load_run(str(tmp_path / "runs"))
+
+
 def test_adapters_of_the_demo_model_find_it_on_another_machine(
     tiny_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,13 @@ def test_the_text_is_the_settings_with_their_reasons() -> None:
         assert not line or line.startswith("#") or "  # " in line or above.startswith("# ")
 
 
+def test_commands_of_the_heading_stay_whole() -> None:
+    recipe = f"'my  {'long ' * 30}recipe.yaml'"
+    text = write(heading(facts(), recipe), [])
+    for command in ("check", "inspect", "train"):
+        assert f"\n#   tunesmith {command} {recipe}\n" in text
+
+
 @pytest.mark.parametrize("path", ["train.jsonl", "a/eval.csv", "é.json", "owner/My-Data:en", "數據.jsonl", "...json"])
 def test_sources_have_names_that_mean_no_split(path: str) -> None:
     name = source_name(path)

@@ -70,10 +70,13 @@ def show(preflight: "Preflight") -> None:
 
 
 def lines(name: str, report: "SplitReport") -> list[str]:
+    from tunesmith.words import counted
+
     counts = report.counts
     share = report.supervised_share
     found = [
-        f"{name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens, "
+        f"{name}: {counted(counts.rows, 'row')}, {counted(counts.examples, 'example')}, "
+        f"{counted(counts.tokens, 'token')}, "
         f"{counts.supervised:,} supervised ({share:.0%}), longest {report.longest:,}"
     ]
     most = max((count for _, _, count in report.lengths), default=1)

@@ -264,16 +264,21 @@ def _write(options: Options, found: "Facts", sections: list["Section"]) -> None:
 
 
 def _describe(looked: "Looked") -> None:
+    from tunesmith.words import counted
+
     rows = looked.facts
     roles = f" of {', '.join(rows.roles)}" if rows.roles else ""
     separate = "; the prompt is separate" if rows.separate else ""
-    say(f"{rows.rows:,} rows, format {rows.format}{roles}{separate}")
+    say(f"{counted(rows.rows, 'row')}, format {rows.format}{roles}{separate}")
 
 
 def _notes(found: "Facts") -> list[str]:
+    from tunesmith.words import counted, verb
+
     rows, lengths, notes = found.rows, found.lengths, []
     if rows.duplicates:
-        notes.append(f"{rows.duplicates:,} rows are exact copies of others; what is held out may be among them")
+        copies = verb(rows.duplicates, "is an exact copy of another", "are exact copies of others")
+        notes.append(f"{counted(rows.duplicates, 'row')} {copies}; what is held out may be among them")
     if found.wanted.goal == "classify" and rows.labels:
         most = ", ".join(f"{label or '(empty)'} {count / rows.rows:.0%}" for label, count in rows.labels[:6])
         notes.append(f"{len(rows.labels):,} labels: {most}{', ...' if len(rows.labels) > 6 else ''}")
@@ -289,6 +294,7 @@ def _notes(found: "Facts") -> list[str]:
 
 def _show(options: Options, found: "Facts", notes: Sequence[str]) -> None:
     from tunesmith.report.advice import schedule
+    from tunesmith.words import counted
 
     lengths, fit, steps = found.lengths, found.fit, schedule(found)
     about = "about " if lengths.sampled else ""
@@ -298,7 +304,7 @@ def _show(options: Options, found: "Facts", notes: Sequence[str]) -> None:
     )
     size, what = steps.micro * steps.accumulation, "pack" if steps.packing else "row"
     say(
-        f"{about}{steps.steps:,} steps of {size} {what}{'s' if size > 1 else ''} by {fit.method}, {steps.micro} at "
+        f"{about}{counted(steps.steps, 'step')} of {counted(size, what)} by {fit.method}, {steps.micro} at "
         f"once, for {found.device}"
     )
     for text in notes:

@@ -79,10 +79,13 @@ def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
     from tunesmith.model.load import resolve_model
+    from tunesmith.train.lock import check_writable
     from tunesmith.train.trackers import check_trackers
 
     check_trackers(recipe.config.report_to)
     _check_resume(recipe)
+    if _is_main():
+        check_writable(Path(str(recipe.config.output_dir)))
     opened = _open(recipe)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")

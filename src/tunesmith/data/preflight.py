@@ -15,6 +15,7 @@ from tunesmith.data.columns import flat_weights
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX
+from tunesmith.words import counted, verb
 
 BUCKETS = 8
 NAMED_EXAMPLES = 5
@@ -154,15 +155,17 @@ def judge(
         )
     for name, report in splits.items():
         if report.without_end and not problems:
-            notes.append(f"{name}: {report.without_end:,} examples do not end with an end token (cut, or meant so)")
+            endless = f"{counted(report.without_end, 'example')} {verb(report.without_end, 'does', 'do')}"
+            notes.append(f"{name}: {endless} not end with an end token (cut, or meant so)")
         if report.double_bos:
+            begin = f"{counted(report.double_bos, 'example')} {verb(report.double_bos, 'begins', 'begin')}"
             problems.append(
-                f"{name} data: {report.double_bos:,} examples begin with two BOS tokens; take the BOS text out of the "
-                "rows, or out of the template"
+                f"{name} data: {begin} with two BOS tokens; take the BOS text out of the rows, or out of the template"
             )
         notes += _notes(name, report)
     notes += [
-        f"{name}: {count:,} examples are in the training data too; its loss will look too good"
+        f"{name}: {counted(count, 'example')} {verb(count, 'is', 'are')} in the training data too; its loss will look "
+        "too good"
         for name, count in shared.items()
         if count
     ]
@@ -173,22 +176,26 @@ def _notes(name: str, report: SplitReport) -> list[str]:
     counts, notes = report.counts, []
     if counts.skipped:
         notes.append(
-            f"{name}: {counts.skipped:,} of {counts.rows:,} rows can't be used and are left out (on_bad_row: skip)"
+            f"{name}: {counts.skipped:,} of {counted(counts.rows, 'row')} can't be used and "
+            f"{verb(counts.skipped, 'is', 'are')} left out (on_bad_row: skip)"
         )
     for reason, (count, places) in counts.dropped.items():
         notes.append(
-            f"{name}: {count:,} rows dropped, {reason}: {', '.join(places)}{', ...' if count > len(places) else ''}"
+            f"{name}: {counted(count, 'row')} dropped, {reason}: {', '.join(places)}"
+            f"{', ...' if count > len(places) else ''}"
         )
     if counts.truncated:
         share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
         more = "; raise max_length" if share > HIGH_LOSS else ""
-        notes.append(f"{name}: {counts.truncated:,} examples truncated, {share:.1%} of the tokens lost{more}")
+        notes.append(f"{name}: {counted(counts.truncated, 'example')} truncated, {share:.1%} of the tokens lost{more}")
     if report.duplicates:
-        notes.append(f"{name}: {report.duplicates:,} examples are exact copies of another")
+        copies = verb(report.duplicates, "is an exact copy", "are exact copies")
+        notes.append(f"{name}: {counted(report.duplicates, 'example')} {copies} of another")
     if report.supervised_share < LOW_SUPERVISION:
         notes.append(f"{name}: only {report.supervised_share:.2%} of the tokens are supervised")
     if report.weightless:
-        notes.append(f"{name}: {report.weightless:,} examples have weight 0 throughout")
+        have = verb(report.weightless, "has", "have")
+        notes.append(f"{name}: {counted(report.weightless, 'example')} {have} weight 0 throughout")
     return notes
 
 

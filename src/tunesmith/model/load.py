@@ -129,9 +129,11 @@ def load_run(
     """A run's model, with its adapters, and tokenizer, ready to generate on the best device; or any model by name.
 
     A folder that holds nothing but checkpoints stands for the newest of them. On a CPU the weights are float32, which
-    every one computes in natively; elsewhere they are what was saved.
+    every one computes in natively; elsewhere they are what was saved. Raises TunesmithError.
     """
     folder = run_folder(Path(resolve_model(name, progress)))
+    if folder.is_dir() and not _holds_model(folder):
+        raise TunesmithError(f"{name} is no run or model: it has neither {CONFIG} nor {ADAPTERS}{_nearest_run(folder)}")
     device = here()
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
@@ -183,16 +185,28 @@ def newest_checkpoint(folder: Path) -> Path | None:
     steps = {
         int(item.name.removeprefix("checkpoint-")): item
         for item in folder.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", item.name) and any((item / file).is_file() for file in (CONFIG, ADAPTERS))
+        if re.fullmatch(r"checkpoint-\d+", item.name) and _holds_model(item)
     }
     return steps[max(steps)] if steps else None
 
 
 def run_folder(path: Path) -> Path:
     """`path`, or where it holds nothing but checkpoints, the newest of them."""
-    if not path.is_dir() or any((path / name).is_file() for name in (CONFIG, ADAPTERS)):
+    if not path.is_dir() or _holds_model(path):
         return path
     return newest_checkpoint(path) or path
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in (CONFIG, ADAPTERS))
+
+
+def _nearest_run(folder: Path) -> str:
+    """What to give in place of a folder without a model: the newest of those in it that have one."""
+    inside = [item for item in folder.iterdir() if item.is_dir() and _holds_model(run_folder(item))]
+    if inside:
+        return f"; {max(inside, key=lambda item: item.stat().st_mtime)} in it is one"
+    return ", nor any checkpoint; a run that ended before it saved leaves none"
 
 
 def base_of(adapters: str) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tunesmith.report.advice import GOALS, METHODS, Facts, Schedule, schedule, train_on, wanted_length
 from tunesmith.report.recipe_text import Line, Section
+from tunesmith.words import counted, verb
 
 SMALL_MODEL = 500_000_000
 """Parameters below which a model takes, and needs, a higher learning rate."""
@@ -38,9 +39,13 @@ def heading(facts: Facts, recipe: str) -> list[str]:
     rows, goal, data = facts.rows, facts.wanted.goal, ", ".join(facts.wanted.data)
     roles = f" of {', '.join(rows.roles)}" if rows.roles else ""
     return [
-        f"Written by `tunesmith init` for {data}: {rows.rows:,} rows, format {rows.format}{roles}.",
+        f"Written by `tunesmith init` for {data}: {counted(rows.rows, 'row')}, format {rows.format}{roles}.",
         f"Goal: {goal}, {GOALS[goal]}. Every line may be changed; `tunesmith train --fields` lists all there are.",
-        f"Look first: tunesmith check {recipe}, tunesmith inspect {recipe}. Then: tunesmith train {recipe}",
+        "Look first:",
+        f"  tunesmith check {recipe}",
+        f"  tunesmith inspect {recipe}",
+        "Then:",
+        f"  tunesmith train {recipe}",
     ]
 
 
@@ -56,7 +61,9 @@ def _data(facts: Facts, plan: Schedule) -> list[Line]:
         why = f"{plan.held_out:.2%} of the rows, {count:,}, are not trained on: the loss on them is told after an epoch"
         lines.append(Line(key="data", value=source, why=why.replace(".00%", "%")))
     else:
-        why = f"{facts.rows.rows:,} rows are too few to hold some out; give others as eval_data: FILE"
+        count = facts.rows.rows
+        few = f"{counted(count, 'row')} {verb(count, 'is', 'are')} too few"
+        why = f"{few} to hold some out; give others as eval_data: FILE"
         lines.append(Line(key="data", value=path, why=why))
     if wanted.columns:
         named = ", ".join(f"{theirs} is the {ours}" for ours, theirs in wanted.columns.items())
@@ -93,8 +100,7 @@ def _length_reason(facts: Facts, plan: Schedule) -> str:
         capped = "; the model has no positions for more"
     elif length < wanted_length(facts.wanted.goal, facts.rows, lengths, facts.model):
         capped = "; memory has no room for more"
-    verb = "is" if over == 1 else "are"
-    return f"{said}; {about}{over:,} {verb} longer{capped}"
+    return f"{said}; {about}{over:,} {verb(over, 'is', 'are')} longer{capped}"
 
 
 def _packing(facts: Facts) -> list[Line]:
@@ -111,14 +117,23 @@ def _packing(facts: Facts) -> list[Line]:
 def _overlong(facts: Facts, over: int) -> Line:
     """What happens to rows that are too long."""
     goal = facts.wanted.goal
-    which = f"{'about ' if facts.lengths.sampled else ''}{over:,} longer rows"
+    which = f"{'about ' if facts.lengths.sampled else ''}{counted(over, 'longer row')}"
+    are = verb(over, "is", "are")
     if goal == "classify" and facts.rows.separate:
-        return Line(key="truncate_prompt", value=True, why=f"{which} lose the beginning of the question, not the label")
+        return Line(
+            key="truncate_prompt",
+            value=True,
+            why=f"{which} {verb(over, 'loses', 'lose')} the beginning of the question, not the label",
+        )
     if goal in ("classify", "json", "tools"):
         return Line(
-            key="overlong", value="drop", why=f"the {which} are left out: half an answer would teach a wrong end"
+            key="overlong", value="drop", why=f"the {which} {are} left out: half an answer would teach a wrong end"
         )
-    return Line(key="overlong", value="truncate", why=f"the {which} are cut; drop leaves them out, error stops")
+    return Line(
+        key="overlong",
+        value="truncate",
+        why=f"the {which} {are} cut; drop leaves {verb(over, 'it', 'them')} out, error stops",
+    )
 
 
 def _method(facts: Facts) -> list[Line]:
@@ -153,7 +168,11 @@ def _steps(facts: Facts, plan: Schedule) -> list[Line]:
         fits = "even this is planned to be too much"
     size = plan.micro * plan.accumulation
     lines = [
-        Line(key="num_train_epochs", value=plan.epochs, why=f"for {plan.train_rows:,} rows: {plan.steps:,} steps"),
+        Line(
+            key="num_train_epochs",
+            value=plan.epochs,
+            why=f"for {counted(plan.train_rows, 'row')}: {counted(plan.steps, 'step')}",
+        ),
         Line(
             key="per_device_train_batch_size",
             value=plan.micro,

@@ -34,7 +34,8 @@ def values(sections: Sequence[Section]) -> dict[str, Any]:
 
 
 def write(heading: Sequence[str], sections: Sequence[Section]) -> str:
-    """The text of the recipe: `heading` as comments, then the sections."""
+    """The text of the recipe: `heading` as comments, then the sections. Lines of the heading that begin with spaces are
+    commands, which stay whole however long they are: they are there to be copied."""
     parts = ["\n".join(wrapped for line in heading for wrapped in _comment(line))]
     for section in sections:
         lines = [text for line in section.lines for text in _written(line)]
@@ -55,6 +56,8 @@ def _written(line: Line) -> list[str]:
 
 
 def _comment(text: str) -> list[str]:
+    if text.startswith("  "):
+        return [f"# {_printable(text)}"]
     return textwrap.wrap(
         _plain(text),
         WIDTH,
@@ -67,7 +70,11 @@ def _comment(text: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """`text` in one line, without characters that YAML does not allow even in a comment."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def yaml_value(value: Any) -> str:

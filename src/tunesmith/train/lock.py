@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -12,6 +13,16 @@ from filelock import FileLock, Timeout
 from tunesmith.errors import TunesmithError
 
 LOCK, OWNER = ".lock", ".owner"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises TunesmithError when `folder` can't be made, or written to. Nothing of it is left behind: a run that ends
+    before it begins makes no folder."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=there))  # permissions alone don't tell, least of all root
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 @contextmanager
@@ -29,13 +40,17 @@ def only_run_in(folder: Path) -> Iterator[None]:
         raise TunesmithError(f"a run is writing to {folder} already: {named}. Wait, or take another output") from None
     except OSError as error:
         lock.release()
-        raise TunesmithError(f"output {folder} can't be written: {error.strerror or error}; take another") from error
+        raise _unwritable(folder, error) from error
     try:
         yield
     finally:
         with suppress(OSError):  # the folder may be gone by now, which the run has said
             (folder / OWNER).unlink(missing_ok=True)
         lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> TunesmithError:
+    return TunesmithError(f"output {folder} can't be written: {error.strerror or error}; take another folder")
 
 
 def _sign(owner: Path) -> None:
