@@ -200,8 +200,8 @@ class SFTConfig(TrainingArguments):
     sample_prompts: int | None = field(
         default=None,
         metadata=_help(
-            "So many prompts, of held-out rows if there are any, are answered before training, with each evaluation "
-            "and at the end, for the report. Unset: 3 in `tunesmith train`, 0 in a program."
+            "So many prompts, held-out ones if there are any, are answered before training, with each evaluation "
+            "and at the end. Unset: 3 in `tunesmith train`, 0 in a program."
         ),
     )
     loraplus_lr_ratio: float | None = field(
