@@ -110,6 +110,17 @@ def test_prompts_of_rows_that_were_trained_on_are_said_to_be(trainer_of: Callabl
         assert ("No rows were held out, so these prompts are from rows that were trained on" in page) is trained_on
 
 
+def test_a_run_that_goes_on_from_its_last_step_has_its_page(trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer_of(**settings).train()
+    (tmp_path / "run" / "report.html").unlink()
+    again = trainer_of(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.report == tmp_path / "run" / "report.html"
+    assert [line["step"] for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line] == [1, 2]
+    assert "Hardest rows" in again.report.read_text(encoding="utf-8")
+
+
 def test_a_damaged_journal_of_an_earlier_run_is_none_of_a_new_ones_business(
     trainer_of: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -210,6 +210,8 @@ class JournalingTrainer(GuardedTrainer):
 
     def _end_journal(self, ended: str) -> None:
         """`ended` says how: "finished", "stopped" or "error"."""
+        if self._journaling and self._start and ended != "error":
+            self._open()  # a run that went on from its last step has no other, and is its own
         begun, self._journaling = self._journaling and self._held is None, False
         if not begun:
             self._held = []
