@@ -29,7 +29,7 @@ def measured(method: str, rows: int, length: int, checkpointing: bool, steps: in
 
     from tunesmith import SFTConfig, SFTTrainer
     from tunesmith.model.load import load_tokenizer
-    from tunesmith.model.lora import lora_config
+    from tunesmith.settings.lora import lora_config
 
     warnings.filterwarnings("ignore")
     tokenizer = load_tokenizer("demo")
@@ -65,8 +65,8 @@ def planned(method: str, rows: int, length: int, checkpointing: bool) -> dict[st
     """MB by part, without the libraries."""
     from tunesmith.model.devices import device
     from tunesmith.model.load import load_config
-    from tunesmith.model.lora import lora_config
-    from tunesmith.model.plan import LIBRARIES_ALONE, Run, count
+    from tunesmith.plan.memory import LIBRARIES_ALONE, Run, count
+    from tunesmith.settings.lora import lora_config
 
     run = Run(
         config=load_config("demo"),

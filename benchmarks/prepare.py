@@ -42,7 +42,7 @@ def ours(data: Path, home: str) -> dict:
     from transformers import AutoTokenizer
 
     from tunesmith import SFTConfig
-    from tunesmith.train.data import DataPreparer
+    from tunesmith.data.dataset import DataPreparer
 
     tokenizer = AutoTokenizer.from_pretrained(_demo())
     source = Dataset.from_list(rows(data))
@@ -73,7 +73,7 @@ def theirs(data: Path) -> dict:
 
 
 def _demo() -> str:
-    from tunesmith.model.demo import demo_model_path
+    from tunesmith.model.demo_model import demo_model_path
 
     return str(demo_model_path())
 

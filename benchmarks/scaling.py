@@ -19,7 +19,7 @@ def batches(data: Path, sizes: list[int]) -> dict[int, dict[str, Any]]:
     """A flat batch of each size: whole rows, the last one cut."""
     from transformers import AutoTokenizer
 
-    from tunesmith.data.collate import flat
+    from tunesmith.data.batches import flat
 
     tokenizer = AutoTokenizer.from_pretrained(demo())
     text = "{instruction}\n{input}\n\n{output}<|im_end|>"
@@ -40,7 +40,7 @@ def batches(data: Path, sizes: list[int]) -> dict[int, dict[str, Any]]:
 
 
 def demo() -> str:
-    from tunesmith.model.demo import demo_model_path
+    from tunesmith.model.demo_model import demo_model_path
 
     return str(demo_model_path())
 

@@ -156,7 +156,7 @@ def roofline(dtype: Any) -> float:
 
 
 def demo() -> str:
-    from tunesmith.model.demo import demo_model_path
+    from tunesmith.model.demo_model import demo_model_path
 
     return str(demo_model_path())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pictures import draw_live
 
-from tunesmith.model.demo import demo_model_path
+from tunesmith.model.demo_model import demo_model_path
 
 PAGE = Path(__file__).with_name("first-session.md")
 LIVE = Path(__file__).parent / "images" / "live.svg"

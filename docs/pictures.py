@@ -20,7 +20,7 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
 from tunesmith.report.write import write_report
-from tunesmith.train.live import RunView, Snapshot
+from tunesmith.terminal.live import RunView, Snapshot
 
 COLUMNS = 84
 SHARE = 0.7

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from typer.main import get_command
 
 from tunesmith.cli.main import app
-from tunesmith.coerce import members_of
-from tunesmith.config import UNSUPPORTED
-from tunesmith.recipe import KEYS, Setting, all_settings
+from tunesmith.settings.coerce import members_of
+from tunesmith.settings.config import UNSUPPORTED
+from tunesmith.settings.recipe import KEYS, Setting, all_settings
 
 SETTINGS = Path(__file__).with_name("settings.md")
 COMMANDS = Path(__file__).with_name("commands.md")

@@ -33,8 +33,8 @@ from transformers.utils.logging import disable_progress_bar
 from tunesmith.model.devices import GPUS
 from tunesmith.model.generate import generate
 from tunesmith.model.load import resolve_model
-from tunesmith.model.lora import lora_config
-from tunesmith.model.plan import METHODS, Run, plan
+from tunesmith.plan.memory import METHODS, Run, plan
+from tunesmith.settings.lora import lora_config
 
 HUB = False  # True: facebook/opt-350m from the Hugging Face hub; needs the network
 MODEL = "facebook/opt-350m" if HUB else resolve_model("demo")  # a name on the hub, or a folder

@@ -32,7 +32,7 @@ from peft import LoraConfig
 from transformers.trainer_callback import PrinterCallback
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template
-from tunesmith.data.orders import training_rows
+from tunesmith.demo.orders import training_rows
 from tunesmith.model.generate import Sampling, generate_from_ids, prompt_ids, text_ids
 from tunesmith.model.load import load_model, load_run, load_tokenizer
 

@@ -53,14 +53,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.trainer_callback import PrinterCallback
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
-from tunesmith.data.orders import training_rows
+from tunesmith.demo.orders import training_rows
 from tunesmith.model.devices import GPUS
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_config, load_model, load_run, load_tokenizer
-from tunesmith.model.lora import lora_config
-from tunesmith.model.plan import METHODS, Run, plan
+from tunesmith.plan.memory import METHODS, Run, plan
+from tunesmith.settings.lora import lora_config
+from tunesmith.ship.hub import PushOptions, in_full, push
 from tunesmith.ship.merge import merge
-from tunesmith.ship.push import PushOptions, in_full, push
 
 # %% [markdown]
 # ## The idea of LoRA

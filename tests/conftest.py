@@ -49,11 +49,11 @@ def no_prepared_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees a processor without fast bfloat16 and with a good BLAS, so that results don't depend on the
     machine that runs them."""
-    import tunesmith.config
     import tunesmith.model.linear
+    import tunesmith.settings.config
 
     monkeypatch.setattr(tunesmith.model.linear, "_chosen", False)
-    monkeypatch.setattr(tunesmith.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
+    monkeypatch.setattr(tunesmith.settings.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 
 @pytest.fixture(autouse=True)

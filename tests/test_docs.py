@@ -17,10 +17,10 @@ from tests.conftest import REPO
 from tests.transcript import stable
 from tests.trl_fields import ADDED, CHANGED, VERSION
 from tunesmith.cli.main import app
-from tunesmith.config import SFTConfig
-from tunesmith.data import orders
 from tunesmith.data.formats import FormatOptions, detect, parse
-from tunesmith.recipe import resolve
+from tunesmith.demo import orders
+from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.recipe import resolve
 
 DOCS = REPO / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

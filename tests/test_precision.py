@@ -40,7 +40,7 @@ def test_a_real_measurement_gives_every_format_a_speed_and_describes_it() -> Non
 
 
 def test_auto_takes_the_measured_format_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.config.measure", lambda device: ZEN4)
+    monkeypatch.setattr("tunesmith.settings.config.measure", lambda device: ZEN4)
     config = SFTConfig(output_dir="unused")
     assert (config.precision, config.bf16, config.fp16) == ("bf16", True, False)
     assert "bf16 400" in config.precision_note
@@ -54,7 +54,7 @@ def test_auto_takes_the_measured_format_and_says_why(monkeypatch: pytest.MonkeyP
 def test_what_the_user_says_is_not_measured(
     given: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.config.measure", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr("tunesmith.settings.config.measure", lambda device: pytest.fail("measured"))
     assert SFTConfig(output_dir="unused", **given).precision == expected
 
 

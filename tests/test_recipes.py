@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tunesmith.cli.main import app
-from tunesmith.recipe import resolve
+from tunesmith.settings.recipe import resolve
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / "recipes"

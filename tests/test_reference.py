@@ -8,8 +8,8 @@ from typer.main import get_command
 
 from docs import reference
 from tunesmith.cli.main import app
-from tunesmith.config import UNSUPPORTED
-from tunesmith.recipe import all_settings
+from tunesmith.settings.config import UNSUPPORTED
+from tunesmith.settings.recipe import all_settings
 
 PARSERS = get_command(app).commands  # type: ignore[attr-defined]
 PAGE = reference.COMMANDS.read_text(encoding="utf-8")

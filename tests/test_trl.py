@@ -11,8 +11,8 @@ import pytest
 from transformers import TrainingArguments
 
 from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
-from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.trainer import SFTTrainer
 
 

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tunesmith.config import SFTConfig
-    from tunesmith.data.sources import DataSource
+    from tunesmith.data.mixture import DataSource
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
+    from tunesmith.settings.config import SFTConfig
     from tunesmith.train.trainer import SFTTrainer
 
 # Threads that have done their part of a product wait for the others in a loop, on cores that these may need: beside one
@@ -25,8 +25,8 @@ __version__ = "0.1.0"
 __all__ = ["DataSource", "SFTConfig", "SFTTrainer", "TunesmithError", "__version__", "clone_chat_template"]
 
 _DEFINED_IN = {
-    "DataSource": "tunesmith.data.sources",
-    "SFTConfig": "tunesmith.config",
+    "DataSource": "tunesmith.data.mixture",
+    "SFTConfig": "tunesmith.settings.config",
     "SFTTrainer": "tunesmith.train.trainer",
     "TunesmithError": "tunesmith.errors",
     "clone_chat_template": "tunesmith.model.tokens",

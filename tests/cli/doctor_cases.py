@@ -11,10 +11,14 @@ import torch
 from huggingface_hub import constants
 
 from tests.model.kernels import Kernels, by_document
-from tunesmith.cli import doctor_hub, doctor_installed, doctor_kernels, doctor_machine
 from tunesmith.cli.doctor import Check, examined
-from tunesmith.cli.doctor_finding import Finding
-from tunesmith.model import bnb, varlen
+from tunesmith.doctor import hub_access as doctor_hub
+from tunesmith.doctor import installed as doctor_installed
+from tunesmith.doctor import kernels as doctor_kernels
+from tunesmith.doctor import machine as doctor_machine
+from tunesmith.doctor.finding import Finding
+from tunesmith.model import attention_cuda as varlen
+from tunesmith.model import bnb
 
 Patch = pytest.MonkeyPatch
 
@@ -52,7 +56,7 @@ def other_device(patch: Patch) -> None:
 
 
 def old_python(patch: Patch) -> None:
-    patch.setattr("tunesmith.cli.doctor_installed.sys.version_info", (3, 10, 1))
+    patch.setattr("tunesmith.doctor.installed.sys.version_info", (3, 10, 1))
 
 
 def no_torch(patch: Patch) -> None:
@@ -60,7 +64,7 @@ def no_torch(patch: Patch) -> None:
 
 
 def unused_gpu(patch: Patch, cuda: str | None = None) -> None:
-    patch.setattr("tunesmith.cli.doctor_installed.shutil.which", lambda name: f"/bin/{name}")
+    patch.setattr("tunesmith.doctor.installed.shutil.which", lambda name: f"/bin/{name}")
     patch.setattr(torch.version, "cuda", cuda)
 
 
@@ -75,7 +79,7 @@ def no_package(patch: Patch) -> None:
 
 
 def damaged_demo(patch: Patch) -> None:
-    patch.setattr("tunesmith.model.demo.GGUF_SIZE", 1)
+    patch.setattr("tunesmith.model.demo_model.GGUF_SIZE", 1)
 
 
 # The machine
@@ -85,8 +89,8 @@ def cpuinfo(flags: str) -> Callable[[Patch], None]:
     def fake(patch: Patch) -> None:
         text = f"model name\t: Old Processor\nflags\t\t: {flags}\n"
         patch.setattr(doctor_machine, "CPUINFO", SimpleNamespace(read_text=lambda encoding: text))
-        patch.setattr("tunesmith.cli.doctor_machine.sys.platform", "linux")
-        patch.setattr("tunesmith.cli.doctor_machine.platform.machine", lambda: "x86_64")
+        patch.setattr("tunesmith.doctor.machine.sys.platform", "linux")
+        patch.setattr("tunesmith.doctor.machine.platform.machine", lambda: "x86_64")
 
     return fake
 
@@ -103,8 +107,8 @@ def memory(free: float) -> Callable[[Patch], None]:
 
 def disk(free: float, *, writable: bool = True) -> Callable[[Patch], None]:
     def fake(patch: Patch) -> None:
-        patch.setattr("tunesmith.cli.doctor_machine.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-        patch.setattr("tunesmith.cli.doctor_machine.os.access", lambda *_: writable)
+        patch.setattr("tunesmith.doctor.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        patch.setattr("tunesmith.doctor.machine.os.access", lambda *_: writable)
 
     return fake
 

@@ -14,11 +14,14 @@ from typer.testing import CliRunner
 from tests.cli.doctor_cases import gpu, odd_libraries
 from tests.ship.conftest import TOKEN, hub
 from tests.ship.hub_state import Hub
-from tunesmith.cli import doctor, doctor_hub, doctor_installed, doctor_machine
-from tunesmith.cli.doctor_finding import Finding
+from tunesmith.cli import doctor
 from tunesmith.cli.main import Commands
-from tunesmith.cli.output import Application
-from tunesmith.model.demo import INSTALL
+from tunesmith.doctor import hub_access as doctor_hub
+from tunesmith.doctor import installed as doctor_installed
+from tunesmith.doctor import machine as doctor_machine
+from tunesmith.doctor.finding import Finding
+from tunesmith.model.demo_model import INSTALL
+from tunesmith.terminal.output import Application
 
 __all__ = ["hub"]
 RUNNER = CliRunner()
@@ -141,7 +144,7 @@ def test_a_token_is_asked_for_its_owner_and_never_shown(hub: Hub, monkeypatch: p
 
 def test_a_full_disk_under_the_cache_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_HOME", str(home / "not" / "made"))
-    monkeypatch.setattr("tunesmith.cli.doctor_machine.shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
+    monkeypatch.setattr("tunesmith.doctor.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
     found = by_name(doctor_machine.disks())
     assert found["cache folder"].mark == "problem"
     assert found["cache folder"].found == f"{home / 'not' / 'made'}: 100 MB free"

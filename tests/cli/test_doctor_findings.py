@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.doctor_cases import CASES, gpu_with_wrong_flash2
-from tunesmith.cli import doctor, doctor_kernels
-from tunesmith.cli.doctor_finding import Finding
+from tunesmith.cli import doctor
+from tunesmith.doctor import kernels as doctor_kernels
+from tunesmith.doctor.finding import Finding
 
 
 def found_in(name: str, patch: pytest.MonkeyPatch) -> list[Finding]:

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from tests.ship.runs import adapter_run, full_run, record
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.main import Commands
-from tunesmith.cli.output import Application
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_model, load_run, load_tokenizer
-from tunesmith.ship.record import Method, Origin, Prompt
+from tunesmith.runs.record import Method, Origin, Prompt
+from tunesmith.terminal.output import Application
 
 RUNNER = CliRunner()
 NEW = 6

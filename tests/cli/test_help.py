@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli.complete import SETTINGS, settings_text
 from tunesmith.cli.main import app
-from tunesmith.recipe import all_settings
+from tunesmith.settings.recipe import all_settings
 
 ROWS, COLUMNS = 40, 80
 GROUP = get_command(app)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
 from tunesmith.cli.main import Commands
 from tunesmith.cli.rows import training_rows
-from tunesmith.data.collate import flat
-from tunesmith.recipe import resolve
+from tunesmith.data.batches import flat
+from tunesmith.settings.recipe import resolve
 from tunesmith.train.trainer import SFTTrainer
 from tunesmith.types import IGNORE_INDEX
 

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tunesmith.cli.main import Commands
-from tunesmith.cli.output import Application
 from tunesmith.cli.plan import HELP, USAGE, plan
 from tunesmith.model import devices
+from tunesmith.terminal.output import Application
 
 app = Application(cls=Commands)
 app.callback()(lambda: None)

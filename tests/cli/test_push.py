@@ -11,7 +11,7 @@ from tests.ship.hub_state import Hub
 from tests.ship.runs import LEFTOVERS, full_run, record
 from tunesmith.cli.main import Commands
 from tunesmith.cli.push import push
-from tunesmith.ship.record import Method
+from tunesmith.runs.record import Method
 
 __all__ = ["hub"]
 RUNNER = CliRunner()

@@ -14,8 +14,8 @@ from tests.report.written import write_run
 from tunesmith.cli.main import Commands
 from tunesmith.cli.main import app as tunesmith
 from tunesmith.cli.report import report
-from tunesmith.ship.journal import METRICS, SAMPLES, append, read_lines
-from tunesmith.ship.record import RunRecord
+from tunesmith.runs.files import METRICS, SAMPLES, append, read_lines
+from tunesmith.runs.record import RunRecord
 
 RUNNER = CliRunner()
 app = typer.Typer(cls=Commands)

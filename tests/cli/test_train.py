@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from tunesmith.cli.main import app
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
-from tunesmith.recipe import all_settings
+from tunesmith.settings.recipe import all_settings
 from tunesmith.train.trainer import SFTTrainer
 
 RUNNER = CliRunner()

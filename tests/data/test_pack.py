@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.data.dataset import numbered
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.pack import STRATEGIES, Packs, Piece, pack, shuffled
 from tunesmith.data.prepare import Preparation, prepare
 from tunesmith.data.tokenize import EncodeOptions
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import load_tokenizer
-from tunesmith.train.data import numbered
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 MAX_LENGTH = st.integers(1, 24)

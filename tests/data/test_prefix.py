@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.collate import flat
+from tunesmith.data.batches import flat
 from tunesmith.data.prefix import SAVES, shared
 
 TOKEN = st.integers(0, 2)

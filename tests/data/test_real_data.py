@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.styles import bytes_, words
-from tunesmith.data.columns import Columns
+from tunesmith.data.arrow import Columns
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, encoded
 from tunesmith.data.typed import parsed

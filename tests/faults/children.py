@@ -18,8 +18,8 @@ from tests.faults.layer import ERRORS, Act, Call, Layer, fail, kill
 from tests.train.children import Settings, log_in, run, trainer_of, weights_in
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
-from tunesmith.train import disk
-from tunesmith.train.checkpoint import PARTIALS, checkpoints, reason_against
+from tunesmith.runs import disk
+from tunesmith.runs.checkpoints import PARTIALS, checkpoints, reason_against
 
 KILLED = -signal.SIGKILL
 KILLS = "kills.jsonl"

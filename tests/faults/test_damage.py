@@ -10,7 +10,7 @@ from tests.faults.figures import FIGURES, LONG
 from tests.train.children import trainer_of
 from tests.train.runs import largest_difference, weights_of
 from tunesmith.errors import TunesmithError
-from tunesmith.train.checkpoint import STATE, checkpoints, verify
+from tunesmith.runs.checkpoints import STATE, checkpoints, verify
 
 STEPS = 4
 SEEDS = range(4) if LONG else range(1)

@@ -20,8 +20,8 @@ from tests.faults.layer import Layer, do
 from tests.train.children import Settings, run, trainer_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
-from tunesmith.train import disk
-from tunesmith.train.checkpoint import checkpoints
+from tunesmith.runs import disk
+from tunesmith.runs.checkpoints import checkpoints
 
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000  # sched.h
 SIZE = "64m"

@@ -11,7 +11,7 @@ from tests.faults.children import SAVED_AT, Outcome, Plan, harmed_saves, same
 from tests.faults.figures import FIGURES, LONG
 from tests.faults.layer import ERRORS, REMOVING
 from tests.train.children import in_a_child
-from tunesmith.train.checkpoint import newest_whole
+from tunesmith.runs.checkpoints import newest_whole
 
 LATER: dict[str, Any] = {"async_save": True}
 SAID = {

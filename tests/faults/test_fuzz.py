@@ -25,14 +25,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.faults.inputs import ATOMS, COLUMNS, ROWS, VALID, VALUES, mutated, templates, texts
 from tunesmith import SFTConfig, TunesmithError
-from tunesmith.coerce import members_of
+from tunesmith.data.dataset import numbered
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.preflight import examine
 from tunesmith.data.prepare import Preparation, prepare
 from tunesmith.data.read import read_rows
 from tunesmith.data.tokenize import EncodeOptions
-from tunesmith.recipe import all_settings, resolve
-from tunesmith.train.data import numbered
+from tunesmith.settings.coerce import members_of
+from tunesmith.settings.recipe import all_settings, resolve
 from tunesmith.types import IGNORE_INDEX
 
 LONG = os.environ.get("TUNESMITH_FAULTS") == "long"

@@ -19,8 +19,8 @@ from tests.faults.children import (
 )
 from tests.faults.figures import FIGURES, LONG
 from tests.train.children import MODES, in_a_child, weights_in
-from tunesmith.ship.journal import METRICS
-from tunesmith.train.checkpoint import PARTIALS, newest_whole
+from tunesmith.runs.checkpoints import PARTIALS, newest_whole
+from tunesmith.runs.files import METRICS
 
 Whole = Callable[[str], Path]
 LATER: dict[str, Any] = {"async_save": True}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.models import ARCHITECTURES, FLAT, PADDED, VOCABULARY, WINDOW, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.collate import flat
+from tunesmith.data.batches import flat
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import (
     attend_documents,

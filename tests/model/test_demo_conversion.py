@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tunesmith.model import demo
+from tunesmith.model import demo_model as demo
 
 # The package
 

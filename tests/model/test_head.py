@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.models import ARCHITECTURES, PADDED, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.collate import flat, padded
+from tunesmith.data.batches import flat, padded
 from tunesmith.errors import TunesmithError
 from tunesmith.model import head as head_module
 from tunesmith.model.attention import use_documents
 from tunesmith.model.head import head_options, next_token_targets, plain_head, teach
-from tunesmith.model.loss import LossOptions, Supervised
+from tunesmith.objectives.supervised import LossOptions, Supervised
 
 LENGTHS = (9, 5, 12, 5)
 BATCHES = [(name, kind) for name in ARCHITECTURES for kind in ("padded", "flat") if (name, kind) != ("gpt_neo", "flat")]

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.model import load
 from tunesmith.model.load import compute_dtype, load_model, load_run, load_tokenizer, newest_checkpoint, resolve_model
+from tunesmith.settings.config import SFTConfig
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

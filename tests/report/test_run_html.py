@@ -16,8 +16,8 @@ from tunesmith.report.page import amount, cut, duration, size, table
 from tunesmith.report.plots import MOST_POINTS, Curve, smoothed, svg
 from tunesmith.report.run_data import RunData, read_run
 from tunesmith.report.run_html import SHOWN_ANSWERS, final_loss, page
-from tunesmith.ship.journal import METRICS, SAMPLES, append
-from tunesmith.ship.record import Method
+from tunesmith.runs.files import METRICS, SAMPLES, append
+from tunesmith.runs.record import Method
 
 
 class Reader(PageReader):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.ship.runs import QUESTION, record
-from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, write
+from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, write
 
 SCRIPT = "</pre></div></title></style><script>document.body.innerHTML = 'broken out'</script><img src=x onerror=x=1>"
 

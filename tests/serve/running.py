@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tunesmith.model.generate import Sampling
+from tunesmith.serve.access import Access
 from tunesmith.serve.app import Service, Settings
-from tunesmith.serve.guard import Access
 from tunesmith.serve.server import Server, bind, url_of
 
 

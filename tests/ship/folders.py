@@ -9,7 +9,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedToke
 
 from tests.conftest import CHATML
 from tests.models import tiny
-from tunesmith.ship.gguf_tokens import LLAMA3_SPLIT, QWEN2_SPLIT
+from tunesmith.ship.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT
 
 TEXTS = ["the cat sat on the mat", "the hat that the cat sat on", "What is the capital of France?", "count to 10"] * 3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tunesmith.ship.record import Method, Origin, Prompt, RunRecord, Sample, SourceCount
+from tunesmith.runs.record import Method, Origin, Prompt, RunRecord, Sample, SourceCount
 
 QUESTION = [{"role": "user", "content": "What is two plus two?"}]
 

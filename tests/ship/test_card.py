@@ -10,10 +10,10 @@ from markdown_it import MarkdownIt
 from tests.ship.card_rules import faults, header_of
 from tests.ship.runs import QUESTION, record
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.record import Method, Origin, Prompt, RunRecord, Sample
 from tunesmith.ship import licence as licences
 from tunesmith.ship.card import CardOptions, model_card
 from tunesmith.ship.curves import curves
-from tunesmith.ship.record import Method, Origin, Prompt, RunRecord, Sample
 
 OPTIONS = CardOptions(repo="org/mine")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -11,7 +11,7 @@ from transformers.integrations.gguf import gguf_tokenizer_mapping as hf
 from tests.conftest import CHATML
 from tests.ship.folders import PRE_TOKENIZERS, byte_tokenizer, piece_tokenizer
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.gguf_tokens import LLAMA3_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT, plain_jinja, vocabulary
+from tunesmith.ship.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT, plain_jinja, vocabulary
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)

@@ -14,7 +14,7 @@ from tests.ship.conftest import TOKEN
 from tests.ship.hub_state import Hub
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.record import Origin, Prompt, RunRecord
+from tunesmith.runs.record import Origin, Prompt, RunRecord
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}

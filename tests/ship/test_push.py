@@ -19,7 +19,7 @@ from tests.ship.conftest import TOKEN
 from tests.ship.hub_state import Hub
 from tests.ship.runs import LEFTOVERS, adapter_run, full_run, record
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.push import PushOptions, plan, push
+from tunesmith.ship.hub import PushOptions, plan, push
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 BASE = PushOptions(base_model="org/base")
@@ -210,7 +210,7 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(hub: Hub, full: Path
     assert hub.puts.keys() == hub.objects.keys() - stored
 
 
-PUSHER = "import sys; from tunesmith.ship.push import push; push(sys.argv[1], 'org/base')"
+PUSHER = "import sys; from tunesmith.ship.hub import push; push(sys.argv[1], 'org/base')"
 
 
 def test_a_killed_upload_goes_on_with_what_is_missing(hub: Hub, full: Path, tmp_path: Path) -> None:

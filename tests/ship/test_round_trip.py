@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from tests.ship.hub_state import Hub
 from tunesmith.cli.main import app
-from tunesmith.model.demo import demo_model_path
+from tunesmith.model.demo_model import demo_model_path
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
-from tunesmith.ship.push import push
+from tunesmith.ship.hub import push
 
 FACTS = {
     "What is the capital of Norland?": "Vintar, on the river Osk.",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tunesmith.train.checkpoint import PARTIALS, checkpoints, verify
+from tunesmith.runs.checkpoints import PARTIALS, checkpoints, verify
 from tunesmith.train.interrupt import SIGNALS, StopOnInterrupt
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -13,12 +13,12 @@ from peft import LoraConfig
 from tests.train.runs import PAIR_ROWS, UNEVEN_ROWS, token_losses, trained
 from tests.train.test_guard import poison
 from tunesmith import SFTConfig, SFTTrainer
-from tunesmith.data.collate import flat, padded
+from tunesmith.data.batches import flat, padded
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
-from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, read, read_lines
-from tunesmith.ship.record import RunRecord
+from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, read, read_lines
+from tunesmith.runs.record import RunRecord
 from tunesmith.train.ledger import KEPT, Ledger, losses_of
 
 CHATS = [

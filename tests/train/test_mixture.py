@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
-from tunesmith.data.sources import DataSource
+from tunesmith.data.mixture import DataSource
 
 TEXTS = [{"text": f"text {n}"} for n in range(10)]
 PAIRS = [{"question": f"{n}?", "answer": f"{n}!"} for n in range(6)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.models import gradient_error, gradients, tiny, token_rows
-from tunesmith.data.collate import flat
+from tunesmith.data.batches import flat
 from tunesmith.model.head import next_token_targets
 from tunesmith.train import offload
 from tunesmith.train.offload import offloading

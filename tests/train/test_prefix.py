@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import FLAT, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.collate import flat
+from tunesmith.data.batches import flat
 from tunesmith.model.attention import use_documents
 from tunesmith.model.head import next_token_targets, teach
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, weights_of
 from tunesmith import SFTTrainer
-from tunesmith.data.collate import flat, padded, rows_of
+from tunesmith.data.batches import flat, padded, rows_of
 from tunesmith.errors import TunesmithError
 from tunesmith.train import memory
 from tunesmith.train.memory import is_out_of_memory

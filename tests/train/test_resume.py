@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, weights_of
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.errors import TunesmithError
-from tunesmith.train import disk
-from tunesmith.train.checkpoint import PICKLES, checkpoints, verify
-from tunesmith.train.states import read_state
+from tunesmith.runs import disk
+from tunesmith.runs.checkpoints import PICKLES, checkpoints, verify
+from tunesmith.runs.states import read_state
 
 Runs = Callable[..., SFTTrainer]
 LORA = LoraConfig(target_modules="all-linear", lora_dropout=0.2)

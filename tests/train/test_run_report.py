@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from tests.train.runs import PAIR_ROWS
 from tunesmith import SFTTrainer
-from tunesmith.ship.journal import METRICS, read_lines
-from tunesmith.ship.record import RUN, RunRecord
+from tunesmith.runs.files import METRICS, read_lines
+from tunesmith.runs.record import RUN, RunRecord
 
 pytestmark = pytest.mark.reports
 

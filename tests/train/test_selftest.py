@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tests.models import ARCHITECTURES, FLAT, VOCABULARY, tiny, token_rows
 from tunesmith import SFTConfig, TunesmithError
-from tunesmith.data.collate import flat as flat_batch
+from tunesmith.data.batches import flat as flat_batch
 from tunesmith.model import attention, head
-from tunesmith.model.loss import Supervised, linear_cross_entropy
+from tunesmith.objectives.supervised import Supervised, linear_cross_entropy
 from tunesmith.train import selftest
 from tunesmith.train.selftest import EXAMPLES, LONGEST, SelfTest, check_before_training, self_test
 from tunesmith.train.setup import teach_model

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish, mode
-from tunesmith.cli.output import note as _say
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal.output import finish, mode
+from tunesmith.terminal.output import note as _say
 
 if TYPE_CHECKING:
     from tunesmith.model.generate import Sampling

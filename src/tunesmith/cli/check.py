@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tunesmith.cli.output import finish, note
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal.output import finish, note
 
 if TYPE_CHECKING:
     from tunesmith.data.preflight import Preflight, SplitReport
-    from tunesmith.recipe import Recipe
+    from tunesmith.settings.recipe import Recipe
 
 USAGE = "[RECIPE.yaml] [--json] [--SETTING VALUE]..."
 HELP = """Look at the data as training would, and say what is odd or wrong with it.
@@ -24,7 +24,7 @@ BAR = 30
 def check(ctx: typer.Context) -> None:
     """Look at the data as training would, and say what is odd or wrong with it."""
     from tunesmith.cli.inspect import SAME_DATA
-    from tunesmith.recipe import parse_options, resolve
+    from tunesmith.settings.recipe import parse_options, resolve
 
     path, overrides = parse_options(ctx.args)
     for alias in ("output", "output_dir"):
@@ -38,9 +38,9 @@ def check(ctx: typer.Context) -> None:
 def examined(recipe: "Recipe") -> "Preflight":
     """All of a recipe's data, prepared and looked at as `SFTTrainer` does."""
     from tunesmith.cli.rows import eval_rows, training_rows
+    from tunesmith.data.dataset import DataPreparer
+    from tunesmith.data.samplers import check_fit
     from tunesmith.model.load import resolve_model
-    from tunesmith.train.batches import check_fit
-    from tunesmith.train.data import DataPreparer
     from tunesmith.train.setup import prepare_tokenizer
 
     rows, held_out = training_rows(recipe), eval_rows(recipe)
@@ -70,7 +70,7 @@ def show(preflight: "Preflight") -> None:
 
 
 def lines(name: str, report: "SplitReport") -> list[str]:
-    from tunesmith.words import counted
+    from tunesmith.text import counted
 
     counts = report.counts
     share = report.supervised_share

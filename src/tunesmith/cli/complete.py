@@ -55,7 +55,7 @@ def settings(incomplete: str) -> list[Completion]:
 
 def settings_text() -> str:
     """What `SETTINGS` is to hold. Imports all that settings come from."""
-    from tunesmith.recipe import ALIASES, all_settings
+    from tunesmith.settings.recipe import ALIASES, all_settings
 
     known = all_settings()
     helps = {name: known[name if name in known else ALIASES[name]].help for name in (*known, *ALIASES)}

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tunesmith.cli.output import finish, finish_lines, progress_console
+from tunesmith.terminal.output import finish, finish_lines, progress_console
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 2
@@ -29,7 +29,7 @@ def demo(
     """
     console = progress_console()
     if export_data is not None:
-        from tunesmith.data.orders import export
+        from tunesmith.demo.orders import export
 
         paths = list(export(export_data))
         finish_lines({"files": paths}, [f"Wrote {path}" for path in paths])
@@ -51,7 +51,7 @@ def run(output: Path, console: Console) -> Score:
     started = time.perf_counter()
     console.print("[bold]Task[/]: an order e-mail in, strict JSON out: customer, items, date, urgency.")
     console.print("Loading the demo model, SmolLM2-135M-Instruct, and the libraries ...")
-    from tunesmith.data.orders import held_out_rows, training_rows
+    from tunesmith.demo.orders import held_out_rows, training_rows
 
     rows, held_out = training_rows(), held_out_rows()
     trainer = _trainer(output, rows, held_out, console)
@@ -77,8 +77,8 @@ def run(output: Path, console: Console) -> Score:
 def _trainer(output: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]], console: Console) -> Any:
     from peft import LoraConfig
 
-    from tunesmith.config import SFTConfig
-    from tunesmith.model.demo import DEMO, demo_model_path
+    from tunesmith.model.demo_model import DEMO, demo_model_path
+    from tunesmith.settings.config import SFTConfig
     from tunesmith.train.trainer import SFTTrainer
 
     demo_model_path(progress=lambda line: console.print(line, highlight=False))
@@ -114,7 +114,7 @@ def _train(trainer: Any, console: Console) -> None:
 
 def _measure(trainer: Any, held_out: list[dict[str, Any]], when: str, console: Console) -> Score:
     """Generate an answer for every held-out e-mail, greedily, and count."""
-    from tunesmith.data.orders import exact_match, valid_json
+    from tunesmith.demo.orders import exact_match, valid_json
     from tunesmith.model.generate import generate
 
     prompts = [row["messages"][:-1] for row in held_out]

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tunesmith.cli.doctor_finding import Finding
-from tunesmith.cli.doctor_hub import hub, scrubbed
-from tunesmith.cli.doctor_installed import demo_model, libraries, python, torch_build, versions
-from tunesmith.cli.doctor_kernels import bitsandbytes, flash_attention
-from tunesmith.cli.doctor_machine import accelerators, disks, memory, precision, processor
-from tunesmith.cli.output import finish
+from tunesmith.doctor.finding import Finding
+from tunesmith.doctor.hub_access import hub, scrubbed
+from tunesmith.doctor.installed import demo_model, libraries, python, torch_build, versions
+from tunesmith.doctor.kernels import bitsandbytes, flash_attention
+from tunesmith.doctor.machine import accelerators, disks, memory, precision, processor
+from tunesmith.terminal.output import finish
 
 if TYPE_CHECKING:
     from rich.text import Text

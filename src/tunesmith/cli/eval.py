@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.asking import Answered, Settings, ask
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish
-from tunesmith.cli.output import note as say
 from tunesmith.errors import TunesmithError
+from tunesmith.evaluate.asking import Answered, Settings, ask
+from tunesmith.terminal.output import finish
+from tunesmith.terminal.output import note as say
 
 if TYPE_CHECKING:
     from tunesmith.data.tokenize import Counts
-    from tunesmith.report.metrics import Estimate, Metric, Result
-    from tunesmith.report.questions import Source
+    from tunesmith.evaluate.questions import Source
+    from tunesmith.evaluate.scores import Estimate, Metric, Result
 
 WIDTH = 80
 CUT_SHOWN = 3
@@ -71,8 +71,8 @@ def evaluate(
 
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
-    from tunesmith.report.metrics import chosen
-    from tunesmith.report.questions import Source
+    from tunesmith.evaluate.questions import Source
+    from tunesmith.evaluate.scores import chosen
 
     settings = Settings(
         run=run,
@@ -93,8 +93,8 @@ def evaluate(
 def _score(settings: Settings, source: "Source", metrics: Sequence["Metric"], output: Path | None) -> None:
     """Asks the rows of `source`, and says and writes what `metrics` make of the answers; none given, those that fit."""
     from tunesmith.data.tokenize import Counts
-    from tunesmith.report.metrics import fitting, refuse_unfit, scored
-    from tunesmith.report.questions import questions
+    from tunesmith.evaluate.questions import questions
+    from tunesmith.evaluate.scores import fitting, refuse_unfit, scored
 
     counts = Counts()
     found = questions(source, counts)
@@ -121,7 +121,7 @@ def _score(settings: Settings, source: "Source", metrics: Sequence["Metric"], ou
 
 
 def _columns(text: str | None) -> Mapping[str, str]:
-    from tunesmith.coerce import coerce
+    from tunesmith.settings.coerce import coerce
 
     try:
         return {} if text is None else coerce(text, dict[str, str])

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish_lines, note
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.terminal.output import finish_lines, note
 
 FORMATS = ("gguf",)
 

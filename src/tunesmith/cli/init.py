@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.init_questions import (
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.init.interview import (
     DEMO_NOTE,
     Options,
     ask,
@@ -20,15 +21,14 @@ from tunesmith.cli.init_questions import (
     chosen_columns,
     confirm,
 )
-from tunesmith.cli.output import finish, mode, note, say
-from tunesmith.errors import TunesmithError, nearest
+from tunesmith.terminal.output import finish, mode, note, say
 
 if TYPE_CHECKING:
     from tunesmith.data.read import Rows
-    from tunesmith.model.plan import Run
-    from tunesmith.report.advice import Facts, Goal, Method, ModelFacts
-    from tunesmith.report.facts import Looked
-    from tunesmith.report.recipe_text import Section
+    from tunesmith.init.advice import Facts, Goal, Method, ModelFacts
+    from tunesmith.init.facts import Looked
+    from tunesmith.init.recipe_text import Section
+    from tunesmith.plan.memory import Run
 
 ROOM = 0.9
 """The share of the memory that is planned with: the rest is for what else runs."""
@@ -83,8 +83,8 @@ def init(
 
 def _facts(options: Options) -> tuple["Facts", list[str]]:
     """All that the recipe is decided by, asked for or looked at; and what is worth a note on the way."""
-    from tunesmith.report.advice import Facts, Wanted, check_goal, guess_goal, train_on
-    from tunesmith.report.facts import look, measure
+    from tunesmith.init.advice import Facts, Wanted, check_goal, guess_goal, train_on
+    from tunesmith.init.facts import look, measure
 
     names, rows = _data(options)
     model = options.model or asked_model(options)
@@ -143,7 +143,7 @@ def _model(name: str, template: str | None) -> tuple[Any, "Run", str | None]:
     """The tokenizer as a run would have it, and what is planned for, by LoRA of the usual rank."""
     from tunesmith.cli.plan import NO_NEED, run_of
     from tunesmith.model.load import resolve_model
-    from tunesmith.recipe import resolve
+    from tunesmith.settings.recipe import resolve
     from tunesmith.train.setup import prepare_tokenizer
 
     resolve_model(name, note)
@@ -160,9 +160,9 @@ def _model(name: str, template: str | None) -> tuple[Any, "Run", str | None]:
 
 
 def _about(name: str, run: "Run", template: str | None) -> "ModelFacts":
-    from tunesmith.model.demo import DEMO
-    from tunesmith.model.plan import count
-    from tunesmith.report.advice import ModelFacts
+    from tunesmith.init.advice import ModelFacts
+    from tunesmith.model.demo_model import DEMO
+    from tunesmith.plan.memory import count
 
     parameters = count(run, "full").kept["weights"] // 4
     context = getattr(run.config.get_text_config(), "max_position_embeddings", None)
@@ -172,7 +172,7 @@ def _about(name: str, run: "Run", template: str | None) -> "ModelFacts":
 
 def _fit(run: "Run", goal: "Goal", method: "Method | None", model: "ModelFacts", looked: "Looked", lengths: Any) -> Any:
     """The first way to train that this machine has room for."""
-    from tunesmith.report.advice import fit, methods_to_try, pack_length, step_rows, wanted_length
+    from tunesmith.init.advice import fit, methods_to_try, pack_length, step_rows, wanted_length
 
     rows, methods = looked.facts, methods_to_try(method)
     packed, alone = pack_length(goal, rows, lengths, model), wanted_length(goal, rows, lengths, model)
@@ -191,7 +191,7 @@ def _fit(run: "Run", goal: "Goal", method: "Method | None", model: "ModelFacts",
 def _room(run: "Run", method: "Method") -> Any:
     """Tells whether micro-batches of so many rows of so many tokens fit. The weights are looked at first: what is too
     large by itself needs no step to be counted."""
-    from tunesmith.model.plan import count
+    from tunesmith.plan.memory import count
 
     capacity, counted = int(ROOM * run.device.memory), count(run, method)
 
@@ -225,7 +225,7 @@ def _check_recipe(path: Path, force: bool) -> None:
 
 
 def _check_choices(goal: str | None, method: str | None) -> None:
-    from tunesmith.report.advice import GOALS, METHODS
+    from tunesmith.init.advice import GOALS, METHODS
 
     for name, value, known in (("--goal", goal, list(GOALS)), ("--method", method, list(METHODS))):
         if value is not None and value not in known:
@@ -235,9 +235,9 @@ def _check_choices(goal: str | None, method: str | None) -> None:
 def _settings(found: "Facts") -> list["Section"]:
     """The recipe's sections, after a look through the eyes of `tunesmith train`."""
     from tunesmith.cli.inspect import SAME_DATA
-    from tunesmith.recipe import resolve
-    from tunesmith.report.recipe_lines import sections
-    from tunesmith.report.recipe_text import values
+    from tunesmith.init.recipe_lines import sections
+    from tunesmith.init.recipe_text import values
+    from tunesmith.settings.recipe import resolve
 
     made = sections(found)
     resolve(None, {name: value for name, value in values(made).items() if name != "output"} | SAME_DATA)
@@ -245,8 +245,8 @@ def _settings(found: "Facts") -> list["Section"]:
 
 
 def _write(options: Options, found: "Facts", sections: list["Section"]) -> None:
-    from tunesmith.report.recipe_lines import heading
-    from tunesmith.report.recipe_text import write
+    from tunesmith.init.recipe_lines import heading
+    from tunesmith.init.recipe_text import write
 
     text = write(heading(found, shlex.quote(str(options.recipe))), sections)
     if options.asks:
@@ -264,7 +264,7 @@ def _write(options: Options, found: "Facts", sections: list["Section"]) -> None:
 
 
 def _describe(looked: "Looked") -> None:
-    from tunesmith.words import counted
+    from tunesmith.text import counted
 
     rows = looked.facts
     roles = f" of {', '.join(rows.roles)}" if rows.roles else ""
@@ -273,7 +273,7 @@ def _describe(looked: "Looked") -> None:
 
 
 def _notes(found: "Facts") -> list[str]:
-    from tunesmith.words import counted, verb
+    from tunesmith.text import counted, verb
 
     rows, lengths, notes = found.rows, found.lengths, []
     if rows.duplicates:
@@ -293,8 +293,8 @@ def _notes(found: "Facts") -> list[str]:
 
 
 def _show(options: Options, found: "Facts", notes: Sequence[str]) -> None:
-    from tunesmith.report.advice import schedule
-    from tunesmith.words import counted
+    from tunesmith.init.advice import schedule
+    from tunesmith.text import counted
 
     lengths, fit, steps = found.lengths, found.fit, schedule(found)
     about = "about " if lengths.sampled else ""
@@ -323,7 +323,7 @@ def _show(options: Options, found: "Facts", notes: Sequence[str]) -> None:
 
 
 def _as_json(options: Options, found: "Facts", sections: list["Section"], notes: Sequence[str]) -> dict[str, Any]:
-    from tunesmith.report.recipe_text import values
+    from tunesmith.init.recipe_text import values
 
     lengths = found.lengths
     return {

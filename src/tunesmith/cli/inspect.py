@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.output import finish, note
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal.output import finish, note
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from tunesmith.recipe import Recipe
     from tunesmith.report.inspect import InspectedRow
+    from tunesmith.settings.recipe import Recipe
 
 FIRST = 3
 """How many rows are shown when none are asked for."""
@@ -53,7 +53,7 @@ def inspect(
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids, too.")] = False,
 ) -> None:
     """Show the tokens of the batch, and which of them are trained on."""
-    from tunesmith.recipe import parse_options, resolve
+    from tunesmith.settings.recipe import parse_options, resolve
 
     if row is not None and random is not None:
         raise TunesmithError("--row and --random both say what to show; keep one")
@@ -93,10 +93,10 @@ def prepared(
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
     from tunesmith.cli.rows import training_rows
-    from tunesmith.data.collate import flat
+    from tunesmith.data.batches import flat
+    from tunesmith.data.dataset import DataPreparer
     from tunesmith.model.load import resolve_model
     from tunesmith.report.inspect import count_facts, inspect_row, vocabulary
-    from tunesmith.train.data import DataPreparer
     from tunesmith.train.setup import prepare_tokenizer
 
     source = training_rows(recipe)

@@ -24,8 +24,6 @@ from tunesmith.cli.inspect import HELP as INSPECT_HELP
 from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
 from tunesmith.cli.inspect import inspect
 from tunesmith.cli.merge import merge
-from tunesmith.cli.noise import hide_noise
-from tunesmith.cli.output import Application, fail
 from tunesmith.cli.plan import HELP as PLAN_HELP
 from tunesmith.cli.plan import USAGE as PLAN_USAGE
 from tunesmith.cli.plan import plan
@@ -36,6 +34,8 @@ from tunesmith.cli.train import HELP as TRAIN_HELP
 from tunesmith.cli.train import USAGE as TRAIN_USAGE
 from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal.noise import hide_noise
+from tunesmith.terminal.output import Application, fail
 
 MISTAKE = 2
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish_lines, note, size
+from tunesmith.terminal.output import finish_lines, note, size
 
 if TYPE_CHECKING:
     from tunesmith.ship.merge import MergeReport
@@ -58,7 +58,7 @@ def merge(
 
 def lines(report: "MergeReport", output: Path) -> list[str]:
     """What is said at the end; `output` is the folder as the user named it."""
-    from tunesmith.ship.record import adapters_of
+    from tunesmith.runs.record import adapters_of
 
     count = f"{report.files} file{'' if report.files == 1 else 's'}"
     dtype = str(report.dtype).removeprefix("torch.")

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.output import finish
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.terminal.output import finish
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tunesmith.model.plan import Method, MethodPlan, Run
-    from tunesmith.recipe import Recipe
+    from tunesmith.plan.memory import Method, MethodPlan, Run
+    from tunesmith.settings.recipe import Recipe
 
 USAGE = "[RECIPE.yaml] [--gpu NAME] [--method NAME] [--json] [--SETTING VALUE]..."
 HELP = """Tell the memory of a run, and whether it fits, before any weight is loaded.
@@ -47,8 +47,8 @@ def plan(
     method: Annotated[str | None, typer.Option(metavar="NAME", help="full | lora | 8bit | 4bit; unset, all.")] = None,
 ) -> None:
     """Tell the memory of a run, and whether it fits, before any weight is loaded."""
-    from tunesmith.model.plan import METHODS
-    from tunesmith.model.plan import plan as planned
+    from tunesmith.plan.memory import METHODS
+    from tunesmith.plan.memory import plan as planned
 
     if method is not None and method not in METHODS:
         raise TunesmithError(f"--method {method}: choose {' | '.join(METHODS)}{nearest(method, METHODS)}")
@@ -63,7 +63,7 @@ def plan(
 
 
 def _recipe(arguments: list[str]) -> "Recipe":
-    from tunesmith.recipe import parse_options, resolve
+    from tunesmith.settings.recipe import parse_options, resolve
 
     path, overrides = parse_options(arguments)
     overrides.pop("output", None)
@@ -77,8 +77,8 @@ def run_of(recipe: "Recipe", gpu: str | None) -> "Run":
     model whose config can't be had."""
     from tunesmith.model.devices import device
     from tunesmith.model.load import base_of, holds_adapters, load_config, resolve_model
-    from tunesmith.model.lora import lora_config
-    from tunesmith.model.plan import Run
+    from tunesmith.plan.memory import Run
+    from tunesmith.settings.lora import lora_config
 
     config = recipe.config
     target = device(gpu, config.precision)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def _batch(recipe: "Recipe") -> tuple[int, int]:
 
 def advice(run: "Run", method: "Method", plans: Mapping["Method", "MethodPlan"]) -> list[str]:
     """Settings that would make `method` fit, or another one, with the memory that each takes."""
-    from tunesmith.model.plan import plan as planned
+    from tunesmith.plan.memory import plan as planned
 
     hints, found = [], plans[method]
     if not run.checkpoint_every:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish_lines, note
+from tunesmith.terminal.output import finish_lines, note
 
 if TYPE_CHECKING:
-    from tunesmith.ship.push import Plan
+    from tunesmith.ship.hub import Plan
 
 
 def push(
@@ -32,9 +32,9 @@ def push(
     Goes on where an interrupted upload stopped. Log in first: `hf auth login`, or set HF_TOKEN.
     Example: tunesmith push runs/first --repo me/first --private
     """
-    from tunesmith.ship.push import MESSAGE, PushOptions
-    from tunesmith.ship.push import plan as plan_push
-    from tunesmith.ship.push import push as push_run
+    from tunesmith.ship.hub import MESSAGE, PushOptions
+    from tunesmith.ship.hub import plan as plan_push
+    from tunesmith.ship.hub import push as push_run
 
     options = PushOptions(
         private=private,

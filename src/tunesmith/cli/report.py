@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.complete import runs as runs_here
-from tunesmith.cli.output import finish_lines, size
 from tunesmith.report.write import COMPARISON, REPORT, write_report
+from tunesmith.terminal.output import finish_lines, size
 
 
 def report(

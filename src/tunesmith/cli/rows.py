@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.data.mixture import DataSource
     from tunesmith.data.read import Rows
-    from tunesmith.data.sources import DataSource
-    from tunesmith.recipe import Recipe
-    from tunesmith.ship.record import Origin
+    from tunesmith.runs.record import Origin
+    from tunesmith.settings.recipe import Recipe
 
 
 def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":
     """The rows to train on, or the named sources to mix. Raises TunesmithError for a file that isn't there."""
-    from tunesmith.data.sources import DataSource
+    from tunesmith.data.mixture import DataSource
 
     if not recipe.sources:
         return _opened(recipe.data, recipe.split, "train")
@@ -32,7 +32,7 @@ def eval_rows(recipe: "Recipe") -> "Rows | None":
 
 def origins(recipe: "Recipe") -> "dict[str, Origin]":
     """Where the data come from, by split or by the name of the source."""
-    from tunesmith.ship.record import Origin
+    from tunesmith.runs.record import Origin
 
     given: dict[str, Any] = {name: source["path"] for name, source in recipe.sources.items()}
     given |= {"train": recipe.data, "eval": recipe.eval_data}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.complete import runs
-from tunesmith.cli.output import finish_lines, note
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal.output import finish_lines, note
 
 if TYPE_CHECKING:
-    from tunesmith.serve.guard import Access
+    from tunesmith.serve.access import Access
 
 KEY = "TUNESMITH_API_KEY"
 NEEDED = ("starlette", "uvicorn")
@@ -84,7 +84,7 @@ def _check_installed() -> None:
 
 
 def _access(host: str, allow_remote: bool, key: str | None) -> "Access":
-    from tunesmith.serve.guard import Access, is_loopback
+    from tunesmith.serve.access import Access, is_loopback
 
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise TunesmithError(f"{KEY} is empty, or has characters that a header can't have; unset it, or set a key")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.output import finish_lines, progress_console, say
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
-    from tunesmith.recipe import Recipe
+    from tunesmith.settings.recipe import Recipe
     from tunesmith.train.trainer import SFTTrainer
 
 RECIPE = "recipe.yaml"
@@ -59,7 +59,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, as a recipe says."""
-    from tunesmith.recipe import parse_options, resolve
+    from tunesmith.settings.recipe import parse_options, resolve
 
     path, overrides = parse_options(ctx.args)
     recipe = resolve(path, overrides)
@@ -79,7 +79,7 @@ def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
     from tunesmith.model.load import resolve_model
-    from tunesmith.train.lock import check_writable
+    from tunesmith.runs.lock import check_writable
     from tunesmith.train.trackers import check_trackers
 
     check_trackers(recipe.config.report_to)
@@ -117,7 +117,7 @@ def run(recipe: "Recipe") -> None:
 def _open(recipe: "Recipe") -> dict[str, Any]:
     """What a trainer is given besides the model, read as far as is needed to know that it is there."""
     from tunesmith.cli.rows import eval_rows, training_rows
-    from tunesmith.model.lora import lora_config
+    from tunesmith.settings.lora import lora_config
 
     adapters = lora_config(recipe.lora) if recipe.lora not in (None, False) else None
     return {"peft_config": adapters, "train_dataset": training_rows(recipe), "eval_dataset": eval_rows(recipe)}
@@ -210,7 +210,7 @@ def _say_preflight(trainer: "SFTTrainer") -> None:
 def _check_resume(recipe: "Recipe") -> None:
     """Before anything is loaded: is there a checkpoint to go on from?"""
     from tunesmith.model.load import newest_checkpoint
-    from tunesmith.train.checkpoint import PARTIALS
+    from tunesmith.runs.checkpoints import PARTIALS
 
     wanted, output = recipe.config.resume_from_checkpoint, Path(str(recipe.config.output_dir))
     # One that was cut short may lack nothing but its name, which the trainer sees.
@@ -242,8 +242,8 @@ def _print_settings() -> None:
     """Every setting with its type, default and help."""
     from dataclasses import MISSING
 
-    from tunesmith.coerce import expected
-    from tunesmith.recipe import all_settings
+    from tunesmith.settings.coerce import expected
+    from tunesmith.settings.recipe import all_settings
 
     for name, setting in all_settings().items():
         default = getattr(setting.default, "value", setting.default)

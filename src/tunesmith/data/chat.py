@@ -25,10 +25,10 @@ from typing import Any, TypeAlias
 
 from jinja2.runtime import new_context
 
-from tunesmith.data.bad import NotTheRow
 from tunesmith.data.formats import template_arguments
+from tunesmith.data.sandbox import compiled, refuse_long
+from tunesmith.data.skipped import NotTheRow
 from tunesmith.errors import TunesmithError
-from tunesmith.sandbox import compiled, refuse_long
 from tunesmith.types import Conversation, TrainOn
 
 Fields: TypeAlias = Mapping[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tunesmith.data.bad import KEPT_CHARACTERS, BadRow
+from tunesmith.data.skipped import KEPT_CHARACTERS, BadRow
 from tunesmith.errors import TunesmithError
 
 MOST_BYTES = 64_000_000

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.columns import flat_weights
+from tunesmith.data.arrow import flat_weights
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
+from tunesmith.text import counted, verb
 from tunesmith.types import IGNORE_INDEX
-from tunesmith.words import counted, verb
 
 BUCKETS = 8
 NAMED_EXAMPLES = 5

@@ -14,12 +14,12 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
-from tunesmith.data.bad import SKIPPED, BadRow, SkippedRows
+from tunesmith.data.arrow import Columns, table
 from tunesmith.data.cache import Store, code_fingerprint, fingerprint
-from tunesmith.data.columns import Columns, table
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
+from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded
 from tunesmith.data.typed import Source, sifted
 from tunesmith.errors import TunesmithError

@@ -15,9 +15,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.bad import BadRow
 from tunesmith.data.formats import FORMATS
 from tunesmith.data.lines import Line, numbered_lines
+from tunesmith.data.skipped import BadRow
 from tunesmith.errors import TunesmithError, nearest
 
 Row = dict[str, Any]

@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tunesmith.data.bad import BadRow, NotTheRow, Place
+from tunesmith.data.arrow import Columns
 from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
-from tunesmith.data.columns import Columns
 from tunesmith.data.offsets import untrimmed
+from tunesmith.data.sandbox import TooLong, time_limit
+from tunesmith.data.skipped import BadRow, NotTheRow, Place
 from tunesmith.errors import TunesmithError
-from tunesmith.sandbox import TooLong, time_limit
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Tokens, TrainOn
 
 Placed: TypeAlias = "tuple[str, Rendered | Tokens | BadRow]"

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from tunesmith.data.bad import BadRow, Place
 from tunesmith.data.formats import FormatOptions, detect, format_row, parse
+from tunesmith.data.skipped import BadRow, Place
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row, Text, Tokens
 

@@ -24,7 +24,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model import blockwise, varlen
+from tunesmith.model import attention_cpu as blockwise
+from tunesmith.model import attention_cuda as varlen
 
 PREFIX = "tunesmith_"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}

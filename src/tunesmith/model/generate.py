@@ -13,9 +13,9 @@ from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from tunesmith.data.sandbox import time_limit
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import has_virtual_tokens
-from tunesmith.sandbox import time_limit
 
 Messages = Sequence[Mapping[str, Any]]
 Model = PreTrainedModel | PeftModel

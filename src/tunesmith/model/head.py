@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import PAD_INSTEAD, document_map
-from tunesmith.model.loss import LossOptions, Supervised, head_logits, linear_cross_entropy
 from tunesmith.model.quantize import bits_of
+from tunesmith.objectives.supervised import LossOptions, Supervised, head_logits, linear_cross_entropy
 from tunesmith.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.demo import DEMO, DEMO_FOLDER, demo_model_path
+from tunesmith.model.demo_model import DEMO, DEMO_FOLDER, demo_model_path
 from tunesmith.model.devices import here
+from tunesmith.settings.config import SFTConfig
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from tunesmith.data.preflight import is_train
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, read, read_lines
-from tunesmith.ship.record import RUN, RunRecord, Text
+from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, read, read_lines
+from tunesmith.runs.record import RUN, RunRecord, Text
 
 RECIPE, TRAINER_STATE = "recipe.yaml", "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

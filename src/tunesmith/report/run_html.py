@@ -24,10 +24,10 @@ from tunesmith.report.page import (
 )
 from tunesmith.report.plots import Curve, svg
 from tunesmith.report.run_data import Answer, ExampleLoss, RunData, Split, Step
+from tunesmith.runs.record import Method, Origin
 from tunesmith.secrets import known_secrets, scrub
+from tunesmith.ship.card_page import spoken
 from tunesmith.ship.curves import curve_name
-from tunesmith.ship.page import spoken
-from tunesmith.ship.record import Method, Origin
 
 SHOWN_ANSWERS = 6
 """Of one prompt side by side; of more, the first, the last, and some between."""

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Model, Sampling, prompt_ids, room_of, text_ids
 from tunesmith.serve import request as requests
+from tunesmith.serve.access import Access, Guard
 from tunesmith.serve.answer import Cancelled, Finished, Job, Question, Worker
-from tunesmith.serve.guard import Access, Guard
 from tunesmith.serve.replies import DONE, ChatReply, CompletionReply, Outcome, Reply, error, event, usage
 from tunesmith.serve.request import Options, RequestError
 from tunesmith.serve.tools import OPENING, Call, reads_tools, split_calls, writes_blocks

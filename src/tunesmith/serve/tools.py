@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.sandbox import time_limit
 from tunesmith.model.generate import PLAIN
-from tunesmith.sandbox import time_limit
 
 OPENING = "<tool_call>"
 BLOCK = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)

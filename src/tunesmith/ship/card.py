@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tunesmith.runs.record import Origin, RunRecord, SourceCount, Text
+from tunesmith.ship.card_page import Page, page
 from tunesmith.ship.curves import curves
 from tunesmith.ship.licence import Licence, licence_of
 from tunesmith.ship.markdown import shortened
-from tunesmith.ship.page import Page, page
-from tunesmith.ship.record import Origin, RunRecord, SourceCount, Text
 
 CARD = "README.md"
 PICTURE = "curves.png"

@@ -27,7 +27,7 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.load import ADAPTERS, CONFIG, load_tokenizer, newest_checkpoint, resolve_model
 from tunesmith.ship import gguf_weights as weights
 from tunesmith.ship.gguf_check import check_gguf
-from tunesmith.ship.gguf_tokens import Vocabulary, vocabulary
+from tunesmith.ship.gguf_tokenizer import Vocabulary, vocabulary
 from tunesmith.ship.modelfile import Modelfile, modelfile
 
 SUFFIX = ".gguf"

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.demo import quiet
+from tunesmith.model.demo_model import quiet
 from tunesmith.model.generate import prompt_ids
 from tunesmith.model.load import load_model, load_tokenizer
-from tunesmith.ship.gguf_tokens import Vocabulary
+from tunesmith.ship.gguf_tokenizer import Vocabulary
 from tunesmith.ship.gguf_weights import ROPE_FACTORS, head_size, plan, read, read_config, rope_factors
 
 PROMPTS = (

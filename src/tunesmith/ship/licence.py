@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.record import Origin
+from tunesmith.runs.record import Origin
 
 HEADER = re.compile(r"\A\s*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")

@@ -21,15 +21,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from tunesmith.coerce import byte_count
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
 from tunesmith.precision import DTYPES, PrecisionName
-from tunesmith.ship.adapted import Adapted, adapter_settings, empty_model, explained, rows_in_adapters, shared_names
-from tunesmith.ship.compare import PROMPTS, TOLERANCES, Drift, Source, compute_in, drift, load_with_adapters, traces
-from tunesmith.ship.merged import Merged, grow, growing_names
+from tunesmith.settings.coerce import byte_count
+from tunesmith.ship.merge_base import Adapted, adapter_settings, empty_model, explained, rows_in_adapters, shared_names
+from tunesmith.ship.merge_check import PROMPTS, TOLERANCES, Drift, Source, compute_in, drift, load_with_adapters, traces
+from tunesmith.ship.merge_weights import Merged, grow, growing_names
 from tunesmith.ship.names import NamesInFiles, names_in_files
 from tunesmith.ship.shards import LoadedWeights, Piece, Weights, stored_weights, write_shards
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from tunesmith.ship.adapted import shared_names
+from tunesmith.ship.merge_base import shared_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,14 +12,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
-from tunesmith.ship.gather import versions
-from tunesmith.train.checkpoint import STATE, Manifest, begin, discard, finish, remove_partials, rotate
-from tunesmith.train.disk import check_space, estimated_size, twice
+from tunesmith.runs.checkpoints import STATE, Manifest, begin, discard, finish, remove_partials, rotate
+from tunesmith.runs.describe import versions
+from tunesmith.runs.disk import check_space, estimated_size, twice
+from tunesmith.runs.states import Packed, copied, packed, random_states
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.resuming import OPTIMIZER, PROGRESS, RANDOM, SCALER, SCHEDULER, ResumingTrainer
-from tunesmith.train.states import Packed, copied, packed, random_states
 
 KEPT = ("_most_tokens", "bad_steps", "_bad_in_a_row")
 """Attributes of the trainer's other parts that a run must find again; those that it has."""

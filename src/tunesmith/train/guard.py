@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tunesmith.config import SFTConfig
-from tunesmith.data.collate import rows_of
+from tunesmith.data.batches import rows_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import newest_checkpoint
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.recovery import RecoveringTrainer
 
 logger = logging.getLogger(__name__)

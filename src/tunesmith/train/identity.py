@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
-from tunesmith.config import SFTConfig
+from tunesmith.runs.checkpoints import Identity
+from tunesmith.runs.record import Origin
 from tunesmith.secrets import without_secrets
-from tunesmith.ship.record import Origin
-from tunesmith.train.checkpoint import Identity
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.setup import Model, base_model
 
 LOOKED_AT = 64

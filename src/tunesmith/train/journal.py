@@ -1,6 +1,6 @@
 """What a run writes of itself while it trains, a line a step, so that it can be looked at afterwards.
 
-The files and their form are those of `ship.journal`; only the main process writes.
+The files and their form are those of `runs.files`; only the main process writes.
 """
 
 import logging
@@ -19,19 +19,19 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from tunesmith.config import SFTConfig
+from tunesmith.data.dataset import LOOKED_AT, numbered
 from tunesmith.data.preflight import histogram, is_train
 from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
-from tunesmith.model.loss import Supervised
+from tunesmith.objectives.supervised import Supervised
 from tunesmith.report.write import REPORT, write_report
-from tunesmith.ship.journal import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
-from tunesmith.ship.record import RunRecord
-from tunesmith.train.data import LOOKED_AT, numbered
+from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
+from tunesmith.runs.record import RunRecord
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.guard import GuardedTrainer
 from tunesmith.train.ledger import Ledger
 from tunesmith.train.memory import give_back, resident
-from tunesmith.train.sampling import Asked, answered, before_and_after, chosen, refusal
+from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
 from tunesmith.train.setup import Model
 from tunesmith.types import IGNORE_INDEX, Row
 

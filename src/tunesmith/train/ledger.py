@@ -97,7 +97,7 @@ class Ledger:
         self._current, self._whole = Pass(), Pass()
 
     def add(self, batch: Mapping[str, Any], nll_S: Tensor) -> None:
-        """A batch that `data.collate` made, and the loss of each supervised position."""
+        """A batch that `data.batches` made, and the loss of each supervised position."""
         self._pending.append((batch, nll_S.detach()))
 
     def forget_step(self) -> None:

@@ -8,8 +8,8 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from tunesmith.config import SFTConfig
-from tunesmith.train.batches import (
+from tunesmith.data.dataset import COLUMNS, evened
+from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
     fitting_lengths,
@@ -17,7 +17,7 @@ from tunesmith.train.batches import (
     reached,
     token_loader,
 )
-from tunesmith.train.data import COLUMNS, evened
+from tunesmith.settings.config import SFTConfig
 
 
 class BatchingTrainer(Trainer):

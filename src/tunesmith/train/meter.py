@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.head import Targets
-from tunesmith.model.loss import Supervised
+from tunesmith.objectives.supervised import Supervised
 
 _SUMS = ("tokens", "loss", "weight", "entropy", "mean_token_accuracy", "count")
 

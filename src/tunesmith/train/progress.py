@@ -10,8 +10,8 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from tunesmith.model.load import no_bars
-from tunesmith.train.live import ResizableLive, RunView, Snapshot, can_draw
-from tunesmith.train.remarks import Remarks
+from tunesmith.terminal.live import ResizableLive, RunView, Snapshot, can_draw
+from tunesmith.terminal.remarks import Remarks
 
 
 class TrainingProgress(TrainerCallback):

@@ -9,13 +9,13 @@ from peft import PeftModel
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from tunesmith.data.dataset import DataPreparer
 from tunesmith.data.preflight import Preflight
 from tunesmith.model.adapters import StartingPoint, Trainable, trainable
+from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.secrets import without_secrets
+from tunesmith.ship.hub import MAIN, MESSAGE, PushOptions, PushReport, in_full, made, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.ship.push import MAIN, MESSAGE, PushOptions, PushReport, in_full, made, push
-from tunesmith.ship.record import Origin, RunRecord
-from tunesmith.train.data import DataPreparer
 from tunesmith.train.loaders import BatchingTrainer
 from tunesmith.train.recording import record_of
 from tunesmith.types import Row

@@ -17,11 +17,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tunesmith.coerce import byte_count
-from tunesmith.config import SFTConfig
-from tunesmith.data.collate import rows_of
+from tunesmith.data.batches import rows_of
+from tunesmith.data.samplers import lengths_of
 from tunesmith.errors import TunesmithError
-from tunesmith.train.batches import lengths_of
+from tunesmith.settings.coerce import byte_count
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.memory import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.meter import Meter
 from tunesmith.train.publishing import PublishingTrainer

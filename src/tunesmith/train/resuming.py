@@ -8,15 +8,15 @@ import torch
 from datasets import IterableDataset
 from torch import nn
 
-from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
-from tunesmith.train.checkpoint import MANIFEST, Chosen, Identity, Manifest, checked, newest_whole
+from tunesmith.runs.checkpoints import MANIFEST, Chosen, Identity, Manifest, checked, newest_whole
+from tunesmith.runs.states import kept_random_states, read_state, restore_random_states
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.identity import identity_of
 from tunesmith.train.meter import Meter
 from tunesmith.train.publishing import PublishingTrainer
 from tunesmith.train.setup import Model
-from tunesmith.train.states import kept_random_states, read_state, restore_random_states
 from tunesmith.train.streams import StreamPlace, reason_to_skip
 from tunesmith.train.writer import Writer
 

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tunesmith.config import SFTConfig
-from tunesmith.data.collate import documents, padded
-from tunesmith.data.collate import flat as side_by_side
+from tunesmith.data.batches import documents, padded
+from tunesmith.data.batches import flat as side_by_side
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
-from tunesmith.model.compiled import is_compiled
+from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation, next_token_targets
 from tunesmith.precision import PrecisionName
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.setup import Model, base_model
 
 logger = logging.getLogger(__name__)

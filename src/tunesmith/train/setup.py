@@ -9,7 +9,6 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from tunesmith.config import SFTConfig
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
@@ -17,6 +16,7 @@ from tunesmith.model.head import teach
 from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
+from tunesmith.settings.config import SFTConfig
 
 ROWS_MULTIPLE = 64
 """Grown embeddings have a multiple of so many rows, which matrix products on GPUs are fastest with."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from tunesmith.config import SFTConfig
+from tunesmith.settings.config import SFTConfig
 
 
 class StreamPlace:

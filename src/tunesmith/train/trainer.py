@@ -21,26 +21,26 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from tunesmith.config import SFTConfig
-from tunesmith.data.collate import flat, padded
-from tunesmith.data.sources import DataSource
+from tunesmith.data.batches import flat, padded
+from tunesmith.data.dataset import DataPreparer, Source
+from tunesmith.data.mixture import DataSource
+from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import has_virtual_tokens, starting_point
-from tunesmith.model.compiled import compile_layers
+from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
 from tunesmith.model.head import behind_virtual_tokens, next_token_targets
 from tunesmith.model.linear import speed_up
-from tunesmith.model.loss import LossOptions, Supervised
 from tunesmith.model.quantize import check_optimizer
-from tunesmith.ship.record import Origin
-from tunesmith.train.batches import check_fit
+from tunesmith.objectives.supervised import LossOptions, Supervised
+from tunesmith.runs.lock import only_run_in
+from tunesmith.runs.record import Origin
+from tunesmith.settings.config import SFTConfig
 from tunesmith.train.checkpointing import CheckpointingTrainer
-from tunesmith.train.data import DataPreparer, Source
 from tunesmith.train.journal import JournalingTrainer
-from tunesmith.train.lock import only_run_in
-from tunesmith.train.logits import check_logits
 from tunesmith.train.memory import keep_freed_memory
 from tunesmith.train.meter import Meter
+from tunesmith.train.metric_logits import check_logits
 from tunesmith.train.offload import offloading
 from tunesmith.train.selftest import check_before_training
 from tunesmith.train.setup import (

@@ -1,0 +1,196 @@
+"""Which documents share a micro-batch: so many tokens of them, or rows of like length where batches are padded."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import seed_worker
+
+from tunesmith.data.pack import pack, shuffled
+from tunesmith.errors import TunesmithError
+from tunesmith.settings.config import SFTConfig
+
+Ints = NDArray[np.int64]
+_LEVELS = 32
+"""Documents count as alike whose lengths differ by less than this part of the mean length."""
+
+
+class TokenBatches(Sampler[list[int]]):
+    """A batch sampler: micro-batches of at most `max_tokens` tokens, each document once an epoch.
+
+    Flat batches are filled best-fit decreasing, as packs are. Padded ones (`padded`), which cost rows x longest row,
+    hold neighbours in the order of length. Which lengths share a batch is settled once, so that every epoch has as many
+    batches as the last; which documents of (nearly) that length do, and the order of the batches, is drawn anew for
+    every epoch from `seed` and the epoch, so that a resumed run sees the batches it would have seen. To make lengths
+    meet, they are rounded up to a 32nd of their mean, which leaves a 64th of a batch empty.
+
+    `multiple_of` processes take turns at the batches, so their number is a multiple of that: the batches of most
+    documents are halved. (`accelerate` would give some batches twice instead, whose loss would count twice.)
+
+    Without a seed, nothing is drawn: all epochs are the same.
+    """
+
+    def __init__(
+        self, lengths: Ints, max_tokens: int, *, seed: int | None, padded: bool = False, multiple_of: int = 1
+    ) -> None:
+        step = max(1, int(lengths.mean()) // _LEVELS)
+        # No document of no tokens: it must be in some batch, too.
+        self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
+        decreasing = np.sort(self._levels)[::-1]
+        places, offsets = _neighbours(decreasing, max_tokens) if padded else _filled(decreasing, max_tokens)
+        self._batches = _halved(np.split(places, offsets), multiple_of)
+        self._seed = seed
+        self.epoch = 0
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether epochs differ."""
+        return self._seed is not None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        documents, order = np.arange(len(self._levels)), np.arange(len(self))
+        if self._seed is not None:
+            documents = shuffled(len(documents), self._seed, self.epoch, 0)
+            order = shuffled(len(order), self._seed, self.epoch, 1)
+        documents = documents[np.argsort(-self._levels[documents], kind="stable")]
+        for batch in order:
+            yield documents[self._batches[batch]].tolist()
+
+
+class LengthGroups(Sampler[int]):
+    """A sampler after which batches of `batch_size` hold rows of like length: what `transformers` does when it groups
+    by length, but drawn from `seed` and the epoch, so that a resumed run goes on with the same rows."""
+
+    def __init__(self, lengths: Ints, batch_size: int, seed: int) -> None:
+        self._lengths = lengths.tolist()
+        self._batch_size, self._seed = batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self.epoch)
+        yield from get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+
+
+def lengths_of(dataset: Dataset) -> Ints:
+    """The tokens of each row (B,), from the offsets of the Arrow table: no row is read.
+
+    Raises:
+        TunesmithError: there are no lists of tokens in `input_ids`.
+    """
+    if "input_ids" not in dataset.column_names:
+        raise TunesmithError("batches by length need a column input_ids; the data set has " + _listed(dataset))
+    lengths: Ints = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+    return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
+
+
+def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1) -> Ints:
+    """The tokens that each row takes in a batch (B,), padded to a multiple of `multiple`.
+
+    Raises:
+        TunesmithError: lengths are unknown, or a row has more than `max_tokens`.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise TunesmithError(
+            f"{split} data: max_tokens_per_batch needs all lengths, which a stream does not tell; load the data, "
+            "or set per_device_train_batch_size instead"
+        )
+    lengths = -(-lengths_of(dataset) // multiple) * multiple
+    if len(lengths) and lengths.max() > max_tokens:
+        row = int(lengths.argmax())
+        raise TunesmithError(
+            f"{split} data: row {row} takes {lengths[row]:,} tokens, over max_tokens_per_batch: {max_tokens}; "
+            f"write max_tokens_per_batch: {lengths[row]} or more, or max_length: {max_tokens} or less"
+        )
+    return lengths
+
+
+def check_fit(args: SFTConfig, train: Any, evaluated: Any) -> None:
+    """All data sets, before weights load. `evaluated`: none, one, or several by name.
+
+    Raises:
+        TunesmithError: as `fitting_lengths`.
+    """
+    if args.max_tokens_per_batch is None:
+        return
+    splits = {"train": train, **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
+    for split, dataset in splits.items():
+        if dataset is not None:
+            fitting_lengths(dataset, split, args.max_tokens_per_batch, int(args.pad_to_multiple_of or 1))
+
+
+def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[..., Any], args: SFTConfig) -> Any:
+    """A data loader of micro-batches by tokens, set up like those that `transformers` makes of rows."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        # Evaluation makes a new loader every time: workers that stay would pile up.
+        persistent_workers=args.dataloader_persistent_workers and batches.shuffles,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+
+
+def reached(loader: Any) -> Any:
+    """`loader`, prepared by `accelerate`, whose `set_epoch` reaches a sampler of ours at any depth.
+
+    Where processes take turns at batches and the first of an epoch are skipped, `accelerate` looks for the sampler in
+    its wrapper and nowhere deeper; there it puts its own, too.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)
+    for sampler in (batches, getattr(batches, "sampler", None)):
+        if isinstance(sampler, TokenBatches | LengthGroups):
+            loader.set_sampler(sampler)
+    return loader
+
+
+def _filled(decreasing: Ints, max_tokens: int) -> tuple[Ints, Ints]:
+    packs = pack(decreasing, max_tokens)
+    return packs.document, packs.offsets[1:-1]
+
+
+def _neighbours(decreasing: Ints, max_tokens: int) -> tuple[Ints, Ints]:
+    cuts, start = [], 0
+    while start < len(decreasing):
+        cuts.append(start)
+        start += max_tokens // int(decreasing[start])
+    return np.arange(len(decreasing)), np.array(cuts[1:], dtype=np.int64)
+
+
+def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
+    """`batches`, those of most documents halved until their number is a multiple of `multiple`."""
+    while len(batches) % multiple:
+        largest = max(range(len(batches)), key=lambda batch: len(batches[batch]))
+        documents = batches[largest]
+        if len(documents) < 2:
+            raise TunesmithError(f"{len(batches)} documents are too few for {multiple} processes; start fewer")
+        batches[largest : largest + 1] = [documents[: len(documents) // 2], documents[len(documents) // 2 :]]
+    return batches
+
+
+def _listed(dataset: Dataset) -> str:
+    return ", ".join(dataset.column_names)

@@ -1,0 +1,138 @@
+"""What `tunesmith doctor` tries on the device: the libraries that are there for speed or to save memory."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from tunesmith.doctor.finding import Finding
+from tunesmith.doctor.installed import installed_version
+
+BITSANDBYTES = "bitsandbytes>=0.46.1,<1"
+
+
+def bitsandbytes() -> Iterator[Finding]:
+    """Whether models can be had in 8 and 4 bits: a small product in each is compared with the plain one."""
+    name = "bitsandbytes"
+    refused = "`quantize` and 8-bit optimizers don't work; everything else does."
+    if find_spec(name) is None:
+        install = f"pip install '{BITSANDBYTES}'"
+        yield Finding(name=name, mark="note", found="not installed", means=refused, mend=install)
+        return
+    installed = installed_version(name)
+    found, mend = _broken(installed)
+    if found:
+        yield Finding(name=name, mark="note", found=f"{installed}; {found}", means=refused, mend=mend)
+        return
+    yield Finding(
+        name=name,
+        mark="ok",
+        found=f"{installed}, tried with a small product",
+        means="`quantize` can load models in 8 and in 4 bits.",
+    )
+
+
+def _broken(installed: str) -> tuple[str, str]:
+    """What is wrong with the `bitsandbytes` that is there, and how to mend it; nothing where it works."""
+    from packaging.requirements import Requirement
+
+    from tunesmith.errors import TunesmithError
+    from tunesmith.model.bnb import problem, refuse_missing
+    from tunesmith.model.devices import here
+
+    wanted, device = Requirement(BITSANDBYTES).specifier, here().type
+    if not wanted.contains(installed, prereleases=True):
+        return f"{wanted} is needed", f"pip install '{BITSANDBYTES}'"
+    with _heard("bitsandbytes"):  # it logs a page where its library does not load, and the product says the same
+        try:
+            refuse_missing("8-bit and 4-bit models", device)
+        except TunesmithError as error:
+            return str(error), "leave `quantize` out, or train on one of these devices"
+        except Exception as error:  # of whatever it loads
+            found = f"can't be imported: {_first_line(error)}"
+        else:
+            found = problem(device)
+    return found, f"pip install --force-reinstall --no-deps '{BITSANDBYTES}'; python -m bitsandbytes says more"
+
+
+def flash_attention() -> Iterator[Finding]:
+    """Whether attention over documents takes one kernel, tried on a small example as training would."""
+    import torch
+
+    installed = _attention_packages() or "not installed"
+    if not torch.cuda.is_available():
+        yield Finding(
+            name="FlashAttention",
+            mark="ok",
+            found=installed,
+            means="It is for NVIDIA GPUs; without one nothing is lost.",
+        )
+        return
+    from tunesmith.model.attention_cuda import DEVICE, pick
+
+    q_NTH = torch.zeros(1, 2, 8, 64, device=DEVICE, dtype=torch.bfloat16)
+    with _heard("tunesmith.model.attention_cuda") as said:  # why a kernel that is there is not taken
+        kernel = pick(q_NTH, q_NTH)
+    if kernel is not None:
+        yield Finding(
+            name="FlashAttention",
+            mark="ok",
+            found=f"{installed}; attention takes {kernel.name}",
+            means="All documents of a batch take one kernel.",
+        )
+        return
+    yield Finding(
+        name="FlashAttention",
+        mark="note",
+        found="; ".join([installed, *said]),
+        means="Attention goes document by document, which is slower with many short ones.",
+        mend=_mend_attention(installed),
+    )
+
+
+def _mend_attention(installed: str) -> str:
+    import torch
+
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        return "nothing on this GPU: the kernels are for NVIDIA's from Ampere on (A10, RTX 30, L4, A100, H100)"
+    if installed == "not installed":
+        return "pip install flash-attn --no-build-isolation"
+    return "pip install --force-reinstall --no-deps --no-build-isolation flash-attn, which builds it for this torch"
+
+
+def _attention_packages() -> str:
+    """Those of FlashAttention, with their versions."""
+    packages = (("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface"))
+    return ", ".join(
+        f"{name} {installed_version(name)}"
+        for name, module in packages
+        if installed_version(name) and find_spec(module) is not None
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _heard(name: str) -> Iterator[list[str]]:
+    """What the logger `name` and those below it warn of meanwhile, in place of printing it."""
+    said: list[str] = []
+    logger = logging.getLogger(name)
+    handler = _Keeping(said)
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+class _Keeping(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record.getMessage())

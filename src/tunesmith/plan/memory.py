@@ -1,0 +1,332 @@
+"""The memory that a training run will need, told from the model's config alone: no weights, no data.
+
+Weights, adapters, gradients and optimizer states are counted on the meta device; activations and the loss are those of
+one step on fake tensors (`footprint`). What the allocator and the process add is measured on a CPU
+(`benchmarks/plan.py`) and an allowance on GPUs.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import adapt
+from tunesmith.model.attention import supports_documents, use_documents
+from tunesmith.model.devices import Device
+from tunesmith.model.linear import speed_up
+from tunesmith.objectives.supervised import CHUNK_BYTES
+from tunesmith.plan import footprint
+from tunesmith.plan.footprint import Batch, Bytes, Subject, Timeline, timeline
+from tunesmith.plan.growth import MOST, Growth, growth
+from tunesmith.plan.quantized import as_if_quantized
+from tunesmith.precision import DTYPES, PrecisionName
+
+Method = Literal["full", "lora", "8bit", "4bit"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+STATES: dict[str, float] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"), 8),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2.1),
+    **dict.fromkeys(("paged_adamw_32bit", "paged_adamw"), 8),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "paged_lion", "adagrad"), 4),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1.05),
+    **dict.fromkeys(("rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit"), 4),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), 12),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3.15),
+    "sgd": 0,
+    "adafactor": 4,  # of vectors; matrices take far less
+}
+"""Bytes of an optimizer's state for each trained number, which is in fp32."""
+UNKNOWN_STATES = 8.0
+
+LIBRARIES_ALONE = 550_000_000
+"""Bytes of a process that has imported torch, transformers, peft and datasets."""
+LIBRARIES = LIBRARIES_ALONE + 60_000_000
+"""The same, with what they go on to import, and to make, in training."""
+HOLES = 0.25
+"""What glibc leaves empty between kept blocks, of the bytes of activations (`benchmarks/plan.py`)."""
+SCATTERED_LAYERS, SCATTERED_LOSS = 7.5, 0.3
+"""The same with gradient checkpointing, where little is kept and much is dropped around it: of the bytes of a layer's
+backward, and of the loss. Measured, and no better than a seventh: runs alike differ by as much."""
+CONTEXT = 500_000_000
+ROUNDING = 0.06
+"""What a CUDA context takes, and what PyTorch's allocator adds by rounding and by holes: allowances, not measured."""
+
+MOST_TOKENS, MOST_ROWS = 2**20, 4096
+MOST_ROWS_COUNTED = 16
+"""Larger batches are told from smaller ones (`growth`): attention goes document by document."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What decides about memory. `rows` documents of `length` tokens are a micro-batch; `flat` False pads them.
+    `checkpoint_every`: gradient checkpointing of each so-manieth layer; 0 for none."""
+
+    config: PreTrainedConfig
+    lora: LoraConfig
+    device: Device
+    precision: PrecisionName
+    rows: int
+    length: int
+    flat: bool = True
+    checkpoint_every: int = 0
+    accumulation: int = 1
+    optimizer: str = "adamw_torch_fused"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes by part, at the moment of a step when the sum is largest. `overhead`: what the libraries, the allocator
+    and, on a GPU, the driver's context add."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodPlan:
+    """One way to train: its memory, and the most that fits beside it. `longest`: of the given rows, with `max_length`
+    beyond what the model's positions allow left out; `most_rows`: of the given length. 0 where nothing fits."""
+
+    method: Method
+    memory: Memory
+    fits: bool
+    longest: int
+    most_rows: int
+    notes: tuple[str, ...] = ()
+
+
+def plan(run: Run, method: Method) -> MethodPlan:
+    """The memory of `run` by `method`, and the longest and the most rows that fit.
+
+    Raises TunesmithError for a model that is no causal language model.
+    """
+    counted = count(run, method)
+    memory = counted.memory(run.rows, run.length)
+    capacity = run.device.memory
+    most = getattr(run.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
+    return MethodPlan(
+        method=method,
+        memory=memory,
+        fits=memory.total <= capacity,
+        longest=largest(lambda x: counted.memory(run.rows, x).total, capacity, run.length, most),
+        most_rows=largest(lambda x: counted.memory(x, run.length).total, capacity, run.rows, MOST_ROWS),
+        notes=counted.notes,
+    )
+
+
+def largest(total: Callable[[int], int], capacity: int, start: int, most: int) -> int:
+    """The largest number up to `most`, to a hundredth, for which `total` is within `capacity`; 0 where there is none.
+
+    `total` must not fall. It is nearly a straight line in what is asked here, so the next guess is where the line
+    through two known points meets the capacity.
+    """
+    known = {x: total(x) for x in (1, max(2, min(start, most)))}
+    if known[1] > capacity:
+        return 0
+    for _ in range(12):
+        low = max(x for x, size in known.items() if size <= capacity)
+        high = min((x for x, size in known.items() if size > capacity), default=most + 1)
+        if low >= most or high - low <= max(1, low // 100):
+            break
+        guess = _meets(known, capacity, low, high)
+        known[guess] = total(guess)
+    return min(low, most)
+
+
+def _meets(known: Mapping[int, int], capacity: int, low: int, high: int) -> int:
+    """A number between `low` and `high`, both excluded, that should just fit."""
+    other = high if high in known else max((x for x in known if x < low), default=low)
+    slope = (known[other] - known[low]) / (other - low) if other != low else 0
+    if slope <= 0:
+        return min(2 * low, high - 1)
+    straight = low + int((capacity - known[low]) / slope)
+    far = min(high - 1, 16 * low)  # a line through small numbers does not tell of large ones
+    return min(max(straight, low + 1), far)
+
+
+# A model
+
+
+@dataclass(kw_only=True)
+class Counted:
+    """A model by one method. `kept` are the bytes of weights, adapters, and, of what is trained, gradients and
+    optimizer states."""
+
+    run: Run
+    kept: dict[str, int]
+    subject: Subject
+    notes: tuple[str, ...] = ()
+    is_estimate: bool = False
+    _growth: Growth | None = None
+
+    def memory(self, rows: int, length: int) -> Memory:
+        """Of micro-batches of `rows` documents of `length` tokens."""
+        step = self._step(rows, length)
+        before_backward = len(step.moments) // 2 + 1
+        moments = [
+            self._memory(alive, step.layer if i < before_backward else 0.0) for i, alive in enumerate(step.moments)
+        ]
+        updated = self._memory(Bytes({footprint.GRADIENTS: self.kept["gradients"]}), 0.0)  # the optimizer's step
+        return max([*moments, updated], key=lambda memory: memory.total)
+
+    def _memory(self, alive: Bytes, layer: float) -> Memory:
+        """At a moment when `alive` is; the backward of a layer, which is to come, has `layer` bytes."""
+        parts = {name: self.kept[name] for name in ("weights", "adapters", "optimizer")}
+        parts |= {name: alive[name] for name in (footprint.ACTIVATIONS, footprint.LOSS, footprint.GRADIENTS)}
+        if self.run.accumulation > 1:
+            parts["gradients"] = self.kept["gradients"]
+        if not self.run.device.is_cpu:
+            moving = sum(parts[name] for name in ("gradients", "activations", "loss"))
+            return Memory(**parts, overhead=CONTEXT + int(ROUNDING * moving))
+        holes = HOLES * parts["activations"]
+        if self.run.checkpoint_every and layer:
+            holes += SCATTERED_LAYERS * layer + SCATTERED_LOSS * parts["loss"]
+        return Memory(**parts, overhead=LIBRARIES + int(holes))
+
+    def _step(self, rows: int, length: int) -> Timeline:
+        if self.run.flat and self.run.device.one_kernel and self.run.precision != "fp32":
+            rows, length = 1, rows * length  # one kernel makes no copies of each document's part
+        if (rows, length) == (self.run.rows, self.run.length) and rows <= MOST_ROWS_COUNTED and rows * length <= MOST:
+            return self._counted(rows, length)
+        if self._growth is None:
+            self._growth = growth(self._counted, rows, length)
+        return self._growth.at(rows, length)
+
+    def _counted(self, rows: int, length: int) -> Timeline:
+        batch = Batch(rows=rows, length=length, flat=self.run.flat, accumulated=self.run.accumulation > 1)
+        if not self.is_estimate:
+            try:
+                return timeline(self.subject, batch)
+            except Exception as error:  # whatever a model's own code does not stand
+                self.is_estimate = True
+                kind = type(self.subject.base).__name__
+                self.notes += (
+                    f"activations are an estimate from the config's sizes: a step of {kind} can't be counted without "
+                    f"weights ({type(error).__name__})",
+                )
+        return estimate(self.run, rows * length, 0 if batch.accumulated else self.kept["gradients"])
+
+
+def estimate(run: Run, tokens: int, gradients: int) -> Timeline:
+    """The bytes of a step of `tokens` from the sizes in a config: those of a Llama's layers, and half as much again."""
+    config = run.config.get_text_config()
+    sizes = {name: int(getattr(config, name, None) or 0) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    hidden, layers, vocabulary = sizes.values()
+    inner = int(
+        getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
+    )
+    inner *= int(getattr(config, "num_experts_per_tok", None) or 1)
+    number = 4 if run.precision == "fp32" else 2
+    layer = tokens * number * (12 * hidden + 6 * inner)
+    kept = layers if not run.checkpoint_every else -(-layers * (run.checkpoint_every - 1) // run.checkpoint_every) + 1
+    activations = layer * kept + tokens * number * hidden * (layers if run.checkpoint_every else 0)
+    loss = 4 * min(CHUNK_BYTES, 4 * tokens * vocabulary)  # logits, their logarithms, exponentials and gradient
+    alive = {footprint.ACTIVATIONS: activations, footprint.LOSS: loss, footprint.GRADIENTS: gradients}
+    return Timeline(moments=[Bytes(alive)], layer=layer)
+
+
+def count(run: Run, method: Method) -> Counted:
+    """The model of `run` by `method`, on fake tensors. Raises TunesmithError for one that is no causal language
+    model, and for adapters that don't fit it."""
+    base = _base(run, DTYPES["fp32" if method == "full" else run.precision])
+    if method in ("8bit", "4bit"):
+        as_if_quantized(base, method)
+    notes = _notes(run, base)
+    documents = run.flat and not supports_documents(base)
+    if documents:
+        use_documents(base)
+    with _quiet():
+        wrapped: nn.Module = base if method == "full" else adapt(base, run.lora)
+        if run.checkpoint_every:
+            _checkpoint(base, run.checkpoint_every)
+            if method != "full":
+                base.enable_input_require_grads()
+    speed_up(wrapped)
+    kept = _kept(wrapped, run.optimizer, adapted=method != "full")
+    autocast = None if run.precision == "fp32" else DTYPES[run.precision]
+    made = footprint.subject(base, wrapped, autocast)
+    return Counted(run=replace(run, flat=documents), kept=kept, subject=made, notes=notes)
+
+
+def _base(run: Run, dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(run.config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=run.trust_remote_code
+            )
+    except (ValueError, ImportError, TypeError, AttributeError) as error:
+        name = config.name_or_path or config.model_type
+        raise TunesmithError(f"model {name} can't be planned for: {error}") from error
+    return model
+
+
+def _checkpoint(base: PreTrainedModel, every: int) -> None:
+    try:
+        # The state of the random numbers takes no memory worth a word, and is not to be had of fake tensors.
+        base.activation_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": False}, every_n_layers=every
+        )
+    except ValueError as error:
+        raise TunesmithError(f"gradient_checkpointing is true, and {error} Drop it for this model") from error
+
+
+def _kept(model: nn.Module, optimizer: str, *, adapted: bool) -> dict[str, int]:
+    """Bytes of all weights, apart from adapters, and of the gradients and optimizer states of what is trained."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    frozen = sum(parameter.nbytes for parameter in parameters) + sum(buffer.nbytes for buffer in model.buffers())
+    return {
+        "weights": frozen - trained_bytes * adapted,
+        "adapters": trained_bytes * adapted,
+        "gradients": trained_bytes,
+        "optimizer": sum(_states(parameter, optimizer) for parameter in trained),
+    }
+
+
+def _states(parameter: Tensor, optimizer: str) -> int:
+    if optimizer == "adafactor" and parameter.dim() > 1:  # a row and a column of it stand for all
+        return 4 * (parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2])
+    return int(STATES.get(optimizer, UNKNOWN_STATES) * parameter.numel())
+
+
+def _notes(run: Run, base: PreTrainedModel) -> tuple[str, ...]:
+    notes = []
+    if getattr(run.config, "quantization_config", None) is not None:
+        notes.append("the checkpoint is quantized already; planned as if it were not")
+    if run.optimizer not in STATES:
+        notes.append(f"optim {run.optimizer}: its state is estimated as that of AdamW, 8 bytes a trained number")
+    if run.flat and (reason := supports_documents(base)):
+        notes.append(f"batches are padded: {reason}")
+    return tuple(notes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what `transformers` and `peft` warn of in calls that this version of them still needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,413 @@
+"""SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import TrainingArguments
+
+from tunesmith.errors import TunesmithError, nearest
+from tunesmith.precision import PrecisionName, decide, describe, measure, recorded
+from tunesmith.settings.coerce import byte_count
+from tunesmith.types import TrainOn
+
+LossType = Literal["nll", "dft", "chunked_nll"]
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Overlong = Literal["truncate", "drop", "split", "error"]
+SelfTestMode = Literal["auto", "always", "off"]
+SharePrefix = Literal["auto", "off"]
+OnBadRow = Literal["error", "skip"]
+COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
+"""The others record CUDA graphs, one for each length of a batch."""
+
+UNSUPPORTED = {
+    "router_aux_loss_coef": "this loss is not supported; leave it unset",
+    "use_liger_kernel": "Liger replaces the forward that computes our loss, which never makes the full logits either",
+    "liger_kernel_config": "Liger is not used; leave it unset",
+    "use_cache": "training computes without a cache, whose entries it would never read; leave it off",
+}
+"""Settings of TRL and `transformers` that are refused, unless they are off, and why."""
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """Settings of a supervised fine-tuning run.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides, by measuring the device.
+
+    A value that can't be what the user meant raises TunesmithError when the config is made.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "dataset_kwargs",
+        "chat_template_kwargs",
+        "columns",
+    ]
+
+    precision_note = ""  # how `precision: auto` was settled, for the run to print
+
+    learning_rate: float = field(default=2e-5, metadata=_help("Peak learning rate; LoRA wants about ten times more."))
+    logging_steps: float = field(default=10, metadata=_help("Log every so many steps; below 1, a share of the run."))
+    precision: Precision = field(default="auto", metadata=_help("auto measures the device | fp32 | bf16 | fp16."))
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata=_help("TRL's way to say precision: bf16 (true), or not (false).")
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Arguments of `from_pretrained`, for a model given by name.")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=_help("Run Python code that comes with the model. Off: such a model is an error.")
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata=_help("Load-balancing loss of mixture-of-experts models: not supported, leave unset.")
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "chatml | llama3 | zephyr | mistral | gemma | alpaca | plain, a .jinja file, or a model or folder whose "
+            "tokenizer has the chat template; its tokens are added where they lack."
+        ),
+    )
+    eos_token: str | None = field(default=None, metadata=_help("The token that ends a text; from the vocabulary."))
+    pad_token: str | None = field(default=None, metadata=_help("The padding token; from the vocabulary."))
+
+    # The data
+    dataset_text_field: str = field(default="text", metadata=_help("The column with plain text."))
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata=_help("Our column names to the data's, e.g. {prompt: question, completion: answer}.")
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Arguments of the chat template for every row, e.g. {enable_thinking: false}.")
+    )
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("{skip_prepare_dataset: true} hands the data set to the collator as it is.")
+    )
+    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that prepare the data; unset, one."))
+    max_length: int | None = field(
+        default=1024, metadata=_help("Most tokens of an example, and of a pack; null: no limit.")
+    )
+    on_bad_row: OnBadRow = field(
+        default="error",
+        metadata=_help("A row that can't be read or used: error | skip (counted, and kept in skipped_rows.jsonl)."),
+    )
+    overlong: Overlong = field(
+        default="truncate", metadata=_help("Examples over max_length: truncate | drop | split | error.")
+    )
+    truncate_prompt: bool = field(
+        default=False, metadata=_help("Shorten an overlong row's prompt from the left instead of its completion.")
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata=_help("Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
+    )
+    shuffle_dataset: bool = field(
+        default=False, metadata=_help("Shuffle the data set once, before packing, by `seed`.")
+    )
+
+    # What is trained on
+    train_on: TrainOn | None = field(
+        default=None,
+        metadata=_help(
+            "assistant | last_assistant | completion | all. Unset: the completion of prompt-completion rows, else all."
+        ),
+    )
+    completion_only_loss: bool | None = field(
+        default=None, metadata=_help("TRL's name for train_on: completion (true) or all (false).")
+    )
+    assistant_only_loss: bool = field(default=False, metadata=_help("TRL's name for train_on: assistant."))
+    allow_no_eos: bool = field(
+        default=False, metadata=_help("Accept data in which no supervised token ends a text: the model won't stop.")
+    )
+    loss_type: LossType = field(
+        default="nll", metadata=_help("nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
+    )
+
+    # Batches
+    packing: bool = field(default=False, metadata=_help("Fill rows of max_length tokens with several examples."))
+    packing_strategy: PackingStrategy = field(
+        default="bfd", metadata=_help("bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
+    )
+    eval_packing: bool | None = field(default=None, metadata=_help("Pack the eval data too; unset, as `packing`."))
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_help(
+            "Micro-batches of as many examples as fit in so many tokens (padding counts), in place of "
+            "per_device_train_batch_size rows."
+        ),
+    )
+    share_prefix: SharePrefix = field(
+        default="auto",
+        metadata=_help(
+            "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
+            "| off."
+        ),
+    )
+    padding_free: bool = field(
+        default=True, metadata=_help("Batches without padding; false pads, for comparison or an odd model.")
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default=None, metadata=_help("Pad rows to a multiple of this many tokens; needs padding_free: false.")
+    )
+    activation_offloading: bool = field(
+        default=False, metadata=_help("Keep what the backward needs in main memory; for GPUs, where it costs time.")
+    )
+    self_test: SelfTestMode = field(
+        default="auto",
+        metadata=_help(
+            "Before the first step, compare a few examples in one batch with each alone in the model's own forward: "
+            "auto (where that is possible) | always | off."
+        ),
+    )
+    max_bad_steps: int = field(
+        default=5, metadata=_help("Stop after so many steps in a row without a finite gradient; one is left out.")
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata=_help("On a CPU: split micro-batches rather than hold more main memory than this, such as 12GB."),
+    )
+    rehearse: SelfTestMode = field(
+        default="auto",
+        metadata=_help(
+            "Try the largest micro-batch before the first step, so that memory runs out at once or never: auto (in "
+            "runs of 50 steps or more, and with memory_limit) | always | off."
+        ),
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=_help(
+            "Read weights (.bin) and checkpoints of other tools that are pickles; only plain data is taken from them."
+        ),
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata=_help(
+            "Resume although data, settings or model have changed. What is in the optimizer's state (learning rate, "
+            "weight decay, betas) stays the checkpoint's."
+        ),
+    )
+    async_save: bool = field(
+        default=False,
+        metadata=_help("Write checkpoints in a thread, from a copy in main memory, while the training goes on."),
+    )
+    sample_prompts: int | None = field(
+        default=None,
+        metadata=_help(
+            "So many prompts, held-out ones if there are any, are answered before training, with each evaluation "
+            "and at the end. Unset: 3 in `tunesmith train`, 0 in a program."
+        ),
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata=_help("LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."),
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_supervision()
+        self._check_batches()
+        self._settle_padding()
+        if self.memory_limit is not None:
+            try:
+                byte_count(self.memory_limit)
+            except ValueError as error:
+                raise TunesmithError(f"memory_limit {error}") from error
+        if self.max_bad_steps < 1:
+            raise TunesmithError(f"max_bad_steps is {self.max_bad_steps}; the run can stop after 1 at the earliest")
+        if self.sample_prompts is not None and self.sample_prompts < 0:
+            raise TunesmithError(f"sample_prompts is {self.sample_prompts}; write 0 for none, or how many")
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
+            raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
+        self._refuse_unsupported()
+        self._choose_precision()
+        super().__post_init__()
+        self._check_token_batches()
+        self._check_compile()
+        self._check_offloading()
+        for name in ("columns", "chat_template_kwargs", "dataset_kwargs", "model_init_kwargs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise TunesmithError(f"{name} is {value!r}; write an object, e.g. {{key: value}}")
+        unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
+        if unknown:
+            raise TunesmithError(f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset")
+
+    @property
+    def resolved_train_on(self) -> TrainOn | None:
+        """What the three fields say together; None leaves it to the format of the rows."""
+        if self.train_on is not None:
+            return self.train_on
+        if self.assistant_only_loss:
+            return "assistant"
+        if self.completion_only_loss is None:
+            return None
+        return "completion" if self.completion_only_loss else "all"
+
+    def _check_choices(self) -> None:
+        if self.packing_strategy == "bfd-requeue":  # type: ignore[comparison-overlap]  # its name in TRL, once
+            self.packing_strategy = "bfd_split"
+        choices: dict[str, Any] = {
+            "loss_type": LossType,
+            "packing_strategy": PackingStrategy,
+            "overlong": Overlong,
+            "train_on": TrainOn,
+            "precision": Precision,
+            "rehearse": SelfTestMode,
+            "self_test": SelfTestMode,
+            "share_prefix": SharePrefix,
+            "on_bad_row": OnBadRow,
+        }
+        for name, kind in choices.items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if value is not None and value not in allowed:
+                raise TunesmithError(f"{name} is {value!r}; choose {' | '.join(allowed)}{nearest(str(value), allowed)}")
+        if self.loss_type == "chunked_nll":
+            self.loss_type = "nll"
+
+    def _settle_padding(self) -> None:
+        """TRL takes text here, too: auto and none, and a number as its CLI gives it."""
+        text = str(self.pad_to_multiple_of).lower()
+        if text in ("auto", "none", "null"):
+            self.pad_to_multiple_of = None
+            return
+        if not text.isdecimal() or int(text) < 1:
+            raise TunesmithError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of!r}; write a number of tokens from 1 on"
+            )
+        self.pad_to_multiple_of = int(text)
+        if self.padding_free:
+            raise TunesmithError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches have no padding; "
+                "drop it, or set padding_free: false"
+            )
+
+    def _check_supervision(self) -> None:
+        named = {
+            "train_on": self.train_on,
+            "assistant_only_loss": "assistant" if self.assistant_only_loss else None,
+            "completion_only_loss": "completion" if self.completion_only_loss else None,
+        }
+        if self.completion_only_loss is False and self.train_on == "completion":
+            named["completion_only_loss"] = "not completion"
+        said = {name: value for name, value in named.items() if value is not None}
+        if len(set(said.values())) > 1:
+            listed = " and ".join(f"{name} ({value})" for name, value in said.items())
+            raise TunesmithError(f"{listed} contradict each other; set only train_on")
+
+    def _check_batches(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise TunesmithError(f"max_length is {self.max_length}; at least 2 tokens are needed to predict one")
+        if self.packing and self.max_length is None:
+            raise TunesmithError("packing needs max_length, the size of a pack; it is None")
+        if self.packing and self.packing_strategy != "bfd" and self.overlong != "truncate":
+            raise TunesmithError(
+                f"overlong is {self.overlong!r}, but packing_strategy: {self.packing_strategy} cuts every long example "
+                "into pieces itself; drop one of them"
+            )
+        if self.packing and not self.padding_free:
+            raise TunesmithError("packing puts examples side by side, which padding_free: false forbids; drop one")
+        if self.truncation_mode != "keep_start":
+            raise TunesmithError(
+                f"truncation_mode is {self.truncation_mode!r}; only 'keep_start' is supported. "
+                "To keep the end of long prompts use truncate_prompt: true"
+            )
+
+    def _check_token_batches(self) -> None:
+        """What says how many rows share a batch, or which, contradicts batches by tokens."""
+        if self.max_tokens_per_batch is None:
+            return
+        if self.max_tokens_per_batch < 2:
+            found = self.max_tokens_per_batch
+            raise TunesmithError(f"max_tokens_per_batch is {found}; at least 2 tokens are needed to predict one")
+        dealt: Any = self.accelerator_config
+        others: dict[str, tuple[Any, Any]] = {  # what is set, and what would not contradict
+            "per_device_train_batch_size": (self.per_device_train_batch_size, 8),
+            "packing": (self.packing, False),
+            "eval_packing": (bool(self.eval_packing), False),
+            "train_sampling_strategy": (self.train_sampling_strategy, "random"),
+            "auto_find_batch_size": (self.auto_find_batch_size, False),
+            "dataloader_drop_last": (self.dataloader_drop_last, False),
+            "accelerator_config.split_batches": (dealt.split_batches, False),
+            "accelerator_config.dispatch_batches": (bool(dealt.dispatch_batches), False),
+        }
+        for name, (value, neutral) in others.items():
+            if value != neutral:
+                raise TunesmithError(
+                    f"{name} is {value!r}, and max_tokens_per_batch: {self.max_tokens_per_batch} makes batches "
+                    "by tokens; drop one"
+                )
+
+    def _check_compile(self) -> None:
+        if not self.torch_compile:
+            return
+        if self.torch_compile_mode not in COMPILE_MODES:
+            raise TunesmithError(
+                f"torch_compile_mode is {self.torch_compile_mode!r}, which records a CUDA graph for each length, and "
+                f"every batch has another; choose {' | '.join(mode for mode in COMPILE_MODES if mode)}"
+            )
+        others = {"gradient_checkpointing": self.activation_checkpointing, "deepspeed": self.deepspeed}
+        reasons = {
+            "gradient_checkpointing": "whose recomputed layers torch.compile leaves as they are",
+            "deepspeed": "which gathers weights inside the layers that are compiled",
+        }
+        for name, value in others.items():
+            if value:
+                raise TunesmithError(f"torch_compile is True, and so is {name}, {reasons[name]}; drop one")
+
+    def _check_offloading(self) -> None:
+        if self.activation_offloading and self.device.type in ("cpu", "mps"):
+            raise TunesmithError(
+                f"activation_offloading is True, but this run is on {self.device.type}, where activations are in main "
+                "memory already; leave it off, and use gradient_checkpointing to save memory"
+            )
+
+    def _refuse_unsupported(self) -> None:
+        for name, reason in UNSUPPORTED.items():
+            if value := getattr(self, name):
+                raise TunesmithError(f"{name} is {value!r}: {reason}")
+        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
+            raise TunesmithError(
+                f"hub_strategy is {strategy}, which sends the optimizer's state; take every_save or end, which send "
+                "what others can use"
+            )
+
+    def _choose_precision(self) -> None:
+        """Settle `precision`, and the flags `bf16` and `fp16` that `transformers` reads, on one format."""
+        flagged: PrecisionName | None = None
+        if self.bf16 is not None or self.fp16:
+            flagged = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+        if self.precision == "auto":
+            self.precision = flagged or self._measured_precision()
+        elif flagged not in (None, self.precision):
+            raise TunesmithError(
+                f"precision is {self.precision!r}, but bf16 and fp16 say {flagged}; set only precision"
+            )
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if self._device_type() == "cpu":
+            self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
+            self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
+
+    def _device_type(self) -> str:
+        import torch
+
+        device = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if device is None else device.type
+
+    def _measured_precision(self) -> PrecisionName:
+        device_type = self._device_type()
+        before = recorded(self.output_dir, self.resume_from_checkpoint)
+        if before is not None:
+            self.precision_note = f"precision {before[0]}: as in {before[1]}, from which the run goes on"
+            return before[0]
+        speeds = measure(device_type)
+        choice = decide(speeds, device_type)
+        self.precision_note = describe(choice, speeds, device_type)
+        return choice

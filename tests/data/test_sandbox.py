@@ -1,0 +1,100 @@
+"""A chat template that would run for ever or fill the memory is stopped, and says nothing of this machine."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.conftest import CHATML
+from tunesmith.data import sandbox
+from tunesmith.data.sandbox import TooLong, compiled, refuse_long, time_limit
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
+from tunesmith.errors import TunesmithError
+from tunesmith.types import Conversation, Message
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def encode(tiny_model: Any) -> Callable[[str], Any]:
+    """Encodes one conversation with a template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def run(template: str) -> Any:
+        tokenizer.chat_template = template
+        turns = (
+            Message(fields={"role": "user", "content": "a"}),
+            Message(fields={"role": "assistant", "content": "b"}),
+        )
+        encoder = Encoder(tokenizer, EncodeOptions(train_on="all", max_length=64))
+        return encoder.encode([("row 1", Conversation(messages=turns))], Counts())
+
+    return run
+
+
+def test_loops_in_loops_are_ended(encode: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    started = time.perf_counter()
+    with pytest.raises(TunesmithError, match=r"row 1: the chat template refuses .* it ran for more than 0.3 seconds"):
+        encode(LOOPS + CHATML)
+    assert time.perf_counter() - started < 5
+    assert encode(CHATML)  # and the next one runs
+
+
+def test_a_thread_is_ended_where_it_is_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    ended: list[BaseException] = []
+
+    def endless() -> None:
+        try:
+            with time_limit():
+                while True:
+                    pass
+        except TooLong as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=endless, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert [str(error) for error in ended] == ["it ran for more than 0.2 seconds"]
+
+
+def test_what_is_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.1)
+    for _ in range(3):
+        with time_limit():
+            pass
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'abc' * 999999999 }}",
+        "{{ 999999999 * 'abc' }}",
+        "{{ [1, 2] * 99999999 }}",
+        "{{ 9 ** 99999 }}",
+        "{% for i in range(1000) %}{{ 'x' * 100000 }}{% endfor %}",
+        "{% for i in range(999999999) %}{% endfor %}",
+    ],
+)
+def test_texts_that_would_fill_the_memory_are_refused(template: str, encode: Callable[[str], Any]) -> None:
+    with pytest.raises(TunesmithError, match="the chat template refuses the conversation"):
+        encode(template + CHATML)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% include '/etc/passwd' %}"]
+)
+def test_nothing_of_the_machine_is_reached(template: str, encode: Callable[[str], Any]) -> None:
+    with pytest.raises(TunesmithError, match="the chat template"):
+        encode(template + CHATML)
+
+
+def test_ordinary_arithmetic_is_as_ever() -> None:
+    assert compiled("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 6 * 7 }}{{ 2.5 * 2 }}").render() == "---1024425.0"
+    assert list(refuse_long(iter(["a", "b"]))) == ["a", "b"]

@@ -1,0 +1,133 @@
+"""Attention in blocks against PyTorch's: values and gradients, whatever the lengths, the groups and the format."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.models import gradient_error, gradients, tiny, token_rows
+from tunesmith.data.batches import flat
+from tunesmith.model import attention_cpu as blockwise
+from tunesmith.model.attention import _causal
+from tunesmith.model.head import next_token_targets
+from tunesmith.train.setup import teach_model
+
+SCALE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a CPU where oneDNN is faster, with blocks of 8 queries."""
+    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
+    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    monkeypatch.setattr(blockwise, "SHORTEST", 4)
+    blockwise._later.cache_clear()
+    yield
+    blockwise._later.cache_clear()
+
+
+def inputs(queries: int, keys: int, heads: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value as a model has them, views of (1, T, heads, size), and a gradient for the output."""
+    torch.manual_seed(queries)
+    shapes = [(queries, heads * groups), (keys, heads), (keys, heads), (queries, heads * groups)]
+    return [torch.randn(1, length, count, 16).to(dtype).transpose(1, 2) for length, count in shapes]
+
+
+def outcome(attend: Any, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = _causal(q.shape[2], k.shape[2], None, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True)
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return blockwise.attend(q, k, v, SCALE)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("queries", "before"), [(4, 0), (8, 0), (9, 0), (29, 0), (5, 3), (12, 21)])
+def test_values_and_gradients_are_those_of_pytorch(queries: int, before: int, groups: int) -> None:
+    given = inputs(queries, before + queries, 2, groups, torch.float64)
+    expected = outcome(plain, *given)
+    found = outcome(in_blocks, *(x.float() for x in given))
+    assert len(found) == len(expected) == 4
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_scores_of_bfloat16_are_fp32_and_what_comes_out_is_bfloat16() -> None:
+    given = inputs(20, 20, 2, 3, torch.bfloat16)
+    expected = outcome(plain, *(x.double() for x in given))
+    found = outcome(in_blocks, *given)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        # Rounded once, at the end; but for the output in the gradient's row sums, which is rounded too.
+        assert (mine.double() - theirs).abs().max() < 1e-2 * theirs.abs().max()
+
+
+def test_scores_far_apart_lose_nothing() -> None:
+    q, k, v, grad = inputs(20, 20, 1, 1, torch.float64)
+    given = [q * 100, k, v, grad]
+    found = outcome(in_blocks, *(x.float() for x in given))
+    expected = outcome(plain, *given)
+    assert all(map(math.isfinite, (x.abs().max().item() for x in found)))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_short_rows_and_other_libraries_keep_pytorchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = inputs(4, 4, 1, 1, torch.float32)
+    longer = inputs(8, 8, 1, 1, torch.float32)
+    assert blockwise.pays(q, k, v)
+    assert blockwise.pays(q[:, :, :2], *longer[1:3])  # they continue others
+    assert not blockwise.pays(q[:, :, :3], k, v)
+    assert not blockwise.pays(q, k, v[..., :8])  # values of another size
+    assert not blockwise.pays(q.double(), k.double(), v.double())
+    assert not blockwise.pays(q.to("meta"), k, v)
+    with FakeTensorMode() as fakes:  # as a plan of memory does
+        assert not blockwise.pays(*map(fakes.from_tensor, (q, k, v)))
+    monkeypatch.setattr("tunesmith.model.linear._chosen", False)
+    assert not blockwise.pays(q, k, v)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "mistral"])
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "sharing a beginning"])
+def test_a_model_learns_the_same(name: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = token_rows(3, 9, 30, 14)
+    if shared:
+        beginning = list(range(40, 58))
+        rows = [{"input_ids": beginning + row["input_ids"]} for row in rows]
+    results: list[tuple[Tensor, dict[str, Tensor]]] = []
+    calls: list[torch.Size] = []
+    attend = blockwise.attend
+
+    def record(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        calls.append(q.shape)
+        return attend(q, k, v, scale)
+
+    monkeypatch.setattr(blockwise, "attend", record)
+    for shortest in (4, 1000):
+        monkeypatch.setattr(blockwise, "SHORTEST", shortest)
+        model: Any = tiny(name).train()
+        teach_model(model, flat=True)
+        batch = flat(rows, share_prefix=shared)
+        assert ("parents" in batch) == shared
+        targets = next_token_targets(batch.pop("labels"), places_T=batch.pop("places", None))
+        result = model(**batch, supervise=targets)
+        result.loss.backward()
+        results.append((result.nll, gradients(model)))
+    # Gemma 2 caps its scores, and Mistral's window is shorter than most of the documents.
+    assert bool(calls) == (name != "gemma2")
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    assert gradient_error(results[0][1], results[1][1]) < 1e-5

@@ -1,0 +1,205 @@
+"""Compiled layers: the same values and gradients, compiled once whatever the lengths, in training alone."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from tests.models import gradient_error, gradients, tiny, token_rows
+from tunesmith.data.batches import flat
+from tunesmith.errors import TunesmithError
+from tunesmith.model.compile import compile_layers
+from tunesmith.model.head import next_token_targets
+from tunesmith.model.linear import speed_up
+from tunesmith.train import offload
+from tunesmith.train.selftest import self_test
+from tunesmith.train.setup import base_model, teach_model
+
+LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing compiled before."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def taught(name: str = "llama", *, lora: bool = False, **settings: Any) -> Any:
+    model: Any = tiny(name, **settings).train()
+    if lora:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    teach_model(model, flat=True)
+    return model
+
+
+def step(model: Any, lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    batch = flat(token_rows(*lengths))
+    targets = next_token_targets(batch.pop("labels"))
+    result = model(**batch, supervise=targets)
+    result.loss.backward()
+    return result.nll, gradients(model)
+
+
+def compiled_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"), [("llama", False), pytest.param("llama", True, marks=pytest.mark.slow), ("gemma2", False)]
+)
+def test_values_and_gradients_are_those_of_the_plain_layers(name: str, lora: bool) -> None:
+    model, plain = taught(name, lora=lora), taught(name, lora=lora)
+    compile_layers(base_model(model), backend="aot_eager")
+    for lengths in LENGTHS:
+        found, expected = step(model, lengths), step(plain, lengths)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        assert gradient_error(found[1], expected[1]) < 1e-5
+    assert compiled_graphs() > 0
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = taught(lora=lora, num_hidden_layers=12), taught(lora=lora, num_hidden_layers=12)
+    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
+    speed_up(model)
+    compile_layers(base_model(model), backend="aot_eager")
+    step(model, LENGTHS[0])
+    once = compiled_graphs()
+    assert 0 < once <= 8
+    model.zero_grad()
+    for lengths in LENGTHS[1:]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = step(model, lengths)
+        expected = step(plain, lengths)
+        # Each of a layer's seven, forward and backward.
+        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 12 * 7 * 2 - 3
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        assert gradient_error(found[1], expected[1]) < 1e-5
+    assert compiled_graphs() == once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("onednn", [False, True], ids=["blas", "onednn"])
+def test_inductor_gives_the_same_too(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = taught(), taught()
+    monkeypatch.setattr("tunesmith.model.linear._chosen", onednn)
+    speed_up(model)
+    compile_layers(base_model(model), backend="inductor")
+    for lengths in LENGTHS:
+        found, expected = step(model, lengths), step(plain, lengths)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        assert gradient_error(found[1], expected[1]) < 1e-5
+
+
+def test_other_lengths_and_more_layers_compile_nothing_again() -> None:
+    model = taught(num_hidden_layers=12)
+    assert compile_layers(model, backend="aot_eager") == 12
+    step(model, LENGTHS[0])
+    once = compiled_graphs()
+    assert once <= 6  # what is before the attention and what is behind it, and few variants of them
+    for lengths in LENGTHS[1:]:
+        step(model, lengths)
+    assert compiled_graphs() == once
+
+
+def test_evaluation_and_generation_are_not_compiled() -> None:
+    model = taught()
+    compile_layers(model, backend="aot_eager")
+    model.eval()
+    batch = flat(token_rows(5, 4))
+    targets = next_token_targets(batch.pop("labels"))
+    model(**batch, supervise=targets)
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        model.train()(**batch, supervise=targets)
+    assert compiled_graphs() == 0
+
+
+def test_names_of_weights_stay_and_a_copy_computes_with_its_own() -> None:
+    model = taught()
+    names = list(model.state_dict())
+    compile_layers(model, backend="aot_eager")
+    assert list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.model.layers.parameters():
+            parameter.zero_()
+    expected = step(model, (6, 4))[0]
+    assert (step(twin, (6, 4))[0] - expected).abs().max() > 1e-2
+    assert torch.equal(step(model, (6, 4))[0], expected)
+
+
+def test_activations_of_compiled_layers_may_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Tensor] = []
+    copy_out = offload._moved
+
+    def record(tensor: Tensor) -> Any:
+        moved.append(tensor.detach())
+        return copy_out(tensor)
+
+    monkeypatch.setattr(offload, "_on_accelerator", lambda tensor: True)
+    monkeypatch.setattr(offload, "_moved", record)
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    model, plain = taught(), taught()
+    compile_layers(model, backend="aot_eager")
+    with offload.offloading(model, True):
+        batch = flat(token_rows(5, 7))
+        loss = model(**batch | {"labels": None}, supervise=next_token_targets(batch["labels"])).loss
+    loss.backward()
+    assert gradient_error(gradients(model), step(plain, (5, 7))[1]) < 1e-5
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert any(tensor.shape[-1] == 48 for tensor in moved)  # of the MLP, which is in a compiled part
+    assert not weights & {tensor.untyped_storage().data_ptr() for tensor in moved}
+
+
+def test_a_model_without_the_usual_layers_is_refused() -> None:
+    class Odd(PreTrainedModel):
+        _supports_sdpa = True
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.layer = nn.Linear(2, 2)
+
+    with pytest.raises(TunesmithError, match="torch_compile: Odd has no layers of transformers' usual kind"):
+        compile_layers(Odd(tiny("llama").config), backend="aot_eager")
+
+
+def test_layers_that_are_spread_over_devices_are_refused() -> None:
+    model: Any = taught()
+    model.model.layers[0].forward = model.model.layers[0].forward  # as accelerate's hooks do
+    with pytest.raises(TunesmithError, match=re.escape("spread over devices (device_map)")):
+        compile_layers(model, backend="aot_eager")
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", os.path.join("no", "such", "compiler"))
+    with pytest.raises(TunesmithError, match=r"the C\+\+ compiler no.such.compiler is missing"):
+        compile_layers(taught(), backend="inductor")
+
+
+def test_the_self_test_runs_compiled_layers() -> None:
+    ran: list[str] = []
+
+    def broken(module: Any, _example: Any) -> Any:
+        ran.append("compiled")
+        return lambda *args: [x * 1.5 if isinstance(x, Tensor) else x for x in module.forward(*args)]
+
+    model = taught()
+    compile_layers(model, backend=broken)  # type: ignore[arg-type]
+    rows = [row["input_ids"] for row in token_rows(9, 5)]
+    with pytest.raises(TunesmithError, match="gives other losses in this run's batches"):
+        self_test(model, rows, flat=True, precision="fp32")
+    assert ran
+    assert all(module.training for module in model.modules())
