@@ -1,4 +1,6 @@
-"""Numbers in sentences."""
+"""Numbers in words: counts, sizes and times, each written in one way everywhere."""
+
+import math
 
 
 def counted(count: int, noun: str) -> str:
@@ -9,3 +11,34 @@ def counted(count: int, noun: str) -> str:
 def verb(count: int, one: str, several: str) -> str:
     """The verb that goes with so many: `one` with 1, `several` with any other number."""
     return one if count == 1 else several
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks and shops count them: `64 kB`, `98 MB`, `1.2 GB`, `1,234.0 GB`."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `2 min 3 s`, `1 h 20 min`; without parts that are 0."""
+    if seconds < 1:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (0 if hours else rest, "s")]
+    return " ".join(f"{count} {unit}" for count, unit in parts if count)
+
+
+def clock(seconds: float | None) -> str:
+    """`2:03`, `1:02:03`, as a clock that runs shows it; `-` for what is not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def shorten(text: str, width: int = 80) -> str:
+    """`text` in at most `width` characters."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
