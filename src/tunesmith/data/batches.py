@@ -2,8 +2,9 @@
 
 A collator makes a `Batch` once; whoever needs its documents, its tokens, its supervised weight or its groups asks it.
 
-Shapes: B padded rows, T tokens of a row, L tokens of all documents (more than T where they share prefixes), D documents,
-S supervised positions. Labels stay unshifted in a batch; `Batch.targets` shifts them, the only place that does.
+Shapes: B padded rows, T tokens of a row, L tokens of all documents (more than T where they share prefixes), D
+documents, S supervised positions. Labels stay unshifted in a batch; `Batch.targets` shifts them, the only place that
+does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from tunesmith.types import IGNORE_INDEX, Example
 
 Row: TypeAlias = Mapping[str, Any]
 Group: TypeAlias = tuple[Example, ...]
-"""Documents that belong together: one example alone, a pair, several answers to one prompt. A group is never divided."""
+"""Documents that belong together: one example alone, a pair, the answers to one prompt. A group is never divided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +37,8 @@ class Targets:
 class Batch:
     """A micro-batch: what the model reads, and which documents it is made of.
 
-    Flat: `input_ids` and `position_ids` (1, T), `lengths` the tokens of each part of the row; the parts are the documents,
-    or with shared prefixes the segments of which `parents` (one a segment, -1 for none) tells which they continue
+    Flat: `input_ids` and `position_ids` (1, T), `lengths` the tokens of each part of the row. The parts are the
+    documents, or with shared prefixes the segments; `parents` says for each which one it continues, -1 for none
     (`data.prefix`). Padded: `input_ids`, `position_ids` and `attention_mask` (B, T), no `lengths`.
 
     `labels` and `weights` are (1, L) in flat batches, those of all documents one after another, and `places` (L,) says
@@ -182,6 +183,11 @@ def groups_of(row: Row) -> list[Group]:
         )
         for start, stop in zip([0, *stops[:-1]], stops, strict=True)
     ]
+
+
+def one_group_of(row: Row) -> list[Group]:
+    """The documents of a row as one group: a row is a pair, or all answers to a prompt."""
+    return [tuple(example for group in groups_of(row) for example in group)]
 
 
 def _list(values: Any) -> list[Any]:

@@ -1,8 +1,8 @@
 """From a batch to predictions at the positions that count, in one call of the model, without logits of the sequence.
 
-`answer_objectives` gives a causal language model's `forward` two more arguments, `targets` and `objective`. With them, the
-model runs its decoder, picks the hidden states of the target positions, and returns what the objective makes of these
-`Predictions`: a loss, log-probabilities. Going through `forward` keeps what wraps it working: PEFT,
+`answer_objectives` gives a causal language model's `forward` two more arguments, `targets` and `objective`. With them,
+the model runs its decoder, picks the hidden states of the target positions, and returns what the objective makes of
+these `Predictions`: a loss, log-probabilities. Going through `forward` keeps what wraps it working: PEFT,
 DistributedDataParallel, FSDP, autocast, gradient checkpointing.
 
 Shapes: B rows, T tokens a row, S target positions, H hidden size, V vocabulary.
@@ -51,8 +51,8 @@ class LogitForm:
 class Predictions:
     """What a model predicts at S positions, not yet in numbers, and the tokens that follow there.
 
-    `hidden` (S, H) with the head's `weight` (V, H) and `bias` (V,) or None, from which an objective makes logits a chunk
-    at a time; or, where only the model itself can make logits, these: `hidden` (S, V) without a weight.
+    `hidden` (S, H) with the head's `weight` (V, H) and `bias` (V,) or None, from which an objective makes logits a
+    chunk at a time; or, where only the model itself can make logits, these: `hidden` (S, V) without a weight.
     `tokens` int64 (S,) in [0, V); `weights` float (S,), or None for ones.
     """
 
@@ -94,8 +94,8 @@ def answer_objectives(model: PreTrainedModel) -> None:
     `with_outputs=True` the model's own outputs in its place, logits of all positions among them. Other calls are
     unchanged.
 
-    `lengths`, the token counts of the documents in a flat row, restricts attention to them; `parents` says which of them
-    continue another (`document_map`).
+    `lengths`, the token counts of the documents in a flat row, restricts attention to them; `parents` says which of
+    them continue another (`document_map`).
     The first such call checks on a few tokens what the fast paths take for granted, and raises TunesmithError for a
     model whose tokens see later ones, or tokens of other documents.
     """

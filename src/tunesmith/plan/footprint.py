@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import PreTrainedModel
 
-from tunesmith.model.attention import document_map
 from tunesmith.data.batches import Targets
+from tunesmith.model.attention import document_map
 from tunesmith.model.head import from_hidden, from_logits, plain_head
 from tunesmith.model.linear import onednn_is_faster
 from tunesmith.objectives.supervised import supervised_loss
