@@ -97,7 +97,7 @@ def cpuinfo(flags: str) -> Callable[[Patch], None]:
 
 def speeds(fp32: float, bf16: float) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(
-        "tunesmith.precision.measure", lambda _: {"fp32": fp32, "bf16": bf16, "fp16": 0.0}
+        "tunesmith.model.precision.measure", lambda _: {"fp32": fp32, "bf16": bf16, "fp16": 0.0}
     )
 
 

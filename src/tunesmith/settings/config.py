@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.precision import PrecisionName, decide, describe, measure, recorded
 from tunesmith.settings.coerce import byte_count
 from tunesmith.types import TrainOn
 
@@ -38,7 +38,8 @@ class SFTConfig(TrainingArguments):
     """Settings of a supervised fine-tuning run.
 
     Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
-    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides, by measuring the device.
+    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides. With "auto", a trainer settles it by
+    measuring the device.
 
     A value that can't be what the user meant raises TunesmithError when the config is made.
     """
@@ -226,7 +227,7 @@ class SFTConfig(TrainingArguments):
         if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
             raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
         self._refuse_unsupported()
-        self._choose_precision()
+        self._resolve_precision()
         super().__post_init__()
         self._check_token_batches()
         self._check_compile()
@@ -379,35 +380,21 @@ class SFTConfig(TrainingArguments):
                 "what others can use"
             )
 
-    def _choose_precision(self) -> None:
-        """Settle `precision`, and the flags `bf16` and `fp16` that `transformers` reads, on one format."""
-        flagged: PrecisionName | None = None
+    def _resolve_precision(self) -> None:
+        """Make `precision` and the flags `bf16` and `fp16` that `transformers` reads say the same. Where none of them
+        is given, all stay open until a run starts (`model.precision.settle_precision`)."""
+        flagged: Precision | None = None
         if self.bf16 is not None or self.fp16:
             flagged = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
         if self.precision == "auto":
-            self.precision = flagged or self._measured_precision()
+            self.precision = flagged or "auto"
         elif flagged not in (None, self.precision):
             raise TunesmithError(
                 f"precision is {self.precision!r}, but bf16 and fp16 say {flagged}; set only precision"
             )
-        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
-        if self._device_type() == "cpu":
+        if self.precision != "auto":
+            self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if not self.use_cpu and torch.accelerator.current_accelerator(check_available=True) is None:
             self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
+        if self.use_cpu:
             self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
-
-    def _device_type(self) -> str:
-        import torch
-
-        device = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if device is None else device.type
-
-    def _measured_precision(self) -> PrecisionName:
-        device_type = self._device_type()
-        before = recorded(self.output_dir, self.resume_from_checkpoint)
-        if before is not None:
-            self.precision_note = f"precision {before[0]}: as in {before[1]}, from which the run goes on"
-            return before[0]
-        speeds = measure(device_type)
-        choice = decide(speeds, device_type)
-        self.precision_note = describe(choice, speeds, device_type)
-        return choice

@@ -25,7 +25,7 @@ from tunesmith.model.adapters import has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation, next_token_targets
-from tunesmith.precision import PrecisionName
+from tunesmith.model.precision import PrecisionName
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.setup import Model, base_model
 

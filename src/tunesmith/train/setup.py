@@ -14,6 +14,7 @@ from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import teach
 from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.precision import settle_precision
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
 from tunesmith.settings.config import SFTConfig
@@ -27,13 +28,14 @@ Model = PreTrainedModel | PeftModel
 
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
-    """`args` as SFTConfig; without any, the output folder is named after the model."""
-    if isinstance(args, SFTConfig):
-        return args
+    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model."""
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
-        return SFTConfig(output_dir=f"{Path(name).name}-SFT")
-    return SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+        args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
+    elif not isinstance(args, SFTConfig):
+        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+    settle_precision(args)
+    return args
 
 
 def prepare_tokenizer(
