@@ -28,6 +28,7 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.home import DEMO, DEMO_FOLDER
 from tunesmith.model.demo_model import demo_model_path
 from tunesmith.model.devices import here
+from tunesmith.runs.checkpoints import checkpoints
 from tunesmith.settings.config import SFTConfig
 
 CONFIG = "config.json"
@@ -181,14 +182,9 @@ def _has(path: str, file: str) -> bool:
         return False
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in a run's folder, or None."""
-    steps = {
-        int(item.name.removeprefix("checkpoint-")): item
-        for item in folder.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", item.name) and _holds_model(item)
-    }
-    return steps[max(steps)] if steps else None
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder that holds a model, or None."""
+    return next((folder for folder in reversed(checkpoints(run)) if _holds_model(folder)), None)
 
 
 def run_folder(path: Path) -> Path:
