@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from tests.models import gradient_error, gradients, tiny, token_rows
 from tunesmith.data.batches import flat
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import base_model
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.head import next_token_targets
 from tunesmith.model.linear import speed_up
 from tunesmith.train import offload
 from tunesmith.train.selftest import self_test
-from tunesmith.train.setup import base_model, teach_model
+from tunesmith.train.setup import teach_model
 
 LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
 

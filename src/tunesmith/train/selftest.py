@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from tunesmith.data.batches import documents, padded
 from tunesmith.data.batches import flat as side_by_side
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import has_virtual_tokens
+from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation, next_token_targets
 from tunesmith.model.precision import PrecisionName
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.setup import Model, base_model
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 4

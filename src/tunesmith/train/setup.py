@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.adapters import Model as Model
 from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
+from tunesmith.model.adapters import base_model as base_model
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import teach
 from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
@@ -24,7 +26,6 @@ ROWS_MULTIPLE = 64
 NO_ADAPTERS = "8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig() (--lora)"
 
 logger = logging.getLogger(__name__)
-Model = PreTrainedModel | PeftModel
 
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
@@ -83,8 +84,10 @@ def prepare_model(
     if isinstance(model, str):
         model = _load(model, args, peft_config, quantization_config)
     else:
-        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-        for name, value in given.items():
+        for name, value in (
+            ("model_init_kwargs", args.model_init_kwargs),
+            ("quantization_config", quantization_config),
+        ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
     if bits_of(base_model(model)):
@@ -93,26 +96,27 @@ def prepare_model(
     if peft_config is None:
         if new:
             resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
-        _check_trainable(model)
+        if bits_of(model) and not isinstance(model, PeftModel):
+            raise TunesmithError(NO_ADAPTERS)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TunesmithError(
+                "no parameter of the model requires a gradient, so nothing would be trained; "
+                "load adapters with is_trainable=True"
+            )
     else:
         model = _with_adapters(model, peft_config, tokenizer, new)
     if isinstance(model, PeftModel):
-        _check_folders(model)
-    if isinstance(model, PeftModel) and args.activation_checkpointing and not has_virtual_tokens(model):
-        model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+        for name in model.peft_config:
+            if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
+                raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+        if args.activation_checkpointing and not has_virtual_tokens(model):
+            model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
         raise TunesmithError(
             "loraplus_lr_ratio is set, but no LoRA adapters are trained; give a LoraConfig, or drop it"
         )
     logger.info("%s.", trainable(model))
     return model
-
-
-def _check_folders(model: PeftModel) -> None:
-    """Adapters are saved in folders of their names, which must not lead out of the run's."""
-    for name in model.peft_config:
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise TunesmithError(f"an adapter is named {name!r}; a name of letters, digits, - and _ becomes a folder")
 
 
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
@@ -176,23 +180,6 @@ def _with_adapters(
     if new:
         save_rows_only(adapted)
     return adapted
-
-
-def _check_trainable(model: Model) -> None:
-    if bits_of(model) and not isinstance(model, PeftModel):
-        raise TunesmithError(NO_ADAPTERS)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TunesmithError(
-            "no parameter of the model requires a gradient, so nothing would be trained; "
-            "load adapters with is_trainable=True"
-        )
-
-
-def base_model(model: Model) -> PreTrainedModel:
-    """The causal language model inside the adapters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    return base
 
 
 def teach_model(model: Model, *, flat: bool, grouped: bool = False) -> bool:
