@@ -48,7 +48,7 @@ def inputs(head: int = HEAD, dtype: torch.dtype = BF16, lengths: list[int] = LEN
 
 def name_of(**need: Any) -> str | None:
     q, _, v = inputs(need.pop("head", HEAD), need.pop("dtype", BF16))
-    backend = pick(q, v, **need)
+    backend = pick(q, v, Call(scale=0.25, **need))
     return None if backend is None else backend.name
 
 
@@ -65,7 +65,7 @@ def installed(kernels: Kernels, name: str, **need: Any) -> Backend:
     else:
         kernels.torch()
     q, _, v = inputs()
-    backend = pick(q, v, **need)
+    backend = pick(q, v, Call(scale=0.25, **need))
     assert backend is not None
     assert backend.name == name
     return backend
@@ -213,7 +213,7 @@ def test_nothing_is_picked_on_amd_gpus(kernels: Kernels, monkeypatch: pytest.Mon
 def test_nothing_is_picked_where_values_have_another_size_than_keys(kernels: Kernels) -> None:
     kernels.torch()
     q, _, v = inputs()
-    assert pick(q, v[..., :8]) is None
+    assert pick(q, v[..., :8], Call(scale=0.25)) is None
 
 
 def test_pytorchs_kernel_is_left_alone_where_pytorch_was_built_without_it(
@@ -294,9 +294,9 @@ def test_a_kernel_is_tried_once_for_all_layers_and_without_touching_random_numbe
 def test_under_autocast_the_kernel_gets_16_bit_floats(kernels: Kernels) -> None:
     kernels.torch()
     q, k, v = inputs(dtype=torch.float32)
-    assert pick(q, v) is None
+    assert pick(q, v, Call(scale=0.25)) is None
     with torch.autocast("cpu", dtype=BF16):
-        backend = pick(q, v)
+        backend = pick(q, v, Call(scale=0.25))
         assert backend is not None
         output = attend(backend, q, k, v.to(BF16), document_map(LENGTHS), Call(scale=0.25))
     assert {kernels.calls[-1][name].dtype for name in ("query", "key", "value")} == {BF16}
@@ -307,7 +307,7 @@ def test_under_autocast_the_kernel_gets_16_bit_floats(kernels: Kernels) -> None:
 def test_the_map_is_copied_to_the_device_once_for_all_layers_and_forgotten_with_the_batch(kernels: Kernels) -> None:
     kernels.torch()
     q, k, v = inputs()
-    backend = pick(q, v)
+    backend = pick(q, v, Call(scale=0.25))
     assert backend is not None
     documents = document_map(LENGTHS)
     for _ in range(2):

@@ -1,12 +1,20 @@
 """The number format follows measured speeds, faked here for machines that are not at hand."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tunesmith import SFTConfig, TunesmithError
-from tunesmith.model.precision import DTYPES, PrecisionName, decide, describe, measure, settle_precision
+from tunesmith.model.precision import (
+    DTYPES,
+    PrecisionName,
+    compute_dtype,
+    decide,
+    describe,
+    measure,
+    settle_precision,
+)
 from tunesmith.runs.checkpoints import Identity, Manifest
 
 ZEN2: dict[PrecisionName, float] = {"fp32": 125.0, "bf16": 14.0, "fp16": 0.0}
@@ -121,6 +129,11 @@ def test_what_the_user_says_is_not_measured(
     config = SFTConfig(output_dir="unused", **given)
     assert settle_precision(config) == ""
     assert config.precision == expected
+
+
+@pytest.mark.parametrize("name", get_args(PrecisionName))
+def test_frozen_weights_have_the_precision_of_the_run(name: PrecisionName) -> None:
+    assert compute_dtype(auto(precision=name)) == DTYPES[name]
 
 
 def test_a_contradiction_is_refused() -> None:

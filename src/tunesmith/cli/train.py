@@ -126,7 +126,7 @@ def _open(recipe: "Recipe") -> dict[str, Any]:
 
 def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
     from tunesmith.cli.rows import origins
-    from tunesmith.model.load import compute_dtype
+    from tunesmith.model.precision import compute_dtype
     from tunesmith.model.quantize import quantization
     from tunesmith.train.trainer import SFTTrainer
 

@@ -68,11 +68,11 @@ def flash_attention() -> Iterator[Finding]:
             means="It is for NVIDIA GPUs; without one nothing is lost.",
         )
         return
-    from tunesmith.model.attention_cuda import DEVICE, pick
+    from tunesmith.model.attention_cuda import DEVICE, Call, pick
 
     q_NTH = torch.zeros(1, 2, 8, 64, device=DEVICE, dtype=torch.bfloat16)
     with _heard("tunesmith.model.attention_cuda") as warnings:  # why a kernel that is there is not taken
-        kernel = pick(q_NTH, q_NTH)
+        kernel = pick(q_NTH, q_NTH, Call(scale=1.0))
     if kernel is not None:
         yield Finding(
             name="FlashAttention",

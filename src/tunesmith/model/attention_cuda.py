@@ -41,12 +41,14 @@ example, with a key too many, another scale or another order of heads at least o
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """What one layer asks: `window` is the number of keys that a query sees, itself included, or None for all."""
+    """What one layer asks: `window` is the number of keys that a query sees, itself included, or None for all; `sinks`
+    (N,) are scores that take a share of each head's weights and give no value, as in gpt-oss."""
 
     scale: float
     dropout: float = 0.0
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,15 +82,7 @@ class _Need:
     dropout: bool
 
 
-def pick(
-    q_NTH: Tensor,
-    v_KTH: Tensor,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Backend | None:
+def pick(q_NTH: Tensor, v_KTH: Tensor, call: Call) -> Backend | None:
     """The kernel for layers like this one, or None: no CUDA, no 16-bit floats, no kernel, or a wrong one.
 
     `q` is (1, N, T, H), `v` is (1, K, T, H). Under autocast their dtype may still be fp32; what counts is autocast's.
@@ -97,11 +91,13 @@ def pick(
     kind = q_NTH.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q_NTH.dtype
     head = q_NTH.shape[-1]
-    if kind != DEVICE or sinks is not None or head > LARGEST_HEAD or v_KTH.shape[-1] != head:
+    if kind != DEVICE or call.sinks is not None or head > LARGEST_HEAD or v_KTH.shape[-1] != head:
         return None
     if dtype not in (torch.float16, torch.bfloat16):
         return None
-    need = _Need(head=head, windowed=window is not None, softcap=softcap is not None, dropout=dropout > 0)
+    need = _Need(
+        head=head, windowed=call.window is not None, softcap=call.softcap is not None, dropout=call.dropout > 0
+    )
     return _kernel_for(q_NTH.device, dtype, need)
 
 

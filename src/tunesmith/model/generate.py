@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.data.sandbox import time_limit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
+from tunesmith.model.adapters import Model as Model
+from tunesmith.model.adapters import base_model, has_virtual_tokens
 
 Messages = Sequence[Mapping[str, Any]]
 PROBE = "Xprobe answerX"

@@ -30,17 +30,11 @@ from tunesmith.model.adapters import Model
 from tunesmith.model.demo_model import Progress, demo_model_path
 from tunesmith.model.devices import here
 from tunesmith.runs.checkpoints import checkpoints
-from tunesmith.settings.config import SFTConfig
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def compute_dtype(config: SFTConfig) -> torch.dtype:
-    """The precision of frozen weights: the one that the run computes in."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
 def resolve_model(name: str, progress: Progress | None = None) -> str:

@@ -64,6 +64,12 @@ def _recorded(config: "SFTConfig") -> tuple[PrecisionName, Path] | None:
     return None
 
 
+def compute_dtype(config: "SFTConfig") -> torch.dtype:
+    """What a run computes in, and its frozen weights are kept in. The precision must be settled."""
+    assert config.precision != "auto"
+    return DTYPES[config.precision]
+
+
 def decide(speeds: Mapping[PrecisionName, float], device_type: str) -> PrecisionName:
     """The format for these GFLOP/s. fp16 needs a gradient scaler, which only CUDA has, so it is chosen only there."""
     half: PrecisionName = "bf16"

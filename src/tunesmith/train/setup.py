@@ -15,8 +15,8 @@ from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
 from tunesmith.model.adapters import base_model as base_model
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import teach
-from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
-from tunesmith.model.precision import settle_precision
+from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
 from tunesmith.settings.config import SFTConfig
