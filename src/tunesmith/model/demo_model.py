@@ -128,8 +128,9 @@ def _fault(folder: Path) -> str | None:
             if count != expected:
                 return f"{name} has {count:,} bytes instead of {expected:,}"
         mark = _mark(folder, manifest, files)
-        if _last_mark(folder) == mark:
-            return None
+        with suppress(OSError, ValueError):
+            if (folder / MARK).read_text(encoding="utf-8") == mark:
+                return None
         for name, (_, sha256) in files.items():
             if _sha256(folder / name) != sha256:
                 return f"{name} has changed since it was written (its SHA-256 differs)"
@@ -138,7 +139,7 @@ def _fault(folder: Path) -> str | None:
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     with suppress(OSError):  # in a folder we only may read, every use hashes
-        (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        (folder / MARK).write_text(mark, encoding="utf-8")
     return None
 
 
@@ -150,19 +151,11 @@ def _listed(manifest: bytes) -> dict[str, tuple[int, str]]:
         return {}
 
 
-def _mark(folder: Path, manifest: bytes, names: Iterable[str]) -> dict[str, Any]:
+def _mark(folder: Path, manifest: bytes, names: Iterable[str]) -> str:
     """What tells, without reading them, that the files are those that were hashed."""
     stats = {name: (folder / name).stat() for name in names}
     times = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"manifest": hashlib.sha256(manifest).hexdigest(), "files": times}
-
-
-def _last_mark(folder: Path) -> Any:
-    """The mark of the last verification, or None."""
-    try:
-        return json.loads((folder / MARK).read_bytes())
-    except (OSError, ValueError):
-        return None
+    return json.dumps({"manifest": hashlib.sha256(manifest).hexdigest(), "files": times})
 
 
 def _sha256(path: Path) -> str:
@@ -234,7 +227,7 @@ def _seal(folder: Path) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     manifest = json.dumps({"files": files}, indent=2).encode()
     (folder / MANIFEST).write_bytes(manifest)
-    (folder / MARK).write_text(json.dumps(_mark(folder, manifest, files)), encoding="utf-8")
+    (folder / MARK).write_text(_mark(folder, manifest, files), encoding="utf-8")
     mode = (folder / MANIFEST).stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes 0600, which would shut others out of a shared TUNESMITH_HOME

@@ -182,19 +182,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((i for i, token in added if token.special and after.startswith(token.content)), None)
 
 
-def _settings(tokenizer: PreTrainedTokenizerBase, stops: list[int], sampling: Sampling) -> GenerationConfig:
-    pad = tokenizer.pad_token_id
-    settings = GenerationConfig(
-        do_sample=sampling.temperature > 0,
-        eos_token_id=stops or None,
-        pad_token_id=pad if pad is not None else (stops or [0])[0],
-        use_cache=True,
-    )
-    if settings.do_sample:
-        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
-    return settings
-
-
 @torch.inference_mode()
 def answer_ids(
     model: Model,
@@ -211,10 +198,18 @@ def answer_ids(
     if longest >= room:
         raise TunesmithError(f"the prompt has {longest} tokens, but the model has room for {room}, answer included")
     stops = stop_ids(model, tokenizer)
-    settings = _settings(tokenizer, stops, sampling)
-    settings.max_new_tokens = min(sampling.max_new_tokens, room - longest)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    settings = GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+        use_cache=True,
+        max_new_tokens=min(sampling.max_new_tokens, room - longest),
+    )
+    if settings.do_sample:
+        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
     padding = [longest - len(ids) for ids in prompts]
-    ids_BT = [[settings.pad_token_id] * left + list(ids) for left, ids in zip(padding, prompts, strict=True)]
+    ids_BT = [[pad] * left + list(ids) for left, ids in zip(padding, prompts, strict=True)]
     mask_BT = [[0] * left + [1] * (longest - left) for left in padding]
     inputs: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
     inputs = {name: value.to(base.device) for name, value in inputs.items()}

@@ -106,15 +106,11 @@ def _seconds(device: torch.device, dtype: torch.dtype, size: int) -> float | Non
         return None  # never chosen there, and slow enough to matter
     try:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        _product(a, b)  # the first one also loads and tunes libraries
-        started = time.perf_counter()
-        _product(a, b)
+        for _ in range(2):  # the first product also loads and tunes libraries
+            started = time.perf_counter()
+            _ = a @ b
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
     except (RuntimeError, TypeError):
         return None
     return time.perf_counter() - started
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> None:
-    _ = a @ b
-    if a.device.type != "cpu":
-        torch.accelerator.synchronize(a.device)

@@ -125,24 +125,22 @@ def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantizati
         if "quantization_config" in init:
             raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
         init["quantization_config"] = quantization_config
-    if init.get("quantization_config") is not None:
+    quantized, adapters = init.get("quantization_config") is not None, holds_adapters(name)
+    if quantized:
         check_quantization(init["quantization_config"])
+        if peft_config is None and not adapters:
+            raise TunesmithError(NO_ADAPTERS)
+    if adapters and peft_config is not None:
+        raise TunesmithError(
+            f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
+            "leave peft_config out to go on training them"
+        )
+    if adapters or peft_config is not None:  # the base model is frozen
         init.setdefault("dtype", compute_dtype(args))
     trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
-    adapters = holds_adapters(name)
-    if init.get("quantization_config") is not None and peft_config is None and not adapters:
-        raise TunesmithError(NO_ADAPTERS)
     if adapters:
-        if peft_config is not None:
-            raise TunesmithError(
-                f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
-                "leave peft_config out to go on training them"
-            )
-        init.setdefault("dtype", compute_dtype(args))
         logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
         return load_adapted(name, is_trainable=True, **trusted, **init)
-    if peft_config is not None:
-        init.setdefault("dtype", compute_dtype(args))
     return load_model(name, **trusted, **init)
 
 
