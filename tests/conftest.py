@@ -50,10 +50,10 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees a processor without fast bfloat16 and with a good BLAS, so that results don't depend on the
     machine that runs them."""
     import tunesmith.model.linear
-    import tunesmith.settings.config
+    import tunesmith.model.precision
 
     monkeypatch.setattr(tunesmith.model.linear, "_chosen", False)
-    monkeypatch.setattr(tunesmith.settings.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
+    monkeypatch.setattr(tunesmith.model.precision, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 
 @pytest.fixture(autouse=True)

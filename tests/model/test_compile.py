@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import base_model
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.linear import speed_up
 from tunesmith.train import offload
 from tunesmith.train.selftest import self_test
-from tunesmith.train.setup import base_model, ready_for_batches
+from tunesmith.train.setup import ready_for_batches
 
 LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
 

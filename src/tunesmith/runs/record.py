@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.demo_model import DEMO, DEMO_FOLDER
+from tunesmith.home import DEMO, DEMO_FOLDER
 from tunesmith.secrets import known_secrets, scrub
 
 RUN = "run.json"

@@ -25,7 +25,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
-from tunesmith.precision import DTYPES, PrecisionName
+from tunesmith.model.precision import DTYPES, PrecisionName
 from tunesmith.settings.coerce import byte_count
 from tunesmith.ship.merge_base import Adapted, adapter_settings, empty_model, explained, rows_in_adapters, shared_names
 from tunesmith.ship.merge_check import PROMPTS, TOLERANCES, Drift, Source, compute_in, drift, load_with_adapters, traces
