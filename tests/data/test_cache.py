@@ -25,7 +25,7 @@ def tables(*parts: list[list[int]]) -> list[pa.Table]:
 def test_what_was_written_is_found_memory_mapped_with_its_notes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.find("k") is None
-    written = store.write("k", tables([[1, 2]], [[3]]), lambda dataset: {"rows": len(dataset)})
+    written, _ = store.write("k", tables([[1, 2]], [[3]]), lambda dataset: {"rows": len(dataset)})
     found, notes = store.find("k") or pytest.fail("not found")
     assert found["input_ids"][:] == written["input_ids"][:] == [[1, 2], [3]]
     assert notes == {"rows": 2}
@@ -73,7 +73,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_key_nobody_finds_it_but_it_can_be_read(tmp_path: Path) -> None:
-    written = Store(tmp_path).write(None, tables([[7]]), nothing)
+    written, _ = Store(tmp_path).write(None, tables([[7]]), nothing)
     assert written["input_ids"][:] == [[7]]
     assert list(tmp_path.iterdir()) == []
 

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.read import Rows, read_rows
+from tunesmith.data.read import Rows, numbered_lines, read_rows, with_places
 from tunesmith.errors import TunesmithError
 
 VALUES = st.recursive(
@@ -229,3 +230,19 @@ def test_real_files_are_read_as_json_reads_them(shared_data: Path, name: str, co
     expected = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.split("\n") if line]
     assert [row for _, row in read_rows(str(shared_data / name))] == expected
     assert len(expected) == count
+
+
+def test_rows_are_numbered_from_zero_unless_they_know_their_place() -> None:
+    rows: list[Any] = [{"text": "a"}, ("x.jsonl, line 7", {"text": "b"})]
+    assert list(with_places(rows)) == [("row 0", {"text": "a"}), ("x.jsonl, line 7", {"text": "b"})]
+    columns = Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
+    assert list(with_places(columns)) == [("row 0", {"text": "a", "n": 1}), ("row 1", {"text": "b", "n": 2})]
+
+
+def test_a_long_line_is_passed_over_in_little_memory(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_bytes(b"a" * 3000 + b"\n" + b"b" * 10 + b"\n")
+    long, short = numbered_lines(file, "rows.txt", most=1000)
+    assert long.bad is not None
+    assert long.bad.reason == "the line has more than 1,000 bytes, too many for one row; divide it"
+    assert (short.text, short.place, short.bad) == ("b" * 10 + "\n", "rows.txt, line 2", None)

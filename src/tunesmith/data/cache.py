@@ -1,7 +1,7 @@
 """Prepared data on disk: written once in shards, read back memory-mapped, found again by content.
 
 A prepared data set is a folder of Arrow files and a `manifest.json`. Its name is a digest of everything that went in:
-the rows, the tokenizer, the template, every option that matters, and this package's own code for the data. A folder is
+the rows, the tokenizer, the template, every option that matters, and the code that prepares them. A folder is
 written under another name and renamed when it is complete, so that half a data set is never read.
 """
 
@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.home import home
 
 MANIFEST = "manifest.json"
+SHARD = ".arrow"
 KEEP_DAYS = 30
 """Prepared data that was not read for so long is removed when new data is written."""
 
@@ -59,12 +59,6 @@ def _refuse(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no fingerprint")
 
 
-@cache
-def code_fingerprint() -> str:
-    """A digest of the modules that turn rows into tokens: data prepared by other code is not used."""
-    return fingerprint(*sorted(path.read_bytes() for path in Path(__file__).parent.glob("*.py")))
-
-
 class Store:
     """Prepared data sets under one folder."""
 
@@ -72,19 +66,18 @@ class Store:
         self.folder = folder or home() / "prepared"
 
     def find(self, key: str) -> tuple[Any, dict[str, Any]] | None:
-        """The data set of `key`, memory-mapped, and what was noted about it; None when there is none, whole."""
+        """The data set of `key`, memory-mapped, and the notes on it; None unless it is there, and whole."""
         folder = self.folder / key
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            sizes = manifest["files"] | manifest["beside"]
-            if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            if any((folder / name).stat().st_size != size for name, size in manifest["files"].items()):
                 return None
             (folder / MANIFEST).touch()
+            return open_shards([folder / name for name in manifest["files"] if name.endswith(SHARD)]), manifest["notes"]
         except (OSError, ValueError, KeyError):
             return None
-        return open_shards([folder / name for name in manifest["files"]]), manifest["notes"]
 
-    def beside(self, key: str, name: str) -> Path | None:
+    def attachment(self, key: str, name: str) -> Path | None:
         """The file `name` that was kept with the data set of `key`; None when there is none."""
         file = self.folder / key / name
         return file if file.is_file() else None
@@ -94,13 +87,13 @@ class Store:
         key: str | None,
         tables: Iterable[Any],
         notes: Callable[[Any], dict[str, Any]],
-        beside: Path | None = None,
-    ) -> Any:
-        """Write `tables` (Arrow, one schema) as the data set of `key`; returns it memory-mapped.
+        attachment: Path | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Write `tables` (Arrow, one schema) as the data set of `key`; returns what `find` will.
 
         `notes` is given the data set when all tables are written, and returns what to keep with it; so is a copy of the
-        file `beside`, if there is one by then. Without a key the files live as long as this process, and are found by
-        nobody else.
+        file `attachment`, if there is one by then. Without a key the files live as long as this process, and are found
+        by nobody else.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,27 +105,24 @@ class Store:
                 "Set TUNESMITH_HOME to a folder that you can write"
             ) from error
         try:
-            files = write_shards(partial, tables)
-            kept = notes(open_shards(files))
+            shards = write_shards(partial, tables)
+            written = notes(open_shards(shards))
             if key is None:
-                return _Temporary.adopt(partial, files)
-            manifest: dict[str, Any] = {"files": {file.name: file.stat().st_size for file in files}, "notes": kept}
-            manifest["beside"] = {}
-            if beside is not None and beside.exists():
-                shutil.copyfile(beside, partial / beside.name)
-                manifest["beside"][beside.name] = beside.stat().st_size
+                return open_shards(_kept_until_exit(shards)), written
+            files = [*shards]
+            if attachment is not None and attachment.exists():
+                files.append(Path(shutil.copy(attachment, partial)))
+            manifest = {"files": {file.name: file.stat().st_size for file in files}, "notes": written}
             (partial / MANIFEST).write_text(json.dumps(manifest))
             folder = self.folder / key
             if folder.exists():  # damaged, or written by another process meanwhile
                 shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise TunesmithError(f"prepared data can't be written to {self.folder}: {error.strerror}") from error
-        except BaseException:
+        finally:  # of the renamed folder nothing is left under this name
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return open_shards([folder / file.name for file in files])
+        return open_shards([folder / file.name for file in shards]), written
 
     def _remove_old(self) -> None:
         oldest = time.time() - KEEP_DAYS * 86400
@@ -143,18 +133,14 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Temporary:
-    """Folders that go when the process ends."""
+_TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that go when the process ends."""
 
-    _folders: list[tempfile.TemporaryDirectory[str]] = []  # noqa: RUF012 (one list for the process is the point)
 
-    @classmethod
-    def adopt(cls, partial: Path, files: list[Path]) -> Any:
-        holder = tempfile.TemporaryDirectory(prefix="tunesmith-", ignore_cleanup_errors=True)
-        cls._folders.append(holder)
-        moved = [Path(shutil.move(file, Path(holder.name) / file.name)) for file in files]
-        partial.rmdir()
-        return open_shards(moved)
+def _kept_until_exit(files: list[Path]) -> list[Path]:
+    folder = tempfile.TemporaryDirectory(prefix="tunesmith-", ignore_cleanup_errors=True)
+    _TEMPORARY.append(folder)
+    return [Path(shutil.move(file, folder.name)) for file in files]
 
 
 def write_shards(folder: Path, tables: Iterable[Any], rows_per_shard: int = 100_000) -> list[Path]:
@@ -168,7 +154,7 @@ def write_shards(folder: Path, tables: Iterable[Any], rows_per_shard: int = 100_
             if writer is None or rows >= rows_per_shard:
                 if writer is not None:
                     writer.close()
-                files.append(folder / f"data-{len(files):05d}.arrow")
+                files.append(folder / f"data-{len(files):05d}{SHARD}")
                 writer, rows = pa.ipc.new_stream(str(files[-1]), table.schema), 0
             writer.write_table(table)
             rows += len(table)

@@ -5,20 +5,21 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
+from tunesmith.data.arrow import list_lengths
 from tunesmith.data.pack import pack, shuffled
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
+from tunesmith.types import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
-_LEVELS = 32
+LEVELS = 32
 """Documents count as alike whose lengths differ by less than this part of the mean length."""
 
 
@@ -40,7 +41,7 @@ class TokenBatches(Sampler[list[int]]):
     def __init__(
         self, lengths: Ints, max_tokens: int, *, seed: int | None, padded: bool = False, multiple_of: int = 1
     ) -> None:
-        step = max(1, int(lengths.mean()) // _LEVELS)
+        step = max(1, int(lengths.mean()) // LEVELS)
         # No document of no tokens: it must be in some batch, too.
         self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
         decreasing = np.sort(self._levels)[::-1]
@@ -97,8 +98,9 @@ def lengths_of(dataset: Dataset) -> Ints:
         TunesmithError: there are no lists of tokens in `input_ids`.
     """
     if "input_ids" not in dataset.column_names:
-        raise TunesmithError("batches by length need a column input_ids; the data set has " + _listed(dataset))
-    lengths: Ints = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+        columns = ", ".join(dataset.column_names)
+        raise TunesmithError(f"batches by length need a column input_ids; the data set has {columns}")
+    lengths: Ints = list_lengths(dataset.data, "input_ids")
     return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
 
 
@@ -192,5 +194,18 @@ def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
     return batches
 
 
-def _listed(dataset: Dataset) -> str:
-    return ", ".join(dataset.column_names)
+def evened(dataset: Dataset, multiple: int) -> Dataset:
+    """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows.
+
+    Each process must get as many batches as the others. Left to itself, `accelerate` gives some rows twice, whose loss
+    would count twice.
+    """
+    lacking = -len(dataset) % multiple
+    if not lacking:
+        return dataset
+    row = dataset.with_format(None)[0]
+    blank = {name: [IGNORE_INDEX] if name == "labels" else values and values[:1] for name, values in row.items()}
+    blank |= {"seq_lengths": [1]} if "seq_lengths" in row else {}
+    longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
+    longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
+    return longer

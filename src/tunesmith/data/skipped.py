@@ -31,15 +31,15 @@ class NotTheRow(TunesmithError):
 class BadRow:
     """A row that can't be read, or can't be made an example. `content` is the row, or its raw text.
 
-    `joint` stands between the place and the reason in a message.
+    `separator` stands between the place and the reason in a message.
     """
 
     reason: str
     content: Any
-    joint: str = ": "
+    separator: str = ": "
 
     def error(self, place: str) -> TunesmithError:
-        return TunesmithError(f"{place}{self.joint}{self.reason}")
+        return TunesmithError(f"{place}{self.separator}{self.reason}")
 
     @property
     def kind(self) -> str:
@@ -49,11 +49,10 @@ class BadRow:
 
     def record(self, place: str) -> Record:
         """What is kept of it: its place, the reason, and the row, cut when it is long."""
-        found = PLACE.fullmatch(place)
         where: Record = {"place": place}
-        if found is not None:
-            where |= {"file": found["file"]} if found["file"] else {}
-            where[found["unit"]] = int(found["number"])
+        if (parts := PLACE.fullmatch(place)) is not None:
+            where |= {"file": parts["file"]} if parts["file"] else {}
+            where[parts["unit"]] = int(parts["number"])
         return where | {"reason": self.reason} | _kept(self.content)
 
 
@@ -63,9 +62,9 @@ class Place(str):
     row: Any
 
     def __new__(cls, place: str, row: Any = None) -> "Place":
-        made = super().__new__(cls, place)
-        made.row = row
-        return made
+        self = super().__new__(cls, place)
+        self.row = row
+        return self
 
 
 class SkippedRows:

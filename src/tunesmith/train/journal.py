@@ -5,23 +5,18 @@ The files and their form are those of `runs.files`; only the main process writes
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from tunesmith.data.dataset import LOOKED_AT, numbered
-from tunesmith.data.preflight import histogram, is_train
-from tunesmith.data.typed import parsed
+from tunesmith.data.preflight import histogram, supervised_counts
 from tunesmith.errors import TunesmithError
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.report.write import REPORT, write_report
@@ -33,7 +28,7 @@ from tunesmith.train.ledger import Ledger
 from tunesmith.train.memory import give_back, resident
 from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
 from tunesmith.train.setup import Model
-from tunesmith.types import IGNORE_INDEX, Row
+from tunesmith.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 MIB = 2**20
@@ -235,9 +230,9 @@ class JournalingTrainer(GuardedTrainer):
 
     def _preflight_report(self) -> dict[str, Any]:
         """What was found before training, with how many tokens of an example are supervised."""
-        prepared = self._prepare._examples
+        examples = self._prepare.examples
         return self.preflight.as_json() | {
-            "supervised_lengths": {name: histogram(_supervised(dataset)) for name, dataset in prepared.items()}
+            "supervised_lengths": {name: histogram(supervised_counts(dataset)) for name, dataset in examples.items()}
         }
 
     # Samples
@@ -256,14 +251,8 @@ class JournalingTrainer(GuardedTrainer):
         model = cast(Model, self.model)
         for trained_on in (False, True):  # rows that are trained on show less, but better than none
             if not self._asked:
-                self._asked = chosen(self._rows(trained_on), count, model, tokenizer, arguments)
+                self._asked = chosen(self._prepare.rows(trained_on), count, model, tokenizer, arguments)
                 self._trained_on = trained_on
-
-    def _rows(self, trained_on: bool) -> Iterator[Row]:
-        for split, (source, formats) in self._prepare._sources.items():
-            if is_train(split) == trained_on:
-                for _, row in islice(parsed(numbered(source), formats), LOOKED_AT):
-                    yield row
 
     def _answer(self) -> None:
         """Answers to all prompts at this step, if they were not asked at it already."""
@@ -326,15 +315,3 @@ def _memory(device: torch.device) -> float | None:
     """In MiB: what the process holds now, or on a GPU the most that tensors have held."""
     held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident()
     return None if held is None else held / MIB
-
-
-def _supervised(dataset: Dataset) -> Any:
-    """How many tokens of each example are supervised (N,)."""
-    found = [np.zeros(0, np.int64)]
-    for chunk in dataset.data.table.to_batches():
-        column = chunk.column("labels")
-        offsets = column.offsets.to_numpy().astype(np.int64)
-        offsets -= offsets[0]
-        marks = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
-        found.append(marks[offsets[1:]] - marks[offsets[:-1]])
-    return np.concatenate(found)

@@ -8,10 +8,11 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from tunesmith.data.dataset import COLUMNS, evened
+from tunesmith.data.dataset import COLUMNS
 from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
+    evened,
     fitting_lengths,
     lengths_of,
     reached,
