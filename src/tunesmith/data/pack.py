@@ -6,12 +6,12 @@ Three strategies, named as in TRL. Five documents of 5, 2, 3, 1 and 0 tokens and
     bfd_split  [0:0-4]          [2:0-3, 0:4-5]          [1:0-2, 3:0-1]
     wrapped    [0:0-4]          [0:4-5, 1:0-2, 2:0-1]   [2:1-3, 3:0-1]
 
-(`document:start-stop`). Document 4 has no tokens: it is left out and counted. Everything here is deterministic and
-needs only numpy, so that it runs before, and without, torch.
+(`document:start-stop`). Document 4 has no tokens: it is left out. Everything here is deterministic and needs only
+numpy, so that it runs before, and without, torch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,18 +27,9 @@ Ints = NDArray[np.int64]
 Lengths = Sequence[int] | NDArray[np.integer]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Tokens `[start, stop)` of one document."""
-
-    document: int
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Packs:
-    """Packs in four flat arrays: 24 bytes a piece and 8 a pack. `packs[i]` gives pack `i` as a list of `Piece`.
+    """Packs in four flat arrays: 24 bytes a piece and 8 a pack. A piece is the tokens `[start, stop)` of a document.
 
     Shapes: P pieces, N packs. The pieces of pack `i` are `offsets[i]:offsets[i + 1]`, never none.
     """
@@ -51,41 +42,12 @@ class Packs:
     """(P,) one past the piece's last token."""
     offsets: Ints
     """(N + 1,) where the packs begin in the arrays above, closed by P."""
-    truncated_tokens: int = 0
-    """Tokens cut off documents longer than `max_length`; only `bfd` does that."""
-    empty_documents: int = 0
-    """Documents of no tokens, left out."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> list[Piece]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pack {index} of {len(self)}")
-        index %= len(self)
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        rows = zip(self.document[part].tolist(), self.start[part].tolist(), self.stop[part].tolist(), strict=True)
-        return [Piece(document=document, start=start, stop=stop) for document, start, stop in rows]
-
-    def __iter__(self) -> Iterator[list[Piece]]:
-        return (self[index] for index in range(len(self)))
-
-    def lengths(self) -> Ints:
-        """(N,) tokens in each pack."""
-        before = np.concatenate(([0], np.cumsum(self.stop - self.start)))
-        return np.diff(before[self.offsets])
-
-    def fill(self, max_length: int) -> float:
-        """The share of `len(self) * max_length` token places that hold a token; 0.0 when there are no packs."""
-        tokens = int((self.stop - self.start).sum())
-        return tokens / (len(self) * max_length) if len(self) else 0.0
 
 
 def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
     """Packs of at most `max_length` tokens from documents of `lengths` tokens (B,).
 
-    - `bfd`: best-fit decreasing. A longer document keeps its first `max_length` tokens; the rest is counted in
-      `truncated_tokens`.
+    - `bfd`: best-fit decreasing. A longer document keeps its first `max_length` tokens.
     - `bfd_split`: the same packing. A longer document is cut every `max_length` tokens and each piece becomes a
       document of its own: it may land in any pack, its positions start at 0 again, and it sees nothing of the pieces
       before it.
@@ -93,8 +55,8 @@ def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
       is short. A document that a pack's end cuts goes on in the next pack. The pieces still tell the documents of a
       pack apart; whether positions and attention run across them, as they do in TRL, is up to whoever reads the packs.
 
-    A document of no tokens has nothing to train on and no place in a pack: it is left out and counted in
-    `empty_documents`. Equal lengths are placed in their given order.
+    A document of no tokens has nothing to train on and no place in a pack: it is left out. Equal lengths are placed in
+    their given order.
 
     Raises:
         TunesmithError: `max_length` below 1, an unknown strategy, or lengths that are not whole numbers of 0 or more.
@@ -104,10 +66,7 @@ def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
         raise TunesmithError(f"unknown packing strategy {strategy!r}{hint} (there are {', '.join(STRATEGIES)})")
     if max_length < 1:
         raise TunesmithError(f"cannot pack into max_length={max_length} tokens: write a max_length of 1 or more")
-    array = _checked(lengths)
-    packs = _STRATEGIES[strategy](array, max_length)
-    truncated = int(array.sum() - (packs.stop - packs.start).sum())
-    return replace(packs, truncated_tokens=truncated, empty_documents=int((array == 0).sum()))
+    return _STRATEGIES[strategy](_checked(lengths), max_length)
 
 
 def pack_dataset(dataset: "Dataset", max_length: int, strategy: str = "bfd") -> "Dataset":
