@@ -98,31 +98,37 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_old()
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.folder, ignore_cleanup_errors=True) as name:
+                partial = Path(name)
+                shards = write_shards(partial, tables)
+                written = notes(open_shards(shards))
+                if key is None:
+                    return open_shards(_kept_until_exit(shards)), written
+                files = [*shards]
+                if attachment is not None and attachment.exists():
+                    files.append(Path(shutil.copy(attachment, partial)))
+                manifest = {"files": {file.name: file.stat().st_size for file in files}, "notes": written}
+                (partial / MANIFEST).write_text(json.dumps(manifest))
+                return self._put(partial, key)
         except OSError as error:
             raise TunesmithError(
                 f"prepared data can't be written to {self.folder}: {error.strerror}. "
                 "Set TUNESMITH_HOME to a folder that you can write"
             ) from error
+
+    def _put(self, partial: Path, key: str) -> tuple[Any, dict[str, Any]]:
+        """Give a complete folder its name, and return what it holds; that of another process if it was faster."""
+        folder = self.folder / key
+        if folder.exists() and self.find(key) is None:  # damaged
+            shutil.rmtree(folder, ignore_errors=True)
         try:
-            shards = write_shards(partial, tables)
-            written = notes(open_shards(shards))
-            if key is None:
-                return open_shards(_kept_until_exit(shards)), written
-            files = [*shards]
-            if attachment is not None and attachment.exists():
-                files.append(Path(shutil.copy(attachment, partial)))
-            manifest = {"files": {file.name: file.stat().st_size for file in files}, "notes": written}
-            (partial / MANIFEST).write_text(json.dumps(manifest))
-            folder = self.folder / key
-            if folder.exists():  # damaged, or written by another process meanwhile
-                shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        except OSError as error:
-            raise TunesmithError(f"prepared data can't be written to {self.folder}: {error.strerror}") from error
-        finally:  # of the renamed folder nothing is left under this name
-            shutil.rmtree(partial, ignore_errors=True)
-        return open_shards([folder / file.name for file in shards]), written
+        except OSError:
+            if not folder.exists():
+                raise
+        stored = self.find(key)
+        assert stored is not None
+        return stored
 
     def _remove_old(self) -> None:
         oldest = time.time() - KEEP_DAYS * 86400
