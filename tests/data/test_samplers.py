@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tunesmith.data.samplers import LengthGroups, TokenBatches, evened, fitting_lengths, lengths_of, reached
+from tunesmith.data.samplers import (
+    LengthGroups,
+    TokenBatches,
+    fitting_lengths,
+    lengths_of,
+    register_sampler,
+    with_blank_rows,
+)
 from tunesmith.errors import TunesmithError
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
@@ -109,7 +116,7 @@ def test_a_resumed_loader_goes_on_with_the_batches_of_its_epoch(kind: str, proce
             plain = DataLoader(numbers, batch_sampler=batches, collate_fn=list)
         else:
             plain = DataLoader(numbers, 4, sampler=LengthGroups(lengths, 4, 0), collate_fn=list)
-        return reached(prepare_data_loader(plain, num_processes=processes, process_index=rank))
+        return register_sampler(prepare_data_loader(plain, num_processes=processes, process_index=rank))
 
     for rank in range(processes):
         whole = loader(rank)
@@ -127,7 +134,7 @@ def test_a_data_set_is_evened_with_rows_without_labels(rows: int, multiple: int,
     blank: dict[str, Any] = {"input_ids": [5], "labels": [-100], "weights": [1.0]}
     if packing:
         columns, blank = columns | {"seq_lengths": [2]}, blank | {"seq_lengths": [1]}
-    longer: Any = evened(Dataset.from_list([columns] * rows), multiple)
+    longer: Any = with_blank_rows(Dataset.from_list([columns] * rows), multiple)
     assert list(longer) == [columns] * rows + [blank] * blanks
     assert not blanks or longer.total_dataset_length == rows
 

@@ -13,7 +13,7 @@ from weakref import WeakSet
 from datasets import Dataset, IterableDataset
 
 from tunesmith.data.formats import FormatOptions, parse_each, parse_rows
-from tunesmith.data.mixture import DataSource, concatenated, mixed, split_rows, used
+from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, shared_examples
 from tunesmith.data.prepare import Preparation, prepare
@@ -120,9 +120,9 @@ class DataPreparer:
             if held_out_rows:
                 examples = self._examples(held_out_rows, name, self._options(eval_packing), formats)
                 held_out[name] = self._pack(examples) if eval_packing else examples
-        sizes = {name: len(examples) for name, examples in train.items()}
-        order = mixed(sizes, named, self.args.seed)
-        self._mixture = {name: len(used(name, named[name], size, self.args.seed)) for name, size in sizes.items()}
+        sizes, seed = {name: len(examples) for name, examples in train.items()}, self.args.seed
+        order = mixture_order(sizes, named, seed)
+        self._mixture = {name: len(epoch_examples(name, named[name], size, seed)) for name, size in sizes.items()}
         dataset = concatenated(train.values()).select(order)
         if packing:
             dataset = self._pack(dataset)

@@ -8,11 +8,11 @@ taken out at every depth, so that none of them can show up in a prompt.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.skipped import BadRow, Place
+from tunesmith.data.skipped import BadRow, Place, SourceRows
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.types import IGNORE_INDEX, Conversation, Message, Row, Text, Tokens
 
@@ -72,9 +72,7 @@ class FormatOptions:
                 )
 
 
-def parse_rows(
-    rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], options: FormatOptions
-) -> Iterator[tuple[str, Row]]:
+def parse_rows(rows: SourceRows, options: FormatOptions) -> Iterator[tuple[str, Row]]:
     """Source rows with their places to typed rows, all in the format of the first.
 
     A bad row is left out with `skip_bad`, else TunesmithError is raised.
@@ -82,9 +80,7 @@ def parse_rows(
     return ((place, row) for place, row in parse_each(rows, options) if not isinstance(row, BadRow))
 
 
-def parse_each(
-    rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], options: FormatOptions
-) -> Iterator[tuple[str, Row | BadRow]]:
+def parse_each(rows: SourceRows, options: FormatOptions) -> Iterator[tuple[str, Row | BadRow]]:
     """As `parse_rows`, with the bad rows between the others; the format is that of the first row that has one."""
     reader = _Reader(options)
     for place, row in rows:

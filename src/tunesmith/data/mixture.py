@@ -59,7 +59,7 @@ def split_rows(name: str, rows: Iterable[Any], share: float, seed: int) -> tuple
     )
 
 
-def used(name: str, source: DataSource, examples: int, seed: int) -> Any:
+def epoch_examples(name: str, source: DataSource, examples: int, seed: int) -> Any:
     """Which of a source's `examples` an epoch uses (int64 indices): whole repeats and a random part of one more."""
     wanted = source.count if source.count is not None else round(examples * (source.weight or 1.0))
     repeats, rest = divmod(max(1, wanted), examples)
@@ -67,11 +67,11 @@ def used(name: str, source: DataSource, examples: int, seed: int) -> Any:
     return np.concatenate([np.tile(np.arange(examples), repeats), part])
 
 
-def mixed(sizes: Mapping[str, int], sources: Mapping[str, DataSource], seed: int) -> Any:
+def mixture_order(sizes: Mapping[str, int], sources: Mapping[str, DataSource], seed: int) -> Any:
     """The order of a mixture: indices into the sources' examples laid one after another, shuffled together."""
     parts, offset = [], 0
     for name, size in sizes.items():
-        parts.append(used(name, sources[name], size, seed) + offset)
+        parts.append(epoch_examples(name, sources[name], size, seed) + offset)
         offset += size
     order = np.concatenate(parts)
     return order[_generator("", seed, "order").permutation(len(order))]

@@ -6,7 +6,7 @@ data, is up to `dataset`: the processes that encode rows load this module, and i
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,19 +15,18 @@ from functools import cache
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from tunesmith.data.arrow import FlatExamples
 from tunesmith.data.cache import Store, fingerprint
 from tunesmith.data.formats import FormatOptions, parse_each
 from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
-from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
+from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows, SourceRows
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
-SourceRows: TypeAlias = Iterable[tuple[str, Mapping[str, Any] | BadRow]]
 DECIDING_MODULES = ("arrow", "chat", "formats", "preflight", "prepare", "read", "sandbox", "skipped", "tokenize")
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
 

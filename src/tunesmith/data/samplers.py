@@ -45,8 +45,12 @@ class TokenBatches(Sampler[list[int]]):
         # No document of no tokens: it must be in some batch, too.
         self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
         decreasing = np.sort(self._levels)[::-1]
-        places, offsets = _neighbours(decreasing, max_tokens) if padded else _filled(decreasing, max_tokens)
-        self._batches = _halved(np.split(places, offsets), multiple_of)
+        if padded:
+            batches = _neighbours(decreasing, max_tokens)
+        else:
+            packs = pack(decreasing, max_tokens)
+            batches = np.split(packs.document, packs.offsets[1:-1])
+        self._batches = _halved(batches, multiple_of)
         self._seed = seed
         self.epoch = 0
 
@@ -156,7 +160,7 @@ def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[...,
     )
 
 
-def reached(loader: Any) -> Any:
+def register_sampler(loader: Any) -> Any:
     """`loader`, prepared by `accelerate`, whose `set_epoch` reaches a sampler of ours at any depth.
 
     Where processes take turns at batches and the first of an epoch are skipped, `accelerate` looks for the sampler in
@@ -170,17 +174,12 @@ def reached(loader: Any) -> Any:
     return loader
 
 
-def _filled(decreasing: Ints, max_tokens: int) -> tuple[Ints, Ints]:
-    packs = pack(decreasing, max_tokens)
-    return packs.document, packs.offsets[1:-1]
-
-
-def _neighbours(decreasing: Ints, max_tokens: int) -> tuple[Ints, Ints]:
-    cuts, start = [], 0
-    while start < len(decreasing):
-        cuts.append(start)
-        start += max_tokens // int(decreasing[start])
-    return np.arange(len(decreasing)), np.array(cuts[1:], dtype=np.int64)
+def _neighbours(decreasing: Ints, max_tokens: int) -> list[Ints]:
+    """Batches of neighbours in the order of length, each as many as fit when padded to the first."""
+    cuts = [0]
+    while cuts[-1] < len(decreasing):
+        cuts.append(cuts[-1] + max_tokens // int(decreasing[cuts[-1]]))
+    return np.split(np.arange(len(decreasing)), cuts[1:-1])
 
 
 def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
@@ -194,7 +193,7 @@ def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
     return batches
 
 
-def evened(dataset: Dataset, multiple: int) -> Dataset:
+def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
     """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows.
 
     Each process must get as many batches as the others. Left to itself, `accelerate` gives some rows twice, whose loss

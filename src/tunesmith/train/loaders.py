@@ -12,11 +12,11 @@ from tunesmith.data.dataset import COLUMNS
 from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
-    evened,
     fitting_lengths,
     lengths_of,
-    reached,
+    register_sampler,
     token_loader,
+    with_blank_rows,
 )
 from tunesmith.settings.config import SFTConfig
 
@@ -43,7 +43,7 @@ class BatchingTrainer(Trainer):
         by_row = description == "test" or (self.compute_metrics is not None and not training)
         by_tokens = cast(SFTConfig, self.args).max_tokens_per_batch is not None and not by_row
         if self.args.world_size > 1 and isinstance(dataset, Dataset) and not training:
-            dataset = evened(dataset, self.args.world_size * (1 if by_tokens else batch_size))
+            dataset = with_blank_rows(dataset, self.args.world_size * (1 if by_tokens else batch_size))
         if by_tokens:
             return self._token_loader(dataset, training)
         if self._grouped and isinstance(dataset, Dataset):
@@ -53,7 +53,7 @@ class BatchingTrainer(Trainer):
         if by_row and not self._custom_collator:
             self.data_collator = self._padded
         try:
-            return reached(super()._get_dataloader(dataset, description, batch_size, **kwargs))
+            return register_sampler(super()._get_dataloader(dataset, description, batch_size, **kwargs))
         finally:
             self.data_collator = collator
 
@@ -76,7 +76,7 @@ class BatchingTrainer(Trainer):
         if training:
             self._rows_per_batch = len(dataset) / len(batches)
         dataset = self._remove_unused_columns(dataset, description="train" if training else "eval")
-        return reached(self.accelerator.prepare(token_loader(dataset, batches, self.data_collator, args)))
+        return register_sampler(self.accelerator.prepare(token_loader(dataset, batches, self.data_collator, args)))
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The rows of a step, from which rows per second are reported; of batches by tokens, the mean."""
