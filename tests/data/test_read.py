@@ -112,9 +112,9 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a": "\0"}\n', "line 2: there is a NUL at byte 16"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1: the file is UTF-16"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "line 1: the file is UTF-16"),
-        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', "line 2: NaN is no number that JSON has; write null"),
+        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', "line 2: NaN is not a number in JSON; write null"),
         ("a.jsonl", '{"a": [-Infinity]}\n', "line 1: -Infinity is no number"),
-        ("a.json", '[{"a": 1e999}]', r"a\.json: 1e999 is no number that JSON has"),
+        ("a.json", '[{"a": 1e999}]', r"a\.json: 1e999 is not a number in JSON"),
         ("a.jsonl", '{"a": 1}\n[\n', r"line 2, column 2: Expecting value"),
         ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", "line 1: Exceeds the limit"),
         ("a.jsonl", b"\x1f\x8b\x08\x00rest", "line 1: the file is gzip-compressed; unpack it first"),
@@ -140,7 +140,7 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.csv", "a,b\n", "has no rows"),
         ("a.txt", "\n \n", "has no rows"),
         ("a.txt", b"one\ntw\xf6\n", r"line 2: byte 6 \(0xf6\)"),
-        ("a.parquet", "PAR1 not really", "no Parquet file"),
+        ("a.parquet", "PAR1 not really", "not a Parquet file"),
         ("a.xlsx", "x", r"files named \*\.xlsx can't be read; known are \.jsonl"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_hub_name_is_loaded_with_its_configuration_and_split(monkeypatch: pyte
 
 
 def test_a_hub_name_without_network_says_so() -> None:
-    with pytest.raises(TunesmithError, match=r"owner/set .* is no file here and could not be loaded from the hub"):
+    with pytest.raises(TunesmithError, match=r"owner/set .* is not a file here and could not be loaded from the hub"):
         list(read_rows("owner/set"))
 
 

@@ -25,33 +25,26 @@ KEEP_DAYS = 30
 
 
 def fingerprint(*parts: Any) -> str:
-    """A digest of JSON-like values, dataclasses and bytes, in order: equal for equal content only.
+    """A digest of JSON-like values, dataclasses, bytes and files, in order: equal for equal content only.
 
     Raises TypeError for anything else: an object whose content can't be told must not look unchanged.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        _update(digest, part)
+        if isinstance(part, bytes):
+            content = part
+        elif isinstance(part, Path):
+            with part.open("rb") as file:
+                content = hashlib.file_digest(file, "blake2b").digest()
+        else:
+            text = json.dumps(part, sort_keys=True, ensure_ascii=False, default=_jsonable)
+            content = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{type(part).__name__} {len(content)} ".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
-def _update(digest: Any, part: Any) -> None:
-    if is_dataclass(part) and not isinstance(part, type):
-        part = asdict(part)
-    if isinstance(part, bytes):
-        text = part
-    elif isinstance(part, Path):
-        with part.open("rb") as file:
-            text = hashlib.file_digest(file, "blake2b").digest()
-    elif isinstance(part, Mapping | list | tuple | str | int | float | bool | None):
-        text = json.dumps(part, sort_keys=True, ensure_ascii=False, default=_refuse).encode("utf-8", "surrogatepass")
-    else:
-        _refuse(part)
-    digest.update(f"{type(part).__name__} {len(text)} ".encode())
-    digest.update(text)
-
-
-def _refuse(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -92,8 +85,8 @@ class Store:
         """Write `tables` (Arrow, one schema) as the data set of `key`; returns what `find` will.
 
         `notes` is given the data set when all tables are written, and returns what to keep with it; so is a copy of the
-        file `attachment`, if there is one by then. Without a key the files live as long as this process, and are found
-        by nobody else.
+        file `attachment`, if there is one by then. Without a key the files live as long as this process, and can't
+        be found.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

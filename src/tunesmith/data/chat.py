@@ -69,7 +69,7 @@ class Rendered:
 
     @property
     def whole(self) -> bool:
-        """Whether no token is divided from another: then nobody asks where a token's characters are."""
+        """Whether all tokens are treated alike: then nobody asks where a token's characters are."""
         return not self.prompt and all(span.start == 0 and span.stop == len(self.text) for span in self.spans)
 
 
@@ -304,7 +304,7 @@ def _stop(chat: Chat, index: int, start: int) -> tuple[int, bool]:
 
 
 def _common_pieces(pieces: Sequence[str], text: str) -> str:
-    """The first `pieces`, as far as `text` begins with them."""
+    """The longest run of the first `pieces` that `text` begins with."""
     same = ""
     while len(pieces) and text.startswith(same + pieces[0]):
         same, pieces = same + pieces[0], pieces[1:]
@@ -351,12 +351,12 @@ def _without_closing(chat: Chat, start: int, stop: int) -> int:
     text = chat.text
     if len(_ends(chat, text[start:stop])) < 2:
         return stop
-    with suppress(TunesmithError):  # for calls that hide the content, or when nothing may follow, there is no telling
+    with suppress(TunesmithError):  # calls hide the content, or nothing may follow
         ends = _ends(chat, chat.after_content(len(chat.messages) - 1))
         longer = chat.render([*chat.messages, {"role": "user", "content": PROBES[0]}])
         position = len(text.rstrip()) - len("".join(ends).rstrip())
-        kept = _common_pieces(ends, longer.removeprefix(text[:position])).rstrip()
-        return position + len(kept) if kept and len(ends) > 1 else stop
+        common = _common_pieces(ends, longer.removeprefix(text[:position])).rstrip()
+        return position + len(common) if common and len(ends) > 1 else stop
     return stop
 
 

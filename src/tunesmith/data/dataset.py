@@ -62,8 +62,8 @@ class DataPreparer:
         self._sources: dict[str, tuple[Source, FormatOptions]] = {}
 
     def __call__(self, source: Source, split: str, *, packing: bool) -> Prepared:
-        """`source` ready for the collator. Rows that are tokenized already pass through the same checks; what was made
-        here is returned as it is, so that `trainer.evaluate(trainer.train_dataset)` means what it says."""
+        """`source` ready for the collator. Rows that are tokenized already pass through the same checks. What was
+        prepared here is returned as it is, so that `trainer.evaluate(trainer.train_dataset)` means what it says."""
         if isinstance(source, Prepared) and source in self._prepared_here:
             return source
         dataset = self._prepare(source, split, packing)
@@ -130,7 +130,7 @@ class DataPreparer:
         return dataset, held_out
 
     def preflight(self) -> Preflight:
-        """What is worth knowing about all that was prepared so far, and what must stop the run."""
+        """The problems and notes of all that was prepared so far."""
         ends = " ".join(sorted({str(self.tokenizer.eos_token)}))
         shared = shared_examples(self.examples)
         # What a stream holds is not known before it is read, nor what the user prepared.
@@ -143,7 +143,7 @@ class DataPreparer:
         return preflight
 
     def save_skipped(self) -> None:
-        """Write the rows that were left out to `skipped_rows.jsonl` in the output folder, and those that will be."""
+        """Write the rows that are left out, now and later, to `skipped_rows.jsonl` in the output folder."""
         if self.args.process_index:
             return
         file = Path(str(self.args.output_dir)) / SKIPPED

@@ -169,9 +169,9 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     known = [column for columns in FORMATS.values() for column in columns]
     strange = [column for column in sorted(row) if column not in (*known, *EXTRA_COLUMNS)]
     hint = next((hint for column in strange if (hint := nearest(column, known))), "")
-    found = ", ".join(column if row[column] is not None else f"{column} (null)" for column in sorted(row))
+    listed = ", ".join(column if row[column] is not None else f"{column} (null)" for column in sorted(row))
     raise TunesmithError(
-        f"no known format: the columns are {found or '(none)'}{hint}\n"
+        f"no known format: the columns are {listed or '(none)'}{hint}\n"
         f"Supported: {SUPPORTED}. Other names: `columns: {{prompt: question, completion: answer}}`, "
         "or a `formatting_func`."
     )
@@ -255,7 +255,7 @@ def check_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise TunesmithError(f"{half} is half of a surrogate pair, which is no character") from error
+        raise TunesmithError(f"{half} is half of a surrogate pair and not a character") from error
 
 
 def _shown(value: Any) -> str:

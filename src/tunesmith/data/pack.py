@@ -53,7 +53,7 @@ def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
       before it.
     - `wrapped`: the documents one after the other in the given order, cut every `max_length` tokens. Only the last pack
       is short. A document that a pack's end cuts goes on in the next pack. The pieces still tell the documents of a
-      pack apart; whether positions and attention run across them, as they do in TRL, is up to whoever reads the packs.
+      pack apart; whether positions and attention run across them, as they do in TRL, is up to the reader of the packs.
 
     A document of no tokens has nothing to train on and no place in a pack: it is left out. Equal lengths are placed in
     their given order.
@@ -113,8 +113,8 @@ def _checked(lengths: Lengths) -> Ints:
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        found = f"an array of {array.dtype}, shape {array.shape}"
-        raise TunesmithError(f"document lengths must be one list of whole numbers, found {found}")
+        shape = f"an array of {array.dtype}, shape {array.shape}"
+        raise TunesmithError(f"document lengths must be one list of whole numbers, found {shape}")
     if array.min() < 0:
         worst = int(array.argmin())
         raise TunesmithError(f"document {worst} has a length of {array[worst]}: lengths are 0 or more tokens")

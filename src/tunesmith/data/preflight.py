@@ -54,7 +54,7 @@ class SplitReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
-    """All splits of a run, what stops it, and what is only worth knowing."""
+    """All splits of a run, the problems that stop it, and notes that do not."""
 
     splits: Mapping[str, SplitReport]
     problems: list[str]
@@ -123,7 +123,7 @@ def _record_batches(dataset: Any) -> list[Any]:
 
 
 def shared_examples(datasets: Mapping[str, Any]) -> dict[str, int]:
-    """How many different examples of each other split are in a split of the training data, too."""
+    """How many distinct examples of each other split are in the training data too."""
     train = [digests(dataset) for name, dataset in datasets.items() if is_train(name)]
     if not train or len(train) == len(datasets):
         return {}
@@ -155,7 +155,7 @@ def histogram(lengths: Any) -> list[tuple[int, int, int]]:
 def judge(
     splits: Mapping[str, SplitReport], *, shared: Mapping[str, int], allow_no_eos: bool, end_tokens: str
 ) -> Preflight:
-    """What stops the run and what is worth knowing.
+    """The problems that stop the run, and the notes.
 
     `shared` is what `shared_examples` gives; `end_tokens` names the tokens that would end a text.
     """

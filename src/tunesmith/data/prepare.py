@@ -49,8 +49,8 @@ class Preparation:
     def key(self, identity: str | None) -> str | None:
         """The name of the prepared data in the cache; None for what must not be found there again.
 
-        `identity` stands for the rows. A `formatting_func` is code whose content nobody can tell, so its results are
-        never cached. A template that writes the date gives other texts tomorrow.
+        `identity` stands for the rows. What a `formatting_func` does can't be told, so its results are never
+        cached. A template that writes the date gives other texts tomorrow.
         """
         if identity is None or self.formats.formatting_func is not None:
             return None

@@ -47,7 +47,7 @@ MAGIC = {
     b"ARROW1": "an Arrow file; save it as .parquet or .jsonl",
     b"%PDF-": "a PDF document; save its text as .txt",
 }
-"""How files begin that are no text."""
+"""How files that are not text begin."""
 
 LOOSE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """A hint only: pairs of surrogates are right, a half one is not."""
@@ -165,8 +165,8 @@ def _check_file(path: Path, source: str) -> None:
     if path.suffix.lower() not in READERS:
         packed = "; unpack it first" if path.suffix.lower() in PACKED else ""
         script = f". {NO_SCRIPTS}" if path.suffix == ".py" else ""
-        found = f"{source}: files named *{path.suffix or path.name} can't be read"
-        raise TunesmithError(f"{found}{packed}; known are {known}{script}")
+        problem = f"{source}: files named *{path.suffix or path.name} can't be read"
+        raise TunesmithError(f"{problem}{packed}; known are {known}{script}")
     if path.stat().st_size == 0:
         raise TunesmithError(f"{source} is an empty file")
 
@@ -185,9 +185,9 @@ class Line:
 
 
 def numbered_lines(path: Path, name: str, most: int | None = MOST_BYTES) -> Iterator[Line]:
-    """The lines of a file of UTF-8, split at \\n only: JSON may hold other line separators. A BOM is left out.
+    """The lines of a UTF-8 file, split at \\n only: JSON may hold other line separators. A BOM is left out.
 
-    Raises TunesmithError for a file that can't be read or is no UTF-8 text as a whole; `name` is what messages call
+    Raises TunesmithError for a file that can't be read or is not UTF-8 text; `name` is what messages call
     it. A line of more than `most` bytes (None: no limit), with a NUL or with bytes that are not UTF-8 is bad.
     """
     offset, number, checked = 0, 0, False
@@ -217,7 +217,7 @@ def _check_beginning(raw: bytes, place: str) -> None:
         if raw.startswith(magic):
             raise TunesmithError(f"{place}: the file is {meaning}")
     if raw.startswith(UTF16) or (len(raw) > 1 and (raw[0] == 0) != (raw[1] == 0)):
-        raise TunesmithError(f"{place}: the file is UTF-16, or no text; save it as UTF-8")
+        raise TunesmithError(f"{place}: the file is UTF-16, or not text; save it as UTF-8")
 
 
 def _decoded(raw: bytes, offset: int) -> tuple[str, BadRow | None]:
@@ -231,7 +231,7 @@ def _decoded(raw: bytes, offset: int) -> tuple[str, BadRow | None]:
         wrong = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
         reason = f"{wrong} is not UTF-8; save the file as UTF-8"
     if b"\0" in raw:
-        reason = f"there is a NUL at byte {offset + raw.index(0)}; the file is damaged, or it is no UTF-8 text"
+        reason = f"there is a NUL at byte {offset + raw.index(0)}; the file is damaged, or it is not UTF-8 text"
     return text, BadRow(reason=reason, content=text) if reason else None
 
 
@@ -247,7 +247,7 @@ def _read_past_line(file: BinaryIO) -> int:
 
 def _too_long(raw: bytes, most: int) -> BadRow:
     text = raw[:KEPT_CHARACTERS].decode("utf-8", errors="replace")
-    hint = "; a file with one JSON value is to be named .json" if text.lstrip("\ufeff \t").startswith("[") else ""
+    hint = "; if the file is one JSON value, name it .json" if text.lstrip("\ufeff \t").startswith("[") else ""
     reason = f"the line has more than {most:,} bytes, too many for one row; divide it{hint}"
     return BadRow(reason=reason, content=text)
 
@@ -285,7 +285,7 @@ def _by_line(path: Path, name: str, row_of: Callable[[Line], SourceRow | BadRow]
 
 
 def _json_line(line: Line) -> SourceRow | BadRow:
-    """The object in a line. Raises TunesmithError where the first line shows that the file is no .jsonl."""
+    """The object in a line. Raises TunesmithError where the first line shows that the file is not JSON Lines."""
     text, first = line.text.rstrip("\r\n").removeprefix("\ufeff"), line.number == 1  # files were joined, BOMs and all
     try:
         row = _parsed(text)
@@ -299,7 +299,7 @@ def _json_line(line: Line) -> SourceRow | BadRow:
     except ValueError as error:
         return BadRow(reason=str(error), content=text)
     if isinstance(row, list) and first:
-        raise TunesmithError(f"{line.place} is a list; a file with one list of objects is to be named .json")
+        raise TunesmithError(f"{line.place} is a list; if the file is one list of objects, name it .json")
     return _object(row)
 
 
@@ -338,8 +338,8 @@ def _rows_in(value: Any, name: str) -> tuple[list[Any], str]:
     if any(key in columns for key in value for columns in FORMATS.values()):
         raise TunesmithError(f"{name} holds a single row; put it in a list: [{{...}}]")
     if len(lists) != 1:
-        found = f"the lists {', '.join(map(repr, lists))}" if lists else "no list"
-        raise TunesmithError(f"{name} holds an object with {found}; expected a list of objects, or an object with one")
+        held = f"the lists {', '.join(map(repr, lists))}" if lists else "no list"
+        raise TunesmithError(f"{name} holds an object with {held}; expected a list of objects, or an object with one")
     return value[lists[0]], f" of {lists[0]!r}"
 
 
@@ -356,7 +356,7 @@ def _parsed(text: str) -> Any:
 
 def _refuse_number(text: str) -> float:
     """Python's JSON has NaN and Infinity, which JSON does not."""
-    raise ValueError(f"{text[:40]} is no number that JSON has; write null, or a finite number")
+    raise ValueError(f"{text[:40]} is not a number in JSON; write null, or a finite number")
 
 
 def _finite(text: str) -> float:
@@ -402,7 +402,7 @@ def _table(path: Path, name: str, delimiter: str) -> PlacedRows:
         except csv.Error as error:
             bad = BadRow(reason=str(error), content="".join(line.text for line in read))
             if not header or len(read) != 1 or not read[0].text.endswith("\n"):
-                # Over several lines, whose rows are those? A quote that is never closed takes the rest of the file.
+                # An error over several lines: a quote that is never closed takes the rest of the file.
                 raise bad.error(place) from error
             yield place, bad
             continue
@@ -443,7 +443,7 @@ def _parquet(path: Path, name: str) -> PlacedRows:
                     number += 1
                     yield f"{name}, row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise TunesmithError(f"{name}: after {number} rows: {error}; it is damaged, or no Parquet file") from error
+        raise TunesmithError(f"{name}: after {number} rows: {error}; it is damaged, or not a Parquet file") from error
 
 
 # The hub
@@ -459,7 +459,7 @@ def _hub(name: str, split: str) -> PlacedRows:
         if "scripts are no longer supported" in str(error):
             raise TunesmithError(f"{name} is a data set with a loading script. {NO_SCRIPTS}") from error
         raise TunesmithError(
-            f"{name} (split {split}) is no file here and could not be loaded from the hub: {error}\n"
+            f"{name} (split {split}) is not a file here and could not be loaded from the hub: {error}\n"
             "Check the name and the connection, or download it and give a file."
         ) from error
     for number, row in enumerate(dataset, start=1):

@@ -20,7 +20,7 @@ from tunesmith.types import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
 LEVELS = 32
-"""Documents count as alike whose lengths differ by less than this part of the mean length."""
+"""Lengths that differ by less than this part of the mean length count as equal."""
 
 
 class TokenBatches(Sampler[list[int]]):
@@ -42,7 +42,7 @@ class TokenBatches(Sampler[list[int]]):
         self, lengths: Ints, max_tokens: int, *, seed: int | None, padded: bool = False, multiple_of: int = 1
     ) -> None:
         step = max(1, int(lengths.mean()) // LEVELS)
-        # No document of no tokens: it must be in some batch, too.
+        # A document without tokens counts as one, so that it is in a batch too.
         self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
         decreasing = np.sort(self._levels)[::-1]
         if padded:
@@ -161,10 +161,10 @@ def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[...,
 
 
 def register_sampler(loader: Any) -> Any:
-    """`loader`, prepared by `accelerate`, whose `set_epoch` reaches a sampler of ours at any depth.
+    """`loader`, prepared by `accelerate`, with our sampler as the one that its `set_epoch` reaches.
 
-    Where processes take turns at batches and the first of an epoch are skipped, `accelerate` looks for the sampler in
-    its wrapper and nowhere deeper; there it puts its own, too.
+    Where processes take turns at batches and the first of an epoch are skipped, the sampler is one wrapper deeper than
+    `accelerate` looks for it.
     """
     batches = getattr(loader, "batch_sampler", None)
     batches = getattr(batches, "batch_sampler", batches)

@@ -45,7 +45,7 @@ class BadRow:
 
     @property
     def kind(self) -> str:
-        """The reason without what is different from row to row: its first line, without numbers."""
+        """The reason without what differs from row to row: its first line, without numbers."""
         text = re.sub(r"\s*\(.*", "", self.reason.partition("\n")[0].partition(";")[0])
         return re.sub(r"\d+", "#", text)[:KIND_CHARACTERS]
 
@@ -55,7 +55,7 @@ class BadRow:
         if (parts := PLACE.fullmatch(place)) is not None:
             where |= {"file": parts["file"]} if parts["file"] else {}
             where[parts["unit"]] = int(parts["number"])
-        return where | {"reason": self.reason} | _kept(self.content)
+        return where | {"reason": self.reason} | _excerpt(self.content)
 
 
 class Place(str):
@@ -83,7 +83,7 @@ class SkippedRows:
         self._copy: tuple[Path, str] | None = None
 
     def add(self, rows: list[tuple[str, BadRow]]) -> None:
-        """Keep `rows`, as far as they are not known; a stream is read once an epoch."""
+        """Keep those of `rows` that are new; a stream is read once an epoch."""
         self._keep(bad.record(place) for place, bad in rows)
 
     def take(self, file: Path) -> None:
@@ -136,8 +136,8 @@ def _append(file: Path, records: Iterable[Record]) -> None:
         out.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def _kept(content: Any) -> Record:
-    """The row as JSON `content`, or as `raw` text where it is none or too long."""
+def _excerpt(content: Any) -> Record:
+    """The row as JSON `content`, or as `raw` text where it is not JSON or too long."""
     if isinstance(content, str):
         return _cut(content)
     try:

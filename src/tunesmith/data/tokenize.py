@@ -50,9 +50,9 @@ class EncodeOptions:
 class Counts:
     """What became of the rows; grows while a data set is prepared.
 
-    `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts rows of which
-    `lost_tokens` tokens were cut off. `skipped` counts the bad rows among the dropped, of which `bad` has those that
-    nobody has taken yet, with their places.
+    `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts the rows
+    that were cut, and `lost_tokens` what was cut off. `skipped` counts the bad rows among the dropped; `bad` has those
+    that have not been taken yet, with their places.
 
     `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
     never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
@@ -171,7 +171,7 @@ class Encoder:
         return examples
 
     def _at(self, place: str, step: Any, *args: Any) -> Any:
-        """What a step makes of a row, or a BadRow. Raises TunesmithError for what is not to be skipped."""
+        """The result of a step for a row, or a BadRow. Raises TunesmithError for what must not be skipped."""
         try:
             return step(*args)
         except TunesmithError as error:
@@ -247,7 +247,7 @@ class Encoder:
                 column[end] = value
 
     def _end_token(self, tokens: Sequence[int]) -> int | None:
-        """Where the end token is that `tokens` end with, white space behind it left aside; None without one."""
+        """The place of the end token that `tokens` end with, white space after it aside; None without one."""
         for i in range(len(tokens) - 1, max(-1, len(tokens) - 4), -1):
             if tokens[i] in self.end_ids:
                 return i
@@ -380,14 +380,14 @@ def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
 
 
 def _is_of_the_row(error: BaseException) -> bool:
-    """Whether the row is at fault. A template that ran too long has left no time for the rows behind, either."""
+    """Whether the row is at fault. A template that ran too long left no time for the rows after it."""
     if isinstance(error, NotTheRow | TooLong):
         return False
     return error.__cause__ is None or _is_of_the_row(error.__cause__)
 
 
 def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:
-    """Tokens [start, stop) of `example`, behind its first `head` ones."""
+    """Tokens [start, stop) of `example`, after its first `head` ones."""
 
     def cut(values: list[Any]) -> list[Any]:
         return values[:head] + values[start:stop]
