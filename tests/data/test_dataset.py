@@ -2,34 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS, TEXTS
-from tunesmith import SFTConfig, TunesmithError
+from tunesmith import TunesmithError
 from tunesmith.data.dataset import DataPreparer
 from tunesmith.types import Text
 
 Prepare = Callable[..., Any]
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
-    return loaded
-
-
-@pytest.fixture
-def preparer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., DataPreparer]:
-    def make(**settings: Any) -> DataPreparer:
-        return DataPreparer(SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **settings), tokenizer, None)
-
-    return make
 
 
 @pytest.fixture

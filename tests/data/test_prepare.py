@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.test_layering import MODULES, ROOT, imports_of, path_of
 from tunesmith.data import prepare as module
@@ -23,10 +23,8 @@ ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(30)]
 
 
 @pytest.fixture
-def preparation(tiny_model: Path) -> Preparation:
-    return Preparation(
-        tokenizer=AutoTokenizer.from_pretrained(tiny_model), encode=EncodeOptions(), formats=FormatOptions()
-    )
+def preparation(tokenizer: PreTrainedTokenizerBase) -> Preparation:
+    return Preparation(tokenizer=tokenizer, encode=EncodeOptions(), formats=FormatOptions())
 
 
 def placed(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,12 +3,13 @@ not skipped."""
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from tunesmith import SFTConfig, TunesmithError
@@ -29,19 +30,9 @@ BAD: list[Any] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
-    return loaded
-
-
 @pytest.fixture
-def preparer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., DataPreparer]:
-    def make(**settings: Any) -> DataPreparer:
-        settings.setdefault("on_bad_row", "skip")
-        return DataPreparer(SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **settings), tokenizer, None)
-
-    return make
+def preparer(preparer: Callable[..., DataPreparer]) -> Callable[..., DataPreparer]:
+    return partial(preparer, on_bad_row="skip")
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:

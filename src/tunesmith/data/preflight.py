@@ -111,7 +111,8 @@ def supervised_counts(dataset: Any) -> Any:
     counts = [np.zeros(0, np.int64)]
     for batch in _record_batches(dataset):
         offsets, labels = list_column(batch, "labels")
-        counts.append(np.add.reduceat(labels != IGNORE_INDEX, offsets[:-1], dtype=np.int64))
+        before = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)])
+        counts.append(np.diff(before[offsets]))
     return np.concatenate(counts)
 
 
