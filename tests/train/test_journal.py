@@ -162,7 +162,7 @@ def test_the_loss_of_each_example_is_what_the_model_gives_it_alone(
 ) -> None:
     trainer = trainer_of(train_dataset=rows, num_train_epochs=1, max_steps=-1, learning_rate=0.0, **settings)
     expected: list[float] = []
-    alone = trainer._prepare._examples["train"]
+    alone = trainer._prepare.examples["train"]
     expected = sorted(float(losses.mean()) for losses in token_losses(trainer.model, alone))
     trainer.train()
     found = read(tmp_path / "run" / EXAMPLES)

@@ -116,9 +116,9 @@ class DataPreparer:
             rows, held_out_rows = source.rows, None
             if source.held_out:
                 rows, held_out_rows = split_rows(name, with_places(source.rows), source.held_out, self.args.seed)
-            train[name] = self._examples(rows, f"train/{name}", self._options(packing), formats)
+            train[name] = self._prepare_examples(rows, f"train/{name}", self._options(packing), formats)
             if held_out_rows:
-                examples = self._examples(held_out_rows, name, self._options(eval_packing), formats)
+                examples = self._prepare_examples(held_out_rows, name, self._options(eval_packing), formats)
                 held_out[name] = self._pack(examples) if eval_packing else examples
         sizes, seed = {name: len(examples) for name, examples in train.items()}, self.args.seed
         order = mixture_order(sizes, named, seed)
@@ -194,12 +194,12 @@ class DataPreparer:
             return self._stream(source, split, Encoder(self.tokenizer, options))
         # Arrow puts a null where a row lacks a key that another row has.
         formats = replace(self.formats, arrow=isinstance(source, Dataset))
-        dataset = self._examples(source, split, options, formats)
+        dataset = self._prepare_examples(source, split, options, formats)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
 
-    def _examples(self, source: Source, split: str, options: EncodeOptions, formats: FormatOptions) -> Dataset:
+    def _prepare_examples(self, source: Source, split: str, options: EncodeOptions, formats: FormatOptions) -> Dataset:
         preparation = Preparation(
             tokenizer=self.tokenizer, encode=options, formats=formats, processes=self.args.dataset_num_proc or 1
         )
