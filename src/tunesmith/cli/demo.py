@@ -77,7 +77,8 @@ def run(output: Path, console: Console) -> Score:
 def _trainer(output: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]], console: Console) -> Any:
     from peft import LoraConfig
 
-    from tunesmith.model.demo_model import DEMO, demo_model_path
+    from tunesmith.home import DEMO
+    from tunesmith.model.demo_model import demo_model_path
     from tunesmith.settings.config import SFTConfig
     from tunesmith.train.trainer import SFTTrainer
 

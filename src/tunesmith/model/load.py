@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.demo_model import DEMO, DEMO_FOLDER, demo_model_path
+from tunesmith.home import DEMO, DEMO_FOLDER
+from tunesmith.model.demo_model import demo_model_path
 from tunesmith.model.devices import here
 from tunesmith.settings.config import SFTConfig
 

@@ -24,8 +24,8 @@ from tunesmith.data.preflight import histogram, is_train
 from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.objectives.supervised import Supervised
-from tunesmith.report.write import REPORT, write_report
-from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
+from tunesmith.report.run_html import write_report
+from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, REPORT, SAMPLES, append, keep_up_to, up_to, write
 from tunesmith.runs.record import RunRecord
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.guard import GuardedTrainer
