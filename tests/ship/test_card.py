@@ -12,8 +12,7 @@ from tests.ship.runs import QUESTION, record
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.record import Method, Origin, Prompt, RunRecord, Sample
 from tunesmith.ship import licence as licences
-from tunesmith.ship.card import CardOptions, model_card
-from tunesmith.ship.curves import curves
+from tunesmith.ship.card import CardOptions, curves, model_card
 
 OPTIONS = CardOptions(repo="org/mine")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -76,7 +75,7 @@ def test_the_page_says_what_the_record_says(adapters: Path) -> None:
         "| train | math | math.jsonl | 90 | 9,000 | 4,000 | 3 |",
         r"| method | LoRA adapters, rank 4, alpha 8, on k\_proj, q\_proj |",
         "| trained parameters | 1,000 of 100,000 (1.00%) |",
-        "| duration | 1 h 2 min 5 s |",
+        "| duration | 1 h 2 min |",
         r"| learning\_rate | 0.0002 |",
         "Versions: tunesmith 0.1.0, torch 2.13.0.",
         "![The loss over the steps of training.](curves.png)",

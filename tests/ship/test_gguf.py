@@ -17,9 +17,7 @@ from tests.models import tiny
 from tests.ship.folders import byte_tokenizer, piece_tokenizer, save
 from tunesmith.errors import TunesmithError
 from tunesmith.ship import gguf_weights
-from tunesmith.ship.gguf import export_gguf
-from tunesmith.ship.gguf_check import NEW_TOKENS
-from tunesmith.ship.gguf_check import _compare_logits as compare_logits
+from tunesmith.ship.gguf import NEW_TOKENS, compare_logits, export_gguf
 
 FULL: dict[str, Any] = {
     "layer_types": ["full_attention", "full_attention"],
@@ -307,7 +305,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(
     folder = folder_of(tmp_path)
     full = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: full)
-    with pytest.raises(TunesmithError, match=r"the file takes 64 MB, but only 1 MB are free in"):
+    with pytest.raises(TunesmithError, match=r"model.gguf takes 64 MB, but only 1 MB are free in"):
         export_gguf(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

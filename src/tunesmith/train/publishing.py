@@ -14,7 +14,7 @@ from tunesmith.data.preflight import Preflight
 from tunesmith.model.adapters import StartingPoint, Trainable, trainable
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.secrets import without_secrets
-from tunesmith.ship.hub import MAIN, MESSAGE, PushOptions, PushReport, in_full, made, push
+from tunesmith.ship.hub import MAIN, MESSAGE, PushOptions, PushReport, in_full, make_repository, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
 from tunesmith.train.loaders import BatchingTrainer
 from tunesmith.train.recording import record_of
@@ -107,7 +107,7 @@ class PublishingTrainer(BatchingTrainer):
         if self.is_world_process_zero():
             wanted = self.args.hub_private_repo if private is None else private
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).name
-            self.hub_model_id = made(name, PushOptions(private=bool(wanted)), token or self.args.hub_token)
+            self.hub_model_id = make_repository(name, PushOptions(private=bool(wanted)), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """With `push_to_hub`, each checkpoint's model, without what only this run needs."""
