@@ -49,7 +49,7 @@ def without_style(html: str) -> str:
 def test_the_page_holds_what_the_run_wrote(tmp_path: Path) -> None:
     reader = Reader(page(read_run(write_run(tmp_path / "run", text="a text of the run"))))
     for wanted in (
-        *("40", "0.3", "1 min 20 s", "904", "org/base", "lora, rank 4, alpha 8, on k_proj q_proj", "1.00%"),
+        *("40", "0.3", "1 min 20 s", "904", "org/base", "LoRA adapters, rank 4, alpha 8, on k_proj, q_proj", "1.00%"),
         *("Loss", "Learning rate", "Speed", "Gradient norm", "Memory", "loss nan: a text of the run"),
         *("What is two plus two?", "before training", "step 20", "a text of the run 0", "step 40, as in the data"),
         *("Hardest rows", "loss 3.25, usual then 0.4", "1 to 60", "61 to 120", "supervised tokens", "0.1 to 1"),

@@ -8,7 +8,6 @@ from html import escape
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from tunesmith.errors import TunesmithError
 from tunesmith.report.page import (
@@ -27,7 +26,7 @@ from tunesmith.report.page import (
 from tunesmith.report.plots import Curve, svg
 from tunesmith.report.run_data import Answer, ExampleLoss, RunData, Step, read_run
 from tunesmith.runs.files import COMPARISON, REPORT, loss_name, write_whole
-from tunesmith.runs.record import Method, Origin, prompt_text
+from tunesmith.runs.record import Origin, prompt_text, setting_text
 from tunesmith.secrets import known_secrets, scrub
 from tunesmith.text import duration, size
 
@@ -141,14 +140,13 @@ def _summary(run: RunData) -> Iterator[str]:
     if record is None:
         yield '<p class="warn">The run was not saved: there is no run.json in its folder.</p>\n'
         return
-    trained = f"{record.trainable_parameters:,} of {record.total_parameters:,}"
     if record.ended in UNFINISHED:
         yield f'<p class="warn">{UNFINISHED[record.ended]} at step {_steps(run)}.</p>\n'
     yield facts(
         [
             ("base model", named(record.base_model)),
-            ("trained", described(record.method)),
-            ("parameters", f"{trained} ({record.trainable_parameters / max(1, record.total_parameters):.2%})"),
+            ("trained", str(record.method)),
+            ("parameters", record.trained_share),
             ("device", record.device),
             ("tokens read", amount(tokens) if tokens else ""),
         ]
@@ -168,22 +166,12 @@ def named(origin: Origin) -> str:
     return f"{origin.name} (a {origin.kind})" if origin.kind in ("folder", "file") else origin.name
 
 
-def described(method: Method) -> str:
-    """`lora, rank 16, alpha 32, on q_proj v_proj; base model in 4 bits`."""
-    parts = ["all weights" if method.kind == "full" else method.kind]
-    values = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
-    parts += [f"{name} {value:g}" for name, value in values.items() if value]
-    parts += [f"on {' '.join(method.targets)}"] if method.targets else []
-    return ", ".join(parts) + (f"; base model in {method.bits} bits" if method.bits else "")
-
-
 def _curves(run: RunData) -> Iterator[str]:
     marks = [step for step, _ in run.events]
     evaluated = [Curve(points=points, number=number) for number, (_, points) in enumerate(eval_losses(run), start=1)]
     picture = svg([_curve(run, "loss", noisy=True), *evaluated], label="loss", marks=marks, wide=True)
     figures = [figure(picture, "Loss", "nats a supervised token")]
-    for name, title, label, noisy in PANELS:
-        figures.append(figure(svg([_curve(run, name, noisy=noisy)], label=label, marks=marks), title, ""))
+    figures += _panels([run], marks)
     if not any(figures):
         return
     yield "<h2>Curves</h2>\n"
@@ -201,6 +189,12 @@ def _curves(run: RunData) -> Iterator[str]:
 def _curve(run: RunData, field: str, *, number: int = 0, noisy: bool) -> Curve:
     """A `field` of the run's steps."""
     return Curve(points=[(step.step, getattr(step, field)) for step in run.steps], number=number, noisy=noisy)
+
+
+def _panels(runs: Sequence[RunData], marks: Sequence[int] = ()) -> Iterator[str]:
+    for field, title, label, noisy in PANELS:
+        curves = [_curve(run, field, number=i, noisy=noisy) for i, run in enumerate(runs)]
+        yield figure(svg(curves, label=label, marks=marks), title, "")
 
 
 def _events(run: RunData) -> Iterator[str]:
@@ -311,20 +305,14 @@ def _settings(run: RunData) -> Iterator[str]:
     record = run.record
     if record is not None:
         yield '<h2>Settings and versions</h2>\n<div class="halves">\n<div>'
-        yield table(("setting", "value"), [(name, setting(value)) for name, value in record.settings.items()])
+        settings = [(name, cut(setting_text(value), 500)) for name, value in record.settings.items()]
+        yield table(("setting", "value"), settings)
         yield "</div>\n<div>"
         yield table(("library", "version"), list(record.versions.items()))
         yield "</div>\n</div>\n"
     if run.recipe:
         yield "<h3>Recipe</h3>\n"
         yield text_box("recipe.yaml", cut(run.recipe, 20_000))
-
-
-def setting(value: Any) -> str:
-    """A value of the run's settings in short."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else cut(str(value), 500)
 
 
 def _checkpoints(run: RunData) -> Iterator[str]:
@@ -417,9 +405,7 @@ def _curves_of_all(runs: Sequence[RunData]) -> Iterator[str]:
     for name, losses in _eval_curves(runs).items():
         evaluated = [Curve(points=points, number=i) for i, points in enumerate(losses)]
         figures.append(figure(svg(evaluated, label=f"{name} loss"), f"Loss: {name}", "nats a supervised token"))
-    for field, title, label, noisy in PANELS:
-        curves = [_curve(run, field, number=i, noisy=noisy) for i, run in enumerate(runs)]
-        figures.append(figure(svg(curves, label=label), title, ""))
+    figures += _panels(runs)
     if any(figures):
         yield f'<h2>Curves</h2>\n<div class="curves">\n{"".join(figures)}</div>\n'
 
@@ -450,7 +436,7 @@ def _made_with(run: RunData) -> dict[str, str]:
         return {}
     values = {
         "base model": named(record.base_model),
-        "trained": described(record.method),
+        "trained": str(record.method),
         "trained parameters": f"{record.trainable_parameters:,}",
         "device": record.device,
     }
@@ -459,5 +445,5 @@ def _made_with(run: RunData) -> dict[str, str]:
         values[where] = (
             f"{named(item.origin)}: {item.examples:,} examples, {item.supervised_tokens:,} tokens supervised"
         )
-    values |= {name: setting(value) for name, value in record.settings.items()}
+    values |= {name: setting_text(value) for name, value in record.settings.items()}
     return values | {f"version of {name}": value for name, value in record.versions.items()}

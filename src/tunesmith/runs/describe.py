@@ -17,32 +17,11 @@ from tunesmith.types import Conversation, Row, Text
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "bitsandbytes")
 SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "max_tokens_per_batch",
-    "gradient_accumulation_steps",
-    "max_length",
-    "overlong",
-    "packing",
-    "packing_strategy",
-    "precision",
-    "train_on",
-    "loss_type",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "gradient_checkpointing",
-    "seed",
-    "data_seed",
-    "world_size",
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_tokens_per_batch"),
+    *("gradient_accumulation_steps", "max_length", "overlong", "packing", "packing_strategy", "precision"),
+    *("train_on", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "gradient_checkpointing"),
+    *("seed", "data_seed", "world_size"),
 )
 """What a reader of the results wants to know even where it is the default."""
 UNSAID = re.compile(

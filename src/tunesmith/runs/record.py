@@ -66,6 +66,13 @@ class Origin:
 ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "loha": "LoHa", "lokr": "LoKr", "vera": "VeRA"}
 
 
+def setting_text(value: Any) -> str:
+    """A value of a run's settings, as a recipe has it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def adapters_of(kind: str) -> str:
     """The kind of adapters that `peft` calls `kind`, in either case, as papers spell it."""
     return f"{ADAPTERS.get(kind.lower(), kind.upper())} adapters"
@@ -82,6 +89,15 @@ class Method:
     dropout: float | None = None
     targets: tuple[str, ...] = ()
     bits: int | None = None
+
+    def __str__(self) -> str:
+        """`LoRA adapters, rank 16, alpha 32, on q_proj, v_proj, over a base model in 4 bits`."""
+        parts = ["full fine-tuning" if self.kind == "full" else adapters_of(self.kind)]
+        values = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout or None}
+        parts += [f"{name} {value:g}" for name, value in values.items() if value is not None]
+        parts += [f"on {', '.join(self.targets)}"] if self.targets else []
+        parts += [f"over a base model in {self.bits} bits"] if self.bits else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +158,12 @@ class RunRecord:
     device: str = ""
     prompts: tuple[Prompt, ...] = ()
     samples: tuple[Sample, ...] = ()
+
+    @property
+    def trained_share(self) -> str:
+        """`1,000 of 100,000 (1.00%)` parameters."""
+        trained, total = self.trainable_parameters, self.total_parameters
+        return f"{trained:,} of {total:,} ({trained / max(1, total):.2%})"
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.files import loss_name
-from tunesmith.runs.record import Method, Origin, RunRecord, Sample, adapters_of, prompt_text
+from tunesmith.runs.record import Origin, RunRecord, Sample, prompt_text, setting_text
 from tunesmith.ship.licence import Licence, licence_of
 from tunesmith.text import duration, shorten
 
@@ -59,18 +59,6 @@ TEXT_PIPELINE = """print(generator("Once upon a time", max_new_tokens=200, do_sa
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CardOptions:
-    """What the run itself doesn't know. `repo` is OWNER/NAME on the hub; `base_model` the hub's name of the base model
-    where the run names a folder, or None; `licence` an identifier of the hub's; `samples` says whether prompts and
-    answers may be shown."""
-
-    repo: str
-    base_model: str | None = None
-    licence: str | None = None
-    samples: bool = True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFolder:
     """What the files of a run's folder say by themselves."""
 
@@ -80,9 +68,9 @@ class ModelFolder:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelFolder":
-        adapter, settings = _json(folder / "adapter_config.json"), _json(folder / "tokenizer_config.json")
+        settings = read_settings(folder / "tokenizer_config.json")
         return cls(
-            adapter=adapter,
+            adapter=read_settings(folder / "adapter_config.json"),
             has_tokenizer=settings is not None,
             has_template=(folder / "chat_template.jinja").is_file() or bool((settings or {}).get("chat_template")),
         )
@@ -126,27 +114,45 @@ class Result:
     value: float
 
 
-def model_card(folder: Path, record: RunRecord | None, options: CardOptions) -> dict[str, bytes]:
-    """The card of the run in `folder`, and the picture in it, by their names in the repository.
+def model_card(
+    folder: Path,
+    record: RunRecord | None,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    samples: bool = True,
+) -> dict[str, bytes]:
+    """The card of the run in `folder` for `repo` (OWNER/NAME), and the picture in it, by their names in the repository.
 
-    Without a `record` the card says what the files do. The same run gives the same bytes. Raises TunesmithError for a
-    licence that is no identifier.
+    `base_model` is the hub's name of the base model where the run names a folder, `licence` an identifier of the hub's;
+    `samples` says whether prompts and answers may be shown. Without a `record` the card says what the files do. The
+    same run gives the same bytes. Raises TunesmithError for a licence that is no identifier.
     """
     model = ModelFolder.read(folder)
     base = base_origin(model, record)
     card = Card(
-        repo=options.repo,
+        repo=repo,
         model=model,
         record=record,
         base=base,
-        base_id=options.base_model or hub_name(base),
-        licence=licence_of(base, model.base_model, options.licence),
+        base_id=base_model or hub_name(base),
+        licence=licence_of(base, model.base_model, licence),
         picture=curves(record.history) if record else None,
         results=tuple(_results(record)) if record else (),
-        samples=record.samples if record and options.samples else (),
+        samples=record.samples if record and samples else (),
     )
     text = f"---\n{_header(card).to_yaml()}\n---\n\n{_page(card)}"
     return {CARD: text.encode()} | ({PICTURE: card.picture} if card.picture else {})
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The object in a file of JSON; None without one, and for a file that is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def base_origin(model: ModelFolder, record: RunRecord | None) -> Origin:
@@ -353,29 +359,17 @@ def _data_section(record: RunRecord) -> list[str]:
 
 
 def _training_section(card: Card, record: RunRecord) -> list[str]:
-    share = record.trainable_parameters / max(1, record.total_parameters)
     facts = {
-        "method": _method(record.method),
-        "trained parameters": f"{record.trainable_parameters:,} of {record.total_parameters:,} ({share:.2%})",
+        "method": inline(str(record.method)),
+        "trained parameters": record.trained_share,
         "base model": card.base_link + (f" at {inline(record.base_revision)}" if record.base_revision else ""),
         "duration": duration(record.seconds) if record.seconds is not None else "",
         "device": inline(record.device),
     }
     rows = [[name, value] for name, value in facts.items() if value]
-    for name, value in record.settings.items():
-        rows.append([inline(name), inline(f"{value:g}" if isinstance(value, float) else str(value))])
+    rows += [[inline(name), inline(setting_text(value))] for name, value in record.settings.items()]
     versions = ", ".join(f"{inline(name)} {inline(number)}" for name, number in record.versions.items())
     return ["## Training", table(["", ""], rows), f"Versions: {versions}." if versions else ""]
-
-
-def _method(method: Method) -> str:
-    parts = ["full fine-tuning" if method.kind == "full" else adapters_of(method.kind)]
-    parts += [f"rank {method.rank}"] if method.rank is not None else []
-    parts += [f"alpha {method.alpha:g}"] if method.alpha is not None else []
-    parts += [f"dropout {method.dropout:g}"] if method.dropout else []
-    parts += [f"on {inline(', '.join(method.targets))}"] if method.targets else []
-    parts += [f"over a base model in {method.bits} bits"] if method.bits else []
-    return ", ".join(parts)
 
 
 def _licence(card: Card) -> str:
@@ -451,11 +445,3 @@ def curves(history: Iterable[Mapping[str, Any]]) -> bytes | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None

@@ -49,7 +49,7 @@ from tunesmith.ship.gguf_weights import (
     stored_values,
 )
 from tunesmith.ship.licence import card_header
-from tunesmith.ship.merge import logits_of, merge, traces
+from tunesmith.ship.merge import Trace, drift_of, logits_of, merge, traces
 from tunesmith.ship.modelfile import Modelfile, modelfile
 from tunesmith.ship.shards import check_room, workplace
 
@@ -298,7 +298,7 @@ def check_gguf(file: Path, folder: Path, quant: str, tokens: TokenizerMetadata) 
         ).eval()
         results.append(_compare_tensors(model.state_dict(), folder, quant))
         logits = [logits_of(model, trace.ids) for trace in expected]
-    results.append(compare_logits([trace.logits for trace in expected], logits, quant))
+    results.append(compare_logits(expected, logits, quant))
     if unread:
         results.append(f"transformers doesn't read {', '.join(unread)}; compared in the file itself")
     return results
@@ -318,22 +318,16 @@ def _compare_tensors(tensors: Mapping[str, Tensor], folder: Path, quant: str) ->
     return f"tensors equal but for rounding: {len(weights)} of {len(weights)}"
 
 
-def compare_logits(expected: Sequence[Tensor], found: Sequence[Tensor], quant: str) -> str:
-    """What model and file say of the same sequences (T, V), as a sentence. Raises TunesmithError."""
-    scale = max(float(logits.abs().max()) for logits in expected)
-    worst = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / scale
-    equal = ties = total = 0
-    for a, b in zip(expected, found, strict=True):
-        a, b = a[-NEW_TOKENS - 1 : -1], b[-NEW_TOKENS - 1 : -1]  # each says the next token
-        own, other = a.argmax(-1), b.argmax(-1)
-        gap = (a.gather(1, own[:, None]) - a.gather(1, other[:, None]))[:, 0] / scale
-        total += len(own)
-        equal += int((own == other).sum())
-        ties += int(((own != other) & (gap <= TIE.get(quant, 0.0))).sum())
-    result = f"greedy tokens equal: {equal} of {total}; largest difference of logits: {worst:.1e} of the largest"
-    if not worst <= LARGEST_DIFFERENCE[quant] or (quant in TIE and equal + ties < total):
+def compare_logits(expected: Sequence[Trace], found: Sequence[Tensor], quant: str) -> str:
+    """What model and file (T, V) say of the same sequences, as a sentence. Raises TunesmithError."""
+    drift = drift_of(found, expected, LARGEST_DIFFERENCE[quant], tie=TIE.get(quant))
+    result = (
+        f"greedy tokens equal: {drift.equal} of {drift.tokens}; largest difference of logits: {drift.relative:.1e} of "
+        "the largest"
+    )
+    if not drift.within or (quant in TIE and drift.equal + drift.ties < drift.tokens):
         raise TunesmithError(f"the {quant} file does not do what the model does: {result}. Nothing was written")
-    return f"{result} ({ties} tied)" if ties else result
+    return f"{result} ({drift.ties} tied)" if drift.ties else result
 
 
 def _config(file: Path, source: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:

@@ -141,7 +141,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> T
         pre=kind.pre,
         tokens=tokens,
         types=_types(tokenizer, by_id, rows, kind.model == "llama", all_ends),
-        scores=tuple(kind.scores.get(token, unmerged) for token in tokens) if kind.scores else (),
+        scores=tuple(kind.scores.get(token, unmerged) for token in tokens) if kind.model == "llama" else (),
         merges=kind.merges,
         special={role: int(number) for role, number in roles.items() if number is not None},
         ends=all_ends,

@@ -19,7 +19,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import checkpoints
 from tunesmith.runs.record import RUN, RunRecord
 from tunesmith.secrets import known_secrets, scrub
-from tunesmith.ship.card import CARD, CardOptions, ModelFolder, base_origin, hub_name, model_card, with_samples
+from tunesmith.ship.card import CARD, ModelFolder, base_origin, hub_name, model_card, read_settings, with_samples
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -119,10 +119,8 @@ def plan(run: str | Path, repo: str, options: PushOptions | None = None) -> Plan
         notes.append(f"{CARD} is the one in {run}: it is yours")
         items.append(Item(path=CARD, source=own_card))
     else:
-        card_options = CardOptions(
-            repo=repo, base_model=options.base_model, licence=options.licence, samples=options.samples
-        )
-        card = model_card(folder, record, card_options)
+        chosen: dict[str, Any] = {name: getattr(options, name) for name in ("base_model", "licence", "samples")}
+        card = model_card(folder, record, repo, **chosen)
         items += [Item(path=name, source=content) for name, content in card.items()]
     if record is None:
         notes.append(f"there is no {RUN}: the card can't say what the model learned from")
@@ -301,12 +299,9 @@ def _published(folder: Path, name: str, base_model: str | None) -> Path | bytes:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TunesmithError(f"{path} can't be read: {error}. Save the run again") from error
-    if not isinstance(values, dict):
-        raise TunesmithError(f"{path} holds no object. Save the run again")
+    values = read_settings(path)
+    if values is None:
+        raise TunesmithError(f"{path} can't be read: it is no JSON object. Save the run again")
     return values
 
 
@@ -375,25 +370,18 @@ def _refusal(error: HfHubHTTPError, repo: str) -> str:
             return f"the hub refused ({status}){quoted or f': {error}'}"
 
 
-class _Scrubber(logging.Filter):
-    def __init__(self, secrets: list[str]) -> None:
-        super().__init__()
-        self._secrets = secrets
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = scrub(record.getMessage(), self._secrets), ()
+@contextmanager
+def _scrubbed_logs(secrets: list[str]) -> Iterator[None]:
+    def blacken(record: logging.LogRecord) -> bool:
+        record.msg, record.args = scrub(record.getMessage(), secrets), ()
         record.exc_info = record.exc_text = None
         return True
 
-
-@contextmanager
-def _scrubbed_logs(secrets: list[str]) -> Iterator[None]:
-    handlers: list[Any] = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
-    scrubber = _Scrubber(secrets)
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
     for handler in handlers:
-        handler.addFilter(scrubber)
+        handler.addFilter(blacken)
     try:
         yield
     finally:
         for handler in handlers:
-            handler.removeFilter(scrubber)
+            handler.removeFilter(blacken)

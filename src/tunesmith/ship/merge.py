@@ -104,13 +104,14 @@ class Drift:
     """How far a model is from the one that it should be like.
 
     `absolute` is the largest difference of any logit, `relative` the same over the largest logit; `equal` of `tokens`
-    likeliest next tokens are the same, in the answers that the other model gives.
+    likeliest next tokens are the same, in the answers that the other model gives, and `ties` of the others as likely.
     """
 
     absolute: float
     relative: float
     tolerance: float
     equal: int
+    ties: int
     tokens: int
 
     @property
@@ -350,7 +351,8 @@ def _compare(job: _Job, folder: Path, options: MergeOptions) -> Drift:
         del before, base
         gc.collect()
         after: Any = load_model(str(folder), dtype=dtype, trust_remote_code=trust)
-        drift = drift_of(after.to(device).eval(), expected, tolerance)
+        after.to(device).eval()
+        drift = drift_of([logits_of(after, trace.ids) for trace in expected], expected, tolerance)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise TunesmithError(
             "there is not enough memory to load and compare the models; leave the check out"
@@ -403,22 +405,29 @@ def traces(
     return answers
 
 
-def drift_of(model: PreTrainedModel, expected: Sequence[Trace], tolerance: float) -> Drift:
-    """How far `model` is from the one that `expected` was taken of."""
-    absolute = largest = 0.0
-    equal = tokens = 0
-    for trace in expected:
-        logits = logits_of(model, trace.ids)
+def drift_of(
+    found: Sequence[Tensor], expected: Sequence[Trace], tolerance: float, *, tie: float | None = None
+) -> Drift:
+    """How far the logits `found` (T, V) of a model are from those of the one that `expected` was taken of.
+
+    Another next token is a tie where the other model finds its own likelier by no more than `tie` of the largest logit.
+    """
+    largest = max((trace.logits.abs().max().item() for trace in expected), default=0.0)
+    scale = max(largest, 1e-30)
+    absolute = 0.0
+    equal = ties = tokens = 0
+    for logits, trace in zip(found, expected, strict=True):
         width = min(logits.shape[-1], trace.logits.shape[-1])
         difference = (logits[:, :width] - trace.logits[:, :width]).abs().max()
         absolute = float("nan") if difference.isnan() else max(absolute, difference.item())
-        largest = max(largest, trace.logits.abs().max().item())
         answer = slice(trace.start - 1, len(trace.ids) - 1)  # each from the position before it
-        equal += int((logits[answer].argmax(-1) == trace.logits[answer].argmax(-1)).sum())
-        tokens += len(trace.ids) - trace.start
-    return Drift(
-        absolute=absolute, relative=absolute / max(largest, 1e-30), tolerance=tolerance, equal=equal, tokens=tokens
-    )
+        own, other = trace.logits[answer].argmax(-1, keepdim=True), logits[answer].argmax(-1, keepdim=True)
+        gap = trace.logits[answer].gather(1, own) - trace.logits[answer].gather(1, other.clamp(max=width - 1))
+        equal += int((own == other).sum())
+        ties += int(((own != other) & (gap / scale <= tie)).sum()) if tie is not None else 0
+        tokens += len(own)
+    relative = absolute / scale
+    return Drift(absolute=absolute, relative=relative, tolerance=tolerance, equal=equal, ties=ties, tokens=tokens)
 
 
 @torch.inference_mode()

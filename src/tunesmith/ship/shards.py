@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
 from uuid import uuid4
 
 import torch
@@ -36,16 +35,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """The formats that unquantized models are stored in, by their names in safetensors."""
-
-
-class Weights(Protocol):
-    """The weights of a base model by their names in its state dict."""
-
-    def names(self) -> Iterable[str]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +95,10 @@ class LoadedWeights:
         module = self._model.get_submodule(path)
         is_parameter = leaf in dict(module.named_parameters(recurse=False))
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+Weights = StoredWeights | LoadedWeights
+"""The weights of a base model by their names in its state dict."""
 
 
 def stored_weights(path: str, revision: str | None = None) -> StoredWeights:
