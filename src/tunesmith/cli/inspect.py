@@ -93,7 +93,7 @@ def prepared(
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
     from tunesmith.cli.rows import training_rows
-    from tunesmith.data.batches import flat
+    from tunesmith.data.batches import FlatCollator
     from tunesmith.data.dataset import DataPreparer
     from tunesmith.model.load import resolve_model
     from tunesmith.report.inspect import Vocabulary, count_facts, inspect_row
@@ -112,11 +112,11 @@ def prepared(
     vocabulary, kind = Vocabulary.of(tokenizer), "pack" if recipe.config.packing else "example"
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
-        batch = flat([dataset[number - 1]])
+        batch = FlatCollator()([dataset[number - 1]])
         weights = batch["weights"][0].tolist() if "weights" in batch else None
         ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
         title = f"{kind} {number:,} of {len(dataset):,}"
-        rows.append(inspect_row(title, ids, labels, weights, batch["lengths"], vocabulary))
+        rows.append(inspect_row(title, ids, labels, weights, batch.lengths or (), vocabulary))
     facts = _settings(recipe)
     for split, counts in preparer.counts.items():
         facts += [("split", split)] if len(preparer.counts) > 1 else []
