@@ -18,12 +18,11 @@ SRC = REPO / "src"
 # From the ground up. A place may import from itself and from those before it.
 LAYERS = (
     *("base", "settings", "terminal", "data", "runs", "model", "objectives", "train", "ship", "report"),
-    "public",
-    *("evaluate", "plan", "doctor", "init", "demo", "serve", "cli"),
+    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "cli"),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
 BASE = ("errors", "types", "text", "home", "secrets")
-TOP_LEVEL = dict.fromkeys(BASE, "base") | {"trainers": "public", "__main__": "cli"}
+TOP_LEVEL = dict.fromkeys(BASE, "base") | {"trainers": "trainers", "__main__": "cli"}
 HEIGHT = {place: height for height, place in enumerate(LAYERS)}
 
 # Importing one of these (a folder stands for all its modules) must load none of HEAVY.
