@@ -3,6 +3,7 @@
 import fcntl
 import os
 import runpy
+import select
 import signal
 import socket
 import struct
@@ -118,7 +119,7 @@ class TerminalCommand:
 
     def read(self) -> bytes:
         with suppress(OSError):  # which Linux gives where the other end is closed
-            if text := os.read(self.master, 65536):
+            if select.select([self.master], [], [], 60)[0] and (text := os.read(self.master, 65536)):
                 return text
         raise EOFError
 
