@@ -250,7 +250,7 @@ def test_gradients_are_told_from_what_a_backward_makes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "rows", "length"), [("lora", 8, 128), ("full", 2, 128)])
+@pytest.mark.parametrize(("method", "rows", "length"), [("lora", 2, 128), ("full", 2, 128)])
 def test_the_plan_of_the_demo_model_is_within_15_percent_of_the_measured_peak(
     method: Method, rows: int, length: int
 ) -> None:
