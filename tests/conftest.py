@@ -25,10 +25,13 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `realdata` every test that reads the shared data, so that no mark can be forgotten."""
+    """Marks `realdata` every test that reads the shared data, so that no mark can be forgotten. Files with slow tests
+    come first: where processes share the files, none is left alone with a long one at the end."""
     for item in items:
         if "shared_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.realdata)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

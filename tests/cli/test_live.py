@@ -8,6 +8,8 @@ import pytest
 
 from tests.cli.terminal import Terminal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def arguments(tiny_model: Path, tmp_path: Path) -> list[str]:

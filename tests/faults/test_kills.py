@@ -21,6 +21,7 @@ from tests.train.children import MODES, in_a_child
 from tunesmith.runs.checkpoints import PARTIALS, newest_whole
 from tunesmith.runs.files import METRICS
 
+pytestmark = pytest.mark.slow
 Whole = Callable[[str], Path]
 LATER: dict[str, Any] = {"async_save": True}
 ALL_RUNS = [(mode, settings) for mode in MODES for settings in ({}, LATER)]

@@ -56,9 +56,8 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_values_and_gradients_are_those_of_the_plain_layers(name: str) -> None:
-    model, plain = taught(name), taught(name)
+def test_values_and_gradients_are_those_of_the_plain_layers() -> None:
+    model, plain = taught("gemma2"), taught("gemma2")
     compile_layers(base_model(model), backend="aot_eager")
     for lengths in LENGTHS:
         found, expected = step(model, lengths), step(plain, lengths)
@@ -67,10 +66,9 @@ def test_values_and_gradients_are_those_of_the_plain_layers(name: str) -> None:
     assert compiled_graphs() > 0
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = 4
-    model, plain = taught(lora=lora, num_hidden_layers=layers), taught(lora=lora, num_hidden_layers=layers)
+@pytest.mark.slow
+def test_products_by_onednn_compile_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = taught(lora=True), taught(lora=True)
     monkeypatch.setattr("tunesmith.model.linear._chosen", True)
     speed_up(model)
     compile_layers(base_model(model), backend="aot_eager")
@@ -78,12 +76,12 @@ def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch
     once = compiled_graphs()
     assert 0 < once <= 8
     model.zero_grad()
-    for lengths in LENGTHS[2:]:
+    for lengths in LENGTHS[1:]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             found = step(model, lengths)
         expected = step(plain, lengths)
         # Each of a layer's seven, forward and backward.
-        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > layers * 7 * 2 - 3
+        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 2 * 7 * 2 - 3
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
         assert gradient_error(found[1], expected[1]) < 1e-5
     assert compiled_graphs() == once

@@ -17,6 +17,7 @@ from tests.models import tiny
 from tunesmith.model.load import load_tokenizer
 from tunesmith.terminal.noise import hide_noise
 
+pytestmark = pytest.mark.slow
 TRAINED = [
     r"(learning_rate|eval_strategy): \S+ \(.*\)",
     r"(train|eval): 16 rows, .*",

@@ -14,6 +14,7 @@ from tests.models import tiny
 from tests.train.runs import PAIR_ROWS, UNEVEN_ROWS, largest_difference, trained
 from tunesmith import SFTConfig, SFTTrainer
 
+pytestmark = pytest.mark.slow
 # Rows of unequal weight, a last batch that is not full, and an evaluation whose rows don't split evenly.
 ROWS = [row | {"weight": 1.0 + i} for i, row in enumerate(PAIR_ROWS)]
 # Adam's first steps are signs of gradients: rounding could turn one.
