@@ -23,6 +23,7 @@ from tunesmith.model import linear
 from tunesmith.runs import disk
 from tunesmith.runs.checkpoints import checkpoints
 
+pytestmark = pytest.mark.slow
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000  # sched.h
 SIZE = "64m"
 
@@ -82,7 +83,7 @@ class _InTheSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == SAVED_AT:
-            self._trainer._writer.wait()
+            self._trainer.keeper.wait()
             self._layer.install()
 
 

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from tests.models import gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
+from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import base_model
 from tunesmith.model.compile import compile_layers
-from tunesmith.model.head import next_token_targets
 from tunesmith.model.linear import speed_up
 from tunesmith.train import offload
 from tunesmith.train.selftest import self_test
-from tunesmith.train.setup import teach_model
+from tunesmith.train.setup import ready_for_batches
 
 LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
 
@@ -41,14 +39,13 @@ def taught(name: str = "llama", *, lora: bool = False, **settings: Any) -> Any:
     if lora:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    teach_model(model, flat=True)
+    ready_for_batches(model, flat=True)
     return model
 
 
 def step(model: Any, lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     batch = flat(token_rows(*lengths))
-    targets = next_token_targets(batch.pop("labels"))
-    result = model(**batch, supervise=targets)
+    result = supervised(model, batch)
     result.loss.backward()
     return result.nll, gradients(model)
 
@@ -57,11 +54,8 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize(
-    ("name", "lora"), [("llama", False), pytest.param("llama", True, marks=pytest.mark.slow), ("gemma2", False)]
-)
-def test_values_and_gradients_are_those_of_the_plain_layers(name: str, lora: bool) -> None:
-    model, plain = taught(name, lora=lora), taught(name, lora=lora)
+def test_values_and_gradients_are_those_of_the_plain_layers() -> None:
+    model, plain = taught("gemma2"), taught("gemma2")
     compile_layers(base_model(model), backend="aot_eager")
     for lengths in LENGTHS:
         found, expected = step(model, lengths), step(plain, lengths)
@@ -70,9 +64,9 @@ def test_values_and_gradients_are_those_of_the_plain_layers(name: str, lora: boo
     assert compiled_graphs() > 0
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = taught(lora=lora, num_hidden_layers=12), taught(lora=lora, num_hidden_layers=12)
+@pytest.mark.slow
+def test_products_by_onednn_compile_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = taught(lora=True), taught(lora=True)
     monkeypatch.setattr("tunesmith.model.linear._chosen", True)
     speed_up(model)
     compile_layers(base_model(model), backend="aot_eager")
@@ -85,28 +79,27 @@ def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch
             found = step(model, lengths)
         expected = step(plain, lengths)
         # Each of a layer's seven, forward and backward.
-        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 12 * 7 * 2 - 3
+        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 2 * 7 * 2 - 3
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
         assert gradient_error(found[1], expected[1]) < 1e-5
     assert compiled_graphs() == once
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("onednn", [False, True], ids=["blas", "onednn"])
-def test_inductor_gives_the_same_too(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_gives_the_same_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = taught(), taught()
-    monkeypatch.setattr("tunesmith.model.linear._chosen", onednn)
+    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
     speed_up(model)
     compile_layers(base_model(model), backend="inductor")
-    for lengths in LENGTHS:
+    for lengths in LENGTHS[:2]:
         found, expected = step(model, lengths), step(plain, lengths)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
         assert gradient_error(found[1], expected[1]) < 1e-5
 
 
 def test_other_lengths_and_more_layers_compile_nothing_again() -> None:
-    model = taught(num_hidden_layers=12)
-    assert compile_layers(model, backend="aot_eager") == 12
+    model = taught(num_hidden_layers=9)  # more than the 8 times that PyTorch compiles a function again
+    assert compile_layers(model, backend="aot_eager") == 9
     step(model, LENGTHS[0])
     once = compiled_graphs()
     assert once <= 6  # what is before the attention and what is behind it, and few variants of them
@@ -120,11 +113,10 @@ def test_evaluation_and_generation_are_not_compiled() -> None:
     compile_layers(model, backend="aot_eager")
     model.eval()
     batch = flat(token_rows(5, 4))
-    targets = next_token_targets(batch.pop("labels"))
-    model(**batch, supervise=targets)
+    supervised(model, batch)
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     with torch.no_grad():
-        model.train()(**batch, supervise=targets)
+        supervised(model.train(), batch)
     assert compiled_graphs() == 0
 
 
@@ -157,7 +149,7 @@ def test_activations_of_compiled_layers_may_be_offloaded(monkeypatch: pytest.Mon
     compile_layers(model, backend="aot_eager")
     with offload.offloading(model, True):
         batch = flat(token_rows(5, 7))
-        loss = model(**batch | {"labels": None}, supervise=next_token_targets(batch["labels"])).loss
+        loss = supervised(model, batch).loss
     loss.backward()
     assert gradient_error(gradients(model), step(plain, (5, 7))[1]) < 1e-5
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

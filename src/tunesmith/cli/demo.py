@@ -81,7 +81,7 @@ def _trainer(output: Path, rows: list[dict[str, Any]], held_out: list[dict[str, 
     from tunesmith.model.demo_model import demo_model_path
     from tunesmith.model.precision import settle_precision
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
     demo_model_path(progress=lambda line: console.print(line, highlight=False))
     args = SFTConfig(

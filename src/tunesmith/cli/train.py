@@ -16,7 +16,7 @@ from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
     from tunesmith.settings.recipe import Recipe
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
 RECIPE = "recipe.yaml"
 SAMPLE_PROMPTS = 3
@@ -128,7 +128,7 @@ def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
     from tunesmith.cli.rows import origins
     from tunesmith.model.precision import compute_dtype
     from tunesmith.model.quantize import quantization
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
     quantized = quantization(recipe.quantize, compute_dtype(recipe.config)) if recipe.quantize else None
     trainer = SFTTrainer(model=recipe.model, args=recipe.config, quantization_config=quantized, **given)
@@ -201,6 +201,7 @@ def _say_report(trainer: "SFTTrainer") -> None:
 def _say_preflight(trainer: "SFTTrainer") -> None:
     from tunesmith.cli.check import lines
 
+    assert trainer.preflight is not None
     for name, report in trainer.preflight.splits.items():
         for line in lines(name, report):
             _say(line)

@@ -23,7 +23,7 @@ from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.devices import Device
 from tunesmith.model.linear import speed_up
 from tunesmith.model.precision import DTYPES, PrecisionName
-from tunesmith.objectives.supervised import CHUNK_BYTES
+from tunesmith.objectives.logprobs import CHUNK_BYTES
 from tunesmith.plan import footprint
 from tunesmith.plan.footprint import Batch, Bytes, Subject, Timeline, timeline
 from tunesmith.plan.growth import MOST, Growth, growth
