@@ -5,8 +5,8 @@ library fails by name, and never silently. A hook that was renamed would otherwi
 guard against NaN would stop guarding. A test looks for private names in the source that are missing here.
 """
 
+import dis
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -32,10 +32,11 @@ class Name:
         if owner is None:
             return f"there is no {self.owner}"
         value = getattr(owner, self.name, None)
-        if value is None and not (isinstance(owner, type) and self.name in _names_used_in(owner)):
+        if self.parameters is None:
+            of_instances = isinstance(owner, type) and self.name in _set_by_methods(owner)
+            return "" if hasattr(owner, self.name) or of_instances else f"{self.owner} has no {self.name}"
+        if value is None:
             return f"{self.owner} has no {self.name}"
-        if self.parameters is None or value is None:
-            return ""
         known = inspect.signature(value).parameters
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
             return ""
@@ -157,14 +158,10 @@ def _resolved(owner: str) -> Any:
 
 
 @cache
-def _names_used_in(owner: type) -> frozenset[str]:
-    """The attributes that methods of a class and of its bases name: what instances have."""
-    return frozenset(name for kind in owner.__mro__ for name in _names(kind))
-
-
-def _names(kind: type) -> Iterator[str]:
-    for value in vars(kind).values():
-        function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
-        code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
-        if code is not None:
-            yield from code.co_names
+def _set_by_methods(owner: type) -> frozenset[str]:
+    """The attributes that a class and its bases declare, or set in a method: what instances have."""
+    declared = {name for kind in owner.__mro__ for name in vars(kind).get("__annotations__", ())}
+    functions = (getattr(value, "__func__", value) for kind in owner.__mro__ for value in vars(kind).values())
+    codes = (inspect.unwrap(function).__code__ for function in functions if inspect.isfunction(function))
+    steps = (step for code in codes for step in dis.get_instructions(code))
+    return frozenset(declared | {step.argval for step in steps if step.opname == "STORE_ATTR"})
