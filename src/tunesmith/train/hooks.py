@@ -8,7 +8,6 @@ guard against NaN would stop guarding. A test looks for private names in the sou
 import dis
 import inspect
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -33,8 +32,8 @@ class Name:
             return f"there is no {self.owner}"
         value = getattr(owner, self.name, None)
         if self.parameters is None:
-            of_instances = isinstance(owner, type) and self.name in _set_by_methods(owner)
-            return "" if hasattr(owner, self.name) or of_instances else f"{self.owner} has no {self.name}"
+            there = hasattr(owner, self.name) or _of_instances(owner, self.name)
+            return "" if there else f"{self.owner} has no {self.name}"
         if value is None:
             return f"{self.owner} has no {self.name}"
         known = inspect.signature(value).parameters
@@ -93,6 +92,7 @@ ATTRIBUTES = (
     Name(owner=TRAINER, name="_signature_columns", why="columns that reach the collator"),
     Name(owner=TRAINER, name="_train_batch_size", why="rows of a micro-batch, which auto_find_batch_size changes"),
     Name(owner=TRAINER, name="_tr_loss", why="the sum of losses that were not logged yet, for an exact resume"),
+    Name(owner=TRAINER, name="_total_loss_scalar", why="the sum of which `train_loss` is the mean"),
     Name(owner=TRAINER, name="_globalstep_last_logged", why="the step of the last log, for an exact resume"),
     Name(owner="transformers.TrainingArguments", name="_VALID_DICT_FIELDS", why="settings that are dictionaries"),
     Name(owner="transformers.PreTrainedModel", name="_is_stateful", why="tells models that carry a state along a row"),
@@ -157,11 +157,13 @@ def _resolved(owner: str) -> Any:
         return None
 
 
-@cache
-def _set_by_methods(owner: type) -> frozenset[str]:
-    """The attributes that a class and its bases declare, or set in a method: what instances have."""
-    declared = {name for kind in owner.__mro__ for name in vars(kind).get("__annotations__", ())}
+def _of_instances(owner: Any, name: str) -> bool:
+    """Whether a class or one of its bases declares the attribute, or sets it in a method: instances have it."""
+    if not isinstance(owner, type):
+        return False
+    if any(name in vars(kind).get("__annotations__", ()) for kind in owner.__mro__):
+        return True
     functions = (getattr(value, "__func__", value) for kind in owner.__mro__ for value in vars(kind).values())
     codes = (inspect.unwrap(function).__code__ for function in functions if inspect.isfunction(function))
-    steps = (step for code in codes for step in dis.get_instructions(code))
-    return frozenset(declared | {step.argval for step in steps if step.opname == "STORE_ATTR"})
+    steps = (step for code in codes if name in code.co_names for step in dis.get_instructions(code))
+    return any(step.opname == "STORE_ATTR" and step.argval == name for step in steps)
