@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.report.browser import look
-from tests.report.test_inspect_html import HOSTILE
-from tests.report.test_inspect_html import Reader as PageReader
+from tests.report.test_inspect import HOSTILE
+from tests.report.test_inspect import Reader as PageReader
 from tests.report.written import SCRIPT, write_run
 from tests.ship.runs import record
 from tunesmith.errors import TunesmithError

@@ -1,4 +1,4 @@
-"""The parts of a page about runs: no script, nothing loaded from elsewhere, light and dark, on screen and on paper."""
+"""The parts of an HTML page: no script, nothing loaded from elsewhere, in light and dark, on screen and on paper."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -90,14 +90,13 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def numbers(pairs: Iterable[tuple[str, str]]) -> str:
-    """The few numbers that matter most, large."""
+    """The few numbers that matter most, in large type."""
     items = [f"<li><b>{escape(value)}</b>{escape(name)}</li>\n" for name, value in pairs if value]
     return f'<ul class="numbers">\n{"".join(items)}</ul>\n' if items else ""
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[int | None] = ()) -> str:
-    """Cells that begin with a digit stand to the right under their heading. `best` says which cell of a row is to be
-    seen first."""
+    """A table. Columns of numbers are aligned right. `best` has the index of the cell of each row to mark."""
     body = [list(row) for row in rows]
     right = {
         i
@@ -117,7 +116,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence
 
 
 def bars(title: str, rows: Sequence[tuple[str, int]], unit: str) -> str:
-    """A histogram as a table that is read without its bars, too."""
+    """A histogram as a table, which can be read without its bars, too."""
     largest = max((count for _, count in rows), default=0)
     if not largest:
         return ""

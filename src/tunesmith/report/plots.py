@@ -1,4 +1,4 @@
-"""Curves over the steps of a run as SVG to stand in a page: no script, no font of their own, colours of the page."""
+"""Curves over the steps of a run as SVG within a page: no script, and the fonts and colours of the page."""
 
 import io
 import re
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 MOST_POINTS = 500
-"""Of a curve, so many are drawn; of what lies between them, the lowest and the highest."""
+"""The most that are drawn of a curve; between them, the lowest and the highest value are shown as an area."""
 FEW_POINTS = 40
-"""Up to so many, each is marked, and nothing is smoothed."""
+"""Up to this many, each point is marked, and nothing is smoothed."""
 SERIES = 8
 """Colours, after which they are used again with other dashes."""
 DASHES = ("-", "--", ":", "-.")
@@ -126,7 +126,7 @@ def _thinned(x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _inline(text: str, label: str) -> str:
-    """What stands in a page: without the head of a file, its ids its own, its colours and fonts those of the page."""
+    """SVG to put into a page: without the head of a file, with ids of its own, and the page's colours and fonts."""
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     head, rest = text.split(">", 1)

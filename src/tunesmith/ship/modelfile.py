@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: which file, which template, where an answer ends.
+"""An Ollama Modelfile: the file, the chat template, and the tokens that end an answer.
 
 Ollama's templates are Go's. Nothing is translated: what a chat template writes around each message is found by
 rendering conversations whose contents are known, and put into one Go template. Then both are compared on other
@@ -170,7 +170,7 @@ def _system(tokenizer: Any, user: Around, bos: str | None) -> tuple[Around | Non
 
 
 def _compare(tokenizer: Any, parts: Parts, bos: str | None) -> None:
-    """Raises unless both templates write the same of conversations that they were not taken apart with."""
+    """Raises unless both templates write the same text for other conversations than the probes."""
     contents = ("Hi", 'two\n\nlines, "quotes" and {{ braces }}', "x", "- a\n- b", "Why?")
     for system in (None, "Be brief.", "One.\nTwo."):
         if system is not None and parts.system is None:

@@ -1,4 +1,4 @@
-"""Weights on disk, one tensor at a time: those of a base model read, those of a merged one written shard by shard."""
+"""Weights on disk, a tensor at a time: a base model's are read, a merged model's are written shard by shard."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ class StoredWeights:
         return tensor
 
     def under(self, names: Mapping[str, str]) -> "StoredWeights":
-        """Those in `names`, which has the name here for each new one."""
+        """These weights by new names; `names` maps each new name to the one here."""
         return StoredWeights({new: self._stored[name] for new, name in names.items()})
 
 
@@ -90,7 +90,7 @@ class LoadedWeights:
         return tensor.detach()
 
     def replace(self, name: str, tensor: Tensor) -> None:
-        """Under this name alone, where the weight has several."""
+        """Under this name only, if the weight has several."""
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         is_parameter = leaf in dict(module.named_parameters(recurse=False))
@@ -225,8 +225,8 @@ def write_shards(
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, which is gone in the end, whatever happens. So is a folder that was made for the
-    target, if nothing came of it. Raises TunesmithError where nothing can be written there."""
+    """An empty folder beside `target`, which is removed in the end, whatever happens. So are folders that were made for
+    the target, if they are still empty. Raises TunesmithError if nothing can be written there."""
     parents = [folder for folder in target.parents if not folder.exists()]
     folder = target.parent / f".{target.name}-{uuid4().hex[:8]}"
     try:
