@@ -283,7 +283,7 @@ def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
     if job.loaded is None:
 
         def tensors(piece: Piece) -> dict[str, Tensor]:
-            return {job.names.kept.get(name, name): tensor for name, tensor in job.merged.tensors(piece).items()}
+            return {job.names.written.get(name, name): tensor for name, tensor in job.merged.tensors(piece).items()}
 
         files = len(write_shards(folder, job.merged.pieces, tensors, options.shard_bytes()))
         job.model.config.save_pretrained(folder)

@@ -161,10 +161,10 @@ def _system(tokenizer: Any, user: Around, bos: str | None) -> tuple[Around | Non
         text = _render(tokenizer, turns, bos)
     except TunesmithError:
         return None, False
-    before, found, rest = text.partition(SYSTEM)
-    after = rest.partition(CONTENTS[0])[0]
-    if not found:
+    if SYSTEM not in text:
         return None, False
+    before, _, rest = text.partition(SYSTEM)
+    after = rest.partition(CONTENTS[0])[0]
     is_own = after.endswith(user.before)
     return Around(before=before, after=after.removesuffix(user.before) if is_own else after), not is_own
 
@@ -206,9 +206,9 @@ def _pieces(tokenizer: Any, contents: Sequence[str], bos: str | None) -> list[st
     text = _render(tokenizer, _turns(*contents), bos)
     pieces = []
     for content in contents:
-        before, found, text = text.partition(content)
-        if not found:
+        if content not in text:
             raise TunesmithError(f"the chat template does not write the message {content!r} as it is")
+        before, _, text = text.partition(content)
         pieces.append(before)
     return [*pieces, text]
 

@@ -148,12 +148,12 @@ def shared_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamesInFiles:
-    """`files` has the name in the files for each weight by its name in the model; `kept` those of them that a file to
-    load needs. The others are of a bare decoder, without the part that a causal language model puts before them.
+    """`files` has the name in the files for each weight by its name in the model; `written` those of them that the merged
+    model's files have. The others are of a bare decoder, without the part that a causal language model puts before them.
     `obstacle` says why the files' tensors are not the model's, if so: then only `transformers` can load them."""
 
     files: dict[str, str]
-    kept: dict[str, str]
+    written: dict[str, str]
     obstacle: str | None = None
 
 
@@ -164,7 +164,7 @@ def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFile
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     tensors = model.state_dict()
     files: dict[str, str] = {}
-    kept: dict[str, str] = {}
+    written: dict[str, str] = {}
     for name in stored:
         bare, converted = rename_source_key(name, renamings, converters)
         own, _ = rename_source_key(name, renamings, converters, model.base_model_prefix or None, tensors)
@@ -172,14 +172,14 @@ def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFile
             continue  # transformers leaves it out, too
         if converted is not None:
             obstacle = f"its files hold {own} in another arrangement than the model"
-            return NamesInFiles(files={}, kept={}, obstacle=obstacle)
+            return NamesInFiles(files={}, written={}, obstacle=obstacle)
         files[own] = name
         if own == bare:
-            kept[own] = name
+            written[own] = name
     aliases = {name: group for group in shared_names(model) for name in group}
     missing = [name for name in tensors if not files.keys() & set(aliases.get(name, (name,)))]
     lacking = f"its files have no weight that becomes {missing[0]}" if missing else None
-    return NamesInFiles(files=files, kept=kept, obstacle=lacking)
+    return NamesInFiles(files=files, written=written, obstacle=lacking)
 
 
 # Writing
