@@ -36,12 +36,17 @@ def loss_name(metric: str) -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file atomically; the umask decides who may read it. Raises OSError."""
+    """Writes a text file atomically; the umask decides who may read it. A link, a pipe or a device, such as
+    `/dev/stdout`, is written to and not replaced. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A lone surrogate, which JSON can name but UTF-8 can't hold, is written as JSON's escape.
+    content = text.encode(errors="backslashreplace")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(content)
+        return
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        # A lone surrogate, which JSON can name but UTF-8 can't hold, is written as JSON's escape.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_bytes(content)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -167,7 +172,7 @@ def from_json(value: Any, kind: Any, place: str = "") -> Any:
         return {key: from_json(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
-        known = hints.keys() & value.keys()  # the others may be of a later version
+        known = [name for name in value if name in hints]  # the others may be of a later version
         make: Any = kind
         try:
             return make(**{name: from_json(value[name], hints[name], f"{place}.{name}".lstrip(".")) for name in known})

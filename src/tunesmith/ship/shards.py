@@ -148,9 +148,10 @@ def shared_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamesInFiles:
-    """`files` has the name in the files for each weight by its name in the model; `written` those of them that the merged
-    model's files have. The others are of a bare decoder, without the part that a causal language model puts before them.
-    `obstacle` says why the files' tensors are not the model's, if so: then only `transformers` can load them."""
+    """`files` has the name in the files for each weight by its name in the model; `written` those of them that the
+    merged model's files have. The others are of a bare decoder, without the part that a causal language model puts
+    before them. `obstacle` says why the files' tensors are not the model's, if so: then only `transformers` can load
+    them."""
 
     files: dict[str, str]
     written: dict[str, str]
