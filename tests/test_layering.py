@@ -21,7 +21,7 @@ LAYERS = (
     *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "cli"),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
-BASE = ("errors", "types", "text", "home", "secrets", "precision")
+BASE = ("errors", "types", "text", "home", "secrets")
 TOP_LEVEL = dict.fromkeys(BASE, "base") | {"trainers": "trainers", "__main__": "cli"}
 HEIGHT = {place: height for height, place in enumerate(LAYERS)}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from tunesmith.errors import TunesmithError
 
 DEMO = "demo"
-"""The name of the demo model in recipes."""
+"""The name that users write for the demo model."""
 DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
-"""The demo model's cache folder, on whatever machine."""
+"""The demo model's folder in this cache, on whatever machine."""
 
 
 def home() -> Path:

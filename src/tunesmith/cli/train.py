@@ -79,6 +79,7 @@ def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
     from tunesmith.model.load import resolve_model
+    from tunesmith.model.precision import settle_precision
     from tunesmith.runs.lock import check_writable
     from tunesmith.train.trackers import check_trackers
 
@@ -89,8 +90,8 @@ def run(recipe: "Recipe") -> None:
     opened = _open(recipe)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")
-    if recipe.config.precision_note:
-        _say(recipe.config.precision_note)
+    if note := settle_precision(recipe.config):
+        _say(note)
     resolve_model(recipe.model, _say)
     if recipe.config.sample_prompts is None:
         recipe.config.sample_prompts = SAMPLE_PROMPTS
@@ -125,7 +126,7 @@ def _open(recipe: "Recipe") -> dict[str, Any]:
 
 def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
     from tunesmith.cli.rows import origins
-    from tunesmith.model.load import compute_dtype
+    from tunesmith.model.precision import compute_dtype
     from tunesmith.model.quantize import quantization
     from tunesmith.trainers import SFTTrainer
 

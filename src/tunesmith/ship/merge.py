@@ -26,7 +26,7 @@ from tunesmith.model.devices import here
 from tunesmith.model.generate import prompt_ids, stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
-from tunesmith.precision import DTYPES, PrecisionName
+from tunesmith.model.precision import DTYPES, PrecisionName
 from tunesmith.settings.coerce import byte_count
 from tunesmith.ship.adapted import (
     AdaptedModel,
