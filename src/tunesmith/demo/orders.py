@@ -27,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tunesmith.demo.order_words import DATE_FORMS, HELD_OUT, MONTHS, QUANTITY_WORDS, TRAINING, Pool
+from tunesmith.demo.pools import DATE_FORMS, HELD_OUT, MONTHS, QUANTITY_WORDS, TRAINING, Pool
 from tunesmith.errors import TunesmithError
 
 TASK_SYSTEM = "Extract the order as JSON."
@@ -178,12 +178,12 @@ def _email(order: Order, pool: Pool, dice: Dice) -> str:
         body.insert(dice.below(2), "{urgency}")
     if dice.chance(0.3):
         body.insert(dice.below(len(body) + 1), dice.pick(pool.strays))
-    parts = [" ".join(body), dice.pick(pool.closings)]
+    parts, day = [" ".join(body), dice.pick(pool.closings)], order.day
     if dice.chance(0.6):
         parts.insert(0, dice.pick(pool.greetings))
     return _spoiled("\n".join(parts), dice).format(
         items=_written_items(order.items, dice),
-        date=_written_date(order.day, dice),
+        date=dice.pick(DATE_FORMS).format(year=day.year, month=day.month, day=day.day, name=MONTHS[day.month - 1]),
         urgency=dice.pick(pool.urgent if order.urgent else pool.relaxed),
         clerk=dice.pick(pool.clerks),
         customer=order.customer,
@@ -204,10 +204,6 @@ def _written_quantity(item: Item, words: bool, dice: Dice) -> str:
         return str(item.quantity)
     names = [word for word, value in QUANTITY_WORDS.items() if value == item.quantity]
     return dice.pick(names) if names else str(item.quantity)
-
-
-def _written_date(day: date, dice: Dice) -> str:
-    return dice.pick(DATE_FORMS).format(year=day.year, month=day.month, day=day.day, name=MONTHS[day.month - 1])
 
 
 def _spoiled(text: str, dice: Dice) -> str:
