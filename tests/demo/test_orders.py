@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.demo import orders, pools
-from tunesmith.demo.pools import HELD_OUT, QUANTITY_WORDS, TRAINING, Pool
 from tunesmith.demo.orders import exact_match, export, held_out_rows, training_rows, valid_json
+from tunesmith.demo.pools import HELD_OUT, QUANTITY_WORDS, TRAINING, Pool
 from tunesmith.errors import TunesmithError
 
 GOOD = '{"customer":"Anna Baker","items":[{"name":"blue mugs","quantity":3}],"date":"2026-03-14","urgent":false}'

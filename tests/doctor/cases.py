@@ -11,12 +11,8 @@ import torch
 from huggingface_hub import constants
 
 from tests.model.kernels import Kernels, by_document
-from tunesmith.cli.doctor import Check, examined
-from tunesmith.doctor import hub_access as doctor_hub
-from tunesmith.doctor import installed as doctor_installed
-from tunesmith.doctor import kernels as doctor_kernels
-from tunesmith.doctor import machine as doctor_machine
-from tunesmith.doctor.finding import Finding
+from tunesmith.doctor import checks
+from tunesmith.doctor.checks import Check, Finding, examined
 from tunesmith.model import attention_cuda as varlen
 from tunesmith.model import bnb
 
@@ -56,7 +52,7 @@ def other_device(patch: Patch) -> None:
 
 
 def old_python(patch: Patch) -> None:
-    patch.setattr("tunesmith.doctor.installed.sys.version_info", (3, 10, 1))
+    patch.setattr("tunesmith.doctor.checks.sys.version_info", (3, 10, 1))
 
 
 def no_torch(patch: Patch) -> None:
@@ -64,17 +60,17 @@ def no_torch(patch: Patch) -> None:
 
 
 def unused_gpu(patch: Patch, cuda: str | None = None) -> None:
-    patch.setattr("tunesmith.doctor.installed.shutil.which", lambda name: f"/bin/{name}")
+    patch.setattr("tunesmith.doctor.checks.shutil.which", lambda name: f"/bin/{name}")
     patch.setattr(torch.version, "cuda", cuda)
 
 
 def odd_libraries(patch: Patch) -> None:
     wanted = ["numpy>=1", "torch<1", "no-such-package>=2", "neither-this; extra == 'dev'"]
-    patch.setattr(doctor_installed, "requires", lambda _: wanted)
+    patch.setattr(checks, "requires", lambda _: wanted)
 
 
 def no_package(patch: Patch) -> None:
-    for module in (doctor_installed, doctor_kernels, bnb):
+    for module in (checks, bnb):
         patch.setattr(module, "find_spec", lambda _: None)
 
 
@@ -88,9 +84,9 @@ def damaged_demo(patch: Patch) -> None:
 def cpuinfo(flags: str) -> Callable[[Patch], None]:
     def fake(patch: Patch) -> None:
         text = f"model name\t: Old Processor\nflags\t\t: {flags}\n"
-        patch.setattr(doctor_machine, "CPUINFO", SimpleNamespace(read_text=lambda encoding: text))
-        patch.setattr("tunesmith.doctor.machine.sys.platform", "linux")
-        patch.setattr("tunesmith.doctor.machine.platform.machine", lambda: "x86_64")
+        patch.setattr(checks, "CPUINFO", SimpleNamespace(read_text=lambda encoding: text))
+        patch.setattr("tunesmith.doctor.checks.sys.platform", "linux")
+        patch.setattr("tunesmith.doctor.checks.platform.machine", lambda: "x86_64")
 
     return fake
 
@@ -107,8 +103,8 @@ def memory(free: float) -> Callable[[Patch], None]:
 
 def disk(free: float, *, writable: bool = True) -> Callable[[Patch], None]:
     def fake(patch: Patch) -> None:
-        patch.setattr("tunesmith.doctor.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-        patch.setattr("tunesmith.doctor.machine.os.access", lambda *_: writable)
+        patch.setattr("tunesmith.doctor.checks.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        patch.setattr("tunesmith.doctor.checks.os.access", lambda *_: writable)
 
     return fake
 
@@ -117,7 +113,7 @@ def disk(free: float, *, writable: bool = True) -> Callable[[Patch], None]:
 
 
 def old_bitsandbytes(patch: Patch) -> None:
-    patch.setattr(doctor_kernels, "installed_version", lambda _: "0.45.0")
+    patch.setattr(checks, "installed_version", lambda _: "0.45.0")
 
 
 def unimportable_bitsandbytes(patch: Patch) -> None:
@@ -155,8 +151,8 @@ def flash2(patch: Patch, *, right: bool = True) -> None:
     kernels.flash2()
     if not right:
         kernels.compute = lambda *given: 2 * by_document(*given)
-    patch.setattr(doctor_kernels, "find_spec", lambda name: object() if name == "flash_attn" else None)
-    patch.setattr(doctor_kernels, "installed_version", lambda name: "2.8.3" if name == "flash-attn" else "")
+    patch.setattr(checks, "find_spec", lambda name: object() if name == "flash_attn" else None)
+    patch.setattr(checks, "installed_version", lambda name: "2.8.3" if name == "flash-attn" else "")
 
 
 def gpu_with_flash2(patch: Patch) -> None:
@@ -177,7 +173,7 @@ def answers(*status: Any, token: str | None = "secret") -> Callable[[Patch], Non
         each = iter(status)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr("huggingface_hub.get_token", lambda: token)
-        patch.setattr(doctor_hub, "_answer", lambda *_: (next(each), {"name": "me"}))
+        patch.setattr(checks, "_answer", lambda *_: (next(each), {"name": "me"}))
 
     return fake
 
@@ -195,66 +191,58 @@ def failing(error: Exception) -> Check:
 
 
 CASES: dict[str, Case] = {
-    "python": Case(check=doctor_installed.python, marks=["ok"]),
-    "old python": Case(check=doctor_installed.python, marks=["problem"], fake=old_python),
-    "torch": Case(check=doctor_installed.torch_build, marks=["ok"]),
-    "torch with a gpu": Case(check=doctor_installed.torch_build, marks=["ok"], fake=gpu),
-    "torch on another device": Case(check=doctor_installed.torch_build, marks=["ok"], fake=other_device),
-    "no torch": Case(check=doctor_installed.torch_build, marks=["problem"], fake=no_torch),
-    "cpu build": Case(check=doctor_installed.torch_build, marks=["note"], fake=unused_gpu),
-    "old driver": Case(
-        check=doctor_installed.torch_build, marks=["note"], fake=lambda patch: unused_gpu(patch, "13.0")
-    ),
-    "libraries": Case(check=doctor_installed.libraries, marks=["ok"]),
-    "odd libraries": Case(check=doctor_installed.libraries, marks=["problem", "problem", "ok"], fake=odd_libraries),
-    "demo": Case(check=doctor_installed.demo_model, marks=["ok"]),
-    "no demo": Case(check=doctor_installed.demo_model, marks=["note"], fake=no_package),
-    "damaged demo": Case(check=doctor_installed.demo_model, marks=["note"], fake=damaged_demo),
-    "processor": Case(check=doctor_machine.processor, marks=["ok"], fake=cpuinfo("avx2 avx512f amx_bf16")),
-    "old processor": Case(check=doctor_machine.processor, marks=["note"], fake=cpuinfo("sse4_2 avx")),
-    "no gpu": Case(check=doctor_machine.accelerators, marks=["ok"]),
-    "gpu": Case(check=doctor_machine.accelerators, marks=["ok"], fake=gpu),
+    "python": Case(check=checks.python, marks=["ok"]),
+    "old python": Case(check=checks.python, marks=["problem"], fake=old_python),
+    "torch": Case(check=checks.torch_build, marks=["ok"]),
+    "torch with a gpu": Case(check=checks.torch_build, marks=["ok"], fake=gpu),
+    "torch on another device": Case(check=checks.torch_build, marks=["ok"], fake=other_device),
+    "no torch": Case(check=checks.torch_build, marks=["problem"], fake=no_torch),
+    "cpu build": Case(check=checks.torch_build, marks=["note"], fake=unused_gpu),
+    "old driver": Case(check=checks.torch_build, marks=["note"], fake=lambda patch: unused_gpu(patch, "13.0")),
+    "libraries": Case(check=checks.libraries, marks=["ok"]),
+    "odd libraries": Case(check=checks.libraries, marks=["problem", "problem", "ok"], fake=odd_libraries),
+    "demo": Case(check=checks.demo_model, marks=["ok"]),
+    "no demo": Case(check=checks.demo_model, marks=["note"], fake=no_package),
+    "damaged demo": Case(check=checks.demo_model, marks=["note"], fake=damaged_demo),
+    "processor": Case(check=checks.processor, marks=["ok"], fake=cpuinfo("avx2 avx512f amx_bf16")),
+    "old processor": Case(check=checks.processor, marks=["note"], fake=cpuinfo("sse4_2 avx")),
+    "no gpu": Case(check=checks.accelerators, marks=["ok"]),
+    "gpu": Case(check=checks.accelerators, marks=["ok"], fake=gpu),
     "gpu of another build": Case(
-        check=doctor_machine.accelerators, marks=["problem"], fake=lambda patch: gpu(patch, built=["sm_90"])
+        check=checks.accelerators, marks=["problem"], fake=lambda patch: gpu(patch, built=["sm_90"])
     ),
-    "other device": Case(check=doctor_machine.accelerators, marks=["ok"], fake=other_device),
-    "fast bf16": Case(check=doctor_machine.precision, marks=["ok"], fake=speeds(100, 300)),
-    "slow bf16": Case(check=doctor_machine.precision, marks=["ok"], fake=speeds(100, 20)),
-    "no product": Case(check=doctor_machine.precision, marks=["problem"], fake=speeds(0, 0)),
-    "memory": Case(check=doctor_machine.memory, marks=["ok"], fake=memory(6e9)),
-    "little memory": Case(check=doctor_machine.memory, marks=["note"], fake=memory(3e9)),
-    "too little memory": Case(check=doctor_machine.memory, marks=["problem"], fake=memory(5e8)),
-    "disks": Case(check=doctor_machine.disks, marks=["ok", "ok"], fake=disk(1e11)),
-    "little disk": Case(check=doctor_machine.disks, marks=["note", "note"], fake=disk(1e9)),
-    "full disk": Case(check=doctor_machine.disks, marks=["problem", "note"], fake=disk(1e8)),
-    "read-only disk": Case(check=doctor_machine.disks, marks=["problem", "note"], fake=disk(1e11, writable=False)),
-    "bitsandbytes": Case(check=doctor_kernels.bitsandbytes, marks=["ok"]),
-    "no bitsandbytes": Case(check=doctor_kernels.bitsandbytes, marks=["note"], fake=no_package),
-    "old bitsandbytes": Case(check=doctor_kernels.bitsandbytes, marks=["note"], fake=old_bitsandbytes),
-    "unimportable bitsandbytes": Case(
-        check=doctor_kernels.bitsandbytes, marks=["note"], fake=unimportable_bitsandbytes
-    ),
+    "other device": Case(check=checks.accelerators, marks=["ok"], fake=other_device),
+    "fast bf16": Case(check=checks.precision, marks=["ok"], fake=speeds(100, 300)),
+    "slow bf16": Case(check=checks.precision, marks=["ok"], fake=speeds(100, 20)),
+    "no product": Case(check=checks.precision, marks=["problem"], fake=speeds(0, 0)),
+    "memory": Case(check=checks.memory, marks=["ok"], fake=memory(6e9)),
+    "little memory": Case(check=checks.memory, marks=["note"], fake=memory(3e9)),
+    "too little memory": Case(check=checks.memory, marks=["problem"], fake=memory(5e8)),
+    "disks": Case(check=checks.disks, marks=["ok", "ok"], fake=disk(1e11)),
+    "little disk": Case(check=checks.disks, marks=["note", "note"], fake=disk(1e9)),
+    "full disk": Case(check=checks.disks, marks=["problem", "note"], fake=disk(1e8)),
+    "read-only disk": Case(check=checks.disks, marks=["problem", "note"], fake=disk(1e11, writable=False)),
+    "bitsandbytes": Case(check=checks.bitsandbytes, marks=["ok"]),
+    "no bitsandbytes": Case(check=checks.bitsandbytes, marks=["note"], fake=no_package),
+    "old bitsandbytes": Case(check=checks.bitsandbytes, marks=["note"], fake=old_bitsandbytes),
+    "unimportable bitsandbytes": Case(check=checks.bitsandbytes, marks=["note"], fake=unimportable_bitsandbytes),
     "bitsandbytes of other devices": Case(
-        check=doctor_kernels.bitsandbytes, marks=["note"], fake=bitsandbytes_without_this_device
+        check=checks.bitsandbytes, marks=["note"], fake=bitsandbytes_without_this_device
     ),
-    "failing product": Case(check=doctor_kernels.bitsandbytes, marks=["note"], fake=broken_product),
-    "wrong product": Case(check=doctor_kernels.bitsandbytes, marks=["note"], fake=wrong_product),
-    "attention without a gpu": Case(check=doctor_kernels.flash_attention, marks=["ok"]),
-    "attention in one kernel": Case(check=doctor_kernels.flash_attention, marks=["ok"], fake=gpu_with_flash2),
-    "attention without a kernel": Case(check=doctor_kernels.flash_attention, marks=["note"], fake=gpu),
-    "attention on an old gpu": Case(
-        check=doctor_kernels.flash_attention, marks=["note"], fake=lambda patch: gpu(patch, 7, 5)
-    ),
-    "attention with a wrong kernel": Case(
-        check=doctor_kernels.flash_attention, marks=["note"], fake=gpu_with_wrong_flash2
-    ),
-    "offline": Case(check=doctor_hub.hub, marks=["note"], fake=offline),
-    "no network": Case(check=doctor_hub.hub, marks=["note"], fake=answers("ConnectError: no route")),
-    "ill hub": Case(check=doctor_hub.hub, marks=["note"], fake=answers(503)),
-    "token": Case(check=doctor_hub.hub, marks=["ok", "ok"], fake=answers(200, 200)),
-    "no token": Case(check=doctor_hub.hub, marks=["ok", "note"], fake=answers(200, token=None)),
-    "refused token": Case(check=doctor_hub.hub, marks=["ok", "note"], fake=answers(200, 401)),
-    "unknown token": Case(check=doctor_hub.hub, marks=["ok", "note"], fake=answers(200, "ReadTimeout: slow")),
+    "failing product": Case(check=checks.bitsandbytes, marks=["note"], fake=broken_product),
+    "wrong product": Case(check=checks.bitsandbytes, marks=["note"], fake=wrong_product),
+    "attention without a gpu": Case(check=checks.flash_attention, marks=["ok"]),
+    "attention in one kernel": Case(check=checks.flash_attention, marks=["ok"], fake=gpu_with_flash2),
+    "attention without a kernel": Case(check=checks.flash_attention, marks=["note"], fake=gpu),
+    "attention on an old gpu": Case(check=checks.flash_attention, marks=["note"], fake=lambda patch: gpu(patch, 7, 5)),
+    "attention with a wrong kernel": Case(check=checks.flash_attention, marks=["note"], fake=gpu_with_wrong_flash2),
+    "offline": Case(check=checks.hub, marks=["note"], fake=offline),
+    "no network": Case(check=checks.hub, marks=["note"], fake=answers("ConnectError: no route")),
+    "ill hub": Case(check=checks.hub, marks=["note"], fake=answers(503)),
+    "token": Case(check=checks.hub, marks=["ok", "ok"], fake=answers(200, 200)),
+    "no token": Case(check=checks.hub, marks=["ok", "note"], fake=answers(200, token=None)),
+    "refused token": Case(check=checks.hub, marks=["ok", "note"], fake=answers(200, 401)),
+    "unknown token": Case(check=checks.hub, marks=["ok", "note"], fake=answers(200, "ReadTimeout: slow")),
     "failing check": Case(check=failing(OSError("no such thing")), marks=["note"]),
     "check without a library": Case(check=failing(ImportError("no module torch")), marks=["note"]),
 }

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.complete import runs
+from tunesmith.cli.complete import RUN
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.terminal.output import finish_lines, note
 
@@ -14,10 +14,7 @@ FORMATS = ("gguf",)
 
 
 def export(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs),
-    ],
+    run: RUN,
     output: Annotated[
         Path, typer.Option(metavar="FILE_OR_DIR", help="A file that ends in .gguf, or a folder for model.gguf.")
     ],

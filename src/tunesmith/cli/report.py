@@ -6,7 +6,8 @@ import typer
 
 from tunesmith.cli.complete import runs as runs_here
 from tunesmith.report.write import COMPARISON, REPORT, write_report
-from tunesmith.terminal.output import finish_lines, size
+from tunesmith.terminal.output import finish_lines
+from tunesmith.text import size
 
 
 def report(

@@ -88,12 +88,12 @@ class Lengths:
 
     def over(self, length: int) -> int:
         """How many rows have more tokens than `length`; of a sample, about so many."""
-        found = len(self.sizes) - bisect_right(self.sizes, length)
-        return round(found * self.rows / len(self.sizes))
+        longer = len(self.sizes) - bisect_right(self.sizes, length)
+        return round(longer * self.rows / len(self.sizes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Looked:
+class Survey:
     """What is known of the rows, and a random sample of them with their places."""
 
     facts: RowFacts
@@ -126,7 +126,7 @@ class _Tally:
             self.labels = None if len(self.labels) > MOST_LABELS else self.labels
 
 
-def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Looked:
+def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Survey:
     """Reads all of `rows`, (place, row) pairs. Raises TunesmithError, with the place, for one that can't be trained on
     or has another shape than the first."""
     options = FormatOptions(columns=columns, arrow=False)
@@ -142,11 +142,14 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
     if not sample:
         raise TunesmithError("the data set is empty")
     first = sample[0][1]
+    prompt = (
+        first.prompt_length if isinstance(first, Conversation) else first.prompt if isinstance(first, Text) else None
+    )
     facts = RowFacts(
         rows=tally.rows,
         format=names[0],
         kind=_kind(first),
-        separate=isinstance(first, Conversation | Text) and _separate(first),
+        separate=prompt is not None,
         roles=tuple(tally.roles),
         answers=tally.answers,
         duplicates=tally.rows - len(tally.seen),
@@ -154,22 +157,22 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
         json_answers=tally.json_answers / tally.rows,
         labels=tuple(tally.labels.most_common()) if tally.labels is not None else (),
     )
-    return Looked(facts=facts, sample=sample)
+    return Survey(facts=facts, sample=sample)
 
 
-def measure(looked: Looked, tokenizer: Any, train_on: TrainOn | None, template_kwargs: Mapping[str, Any]) -> Lengths:
+def measure(survey: Survey, tokenizer: Any, train_on: TrainOn | None, template_kwargs: Mapping[str, Any]) -> Lengths:
     """The lengths of the sampled rows under the tokenizer's chat template. Raises TunesmithError, with the place, for a
     row that the template refuses."""
     options = EncodeOptions(train_on=train_on, max_length=None, template_kwargs=template_kwargs)
     encoder, counts, sizes = Encoder(tokenizer, options), Counts(), list[int]()
-    rest = iter(looked.sample)
+    rest = iter(survey.sample)
     while part := list(islice(rest, BATCH_ROWS)):
         sizes += [len(example.input_ids) for example in encoder.encode(part, counts)]
     if not sizes:
         reason, (count, places) = next(iter(counts.dropped.items()))
         raise TunesmithError(f"no example is left of {counts.rows} rows ({reason}: {count}, {places[0]}...)")
     share = counts.supervised / max(1, counts.tokens)
-    return Lengths(sizes=tuple(sorted(sizes)), rows=looked.facts.rows, supervised=share)
+    return Lengths(sizes=tuple(sorted(sizes)), rows=survey.facts.rows, supervised=share)
 
 
 def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str] | None:
@@ -204,9 +207,8 @@ def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, st
 def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:
     """The `columns` setting for rows whose column `question` is answered by `answer`."""
     ours = ("instruction", "output") if templated else ("prompt", "completion")
-    return {
-        name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs
-    }  # a name that is ours already needs no line
+    # A name that is ours already needs no line.
+    return {name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs}
 
 
 def _pair(row: Mapping[str, Any], question: str, answer: str, templated: bool) -> dict[str, str]:
@@ -242,10 +244,6 @@ def _kind(row: Row) -> Kind:
     if isinstance(row, Text):
         return "text" if row.prompt is None else "pair"
     return "tokens"
-
-
-def _separate(row: Conversation | Text) -> bool:
-    return (row.prompt_length if isinstance(row, Conversation) else row.prompt) is not None
 
 
 def _answer(row: Row) -> str:

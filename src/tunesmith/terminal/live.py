@@ -111,12 +111,13 @@ class Snapshot:
 
     def numbers(self) -> list[tuple[str, str]]:
         """What is known, with its name."""
+        sizes = {"memory": self.memory, "peak": self.peak}
         return [
             *((name, f"{value:.4f}") for name, value in self.eval_losses.items()),
             *([("best", f"{self.best:.4f}")] if self.best is not None else []),
             ("tokens/s", _number(self.speed, ",.0f")),
             ("supervised", _number(self.supervised, ".0%")),
-            *((name, "-" if mib is None else size(mib * 2**20)) for name, mib in (("memory", self.memory), ("peak", self.peak))),
+            *((name, "-" if mib is None else size(mib * 2**20)) for name, mib in sizes.items()),
             ("grad norm", _number(self.grad_norm, ".3g")),
             ("lr", _number(self.learning_rate, ".2e")),
             ("elapsed", clock(time.perf_counter() - self.began)),

@@ -18,7 +18,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tests.serve.running import serving
 from tunesmith.model.generate import Answer, Sampling, generate_from_ids, prompt_ids, text_ids
 from tunesmith.model.load import load_run
-from tunesmith.serve.access import Access
+from tunesmith.serve.server import Access
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
