@@ -11,9 +11,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tunesmith.cli.data import training_rows
 from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
 from tunesmith.cli.main import Commands
-from tunesmith.cli.rows import training_rows
 from tunesmith.data.batches import flat
 from tunesmith.settings.recipe import resolve
 from tunesmith.train.trainer import SFTTrainer

@@ -42,7 +42,7 @@ def init(
 
     Asks what the options leave out. Example: tunesmith init recipe.yaml --data rows.jsonl
     """
-    from tunesmith.cli.inspect import SAME_DATA
+    from tunesmith.cli.data import SAME_DATA
     from tunesmith.init.recipe_text import sections, values
     from tunesmith.settings.recipe import resolve
 

@@ -10,29 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli.chat import chat
-from tunesmith.cli.check import HELP as CHECK_HELP
-from tunesmith.cli.check import USAGE as CHECK_USAGE
-from tunesmith.cli.check import check
+from tunesmith.cli import chat, check, demo, doctor, export, init, inspect, merge, plan, push, report, serve, train
 from tunesmith.cli.complete import RecipeCommand
-from tunesmith.cli.demo import demo
-from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
-from tunesmith.cli.export import export
-from tunesmith.cli.init import init
-from tunesmith.cli.inspect import HELP as INSPECT_HELP
-from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
-from tunesmith.cli.inspect import inspect
-from tunesmith.cli.merge import merge
-from tunesmith.cli.plan import HELP as PLAN_HELP
-from tunesmith.cli.plan import USAGE as PLAN_USAGE
-from tunesmith.cli.plan import plan
-from tunesmith.cli.push import push
-from tunesmith.cli.report import report
-from tunesmith.cli.serve import serve
-from tunesmith.cli.train import HELP as TRAIN_HELP
-from tunesmith.cli.train import USAGE as TRAIN_USAGE
-from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.noise import hide_noise
 from tunesmith.terminal.output import Application, fail
@@ -116,10 +96,10 @@ SUMMARIES = {
 
 # These sort out their options themselves: every key of a recipe is one.
 for command, text, usage in (
-    (train, TRAIN_HELP, TRAIN_USAGE),
-    (check, CHECK_HELP, CHECK_USAGE),
-    (inspect, INSPECT_HELP, INSPECT_USAGE),
-    (plan, PLAN_HELP, PLAN_USAGE),
+    (train.train, train.HELP, train.USAGE),
+    (check.check, check.HELP, check.USAGE),
+    (inspect.inspect, inspect.HELP, inspect.USAGE),
+    (plan.plan, plan.HELP, plan.USAGE),
 ):
     app.command(
         cls=RecipeCommand,
@@ -129,8 +109,11 @@ for command, text, usage in (
         options_metavar=usage,
     )(command)
 app.command("eval", short_help=SUMMARIES["eval"])(evaluate)
-for plain in (init, chat, serve, demo, report, merge, export, push, doctor):
-    app.command(short_help=SUMMARIES.get(plain.__name__))(plain)
+for command in (
+    *(init.init, chat.chat, serve.serve, demo.demo, report.report),
+    *(merge.merge, export.export, push.push, doctor.doctor),
+):
+    app.command(short_help=SUMMARIES[command.__name__])(command)
 
 
 def main() -> None:
