@@ -331,93 +331,55 @@ def event(value: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """The objects of one answer, which share an id. With `include_usage`, its last event counts tokens."""
+    """The objects of one answer, which share an id: of `/v1/chat/completions`, or with `is_chat` False of
+    `/v1/completions`. With `include_usage`, its last event counts tokens."""
 
     model: str
+    is_chat: bool
     include_usage: bool
     created: int = field(default_factory=lambda: int(time.time()))
     number: str = field(default_factory=lambda: secrets.token_hex(12))
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
-        raise NotImplementedError
+        choice: dict[str, Any] = {"text": outcome.text}
+        if self.is_chat:
+            choice = {"message": {"role": "assistant", "content": outcome.text, "refusal": None}}
+        if outcome.calls:
+            content = outcome.text if outcome.text.strip() else None
+            choice["message"] |= {"content": content, "tool_calls": [_call(call) for call in outcome.calls]}
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._object(kind, choice, outcome.reason) | {"usage": outcome.usage}
 
     def start(self) -> list[dict[str, Any]]:
-        """What goes before the first piece."""
-        return []
+        """The events before the first piece."""
+        return [self._chunk({"role": "assistant", "content": ""})] if self.is_chat else []
 
     def piece(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        return self._chunk({"content": text} if self.is_chat else text)
 
     def end(self, outcome: Outcome) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        events = [self.piece(outcome.rest)] if outcome.rest else []
+        if outcome.calls:
+            calls = [{"index": i, **_call(call)} for i, call in enumerate(outcome.calls)]
+            events.append(self._chunk({"tool_calls": calls}))
+        last = self._chunk({} if self.is_chat else "", outcome.reason)
+        return [*events, last, *([last | {"choices": [], "usage": outcome.usage}] if self.include_usage else [])]
 
-    def _with_usage(self, events: list[dict[str, Any]], counted: dict[str, int]) -> list[dict[str, Any]]:
-        return [*events, {**events[-1], "choices": [], "usage": counted}] if self.include_usage else events
+    def _chunk(self, delta: dict[str, Any] | str, reason: str | None = None) -> dict[str, Any]:
+        kind, name = ("chat.completion.chunk", "delta") if self.is_chat else ("text_completion", "text")
+        value = self._object(kind, {name: delta}, reason)
+        return value | {"usage": None} if self.include_usage else value
 
-    def _object(self, kind: str, prefix: str, choice: dict[str, Any], streamed: bool) -> dict[str, Any]:
-        value = {
-            "id": f"{prefix}-{self.number}",
+    def _object(self, kind: str, choice: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.number}",
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "choices": [{"index": 0, "logprobs": None, **choice}],
+            "choices": [{"index": 0, "logprobs": None, **choice, "finish_reason": reason}],
         }
-        return value | {"usage": None} if streamed and self.include_usage else value
 
 
-class ChatReply(Reply):
-    """Of `/v1/chat/completions`."""
-
-    def whole(self, outcome: Outcome) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": outcome.text, "refusal": None}
-        if outcome.calls:
-            message["tool_calls"] = _written_calls(outcome.calls, numbered=False)
-            message["content"] = outcome.text if outcome.text.strip() else None
-        choice = {"message": message, "finish_reason": outcome.reason}
-        return self._object("chat.completion", "chatcmpl", choice, False) | {"usage": outcome.usage}
-
-    def start(self) -> list[dict[str, Any]]:
-        return [self._chunk({"role": "assistant", "content": ""})]
-
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text})
-
-    def end(self, outcome: Outcome) -> list[dict[str, Any]]:
-        events = [self.piece(outcome.rest)] if outcome.rest else []
-        if outcome.calls:
-            events.append(self._chunk({"tool_calls": _written_calls(outcome.calls, numbered=True)}))
-        return self._with_usage([*events, self._chunk({}, outcome.reason)], outcome.usage)
-
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"delta": delta, "finish_reason": reason}
-        return self._object("chat.completion.chunk", "chatcmpl", choice, True)
-
-
-class CompletionReply(Reply):
-    """Of `/v1/completions`."""
-
-    def whole(self, outcome: Outcome) -> dict[str, Any]:
-        choice = {"text": outcome.text, "finish_reason": outcome.reason}
-        return self._object("text_completion", "cmpl", choice, False) | {"usage": outcome.usage}
-
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk(text)
-
-    def end(self, outcome: Outcome) -> list[dict[str, Any]]:
-        events = [self.piece(outcome.rest)] if outcome.rest else []
-        return self._with_usage([*events, self._chunk("", outcome.reason)], outcome.usage)
-
-    def _chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
-        return self._object("text_completion", "cmpl", {"text": text, "finish_reason": reason}, True)
-
-
-def _written_calls(calls: list[Call], numbered: bool) -> list[dict[str, Any]]:
-    return [
-        ({"index": i} if numbered else {})
-        | {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for i, call in enumerate(calls)
-    ]
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

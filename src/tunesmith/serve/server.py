@@ -26,37 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Model, Sampling, prompt_ids, room_of, text_ids
-from tunesmith.serve.answer import (
-    OPENING,
-    Call,
-    Cancelled,
-    Finished,
-    Job,
-    Question,
-    Worker,
-    reads_tools,
-    split_calls,
-    writes_blocks,
-)
-from tunesmith.serve.protocol import (
-    CHAT,
-    COMPLETION,
-    DONE,
-    ChatReply,
-    CompletionReply,
-    Options,
-    Outcome,
-    Reply,
-    RequestError,
-    error,
-    event,
-    parse_chat,
-    parse_json,
-    parse_options,
-    parse_prompt,
-    shown,
-    usage,
-)
+from tunesmith.serve import answer, protocol
+from tunesmith.serve.answer import Call, Cancelled, Finished, Job, Question
+from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, error, event
 
 KEY = "TUNESMITH_API_KEY"
 HEALTH = "/health"
@@ -127,7 +99,11 @@ class Guard:
 
     def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
         host = headers.get("host", "")
-        if self._access.local and not is_loopback(_name(host)):
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            name = ""
+        if self._access.local and not is_loopback(name):
             return _refusal(403, f"the Host header is {host!r}; this server answers to localhost only", "wrong_host")
         origin = headers.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
@@ -140,13 +116,6 @@ class Guard:
         ):
             return _refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer", "invalid_api_key")
         return None
-
-
-def _name(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _refusal(status: int, message: str, code: str) -> JSONResponse:
@@ -171,14 +140,14 @@ class Service:
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self._settings = settings
-        self._worker = Worker(model, tokenizer)
+        self._worker = answer.Worker(model, tokenizer)
         # A tokenizer is for one thread at a time: the worker decodes with the other one.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
         self._room, self._vocabulary = room_of(model), len(tokenizer)
         self._has_roles = tokenizer.chat_template is not None
-        self._has_tools = self._has_roles and reads_tools(self._tokenizer)
-        self._finds_calls = self._has_tools and writes_blocks(self._tokenizer)
+        self._has_tools = self._has_roles and answer.reads_tools(self._tokenizer)
+        self._finds_calls = self._has_tools and answer.writes_blocks(self._tokenizer)
         self._started = int(time.time())
         self.app = self._build()
 
@@ -217,7 +186,7 @@ class Service:
     def _check_name(self, name: Any) -> None:
         if name != self._settings.name:
             raise RequestError(
-                f"there is no model {shown(name)} here; the one that is served is {self._settings.name!r}",
+                f"there is no model {protocol.shown(name)} here; the one that is served is {self._settings.name!r}",
                 param="model",
                 code="model_not_found",
                 status=404,
@@ -225,36 +194,44 @@ class Service:
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The request's object, whose model is the one that is served; without a model, that one is meant."""
-        body = parse_json(await _read(request))
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # what a page may send without asking first is none
+            raise RequestError("send the body as Content-Type: application/json", status=415)
+        raw = bytearray()
+        async for part in request.stream():
+            raw += part
+            if len(raw) > LARGEST:
+                raise RequestError(f"the body is larger than {LARGEST} bytes", status=413)
+        body = protocol.parse_json(bytes(raw))
         if body.get("model") is not None:
             self._check_name(body["model"])
         return body
 
     async def _chat(self, request: Request) -> Response:
         body = await self._body(request)
-        options = parse_options(body, CHAT, self._settings.defaults)
-        chat = parse_chat(body)
+        options = protocol.parse_options(body, protocol.CHAT, self._settings.defaults)
+        chat = protocol.parse_chat(body)
         if not self._has_roles:
             raise RequestError("this model has no chat template; ask /v1/completions to go on with a text")
         if chat.functions and not self._has_tools:
             raise RequestError("this model's chat template has no place for tools", param="tools")
         ids = await self._in_reader(lambda: prompt_ids(self._tokenizer, chat.messages, chat.arguments), "messages")
         calls = bool(chat.functions) and self._finds_calls
-        question = self._question(ids, options, "messages", OPENING if calls else None)
-        reply = ChatReply(model=self._settings.name, include_usage=options.include_usage)
+        question = self._question(ids, options, "messages", answer.OPENING if calls else None)
+        reply = Reply(model=self._settings.name, is_chat=True, include_usage=options.include_usage)
         return await self._answer(request, question, _Delivery(options=options, reply=reply, functions=chat.functions))
 
     async def _completion(self, request: Request) -> Response:
         body = await self._body(request)
-        options = parse_options(body, COMPLETION, self._settings.defaults)
-        prompt = parse_prompt(body, self._vocabulary)
+        options = protocol.parse_options(body, protocol.COMPLETION, self._settings.defaults)
+        prompt = protocol.parse_prompt(body, self._vocabulary)
         ids = (
             await self._in_reader(lambda: text_ids(self._tokenizer, prompt), "prompt")
             if isinstance(prompt, str)
             else prompt
         )
         question = self._question(ids, options, "prompt")
-        reply = CompletionReply(model=self._settings.name, include_usage=options.include_usage)
+        reply = Reply(model=self._settings.name, is_chat=False, include_usage=options.include_usage)
         return await self._answer(request, question, _Delivery(options=options, reply=reply))
 
     async def _in_reader(self, read: Callable[[], T], param: str) -> T:
@@ -300,13 +277,13 @@ class _Delivery:
         # A call that was cut off is none.
         calls: list[Call] = []
         if question.opening is not None and finished.reason == "stop":
-            text, calls = split_calls(text, self.functions)
+            text, calls = answer.split_calls(text, self.functions)
         return Outcome(
             text=text,
             rest=text[finished.sent :],
             calls=calls,
             reason="tool_calls" if calls else reason,
-            usage=usage(len(question.ids), finished.tokens),
+            usage=protocol.usage(len(question.ids), finished.tokens),
         )
 
 
@@ -340,7 +317,7 @@ async def _events(job: Job, question: Question, delivery: _Delivery) -> AsyncIte
         return
     for value in delivery.reply.end(delivery.outcome(question, finished)):
         yield event(value)
-    yield DONE
+    yield protocol.DONE
 
 
 async def _wait(request: Request, job: Job) -> Finished:
@@ -366,18 +343,6 @@ async def _wait(request: Request, job: Job) -> Finished:
     finally:
         gone.cancel()
         job.cancel()
-
-
-async def _read(request: Request) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what a page may send without asking first is none
-        raise RequestError("send the body as Content-Type: application/json", status=415)
-    raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > LARGEST:
-            raise RequestError(f"the body is larger than {LARGEST} bytes", status=413)
-    return bytes(raw)
 
 
 def _explained(request: Request, failure: Exception) -> Response:
