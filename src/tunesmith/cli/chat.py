@@ -63,13 +63,13 @@ class Conversation:
         leaves the conversation as it was."""
         from tunesmith.model.generate import stream
 
-        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = stream(self._model, self._tokenizer, asked, _write, self._sampling)
+            answer = stream(self._model, self._tokenizer, messages, _write, self._sampling)
         finally:
             _write("\n")
         if self.has_roles:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
 
@@ -92,16 +92,12 @@ def _talk(run: str, conversation: Conversation) -> None:
         elif text.startswith("/"):
             _say(f"unknown command {text.split()[0]}: {COMMANDS}")
         elif text:
-            _answer(conversation, text)
-
-
-def _answer(conversation: Conversation, text: str) -> None:
-    try:
-        conversation.answer(text)
-    except KeyboardInterrupt:
-        _say("stopped; this turn is forgotten")
-    except TunesmithError as error:  # the conversation has become too long, say: it can go on after a /reset
-        _say(f"error: {error} ({COMMANDS})")
+            try:
+                conversation.answer(text)
+            except KeyboardInterrupt:
+                _say("stopped; this turn is forgotten")
+            except TunesmithError as error:  # the conversation has become too long, say: it can go on after a /reset
+                _say(f"error: {error} ({COMMANDS})")
 
 
 def _write(text: str) -> None:

@@ -2,16 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import typer
 
 from tunesmith.doctor.checks import CHECKS, Finding, examined, versions
 from tunesmith.terminal.output import finish
 from tunesmith.text import counted, verb
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 WIDTH = 80
 STYLES: dict[str, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -37,17 +33,11 @@ def _show(findings: Iterable[Finding], problems: int) -> None:
 
     table = Table.grid(padding=(0, 2))
     for finding in findings:
-        table.add_row(Text(finding.mark, style=STYLES[finding.mark]), Text(finding.name), _text(finding))
+        text = Text.assemble(finding.found, ". ", (finding.means, "dim"))
+        if finding.mark != "ok":  # which has a line for each part
+            text = Text.assemble(finding.found, "\n", finding.means, "\n", (f"to fix it: {finding.mend}", "dim"))
+        table.add_row(Text(finding.mark, style=STYLES[finding.mark]), Text(finding.name), text)
     console = Console()
     console.print(table, width=max(WIDTH, console.width) if console.is_terminal else WIDTH)
     keep = f"{counted(problems, 'problem')} {verb(problems, 'keeps', 'keep')}"
     typer.echo(f"{keep} training from working." if problems else "Training works here.")
-
-
-def _text(finding: Finding) -> "Text":
-    """What is ok runs on in one paragraph; what is not has a line for each part."""
-    from rich.text import Text
-
-    if finding.mark == "ok":
-        return Text.assemble(finding.found, ". ", (finding.means, "dim"))
-    return Text.assemble(finding.found, "\n", finding.means, "\n", (f"to fix it: {finding.mend}", "dim"))

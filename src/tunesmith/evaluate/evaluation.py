@@ -74,11 +74,7 @@ class Evaluation:
     def lines(self) -> Iterable[str]:
         """A line of JSON for each row: the question, the answers and their scores."""
         for i, question in enumerate(self.answered.questions):
-            line: dict[str, Any] = {
-                "place": question.place,
-                "prompt": question.prompt,
-                "expected": question.expected,
-            }
+            line: dict[str, Any] = {"place": question.place, "prompt": question.prompt, "expected": question.expected}
             for model, answers in self.answered.by_model().items():
                 scores = {item.name: item.score(answers[i].text, question.expected) for item in self.metrics}
                 line[model] = {"answer": answers[i].text, "cut_off": not answers[i].ended, "scores": scores}
@@ -86,11 +82,7 @@ class Evaluation:
 
 
 def _plain(result: Result) -> dict[str, Any]:
-    about = {
-        "name": result.metric.name,
-        "kind": "share" if result.metric.is_share else "mean",
-        "rows": result.count,
-    }
+    about = {"name": result.metric.name, "kind": "share" if result.metric.is_share else "mean", "rows": result.count}
     estimates = {"tuned": result.tuned, "base": result.base, "difference": result.difference}
     return about | {name: None if item is None else asdict(item) for name, item in estimates.items()}
 

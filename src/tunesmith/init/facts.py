@@ -133,7 +133,7 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
-    for place, row in parsed(_named(rows, options, names), options):
+    for place, row in parsed(_with_format(rows, options, names), options):
         tally.add(row)
         if len(sample) < SAMPLE:
             sample.append((place, row))
@@ -145,10 +145,13 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
     prompt = (
         first.prompt_length if isinstance(first, Conversation) else first.prompt if isinstance(first, Text) else None
     )
+    kind: Kind = "conversation" if isinstance(first, Conversation) else "tokens"
+    if isinstance(first, Text):
+        kind = "text" if first.prompt is None else "pair"
     facts = RowFacts(
         rows=tally.rows,
         format=names[0],
-        kind=_kind(first),
+        kind=kind,
         separate=prompt is not None,
         roles=tuple(tally.roles),
         answers=tally.answers,
@@ -225,7 +228,7 @@ def _named_column(row: Mapping[str, Any], names: Sequence[str], but: str | None 
     return next((name for name in there if name != but and row[name] not in (None, "")), None)
 
 
-def _named(
+def _with_format(
     rows: Iterable[tuple[str, Mapping[str, Any]]], options: FormatOptions, names: list[str]
 ) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """`rows`, and into `names` the format of the first."""
@@ -236,14 +239,6 @@ def _named(
             except TunesmithError as error:
                 raise TunesmithError(f"{place}: {error}") from error
         yield place, row
-
-
-def _kind(row: Row) -> Kind:
-    if isinstance(row, Conversation):
-        return "conversation"
-    if isinstance(row, Text):
-        return "text" if row.prompt is None else "pair"
-    return "tokens"
 
 
 def _answer(row: Row) -> str:

@@ -65,9 +65,12 @@ def facts_of(options: Options) -> tuple["Facts", list[str]]:
     say(f"{counted(about.rows, 'row')}, format {about.format}{roles}{separate}")
     goal: Goal = options.goal or _asked_goal(options, *guess_goal(about))  # type: ignore[assignment]
     check_goal(goal, about)
+    output = options.output or f"runs/{Path(names[0].split(':')[0]).stem or 'first'}"
+    if options.asks and not options.output:
+        output = str(ask("The folder of the run", default=output))
     wanted = Wanted(
         data=names,
-        output=options.output or _asked_output(options, names[0]),
+        output=output,
         goal=goal,
         method=options.method or _asked_method(options),  # type: ignore[arg-type]
         columns=columns,
@@ -283,8 +286,3 @@ def _asked_method(options: Options) -> "Method | None":
         typer.echo(f"  {name:<9} {text}")
     answer = ask("What is trained (auto: adapters, in 8 or 4 bits where memory is short)", ("auto", *METHODS), "auto")
     return None if answer == "auto" else answer
-
-
-def _asked_output(options: Options, data: str) -> str:
-    default = f"runs/{Path(data.split(':')[0]).stem or 'first'}"
-    return str(ask("The folder of the run", default=default)) if options.asks else default
