@@ -60,10 +60,10 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_page_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report of a run takes longer than most runs of the tests; those marked `reports` get it,
     and what pages show."""
-    import tunesmith.train.journal
+    import tunesmith.trainers
 
     if not any(map(request.node.get_closest_marker, ("reports", "documented"))):
-        monkeypatch.setattr(tunesmith.train.journal.JournalingTrainer, "_write_report", lambda self: None)
+        monkeypatch.setattr(tunesmith.trainers.Published, "draw_page", None)
 
 
 CHATML = (

@@ -16,7 +16,7 @@ from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
 from tunesmith.cli.main import Commands
 from tunesmith.data.batches import flat
 from tunesmith.settings.recipe import resolve
-from tunesmith.train.trainer import SFTTrainer
+from tunesmith.trainers import SFTTrainer
 from tunesmith.types import IGNORE_INDEX
 
 APP = typer.Typer(cls=Commands, pretty_exceptions_enable=False)

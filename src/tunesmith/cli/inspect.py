@@ -81,7 +81,7 @@ def prepared(
     recipe: "Recipe", row: int | None, random: int | None
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
-    from tunesmith.data.batches import flat
+    from tunesmith.data.batches import FlatCollator
     from tunesmith.report.inspect import count_facts, inspect_row, vocabulary
 
     source = training_rows(recipe)
@@ -95,11 +95,11 @@ def prepared(
     words, kind = vocabulary(preparer.tokenizer), "pack" if recipe.config.packing else "example"
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
-        batch = flat([dataset[number - 1]])
+        batch = FlatCollator()([dataset[number - 1]])
         weights = batch["weights"][0].tolist() if "weights" in batch else None
         ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
         title = f"{kind} {number:,} of {len(dataset):,}"
-        rows.append(inspect_row(title, ids, labels, weights, batch["lengths"], words))
+        rows.append(inspect_row(title, ids, labels, weights, batch.lengths or (), words))
     facts = _settings(recipe)
     for split, counts in preparer.counts.items():
         facts += [("split", split)] if len(preparer.counts) > 1 else []

@@ -17,7 +17,7 @@ from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
     from tunesmith.settings.recipe import Recipe
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
 RECIPE = "recipe.yaml"
 SAMPLE_PROMPTS = 3
@@ -107,7 +107,7 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
         trainer = SFTTrainer(
@@ -201,6 +201,7 @@ def _say_report(trainer: "SFTTrainer") -> None:
 def _say_preflight(trainer: "SFTTrainer") -> None:
     from tunesmith.cli.check import split_lines
 
+    assert trainer.preflight is not None
     for name, report in trainer.preflight.splits.items():
         for line in split_lines(name, report):
             _say(line)

@@ -56,7 +56,7 @@ class DataPreparer:
         self._saves_skipped = False
         self.counts: dict[str, Counts] = {}
         self.reports: dict[str, SplitReport] = {}
-        self._examples: dict[str, Dataset] = {}
+        self.examples: dict[str, Dataset] = {}
         self._made: WeakSet[Dataset | IterableDataset] = WeakSet()
         self._mixture: dict[str, int] = {}
         self._looked: dict[str, Counts] = {}
@@ -134,7 +134,7 @@ class DataPreparer:
     def preflight(self) -> Preflight:
         """What is worth knowing about all that was prepared so far, and what must stop the run."""
         ends = " ".join(sorted({str(self.tokenizer.eos_token)}))
-        shared = shared_examples(self._examples)
+        shared = shared_examples(self.examples)
         # What a stream holds is not known before it is read, nor what the user prepared.
         unknown = not any(is_train(split) for split in self.reports)
         allow_no_eos = self.args.allow_no_eos or unknown
@@ -166,6 +166,13 @@ class DataPreparer:
             return None
         skipped = self.skipped[split] = SkippedRows()
         return skipped
+
+    def rows(self, trained_on: bool) -> Iterator[Row]:
+        """The first rows of each source that is trained on, or of the others, as they were understood."""
+        for split, (source, formats) in self._sources.items():
+            if is_train(split) == trained_on:
+                for _, row in islice(parsed(numbered(source), formats), LOOKED_AT):
+                    yield row
 
     def first_rows(self, count: int = LOOKED_AT) -> Iterator[Row]:
         """The first rows of each source, as they were understood; those that are not trained on come first."""
@@ -204,7 +211,7 @@ class DataPreparer:
             dataset, report = prepare(numbered(source), preparation, source=source, skipped=skipped)
         except TunesmithError as error:
             raise TunesmithError(f"{split} data: {error}") from error
-        self.counts[split], self.reports[split], self._examples[split] = report.counts, report, dataset
+        self.counts[split], self.reports[split], self.examples[split] = report.counts, report, dataset
         self._sources[split] = source, formats
         if self._saves_skipped:  # data for an evaluation in between
             self.save_skipped()

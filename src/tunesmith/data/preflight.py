@@ -209,3 +209,15 @@ def _list(chunk: Any, name: str) -> tuple[Any, Any]:
     column = chunk.column(name)
     offsets = column.offsets.to_numpy()
     return offsets.astype(np.int64) - offsets[0], column.flatten().to_numpy()
+
+
+def supervised_counts(dataset: Any) -> Any:
+    """How many tokens of each example are supervised (N,)."""
+    found = [np.zeros(0, np.int64)]
+    for chunk in dataset.data.table.to_batches():
+        column = chunk.column("labels")
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        offsets -= offsets[0]
+        marks = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
+        found.append(marks[offsets[1:]] - marks[offsets[:-1]])
+    return np.concatenate(found)

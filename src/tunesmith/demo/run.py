@@ -12,7 +12,7 @@ from tunesmith.model.demo_model import DEMO, demo_model_path
 from tunesmith.model.generate import generate
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.progress import TrainingProgress
-from tunesmith.train.trainer import SFTTrainer
+from tunesmith.trainers import SFTTrainer
 
 MAX_NEW_TOKENS = 72
 SAMPLES = 3

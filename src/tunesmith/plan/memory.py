@@ -25,7 +25,7 @@ from tunesmith.model.bnb import Bits
 from tunesmith.model.devices import Device, device
 from tunesmith.model.linear import speed_up
 from tunesmith.model.load import base_of, holds_adapters, load_config, resolve_model
-from tunesmith.objectives.supervised import CHUNK_BYTES
+from tunesmith.objectives.logprobs import CHUNK_BYTES
 from tunesmith.plan import footprint
 from tunesmith.plan.footprint import MOST, Bytes, Scaling, Shape, Subject, Timeline, scaling, timeline
 from tunesmith.precision import DTYPES, PrecisionName

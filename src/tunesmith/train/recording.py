@@ -1,6 +1,5 @@
 """What a run was, gathered from its trainer for `run.json`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -12,14 +11,16 @@ from tunesmith.train.setup import Model, base_model
 PROMPTS = 3
 
 
-def record_of(trainer: Any, origins: Mapping[str, Origin]) -> RunRecord:
-    """The record of `trainer`, an SFTTrainer, as things stand. `origins` says where data come from, by split or source;
-    what has none was made by a program."""
-    history = trainer.state.log_history
-    evaluations = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
+def record_of(trainer: Any) -> RunRecord:
+    """The record of `trainer`, a `BaseTrainer`, as things stand, with the answers before and after training, where
+    there are any. Data whose origin it doesn't know were made by a program."""
+    state = trainer.state
+    evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     last = [entry for entry in evaluations if entry["step"] == evaluations[-1]["step"]]  # one for each data set
-    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     amount = trainer.trainable
+    # A best model that was loaded at the end is that of an earlier step.
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
     return RunRecord(
         versions=versions(),
         base_model=_origin(trainer.model),
@@ -27,15 +28,17 @@ def record_of(trainer: Any, origins: Mapping[str, Origin]) -> RunRecord:
         method=method_of(trainer.model),
         trainable_parameters=amount.trained,
         total_parameters=amount.parameters,
-        data=counts_of(trainer.preflight, origins),
+        data=() if trainer.preflight is None else counts_of(trainer.preflight, trainer.origins),
         settings=settings_of(trainer.args) | adapter_settings_of(trainer.model),
-        history=tuple(history),
-        steps=trainer.state.global_step,
-        planned_steps=trainer.state.max_steps,
+        history=tuple(state.log_history),
+        steps=state.global_step,
+        planned_steps=state.max_steps,
+        ended=trainer.journal.ended,
         metrics={name: value for entry in last for name, value in entry.items() if name.startswith("eval_")},
         seconds=sum(seconds) if seconds else None,
         device=trainer.args.device.type,
-        prompts=prompts_of(trainer.first_rows(), PROMPTS),
+        prompts=() if trainer.data is None else prompts_of(trainer.data.first_rows(), PROMPTS),
+        samples=trainer.journal.samples(best or state.global_step),
     )
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
-from tunesmith.model.head import teach
+from tunesmith.model.head import answer_objectives
 from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
@@ -193,16 +193,16 @@ def base_model(model: Model) -> PreTrainedModel:
     return base
 
 
-def teach_model(model: Model, *, flat: bool, grouped: bool = False) -> bool:
-    """Give the model the `supervise` argument; returns whether it takes flat batches. Says so when it can't, and
-    whether rows will be `grouped` by length then."""
+def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False) -> bool:
+    """Let the model answer objectives; returns whether it takes flat batches. Says so when it can't, and whether rows
+    will be `grouped` by length then."""
     base = base_model(model)
     if base.get_output_embeddings() is None:
         raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
     if has_virtual_tokens(model):
         logger.warning("Batches are padded: the adapters put tokens of their own in front of each row.")
         return False
-    teach(base)
+    answer_objectives(base)
     if not flat:
         return False
     reason = supports_documents(base)
