@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -284,34 +285,28 @@ def _loss(subject: Subject, inputs: dict[str, Tensor], mask: Tensor | None, coun
 def _marks(subject: Subject, count: Count) -> Iterator[None]:
     """Ends a segment where a layer begins, and where its backward does; and tells gradients from what else a backward
     makes."""
-    layers = subject.layers
-    backward: set[int] = set()
+    last, backward = len(subject.layers) - 1, set[int]()
 
-    def begins(i: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if not backward:  # not where gradient checkpointing runs a layer again
-                count.end("embeddings" if i == 0 else f"forward {i - 1}")
+    def begins(i: int, _layer: nn.Module, _args: Any) -> None:
+        if not backward:  # not where gradient checkpointing runs a layer again
+            count.end("embeddings" if i == 0 else f"forward {i - 1}")
 
-        return hook
-
-    def ends(i: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if backward:
-                return
-            if i == len(layers) - 1:
-                count.end(f"forward {i}")
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda _: starts_backward(i))
-
-        return hook
+    def ends(i: int, _layer: nn.Module, _args: Any, output: Any) -> None:
+        if backward:
+            return
+        if i == last:
+            count.end(f"forward {i}")
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.register_hook(lambda _: starts_backward(i))
 
     def starts_backward(i: int) -> None:
         count.end("head" if not backward else f"backward {i + 1}")
         backward.add(i)
 
     handles: list[Any] = []
-    for i, layer in enumerate(layers):
-        handles += [layer.register_forward_pre_hook(begins(i)), layer.register_forward_hook(ends(i))]
+    for i, layer in enumerate(subject.layers):
+        handles.append(layer.register_forward_pre_hook(partial(begins, i)))
+        handles.append(layer.register_forward_hook(partial(ends, i)))
     for parameter in subject.wrapped.parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(lambda p: count.rename(p.grad, GRADIENTS)))
