@@ -24,7 +24,7 @@ BAR = 30
 
 
 def check(ctx: typer.Context) -> None:
-    """Look at the data as training would, and say what is odd or wrong with it."""
+    """Look at the data as training would."""
     preflight = _examined(data_recipe(ctx.args))
     finish(preflight.as_json(), lambda: _show(preflight))
     if preflight.problems:

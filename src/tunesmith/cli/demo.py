@@ -23,9 +23,9 @@ def demo(
         Path | None, typer.Option(help="Write the demo's data into this folder and stop.", show_default=False)
     ] = None,
 ) -> None:
-    """Fine-tune the demo model on order e-mails and compare its answers before and after.
+    """Fine-tune the demo model, and compare before and after.
 
-    Takes about five minutes on two CPU cores. Example: tunesmith demo --output runs/demo
+    It answers order e-mails. Takes about five minutes on two CPU cores. Example: tunesmith demo --output runs/demo
     """
     if export_data is not None:
         from tunesmith.demo.orders import export

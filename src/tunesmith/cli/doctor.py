@@ -14,9 +14,10 @@ STYLES: dict[str, str] = {"ok": "green", "note": "yellow", "problem": "bold red"
 
 
 def doctor() -> None:
-    """Look at this machine and what is installed, and say whether training works here.
+    """Say whether training works here.
 
-    Exit code 1 when something keeps it from working. Example: tunesmith doctor --json
+    Looks at this machine and at what is installed. Exit code 1 when something keeps it from working.
+    Example: tunesmith doctor --json
     """
     findings = list(examined(CHECKS))
     problems = sum(finding.mark == "problem" for finding in findings)

@@ -58,8 +58,9 @@ def evaluate(
     seed: SEED = 0,
     trust_remote_code: TRUST = False,
 ) -> None:
-    """Ask a run rows that it was not trained on, and score its answers beside those of its base model.
+    """Score a run's answers beside those of its base model.
 
+    Asks both rows that the run was not trained on.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
     from tunesmith.evaluate.evaluation import Settings, Source

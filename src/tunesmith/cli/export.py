@@ -26,8 +26,9 @@ def export(
         bool, typer.Option("--check/--no-check", help="Read the file back, and compare it with the model.")
     ] = True,
 ) -> None:
-    """Write a run, adapters merged in, as a GGUF file with a Modelfile for Ollama.
+    """Write a run as a GGUF file, for llama.cpp and Ollama.
 
+    Adapters are merged in, and a Modelfile for Ollama is written beside it.
     Example: tunesmith export runs/first --output first.gguf --quant q8_0
     """
     if to not in FORMATS:

@@ -38,9 +38,9 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Ask nothing; print what was found and set as JSON.")] = False,
 ) -> None:
-    """Look at your rows and at this machine, and write a recipe for them, each line with its reason.
+    """Write a recipe that fits your rows and this machine.
 
-    Asks what the options leave out. Example: tunesmith init recipe.yaml --data rows.jsonl
+    Each line has its reason. Asks what the options leave out. Example: tunesmith init recipe.yaml --data rows.jsonl
     """
     from tunesmith.cli.data import SAME_DATA
     from tunesmith.init.recipe_text import sections, values

@@ -41,7 +41,7 @@ def inspect(
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids, too.")] = False,
 ) -> None:
-    """Show the tokens of the batch, and which of them are trained on."""
+    """Show the tokens of the batch, and which are trained on."""
     if row is not None and random is not None:
         raise TunesmithError("--row and --random both say what to show; keep one")
     if random is not None and random < 1:

@@ -76,23 +76,10 @@ def options(
     hide_noise()
 
 
-SUMMARIES = {
-    "train": "Train a model, as a recipe says.",
-    "check": "Look at the data as training would.",
-    "inspect": "Show the tokens of the batch, and which are trained on.",
-    "plan": "Tell the memory of a run before any weight is loaded.",
-    "eval": "Score a run's answers beside those of its base model.",
-    "init": "Write a recipe that fits your rows and this machine.",
-    "chat": "Talk to a run, to a model, or to the demo model.",
-    "serve": "Answer programs that speak the OpenAI API.",
-    "demo": "Fine-tune the demo model, and compare before and after.",
-    "report": "Write a page about a run, or about several.",
-    "merge": "Merge the adapters of a run into their base model.",
-    "export": "Write a run as a GGUF file, for llama.cpp and Ollama.",
-    "push": "Upload a run to the Hugging Face hub, with a card.",
-    "doctor": "Say whether training works here.",
-}
-"""One line each in the list of commands; what is not named here has the first sentence of its help."""
+def summary(command: Any) -> str:
+    """The line about it in the list of commands: the first of its docstring."""
+    return str(command.__doc__).partition("\n")[0]
+
 
 # These sort out their options themselves: every key of a recipe is one.
 for command, text, usage in (
@@ -105,15 +92,15 @@ for command, text, usage in (
         cls=RecipeCommand,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         help=text,
-        short_help=SUMMARIES[command.__name__],
+        short_help=summary(command),
         options_metavar=usage,
     )(command)
-app.command("eval", short_help=SUMMARIES["eval"])(evaluate)
+app.command("eval", short_help=summary(evaluate))(evaluate)
 for command in (
     *(init.init, chat.chat, serve.serve, demo.demo, report.report),
     *(merge.merge, export.export, push.push, doctor.doctor),
 ):
-    app.command(short_help=SUMMARIES[command.__name__])(command)
+    app.command(short_help=summary(command))(command)
 
 
 def main() -> None:

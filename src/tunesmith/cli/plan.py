@@ -44,7 +44,7 @@ def plan(
     ] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="full | lora | 8bit | 4bit; unset, all.")] = None,
 ) -> None:
-    """Tell the memory of a run, and whether it fits, before any weight is loaded."""
+    """Tell the memory of a run before any weight is loaded."""
     from tunesmith.plan.memory import METHODS, NO_NEED, advice, run_of
     from tunesmith.plan.memory import plan as planned
     from tunesmith.settings.recipe import parse_options, resolve

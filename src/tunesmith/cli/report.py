@@ -22,8 +22,9 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one HTML page about a run, or about several beside each other. It needs nothing from elsewhere.
+    """Write a page about a run, or about several.
 
+    One HTML file, which needs nothing from elsewhere.
     Example: tunesmith report runs/first runs/second --output both.html
     """
     path = write_report(runs, output)

@@ -27,11 +27,11 @@ def serve(
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Let other machines ask, with a key.")] = False,
     trust_remote_code: TRUST = False,
 ) -> None:
-    """Answer programs that speak the OpenAI API, until Ctrl-C.
+    """Answer programs that speak the OpenAI API.
 
     Example: tunesmith serve runs/first --port 8000
 
-    Programs of this machine may ask, web pages may not. With TUNESMITH_API_KEY
+    Ends with Ctrl-C. Programs of this machine may ask, web pages may not. With TUNESMITH_API_KEY
     set, they need that key.
     """
     missing = [library for library in ("starlette", "uvicorn") if find_spec(library) is None]

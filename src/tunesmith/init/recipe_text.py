@@ -23,12 +23,11 @@ WARMUP, LEAST_WARMED = 0.05, 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A setting of a recipe and why it has this value. One with `off` is written as a comment: what one might do."""
+    """A setting of a recipe and why it has this value."""
 
     key: str
     value: Any
     why: str
-    off: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +40,7 @@ class Section:
 
 def values(sections: Sequence[Section]) -> dict[str, Any]:
     """What the recipe sets."""
-    return {line.key: line.value for section in sections for line in section.lines if not line.off}
+    return {line.key: line.value for section in sections for line in section.lines}
 
 
 def write(heading: Sequence[str], sections: Sequence[Section]) -> str:
@@ -56,7 +55,7 @@ def write(heading: Sequence[str], sections: Sequence[Section]) -> str:
 
 def _written(line: Line) -> list[str]:
     """Behind the setting where there is room for the reason, else above it."""
-    setting = f"{'# ' if line.off else ''}{_yaml(line.key)}: {_yaml(line.value)}"
+    setting = f"{_yaml(line.key)}: {_yaml(line.value)}"
     why = _plain(line.why)
     if not why:
         return [setting]
