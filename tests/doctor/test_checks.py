@@ -37,7 +37,7 @@ def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:
 
 
 def with_checks(monkeypatch: pytest.MonkeyPatch, found: Mapping[str, Check]) -> None:
-    monkeypatch.setattr(doctor, "CHECKS", found)
+    monkeypatch.setattr(checks, "CHECKS", found)
 
 
 def ok() -> Iterator[Finding]:

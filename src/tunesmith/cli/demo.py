@@ -6,9 +6,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tunesmith.terminal.output import finish, finish_lines, progress_console
 from tunesmith.text import duration
@@ -42,7 +39,7 @@ def demo(
     seconds = time.perf_counter() - started
     about = {"output": str(output), "held_out": len(outcome.held_out), "seconds": seconds}
     scores = {"before": outcome.before.shares(), "after": outcome.after.shares()}
-    finish(about | scores, lambda: _show(outcome, Console()))
+    finish(about | scores, lambda: _show(outcome))
     console.print(f"\nTrained on {outcome.trained} e-mails in {output}; everything took {duration(seconds)}.")
     if outcome.report is not None:
         console.print(f"How it went: {outcome.report}", highlight=False, soft_wrap=True)
@@ -56,8 +53,12 @@ def demo(
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _show(outcome: "Outcome", console: Console) -> None:
-    before, after = outcome.before, outcome.after
+def _show(outcome: "Outcome") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, before, after = Console(), outcome.before, outcome.after
     # Not the table's title, which would be broken into lines as wide as the table.
     title = f"\n{len(outcome.held_out)} held-out e-mails: other names, items and phrasings than in training"
     console.print(title, highlight=False)

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
-from tunesmith.doctor.checks import CHECKS, Finding, examined, versions
 from tunesmith.terminal.output import finish
 from tunesmith.text import counted, verb
+
+if TYPE_CHECKING:
+    from tunesmith.doctor.checks import Finding
 
 WIDTH = 80
 STYLES: dict[str, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -19,6 +22,8 @@ def doctor() -> None:
     Looks at this machine and at what is installed. Exit code 1 when something keeps it from working.
     Example: tunesmith doctor --json
     """
+    from tunesmith.doctor.checks import CHECKS, examined, versions
+
     findings = list(examined(CHECKS))
     problems = sum(finding.mark == "problem" for finding in findings)
     report = {"problems": problems, "findings": [asdict(finding) for finding in findings], "versions": versions()}
@@ -27,7 +32,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _show(findings: Iterable[Finding], problems: int) -> None:
+def _show(findings: "Iterable[Finding]", problems: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
