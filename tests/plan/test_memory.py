@@ -244,7 +244,7 @@ def test_gradients_are_told_from_what_a_backward_makes() -> None:
     counted = count(run_of(config_of("llama")), "full")
     moments = timeline(counted.subject, Shape(rows=1, length=16)).moments
     assert moments[0][GRADIENTS] == 0
-    assert 0.5 * counted.kept["gradients"] < moments[-1][GRADIENTS] <= counted.kept["gradients"]
+    assert 0.5 * counted.static["gradients"] < moments[-1][GRADIENTS] <= counted.static["gradients"]
 
 
 @pytest.mark.slow

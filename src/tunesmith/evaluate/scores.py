@@ -18,7 +18,7 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.text import shorten
 
 Z = 1.959964
-"""Of the normal distribution, 95% lie within so many standard deviations."""
+"""95% of a normal distribution lie within this many standard deviations."""
 RESAMPLES = 2000
 MARK = "####"
 """In front of the result in answers of GSM8K (Cobbe et al. 2021, arXiv:2110.14168)."""

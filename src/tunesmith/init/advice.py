@@ -35,20 +35,20 @@ SHORTEST = 64
 FEW_LABELS, LABEL_WORDS = 50, 6
 MOSTLY = 0.9
 STEP_ROWS = ((500, 4), (2_000, 8), (20_000, 16), (100_000, 32))
-"""Rows of a step for up to so many rows of data: small data needs steps, large data can have quieter gradients."""
+"""Up to this many rows of data, this many rows a step: small data needs steps, large data allows quieter gradients."""
 MOST_STEP_ROWS = 64
 EPOCHS = ((300, 5), (2_000, 3), (20_000, 2))
 HELD_OUT = ((49, 0.0), (200, 0.1), (10_000, 0.05))
 MOST_HELD_OUT = 500
 PACK, PACK_ROWS = 1024, 1_000
-"""Packs have at least so many tokens, and pay from so many rows on that are short beside them."""
+"""The least tokens of a pack, and the number of rows, short beside it, from which packing pays."""
 SHORT, LEAST_PACKS = 4, 4
 LEAST_STEPS = 20
-"""An epoch of packs is to have at least so many steps, if it can."""
+"""An epoch of packs has at least this many steps, if it can."""
 
 
 Room = Callable[[int, int], bool]
-"""Whether memory has room for micro-batches of so many rows of so many tokens."""
+"""Of rows and tokens: whether memory has room for micro-batches of that many rows of that many tokens."""
 Planner = Callable[[Method, bool], Room]
 """The room beside a model by this method, with or without gradient checkpointing."""
 

@@ -23,7 +23,7 @@ from tunesmith.types import Conversation, Row, Text, TrainOn
 Kind = Literal["conversation", "pair", "text", "tokens"]
 SAMPLE = 5_000
 MOST_LABELS = 200
-"""With more different answers than that, nobody counts them."""
+"""With more different answers than that, they are not counted."""
 
 QUESTIONS = (
     *("instruction", "question", "query", "prompt", "user", "human", "request", "problem", "source", "input", "text"),

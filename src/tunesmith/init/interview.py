@@ -141,7 +141,7 @@ def _model_facts(name: str, run: "Run", template: str | None) -> "ModelFacts":
     from tunesmith.model.demo_model import DEMO
     from tunesmith.plan.memory import count
 
-    parameters = count(run, "full").kept["weights"] // 4
+    parameters = count(run, "full").static["weights"] // 4
     context = getattr(run.config.get_text_config(), "max_position_embeddings", None)
     about = DEMO_NOTE if name == DEMO else f"{parameters / 1e6:,.0f} million parameters"
     return ModelFacts(name=name, parameters=parameters, context=context, note=about, template=template)
@@ -162,7 +162,7 @@ def _fit(
         def room(method: "Method", checkpointing: bool) -> "Room":
             model = count(replace(run, rows=most, length=length, checkpoint_every=int(checkpointing)), method)
             # What is too large by its weights alone needs no step to be counted.
-            too_large = sum(model.kept.values()) >= capacity
+            too_large = sum(model.static.values()) >= capacity
             return lambda rows, length: not too_large and model.memory(rows, length).total <= capacity
 
         return fit(room, methods, length, most)

@@ -137,7 +137,7 @@ def _data(facts: Facts, plan: Schedule) -> list[Line]:
     if plan.held_out:
         source = {source_name(wanted.data[0]): {"path": path, "held_out": plan.held_out}}
         count = facts.rows.rows - plan.train_rows
-        why = f"{plan.held_out:.2%} of the rows, {count:,}, are not trained on: the loss on them is told after an epoch"
+        why = f"{plan.held_out:.2%} of the rows, {count:,}, are not trained on: each epoch ends with the loss on them"
         lines.append(Line(key="data", value=source, why=why.replace(".00%", "%")))
     else:
         count = facts.rows.rows
@@ -234,7 +234,7 @@ def _steps(facts: Facts, plan: Schedule) -> list[Line]:
     size = plan.micro * plan.accumulation
     epochs = f"for {counted(plan.train_rows, 'row')}: {counted(plan.steps, 'step')}"
     micro = f"{what} at once; on {facts.device}, {fits}"
-    step = f"so many times that make a step, of {size} {what if size > 1 else what[:-1]}"
+    step = f"micro-batches of a step, which has {size} {what if size > 1 else what[:-1]}"
     lines = [
         Line(key="num_train_epochs", value=plan.epochs, why=epochs),
         Line(key="per_device_train_batch_size", value=plan.micro, why=micro),
@@ -252,7 +252,7 @@ def _steps(facts: Facts, plan: Schedule) -> list[Line]:
 
 
 def _records(plan: Schedule) -> list[Line]:
-    every, why = max(1, min(10, plan.steps // 20)), "a line is printed each so many; metrics.jsonl has every step"
+    every, why = max(1, min(10, plan.steps // 20)), "a line is printed every so many steps; metrics.jsonl has each"
     return [
         Line(key="logging_steps", value=every, why=why),
         Line(key="save_strategy", value="epoch", why="a checkpoint after each epoch, to go on from"),

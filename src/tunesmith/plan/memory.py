@@ -1,4 +1,4 @@
-"""The memory that a training run will need, told from the model's config alone: no weights, no data.
+"""The memory that a training run will need, from the model's config alone: no weights, no data.
 
 Weights, adapters, gradients and optimizer states are counted on the meta device; activations and the loss are those of
 one step on fake tensors (`footprint`). What the allocator and the process add is measured on a CPU
@@ -70,13 +70,13 @@ NO_NEED: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "tf32": None
 """Settings of a recipe that don't decide about memory here, or need the device itself."""
 MOST_TOKENS, MOST_ROWS = 2**20, 4096
 MOST_ROWS_COUNTED = 16
-"""Larger batches are told from smaller ones (`scaling`): attention goes document by document."""
+"""The memory of larger batches follows from that of smaller ones (`scaling`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """What decides about memory. `rows` documents of `length` tokens are a micro-batch; `flat` False pads them.
-    `checkpoint_every`: gradient checkpointing of each so-manieth layer; 0 for none."""
+    `checkpoint_every`: gradient checkpointing of every n-th layer; 0 for none."""
 
     config: PreTrainedConfig
     lora: LoraConfig
@@ -248,11 +248,11 @@ def _judged(plan: MethodPlan) -> str:
 
 @dataclass(kw_only=True)
 class Counted:
-    """A model by one method. `kept` are the bytes of weights, adapters, and, of what is trained, gradients and
+    """A model by one method. `static` are the bytes of weights, adapters, and, of what is trained, gradients and
     optimizer states."""
 
     run: Run
-    kept: dict[str, int]
+    static: dict[str, int]
     subject: Subject
     notes: tuple[str, ...] = ()
     is_estimate: bool = False
@@ -265,15 +265,15 @@ class Counted:
         moments = [
             self._memory(alive, step.layer if i < before_backward else 0.0) for i, alive in enumerate(step.moments)
         ]
-        updated = self._memory(Bytes({footprint.GRADIENTS: self.kept["gradients"]}), 0.0)  # the optimizer's step
+        updated = self._memory(Bytes({footprint.GRADIENTS: self.static["gradients"]}), 0.0)  # the optimizer's step
         return max([*moments, updated], key=lambda memory: memory.total)
 
     def _memory(self, alive: Bytes, layer: float) -> Memory:
         """At a moment when `alive` is; the backward of a layer, which is to come, has `layer` bytes."""
-        parts = {name: self.kept[name] for name in ("weights", "adapters", "optimizer")}
+        parts = {name: self.static[name] for name in ("weights", "adapters", "optimizer")}
         parts |= {name: alive[name] for name in (footprint.ACTIVATIONS, footprint.LOSS, footprint.GRADIENTS)}
         if self.run.accumulation > 1:
-            parts["gradients"] = self.kept["gradients"]
+            parts["gradients"] = self.static["gradients"]
         if not self.run.device.is_cpu:
             moving = sum(parts[name] for name in ("gradients", "activations", "loss"))
             return Memory(**parts, overhead=CONTEXT + int(ROUNDING * moving))
@@ -296,14 +296,14 @@ class Counted:
         if not self.is_estimate:
             try:
                 return timeline(self.subject, shape)
-            except Exception as error:  # whatever a model's own code does not stand
+            except Exception as error:  # whatever a model's own code raises
                 self.is_estimate = True
                 kind = type(self.subject.base).__name__
                 self.notes += (
                     f"activations are an estimate from the config's sizes: a step of {kind} can't be counted without "
                     f"weights ({type(error).__name__})",
                 )
-        return estimate(self.run, rows * length, 0 if shape.accumulated else self.kept["gradients"])
+        return estimate(self.run, rows * length, 0 if shape.accumulated else self.static["gradients"])
 
 
 def estimate(run: Run, tokens: int, gradients: int) -> Timeline:
@@ -317,8 +317,8 @@ def estimate(run: Run, tokens: int, gradients: int) -> Timeline:
     inner *= int(getattr(config, "num_experts_per_tok", None) or 1)
     number = 4 if run.precision == "fp32" else 2
     layer = tokens * number * (12 * hidden + 6 * inner)
-    kept = layers if not run.checkpoint_every else -(-layers * (run.checkpoint_every - 1) // run.checkpoint_every) + 1
-    activations = layer * kept + tokens * number * hidden * (layers if run.checkpoint_every else 0)
+    stored = layers if not run.checkpoint_every else -(-layers * (run.checkpoint_every - 1) // run.checkpoint_every) + 1
+    activations = layer * stored + tokens * number * hidden * (layers if run.checkpoint_every else 0)
     loss = 4 * min(CHUNK_BYTES, 4 * tokens * vocabulary)  # logits, their logarithms, exponentials and gradient
     alive = {footprint.ACTIVATIONS: activations, footprint.LOSS: loss, footprint.GRADIENTS: gradients}
     return Timeline(moments=[Bytes(alive)], layer=layer)
@@ -342,10 +342,10 @@ def count(run: Run, method: Method) -> Counted:
             if method != "full":
                 base.enable_input_require_grads()
     speed_up(wrapped)
-    kept = _kept(wrapped, run.optimizer, adapted=method != "full")
+    static = _static(wrapped, run.optimizer, adapted=method != "full")
     autocast = None if run.precision == "fp32" else DTYPES[run.precision]
     subject = footprint.subject(base, wrapped, autocast)
-    return Counted(run=replace(run, flat=documents), kept=kept, subject=subject, notes=notes)
+    return Counted(run=replace(run, flat=documents), static=static, subject=subject, notes=notes)
 
 
 def _base(run: Run, dtype: torch.dtype) -> PreTrainedModel:
@@ -363,7 +363,7 @@ def _base(run: Run, dtype: torch.dtype) -> PreTrainedModel:
 
 def _checkpoint(base: PreTrainedModel, every: int) -> None:
     try:
-        # The state of the random numbers takes no memory worth a word, and is not to be had of fake tensors.
+        # The state of the random numbers takes hardly any memory, and fake tensors have none.
         base.activation_checkpointing_enable(
             {"use_reentrant": False, "preserve_rng_state": False}, every_n_layers=every
         )
@@ -371,7 +371,7 @@ def _checkpoint(base: PreTrainedModel, every: int) -> None:
         raise TunesmithError(f"gradient_checkpointing is true, and {error} Drop it for this model") from error
 
 
-def _kept(model: nn.Module, optimizer: str, *, adapted: bool) -> dict[str, int]:
+def _static(model: nn.Module, optimizer: str, *, adapted: bool) -> dict[str, int]:
     """Bytes of all weights, apart from adapters, and of the gradients and optimizer states of what is trained."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]

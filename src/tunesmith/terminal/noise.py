@@ -14,20 +14,21 @@ from types import TracebackType
 from typing import Any
 
 LOGGERS: dict[str, int] = {
-    # For each layer in each step that it rounds its input, for 4 bits that a package would make them faster, for each
-    # library that it looks for in vain. What keeps it from working is an error, or a line of `tunesmith doctor`.
+    # It logs that each layer in each step rounds its input, which package would make 4 bits faster, and each library
+    # that it does not find. What keeps it from working is an error, or a line of `tunesmith doctor`.
     "bitsandbytes": logging.ERROR,
 }
 MESSAGES: dict[str, str] = {
-    # Without a GPU, of `torch_compile`, which was asked for.
+    # With `torch_compile`, which was asked for, on a machine without a GPU.
     "transformers.training_args": "The speedups for torchdynamo mostly come with",
 }
-"""What a line begins with, by its logger."""
+"""By logger, the beginning of a line."""
 WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("MatMul8bitLt: inputs will be cast", UserWarning),  # as earlier versions of bitsandbytes said it
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # peft reads a name that transformers deprecates
     ("Setting `save_embedding_layers` to `True`", UserWarning),  # of peft, which does what is right
-    # Of peft, where adapters have a head whose weight was the embeddings', too: merging parts the two, and says so.
+    # Of peft, where adapters are on a head that shares its weight with the embeddings: merging separates the two, and
+    # says so.
     ("Model has `tie_word_embeddings=True`", UserWarning),
 )
 OF_NO_USE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
