@@ -31,8 +31,8 @@ def serve(
 
     Example: tunesmith serve runs/first --port 8000
 
-    Ends with Ctrl-C. Programs of this machine may ask, web pages may not. With TUNESMITH_API_KEY
-    set, they need that key.
+    Programs of this machine may ask, web pages may not. With TUNESMITH_API_KEY
+    set, they need that key. Ctrl-C ends it.
     """
     missing = [library for library in ("starlette", "uvicorn") if find_spec(library) is None]
     if missing:
