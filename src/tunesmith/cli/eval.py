@@ -21,41 +21,32 @@ CUT_SHOWN = 3
 """Answers that did not end, whose places are told."""
 
 
-# The options, in the order of the help
-DATA = Annotated[str, typer.Option(metavar="FILE", help="Rows not trained on.")]
-METRIC = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="exact_match, contains, json_valid, json_equal, number, rouge; repeatable. Unset: what fits.",
-    ),
-]
-LIMIT = Annotated[int | None, typer.Option(metavar="N", help="Ask N rows, drawn at random.")]
-MAX_NEW_TOKENS = Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")]
-BATCH_SIZE = Annotated[int, typer.Option(metavar="N", help="Answers at a time.")]
-NO_BASE = Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")]
-SYSTEM = Annotated[str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")]
-OUTPUT = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")]
-COLUMNS = Annotated[str | None, typer.Option(metavar="NAMES", help="Our names to the data's: '{prompt: question}'.")]
-SPLIT = Annotated[str | None, typer.Option(metavar="NAME", help="The split of data on the hub; unset, test.")]
-AS_CHAT = Annotated[bool | None, typer.Option("--chat/--text", help="How to ask texts. Unset: as trained.")]
-SEED = Annotated[int, typer.Option(metavar="N", help="The seed of what is drawn.")]
-
-
 def evaluate(
     run: RUN,
-    data: DATA,
-    metric: METRIC = None,
-    limit: LIMIT = None,
-    max_new_tokens: MAX_NEW_TOKENS = 256,
-    batch_size: BATCH_SIZE = 16,
-    no_base: NO_BASE = False,
-    system: SYSTEM = None,
-    output: OUTPUT = None,
-    columns: COLUMNS = None,
-    split: SPLIT = None,
-    as_chat: AS_CHAT = None,
-    seed: SEED = 0,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Rows not trained on.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="exact_match, contains, json_valid, json_equal, number, rouge; repeatable. Unset: what fits.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Ask N rows, drawn at random.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 16,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Our names to the data's: '{prompt: question}'.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The split of data on the hub; unset, test.")
+    ] = None,
+    as_chat: Annotated[bool | None, typer.Option("--chat/--text", help="How to ask texts. Unset: as trained.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="The seed of what is drawn.")] = 0,
     trust_remote_code: TRUST = False,
 ) -> None:
     """Score a run's answers beside those of its base model.
