@@ -9,8 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.models import ARCHITECTURES, FLAT, PADDED, VOCABULARY, WINDOW, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
+from tests.models import (
+    ARCHITECTURES,
+    FLAT,
+    PADDED,
+    VOCABULARY,
+    WINDOW,
+    flat,
+    gradient_error,
+    gradients,
+    tiny,
+    token_rows,
+)
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import (
     attend_documents,
@@ -26,7 +36,7 @@ assert max(LENGTHS) > WINDOW  # or the windows would not be tested
 
 def flat_inputs(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
     batch = flat(token_rows(*lengths))
-    mask = document_map(batch["lengths"])
+    mask = document_map(batch.lengths or ())
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask}
 
 

@@ -35,7 +35,7 @@ from tunesmith.runs.checkpoints import (
 from tunesmith.runs.disk import check_space, estimated_size, twice
 from tunesmith.runs.states import packed, random_states, read_state, restore_random_states
 from tunesmith.train.identity import content_digest
-from tunesmith.train.writer import Writer
+from tunesmith.train.keeper import Writer
 
 IDENTITY = Identity(data={"content": "a"}, settings={"seed": 1}, model={"name": "m"})
 CPU = torch.device("cpu")

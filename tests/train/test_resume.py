@@ -300,7 +300,7 @@ def test_a_failure_in_the_thread_ends_the_run_at_the_next_step(run: Runs, monkey
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tunesmith.train.checkpointing.finish", fail)
+    monkeypatch.setattr("tunesmith.train.keeper.finish", fail)
     with pytest.raises(TunesmithError, match="is full"):
         trainer.train()
     assert trainer.state.global_step <= 2

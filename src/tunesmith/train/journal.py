@@ -124,7 +124,7 @@ class Journal:
             return
         self.ended = ended
         self._ledger.end_pass()
-        decode = cast(PreTrainedTokenizerBase, self._trainer.processing_class).decode
+        decode = getattr(self._trainer.processing_class, "decode", str)
         if (examples := self._ledger.as_json(lambda ids: str(decode(ids)))) is not None:
             self._attempt(lambda: write(self._folder / EXAMPLES, examples))
         self._draw()
