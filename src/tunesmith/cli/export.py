@@ -9,6 +9,7 @@ import typer
 from tunesmith.cli.complete import RUN
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.terminal.output import finish_lines, note
+from tunesmith.text import size
 
 FORMATS = ("gguf",)
 
@@ -38,7 +39,7 @@ def export(
     done = export_gguf(run, output, quant=quant, check=check, progress=note)
     for text in done.notes:
         note(f"note: {text}")
-    lines = [*done.checked, f"{done.gguf} ({done.size / 1e6:,.1f} MB)"]
+    lines = [*done.checked, f"{done.gguf} ({size(done.size)})"]
     if done.modelfile is not None:
         lines.append(f"{done.modelfile}: ollama create NAME -f {done.modelfile}")
     finish_lines({field.name: getattr(done, field.name) for field in fields(done)}, lines)
