@@ -96,11 +96,11 @@ for command, text, usage in (
         options_metavar=usage,
     )(command)
 app.command("eval", short_help=summary(evaluate))(evaluate)
-for command in (
+for other in (
     *(init.init, chat.chat, serve.serve, demo.demo, report.report),
     *(merge.merge, export.export, push.push, doctor.doctor),
 ):
-    app.command(short_help=summary(command))(command)
+    app.command(short_help=summary(other))(other)
 
 
 def main() -> None:

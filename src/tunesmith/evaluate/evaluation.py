@@ -173,8 +173,7 @@ def _question(place: str, row: Row, system: str | None) -> Question | str:
             return "no answer" if at is None else "no prompt"
         prompt = tuple(message.fields for message in row.messages[:at])
         content, arguments = row.messages[at].fields.get("content"), dict(row.template_kwargs)
-        in_parts = isinstance(content, list)
-        expected = "".join(part["text"] for part in content) if in_parts else str(content or "")
+        expected = "".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
         if row.tools:
             arguments["tools"] = row.tools
         if not expected.strip() and row.messages[at].fields.get("tool_calls"):
