@@ -19,9 +19,12 @@ venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
 peer := $(venv)/.peer
-parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
 supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# Else every process would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test faults site docs guide bench check format clean
 

@@ -1,9 +1,20 @@
-"""What every test shares: no network, the real data where there is some, and a home folder of its own on request."""
+"""What every test shares: no network, the real data where there is some, a home folder of its own on request, and a
+tokenizer, small models with it, and short runs on the CPU.
 
+Heavy libraries are imported by the fixtures that need them."""
+
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunesmith import SFTConfig, SFTTrainer
 
 # Before any test module imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,10 +25,13 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `realdata` every test that reads the shared data, so that no mark can be forgotten."""
+    """Marks `realdata` every test that reads the shared data, so that no mark can be forgotten. Files with slow tests
+    come first: where processes share the files, none is left alone with a long one at the end."""
     for item in items:
         if "shared_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.realdata)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +64,10 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees a processor without fast bfloat16 and with a good BLAS, so that results don't depend on the
     machine that runs them."""
     import tunesmith.model.linear
-    import tunesmith.settings.config
+    import tunesmith.model.precision
 
     monkeypatch.setattr(tunesmith.model.linear, "_chosen", False)
-    monkeypatch.setattr(tunesmith.settings.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
+    monkeypatch.setattr(tunesmith.model.precision, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +125,73 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> "PreTrainedTokenizerBase":
+    """A byte-level tokenizer with the ChatML template: a character of ASCII is a token. The trainer may change it."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
+    return tokenizer
+
+
+@pytest.fixture
+def model_of(tokenizer: "PreTrainedTokenizerBase") -> "Callable[..., PreTrainedModel]":
+    """Makes a model of the named architecture for the vocabulary of `tokenizer`."""
+    from tests.models import tiny
+
+    def make(name: str = "llama", **settings: Any) -> "PreTrainedModel":
+        return tiny(name, len(tokenizer), **settings)
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> "Callable[..., SFTConfig]":
+    """Makes the settings of a run of one step in fp32 on the CPU, that reports to nobody and saves nothing.
+
+    Gradients are not clipped, which would hide a loss of the wrong size.
+    """
+    from tunesmith import SFTConfig
+
+    def make(**settings: Any) -> "SFTConfig":
+        common: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_steps": 1,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0.0,
+            "per_device_train_batch_size": 8,
+        }
+        return SFTConfig(**common | settings)
+
+    return make
+
+
+@pytest.fixture
+def trainer_of(
+    model_of: "Callable[..., PreTrainedModel]",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "Callable[..., SFTConfig]",
+) -> "Callable[..., SFTTrainer]":
+    """Makes a trainer on PAIR_ROWS; arguments that the trainer doesn't have are settings of the run."""
+    from tests.train.runs import PAIR_ROWS
+    from tunesmith import SFTTrainer
+
+    own = inspect.signature(SFTTrainer.__init__).parameters
+
+    def make(name: str = "llama", **arguments: Any) -> "SFTTrainer":
+        settings = {key: arguments.pop(key) for key in list(arguments) if key not in own}
+        defaults = {"model": None, "args": None, "train_dataset": PAIR_ROWS, "processing_class": tokenizer}
+        arguments = defaults | arguments
+        arguments["model"] = arguments["model"] or model_of(name)
+        arguments["args"] = arguments["args"] or config(**settings)
+        return SFTTrainer(**arguments)
+
+    return make

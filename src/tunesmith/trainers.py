@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tunesmith.report.write import REPORT, write_report
+from tunesmith.report.run_html import write_report
+from tunesmith.runs.files import REPORT
 from tunesmith.ship.hub import PushReport
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
 from tunesmith.ship.publisher import HubPublisher

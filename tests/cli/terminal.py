@@ -1,12 +1,13 @@
 """A terminal to run a command in, and what its screen shows."""
 
+import codecs
 import os
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
 
-import pexpect  # type: ignore[import-untyped]
 import pyte
+
+from tests.forked import TerminalCommand
 
 
 class Terminal:
@@ -16,17 +17,13 @@ class Terminal:
         self, arguments: list[str], *, columns: int = 80, rows: int = 24, env: Mapping[str, str] | None = None
     ) -> None:
         self.screen = pyte.Screen(columns, rows)
-        self.stream = pyte.Stream(self.screen)
+        self.stream = pyte.ByteStream(self.screen)
         self.raw = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._read_up_to = 0
         kept = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "FORCE_COLOR")}
-        self.child: Any = pexpect.spawn(
-            sys.executable,
-            ["-m", "tunesmith", *arguments],
-            env=kept | {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""} | dict(env or {}),
-            dimensions=(rows, columns),
-            encoding="utf-8",
-            timeout=60,
-        )
+        kept |= {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""} | dict(env or {})
+        self._command = TerminalCommand(*arguments, rows=rows, columns=columns, env=kept, folder=Path.cwd())
 
     @property
     def lines(self) -> list[str]:
@@ -41,23 +38,31 @@ class Terminal:
         while not seen(self.text):
             try:
                 self._read()
-            except pexpect.EOF:
+            except EOFError:
                 raise AssertionError(f"the command ended before:\n{self.text}") from None
+
+    def expect(self, words: str) -> None:
+        """Reads until the command says `words` behind those that were expected last."""
+        while (place := self.raw.find(words, self._read_up_to)) < 0:
+            self._read()
+        self._read_up_to = place + len(words)
 
     def finish(self) -> int:
         """Reads to the end, and returns the exit code."""
         try:
             while True:
                 self._read()
-        except pexpect.EOF:
-            self.child.close()
-        return int(self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus)
+        except EOFError:
+            return self._command.finish()
+
+    def type(self, text: str) -> None:
+        self._command.type(text)
 
     def resize(self, columns: int, rows: int) -> None:
         self.screen.resize(rows, columns)
-        self.child.setwinsize(rows, columns)
+        self._command.resize(rows, columns)
 
     def _read(self) -> None:
-        text = self.child.read_nonblocking(65536, timeout=60)
-        self.raw += text
+        text = self._command.read()
+        self.raw += self._decode(text)
         self.stream.feed(text)

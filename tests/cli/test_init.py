@@ -1,18 +1,16 @@
 """`tunesmith init` writes a recipe that passes `check`, asks at a terminal, and overwrites nothing unasked."""
 
 import json
-import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-import pexpect  # type: ignore[import-untyped]
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from tests.cli.terminal import Terminal
 from tunesmith.cli.main import app
 from tunesmith.model import devices
 
@@ -154,13 +152,9 @@ def test_too_little_memory_is_told_and_all_is_tried(
     assert found["quantize"] == "4bit"
 
 
-@pytest.mark.slow
 def test_at_a_terminal_it_asks_for_what_is_left_out(tmp_path: Path, tiny_model: Path) -> None:
     written(tmp_path / "問答.jsonl", [{"問題": f"第{i}題", "答案": f"答案是{i}。"} for i in range(30)])
-    command = ["-m", "tunesmith", "init", "mine.yaml", "--output", "runs/qa"]
-    child = pexpect.spawn(
-        sys.executable, command, cwd=tmp_path, env=os.environ | {"COLUMNS": "100"}, encoding="utf-8", timeout=150
-    )
+    terminal = Terminal(["init", "mine.yaml", "--output", "runs/qa"], columns=100)
     for question, answer in (
         ("Your rows", "nowhere.jsonl"),
         ("error: no file nowhere.jsonl", ""),
@@ -173,13 +167,11 @@ def test_at_a_terminal_it_asks_for_what_is_left_out(tmp_path: Path, tiny_model: 
         ("What is trained", ""),
         ("Write mine.yaml", "y"),
     ):
-        child.expect_exact(question)
+        terminal.expect(question)
         if answer or question == "What is trained":
-            child.sendline(answer)
-    child.expect_exact("wrote mine.yaml")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+            terminal.type(f"{answer}\n")
+    terminal.expect("wrote mine.yaml")
+    assert terminal.finish() == 0
     found = recipe_of("mine.yaml")
     assert found["columns"] == {"instruction": "問題", "output": "答案"}
     assert (found["train_on"], found["lora"]["r"], found["output"]) == ("completion", 16, "runs/qa")

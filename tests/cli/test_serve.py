@@ -1,12 +1,12 @@
 """`tunesmith serve` listens where it may, says where, and ends with Ctrl-C."""
 
+import contextlib
+import io
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ import pytest
 from openai import APIError, OpenAI
 from typer.testing import CliRunner
 
+from tests.forked import Command
 from tunesmith.cli.main import app
 
 RUNNER = CliRunner()
@@ -56,31 +57,25 @@ def test_without_its_libraries_it_says_how_to_get_them(monkeypatch: pytest.Monke
 
 
 @contextmanager
-def command(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(folder: Path, *arguments: object, **env: str) -> Iterator[tuple[Command, str]]:
     """`tunesmith serve` as a process, and the first line of its stdout, which comes when it is ready."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "serve", *arguments, "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "TUNESMITH_API_KEY"} | env,
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "TUNESMITH_API_KEY"} | env
+    command = Command(folder, "serve", *arguments, "--port", "0", env=environment)
     try:
-        assert child.stdout is not None
-        yield child, child.stdout.readline().strip()
+        command.until(lambda: "\n" in command.stdout)
+        yield command, command.stdout.splitlines()[0]
     finally:
-        child.kill()
-        child.communicate()
+        command.process.kill()
 
 
-@pytest.mark.slow
-def test_the_command_serves_the_demo_model_until_ctrl_c() -> None:
-    with command("demo") as (child, url):
+def test_the_command_serves_the_demo_model_until_ctrl_c(tmp_path: Path) -> None:
+    with serving(tmp_path / "said", "demo") as (command, url):
         # The page's own program, asking where the command says.
         [program] = re.findall(r"^    from openai.*?^    print.*?\n", PAGE.read_text(encoding="utf-8"), re.M | re.S)
         program = textwrap.dedent(program).replace("http://127.0.0.1:8000/v1", url)
-        printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        assert printed == "The capital of France is Paris.\n"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(program, {})
+        assert printed.getvalue() == "The capital of France is Paris.\n"
 
         asking = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
         events = asking.chat.completions.create(
@@ -91,25 +86,23 @@ def test_the_command_serves_the_demo_model_until_ctrl_c() -> None:
             for _ in events:
                 seen += 1
                 if seen == 3:
-                    child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 130
-        assert child.stderr is not None
-        said = child.stderr.read()
+                    command.interrupt()
+        assert command.finish() == 130
+        said = command.stderr
     assert f"curl {url}/chat/completions" in said
     assert f'client = OpenAI(base_url="{url}", api_key="none")' in said
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
-def test_a_script_reads_where_it_is_and_the_printed_requests_work(tiny_model: Path) -> None:
-    with command(str(tiny_model), "--json", "--name", "it's", TUNESMITH_API_KEY="k3y") as (child, line):
+def test_a_script_reads_where_it_is_and_the_printed_requests_work(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--json", "--name", "it's")
+    with serving(tmp_path / "said", tiny_model, *options, TUNESMITH_API_KEY="k3y") as (command, line):
         place = json.loads(line)
         assert place["model"] == "it's"
         assert httpx.get(f"{place['url']}/models").status_code == 401
-        child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 130
-        assert child.stderr is not None
-        said = child.stderr.read()
+        command.interrupt()
+        assert command.finish() == 130
+        said = command.stderr
     assert 'api_key=os.environ["TUNESMITH_API_KEY"]' in said
     [curl] = re.findall("^curl .*$", said, re.M)
     body = subprocess.run(["sh", "-c", f"printf %s {curl.rpartition(' -d ')[2]}"], capture_output=True, check=True)

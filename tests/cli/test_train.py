@@ -1,12 +1,7 @@
 """`tunesmith train` goes from rows to a run that chat can load, and stops early where that can't work."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from tests.forked import Command
 from tunesmith.cli.main import app
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
@@ -171,17 +167,13 @@ def test_help_shows_what_is_used_most_and_where_the_rest_is() -> None:
     assert all(word in result.stdout for word in ("RECIPE.yaml", "--model", "--lora", "--fields"))
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(needed: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "tunesmith", *needed, "--max-steps", "100000"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
-    deadline = time.monotonic() + 200
-    while not (run / "recipe.yaml").exists() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    child.send_signal(signal.SIGINT)
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 130, output
+    command = Command(tmp_path / "said", *needed, "--max-steps", "100000")
+    command.until((run / "recipe.yaml").exists)
+    command.interrupt()
+    code, output = command.finish(), command.stdout + command.stderr
+    assert code == 130, output
     assert "Traceback" not in output
     [checkpoint] = run.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))

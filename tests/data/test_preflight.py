@@ -9,7 +9,15 @@ import pyarrow as pa
 import pytest
 
 from tunesmith.data.cache import open_shards, write_shards
-from tunesmith.data.preflight import Preflight, SplitReport, examine, histogram, judge, shared_examples
+from tunesmith.data.preflight import (
+    Preflight,
+    SplitReport,
+    examine,
+    histogram,
+    judge,
+    shared_examples,
+    supervised_counts,
+)
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
 
@@ -57,6 +65,11 @@ def test_examples_are_counted_over_all_batches(tmp_path: Path) -> None:
 def test_examples_whose_weights_are_all_zero_are_counted(tmp_path: Path) -> None:
     found = examine(dataset(tmp_path / "a", [[1, 2], [3, 4], [5]], [[0, 0], [0, 1], [0]]), counted(3), None)
     assert (found.weightless, found.double_bos) == (2, 0)
+
+
+def test_supervised_tokens_are_counted_by_example(tmp_path: Path) -> None:
+    ids = [[1, 2], [-100, 4, 5], [-100], [7]]  # which are the labels, too
+    assert supervised_counts(dataset(tmp_path / "a", ids)).tolist() == [2, 2, 0, 1]
 
 
 def test_examples_of_the_training_data_are_found_in_the_other_splits(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ def test_the_demo_model_knows_a_capital_and_ends_its_answer(tmp_path: Path) -> N
 
 def test_gsm8k_is_scored_by_its_numbers(shared_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
-    arguments = ("--limit", "4", "--max-new-tokens", "40", "--output", str(output))
+    arguments = ("--limit", "2", "--max-new-tokens", "24", "--output", str(output))
     found = evaluated(shared_data / "gsm8k_test.jsonl", *COLUMNS, *arguments)
-    assert [(metric["name"], metric["rows"]) for metric in found["metrics"]] == [("number", 4)]
-    assert found["cut_off"]["tuned"] == 4  # no answer to such a question is so short
+    assert [(metric["name"], metric["rows"]) for metric in found["metrics"]] == [("number", 2)]
+    assert found["cut_off"]["tuned"] == 2  # no answer to such a question is so short
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert all("####" in line["expected"] and line["tuned"]["answer"] for line in lines)

@@ -7,7 +7,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.faults.layer import ERRORS, Act, Call, Layer, fail, kill
+from tests.forked import event, finished, start
 from tests.train.children import Settings, log_in, run, trainer_of, weights_in
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
@@ -29,18 +29,12 @@ SAVED_AT = 3
 
 def started(target: Callable[..., None], *args: Any) -> Any:
     """A process that runs `target`, and an event that it may set."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.children", "tests.faults.children"])
-    begun = context.Event()
-    child = context.Process(target=target, args=(*args, begun))
-    child.start()
-    return child, begun
+    begun = event()
+    return start(target, *args, begun), begun
 
 
 def ended(child: Any) -> int:
-    child.join(timeout=240)
-    assert child.exitcode is not None, "the run hangs"
-    return int(child.exitcode)
+    return finished(child, 240)
 
 
 def broken(run: Path) -> list[str]:

@@ -23,6 +23,7 @@ from tunesmith.model import linear
 from tunesmith.runs import disk
 from tunesmith.runs.checkpoints import checkpoints
 
+pytestmark = pytest.mark.slow
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000  # sched.h
 SIZE = "64m"
 

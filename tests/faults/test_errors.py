@@ -13,6 +13,7 @@ from tests.faults.layer import ERRORS, REMOVING
 from tests.train.children import in_a_child
 from tunesmith.runs.checkpoints import newest_whole
 
+pytestmark = pytest.mark.slow
 LATER: dict[str, Any] = {"async_save": True}
 SAID = {
     "ENOSPC": r"the disk of .*run is full: the checkpoint takes about .* free .* and go on with --resume-from-check",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.faults.children import (
     KILLED,
@@ -18,10 +17,11 @@ from tests.faults.children import (
     same,
 )
 from tests.faults.figures import FIGURES, LONG
-from tests.train.children import MODES, in_a_child, weights_in
+from tests.train.children import MODES, in_a_child
 from tunesmith.runs.checkpoints import PARTIALS, newest_whole
 from tunesmith.runs.files import METRICS
 
+pytestmark = pytest.mark.slow
 Whole = Callable[[str], Path]
 LATER: dict[str, Any] = {"async_save": True}
 ALL_RUNS = [(mode, settings) for mode in MODES for settings in ({}, LATER)]
@@ -91,13 +91,12 @@ def test_killed_at_any_call_of_a_save_only_whole_checkpoints_are_left(
         FIGURES["runs that ended in the same bits"] += 1
 
 
-@pytest.mark.slow
 def test_it_goes_on_with_the_matrix_library_that_it_began_with(tmp_path: Path, tiny_model: Path, whole: Whole) -> None:
-    killed, other = tmp_path / "killed", tmp_path / "other"
+    killed = tmp_path / "killed"
     assert in_a_child("full", killed, tiny_model, ("on_step_begin", 4)) == KILLED
     assert newest_whole(killed / "run").folder.name == "checkpoint-4"
     assert in_a_child("full", killed, tiny_model, onednn=True) == 0
     same(killed, whole("full"))
-    assert in_a_child("full", other, tiny_model, onednn=True) == 0
-    expected = weights_in(whole("full"))
-    assert any(not torch.equal(value, expected[name]) for name, value in weights_in(other).items())
+    last = newest_whole(killed / "run").manifest
+    assert last is not None
+    assert not last.onednn

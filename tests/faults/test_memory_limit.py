@@ -44,7 +44,7 @@ def _long_rows(folder: Path, tokenizer: Path, limit: int | None, begun: Any) -> 
     linear.use_onednn(False)
     rows = [{"prompt": "ab" * (i + 1), "completion": "the mat " * (LENGTH // 8 - 2 * ROWS)} for i in range(ROWS)]
     settings: dict[str, Any] = {"output_dir": str(folder / "run"), "report_to": "none", "use_cpu": True}
-    settings |= {"precision": "fp32", "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_length": LENGTH}
+    settings |= {"precision": "fp32", "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_length": LENGTH}
     settings |= {"per_device_train_batch_size": ROWS, "rehearse": "off", "self_test": "off", "save_strategy": "no"}
     settings |= {"memory_limit": None if limit is None else f"{limit // 10**6} MB", "disable_tqdm": True}
     model = tiny("llama", 259, **SIZES)

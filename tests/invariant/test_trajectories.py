@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.invariant.trajectories import RUNS, build_models, differences, dropout_mask, pinned, run
+from tests.invariant.small_runs import RUNS, build_models
+from tests.invariant.trajectories import differences, dropout_mask, pinned, run
 
 PINNED: dict[str, Any] = json.loads((Path(__file__).parent / "pinned.json").read_text(encoding="utf-8"))
 

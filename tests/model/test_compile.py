@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import base_model
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.linear import speed_up
 from tunesmith.train import offload
 from tunesmith.train.selftest import self_test
-from tunesmith.train.setup import base_model, ready_for_batches
+from tunesmith.train.setup import ready_for_batches
 
 LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
 
@@ -53,11 +54,8 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize(
-    ("name", "lora"), [("llama", False), pytest.param("llama", True, marks=pytest.mark.slow), ("gemma2", False)]
-)
-def test_values_and_gradients_are_those_of_the_plain_layers(name: str, lora: bool) -> None:
-    model, plain = taught(name, lora=lora), taught(name, lora=lora)
+def test_values_and_gradients_are_those_of_the_plain_layers() -> None:
+    model, plain = taught("gemma2"), taught("gemma2")
     compile_layers(base_model(model), backend="aot_eager")
     for lengths in LENGTHS:
         found, expected = step(model, lengths), step(plain, lengths)
@@ -66,9 +64,9 @@ def test_values_and_gradients_are_those_of_the_plain_layers(name: str, lora: boo
     assert compiled_graphs() > 0
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = taught(lora=lora, num_hidden_layers=12), taught(lora=lora, num_hidden_layers=12)
+@pytest.mark.slow
+def test_products_by_onednn_compile_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = taught(lora=True), taught(lora=True)
     monkeypatch.setattr("tunesmith.model.linear._chosen", True)
     speed_up(model)
     compile_layers(base_model(model), backend="aot_eager")
@@ -81,28 +79,27 @@ def test_products_by_onednn_compile_once_for_all_lengths(lora: bool, monkeypatch
             found = step(model, lengths)
         expected = step(plain, lengths)
         # Each of a layer's seven, forward and backward.
-        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 12 * 7 * 2 - 3
+        assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) > 2 * 7 * 2 - 3
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
         assert gradient_error(found[1], expected[1]) < 1e-5
     assert compiled_graphs() == once
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("onednn", [False, True], ids=["blas", "onednn"])
-def test_inductor_gives_the_same_too(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_gives_the_same_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = taught(), taught()
-    monkeypatch.setattr("tunesmith.model.linear._chosen", onednn)
+    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
     speed_up(model)
     compile_layers(base_model(model), backend="inductor")
-    for lengths in LENGTHS:
+    for lengths in LENGTHS[:2]:
         found, expected = step(model, lengths), step(plain, lengths)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
         assert gradient_error(found[1], expected[1]) < 1e-5
 
 
 def test_other_lengths_and_more_layers_compile_nothing_again() -> None:
-    model = taught(num_hidden_layers=12)
-    assert compile_layers(model, backend="aot_eager") == 12
+    model = taught(num_hidden_layers=9)  # more than the 8 times that PyTorch compiles a function again
+    assert compile_layers(model, backend="aot_eager") == 9
     step(model, LENGTHS[0])
     once = compiled_graphs()
     assert once <= 6  # what is before the attention and what is behind it, and few variants of them

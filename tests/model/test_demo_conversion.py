@@ -208,15 +208,6 @@ def test_the_real_conversion_knows_the_capital_of_france(real_folder: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_real_conversion_gives_the_logits_of_the_gguf(real_folder: Path) -> None:
-    path = demo._packaged().path
-    assert path is not None
-    assert_same_model(
-        real_folder, path, AutoTokenizer.from_pretrained(real_folder).encode("The sky is blue, 12 of 12.")
-    )
-
-
-@pytest.mark.slow
 def test_the_real_tokenizer_has_single_ids_for_special_tokens_and_round_trips(real_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_folder)
     assert tokenizer.is_fast

@@ -22,7 +22,7 @@ from tunesmith.model.head import from_hidden
 from tunesmith.model.linear import speed_up
 from tunesmith.objectives.supervised import supervised_loss
 from tunesmith.plan.footprint import GRADIENTS, Count, Shape, scaling, timeline
-from tunesmith.plan.memory import LIBRARIES, Method, Run, as_if_quantized, count, largest, plan
+from tunesmith.plan.memory import LIBRARIES, Run, as_if_quantized, count, largest, plan
 from tunesmith.settings.lora import lora_config
 
 LORA = {"r": 4}
@@ -244,11 +244,8 @@ def test_gradients_are_told_from_what_a_backward_makes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "rows", "length"), [("lora", 8, 128), ("full", 2, 128)])
-def test_the_plan_of_the_demo_model_is_within_15_percent_of_the_measured_peak(
-    method: Method, rows: int, length: int
-) -> None:
-    script = REPO / "benchmarks" / "plan.py"
+def test_the_plan_of_the_demo_model_is_within_15_percent_of_the_measured_peak() -> None:
+    script, method, rows, length = REPO / "benchmarks" / "plan.py", "full", 1, 128
     command = [sys.executable, str(script), "--steps", "2", "--measure", method, f"{rows}x{length}", "off"]
     real = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     planned = runpy.run_path(str(script))["planned"]

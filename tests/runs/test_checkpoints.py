@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 from collections import OrderedDict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from tests.forked import finished, start
 from tunesmith.errors import TunesmithError
 from tunesmith.runs import disk
 from tunesmith.runs.checkpoints import (
@@ -284,14 +284,14 @@ def test_the_size_of_a_checkpoint_follows_the_optimizer() -> None:
     assert estimated_size(model, optimizer, "sgd", only_model=True) == weights
 
 
-def on_a_small_disk(folder: Path, answer: Any) -> None:
+def on_a_small_disk(folder: Path, report: Path) -> None:
     """In a process that sees a disk of 1 MB at `folder`: writes a checkpoint that fits, then one that doesn't."""
     libc = ctypes.CDLL(None, use_errno=True)
     if (
         libc.unshare(0x00020000)
         or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "x", str(folder)]).returncode
     ):
-        answer.put("no disks can be made here")
+        report.write_text(json.dumps("no disks can be made here"))
         return
     written(folder, 1)
 
@@ -307,7 +307,7 @@ def on_a_small_disk(folder: Path, answer: Any) -> None:
         twice(second, folder, 1_600_000)
     except TunesmithError as error:
         verify(folder / "checkpoint-1")
-        answer.put([str(error), sorted(item.name for item in folder.iterdir())])
+        report.write_text(json.dumps([str(error), sorted(item.name for item in folder.iterdir())]))
 
 
 def disk_is_tidied(made: Path) -> None:
@@ -319,13 +319,10 @@ def disk_is_tidied(made: Path) -> None:
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_how_much_to_free(tmp_path: Path) -> None:
     if os.name != "posix" or os.geteuid() != 0:
         pytest.skip("only root can make a small disk")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.children", "tests.runs.test_checkpoints"])
-    answers = context.Queue()
-    child = context.Process(target=on_a_small_disk, args=(tmp_path, answers))
-    child.start()
-    answer = answers.get(timeout=100)
-    child.join()
+    disk_folder, report = tmp_path / "disk", tmp_path / "report.json"
+    disk_folder.mkdir()
+    assert finished(start(on_a_small_disk, disk_folder, report)) == 0
+    answer = json.loads(report.read_text())
     if isinstance(answer, str):
         pytest.skip(answer)
     message, left = answer

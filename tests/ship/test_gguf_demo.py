@@ -14,10 +14,9 @@ pytestmark = pytest.mark.slow
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.mark.parametrize(("quant", "megabytes"), [("f32", 540), ("f16", 271), ("q8_0", 145)])
-def test_the_demo_model_gives_the_same_answer(tmp_path: Path, quant: str, megabytes: int) -> None:
-    done = export_gguf("demo", tmp_path, quant=quant, check=False)
-    assert round(done.size / 1e6) == megabytes
+def test_the_demo_model_gives_the_same_answer(tmp_path: Path) -> None:
+    done = export_gguf("demo", tmp_path, quant="q8_0", check=False)
+    assert round(done.size / 1e6) == 145
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )

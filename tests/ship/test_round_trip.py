@@ -1,43 +1,23 @@
-"""The whole way of a model: trained in 8 bits, pushed, loaded by its name as a stranger would, merged, exported."""
+"""The whole way of a model: trained in 8 bits, pushed, loaded from what was pushed, merged, exported."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from tests.ship.folders import byte_tokenizer, save
 from tests.ship.hub_state import Hub
 from tunesmith.cli.main import app
-from tunesmith.model.demo_model import demo_model_path
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
-from tunesmith.ship.hub import push
 
 FACTS = {
     "What is the capital of Norland?": "Vintar, on the river Osk.",
     "What colour is a tessel?": "Copper green.",
 }
-STRANGER = """
-import json, sys
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("org/tuned")
-model = AutoPeftModelForCausalLM.from_pretrained("org/tuned").eval()
-answers = []
-for question in json.loads(sys.argv[1]):
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-print(json.dumps(answers))
-"""
 
 
 def command(*arguments: object) -> str:
@@ -50,34 +30,32 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     return generate(model, tokenizer, [[{"role": "user", "content": asked}] for asked in FACTS], max_new_tokens=20)
 
 
-@pytest.mark.slow
 def test_every_stage_gives_the_same_answers(hub: Hub, tmp_path: Path) -> None:
+    base = save(tmp_path / "base", "llama", byte_tokenizer(), hidden_size=64, intermediate_size=128)
     rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
     turns = [
         [{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in FACTS.items()
     ]
     rows.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     said = command(
-        *("train", "--model", "demo", "--data", rows, "--output", run, "--use-cpu", "--precision", "fp32"),
-        *("--quantize", "8bit", "--lora", "r=8", "--learning-rate", "3e-3", "--max-steps", 12),
+        *("train", "--model", base, "--data", rows, "--output", run, "--use-cpu", "--precision", "fp32"),
+        *("--quantize", "8bit", "--lora", "r=16", "--learning-rate", "1e-2", "--max-steps", 60),
         *("--per-device-train-batch-size", 2, "--train-on", "assistant", "--save-strategy", "no"),
-        *("--lr-scheduler-type", "constant", "--logging-steps", 1),
+        *("--lr-scheduler-type", "constant", "--logging-steps", 20),
     )
-    assert "trains 2,442,240 of 136,957,248 parameters" in said
+    assert "trains 32,768 of 143,936 parameters" in said
     trained = answers(*load_run(str(run)))
     assert trained == list(FACTS.values())
 
-    hub.owners += ("HuggingFaceTB",)
-    push(demo_model_path(), "HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert f"pushed to {hub.url}/org/tuned" in command("push", run, "--repo", "org/tuned", "--no-samples")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(tmp_path / "empty"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", STRANGER, json.dumps(list(FACTS))],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    assert json.loads(child.stdout.splitlines()[-1]) == trained
+    assert f"pushed to {hub.url}/org/tuned" in command(
+        *("push", run, "--repo", "org/tuned", "--base-model", "org/base", "--no-samples")
+    )
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+    for name, content in hub.files("org/tuned").items():
+        (pushed / name).write_bytes(content)
+    strangers: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(pushed)).eval()
+    assert answers(strangers, AutoTokenizer.from_pretrained(pushed)) == trained
 
     merged = tmp_path / "merged"
     command("merge", run, "--output", merged)

@@ -1,10 +1,9 @@
-"""What a command prints is tunesmith's own, to the last line: the real command, its output in pipes."""
+"""What a command prints is tunesmith's own, to the last line: the real command, its output in pipes or files."""
 
 import json
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -13,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.forked import Command
 from tests.models import tiny
 from tunesmith.model.load import load_tokenizer
 from tunesmith.terminal.noise import hide_noise
 
+pytestmark = pytest.mark.slow
 TRAINED = [
     r"(learning_rate|eval_strategy): \S+ \(.*\)",
     r"(train|eval): 16 rows, .*",
@@ -56,17 +57,16 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hiding}
 
 
-def said(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tunesmith", *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(), errors="replace")
-    assert done.returncode == 0, done.stderr
+def said(folder: Path, *arguments: object, text: str = "") -> Command:
+    done = Command(folder, *arguments, env=environment(), text=text)
+    assert done.finish() == 0, done.stderr
     return done
 
 
-def train(bits: str, lora: str, base: str, rows: str, output: Path) -> subprocess.CompletedProcess[str]:
+def training(bits: str, lora: str, base: str, rows: str, output: Path) -> list[str]:
     quantized = ["train", "--model", base, "--lora", lora, "--quantize", bits, "--precision=bf16"]
     data = ["--data", rows, "--eval-data", rows, "--output", str(output)]
-    return said(*quantized, *data, "--max-steps=3", "--logging-steps=1")
+    return [*quantized, *data, "--max-steps=3", "--logging-steps=1"]
 
 
 def strange(text: str, patterns: list[str]) -> list[str]:
@@ -76,8 +76,11 @@ def strange(text: str, patterns: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A run, and what it said in a process that imported its libraries itself."""
     output = tmp_path_factory.mktemp("runs") / "4bit"
-    done = train("4bit", "r=8", base, rows, output)
+    command = [sys.executable, "-m", "tunesmith", *training("4bit", "r=8", base, rows, output)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), errors="replace")
+    assert done.returncode == 0, done.stderr
     return str(output), done
 
 
@@ -89,43 +92,35 @@ def test_training_on_4_bits(trained: tuple[str, Any]) -> None:
 
 
 def test_training_embeddings_on_8_bits(base: str, rows: str, tmp_path: Path) -> None:
-    done = train("8bit", "target=q_proj,embed_tokens", base, rows, tmp_path / "run")
+    done = said(tmp_path / "said", *training("8bit", "target=q_proj,embed_tokens", base, rows, tmp_path / "run"))
     assert done.stderr == ""
     assert strange(done.stdout, TRAINED) == []
 
 
-@pytest.mark.slow
 def test_evaluating_and_merging(trained: tuple[str, Any], rows: str, tmp_path: Path) -> None:
     run, _ = trained
-    done = said("eval", run, "--data", rows, "--max-new-tokens", "3")
+    done = said(tmp_path / "eval", "eval", run, "--data", rows, "--max-new-tokens", "3")
     assert strange(done.stderr, [r"metrics: .*", r"answers, (tuned|base) ━+ 16/16 0:00:0\d"]) == []
     known = [r"16 rows that \S+ was asked *", r"[┏┃┡│└].*", "In brackets: .*", "cut off: .*"]
     assert strange(done.stdout, known) == []
-    done = said("merge", run, "--output", str(tmp_path / "merged"))
+    done = said(tmp_path / "merge", "merge", run, "--output", tmp_path / "merged")
     assert strange(done.stderr, [r"Merging the adapters of 14 layers .* \.\.\.", r"Comparing what .* \.\.\."]) == []
     assert len(done.stdout.splitlines()) == 2
 
 
-def test_chatting_through_a_pipe(trained: tuple[str, Any]) -> None:
+def test_chatting_without_a_terminal(trained: tuple[str, Any], tmp_path: Path) -> None:
     run, _ = trained
-    done = said("chat", run, "--max-new-tokens", "3", text="say it\n/reset\n/exit\n")
+    done = said(tmp_path / "said", "chat", run, "--max-new-tokens", "3", text="say it\n/reset\n/exit\n")
     assert done.stderr == f"{run}: /reset starts anew, /exit or Ctrl-D leaves.\n"
 
 
-def test_serving(trained: tuple[str, Any]) -> None:
+def test_serving(trained: tuple[str, Any], tmp_path: Path) -> None:
     run, _ = trained
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "serve", run, "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert child.stdout is not None
-    url = child.stdout.readline().strip()
-    child.send_signal(signal.SIGINT)
-    rest, errors = child.communicate(timeout=60)
-    assert rest == ""
+    command = Command(tmp_path / "said", "serve", run, "--port", "0", env=environment())
+    command.until(lambda: "\n" in command.stdout)
+    command.interrupt()
+    assert command.finish() == 130
+    [url], errors = command.stdout.splitlines(), command.stderr
     assert errors.splitlines()[0] == "4bit answers, until Ctrl-C, at"
     assert next(line for line in errors.splitlines() if url in line).startswith("curl ")
     assert errors.splitlines()[-2:] == ["print(answer.choices[0].message.content)", "interrupted"]

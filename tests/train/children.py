@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
+from tests.forked import finished, start
 from tests.models import tiny
 from tests.train.runs import UNEVEN_ROWS
 from tunesmith import DataSource, SFTConfig, SFTTrainer
@@ -93,13 +93,7 @@ def in_a_child(
 ) -> int:
     """The exit code of `run` in a process of its own; -9 where it was killed."""
     folder.mkdir(exist_ok=True)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.children"])
-    child = context.Process(target=run, args=(mode, folder, tokenizer, kill, onednn, settings))
-    child.start()
-    child.join(timeout=120)
-    assert child.exitcode is not None, "the run hangs"
-    return child.exitcode
+    return finished(start(run, mode, folder, tokenizer, kill, onednn, settings))
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:

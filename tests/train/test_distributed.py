@@ -1,55 +1,30 @@
 """Two processes on the CPU give what one gives."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from tests.train.runs import PAIR_ROWS, largest_difference, trained
+from tests.forked import together
+from tests.models import tiny
+from tests.train.runs import PAIR_ROWS, UNEVEN_ROWS, largest_difference, trained
+from tunesmith import SFTConfig, SFTTrainer
 
-REPO = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 # Rows of unequal weight, a last batch that is not full, and an evaluation whose rows don't split evenly.
 ROWS = [row | {"weight": 1.0 + i} for i, row in enumerate(PAIR_ROWS)]
-EVAL_ROWS = ROWS[:5]
-SETTINGS: dict[str, Any] = {
+# Adam's first steps are signs of gradients: rounding could turn one.
+SETTINGS: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+BY_ROWS: dict[str, Any] = {
     "max_steps": 2,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 2,
 }
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer
-from tests.models import tiny
-from tests.train.test_distributed import EVAL_ROWS, ROWS, SETTINGS, measured
-from tests.train.runs import trained
-from tunesmith import SFTConfig, SFTTrainer
-
-folder, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
-args = SFTConfig(
-    output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True, save_strategy="no",
-    logging_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=2, **SETTINGS,
-)
-trainer = SFTTrainer(tiny("llama", len(tokenizer)), args, train_dataset=ROWS, eval_dataset=EVAL_ROWS,
-                     processing_class=tokenizer)
-weights, numbers = trained(trainer), measured(trainer)
-if trainer.is_world_process_zero():
-    save_file({name.removeprefix("module."): value for name, value in weights.items()}, folder / "weights.safetensors")
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-torch.distributed.destroy_process_group()
-"""
+BY_TOKENS: dict[str, Any] = {"max_tokens_per_batch": 72, "max_steps": 8, "save_strategy": "steps", "save_steps": 6}
 
 
 def measured(trainer: Any) -> dict[str, Any]:
@@ -57,7 +32,7 @@ def measured(trainer: Any) -> dict[str, Any]:
     names = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
     logs = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
     evaluated = trainer.evaluate()
-    predicted = trainer.predict(EVAL_ROWS)
+    predicted = trainer.predict(trainer.eval_dataset)
     return {
         "logs": logs,
         "eval": [evaluated[f"eval_{name}"] for name in names[:3]],
@@ -66,26 +41,61 @@ def measured(trainer: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
+def _train(folder: Path, tokenizer: Path, rows: Any, evaluated: Any, settings: dict[str, Any], resumed: Any) -> None:
+    """One of several processes. The first writes what came of the run to `folder`."""
+    args = SFTConfig(
+        output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True, logging_steps=1,
+        max_grad_norm=0.0, **{"save_strategy": "no"} | SETTINGS | settings,
+    )  # fmt: skip
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    trainer = SFTTrainer(
+        tiny("llama", len(loaded)), args, train_dataset=rows, eval_dataset=evaluated, processing_class=loaded
+    )
+    weights, numbers = trained(trainer, resume_from_checkpoint=resumed), measured(trainer)
+    if trainer.is_world_process_zero():
+        save_file({name.removeprefix("module."): value for name, value in weights.items()}, folder / "weights")
+        (folder / "numbers.json").write_text(json.dumps(numbers))
+
+
+def by_two(folder: Path, *arguments: Any, resumed: Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """The weights and numbers of a run of two processes."""
+    folder.mkdir()
+    together(2, _train, folder, *arguments, None if resumed is None else str(resumed))
+    return load_file(folder / "weights"), json.loads((folder / "numbers.json").read_text())
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["shapes"] == expected["shapes"]
+    ours, theirs = (numbers["logs"][-len(found["logs"]) :] for numbers in (found, expected))
+    for entry, other in zip([*ours, found["eval"]], [*theirs, expected["eval"]], strict=True):
+        assert entry == pytest.approx(other, abs=1e-5)
+    assert found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-5)
+
+
 def test_two_processes_train_and_evaluate_as_one_does(
     trainer_of: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(train_dataset=ROWS, eval_dataset=EVAL_ROWS, gradient_accumulation_steps=4, **SETTINGS)
-    expected_weights = trained(trainer)
-    expected = measured(trainer)
+    one = trainer_of(train_dataset=ROWS, eval_dataset=ROWS[:5], gradient_accumulation_steps=4, **SETTINGS | BY_ROWS)
+    expected = trained(one), measured(one)
+    settings = BY_ROWS | {"gradient_accumulation_steps": 2}
+    weights, numbers = by_two(tmp_path / "two", tiny_model, ROWS, ROWS[:5], settings)
+    assert largest_difference(weights, expected[0]) < 1e-6
+    assert numbers["shapes"] == [[5, 23, 259], [5, 23]]
+    same(numbers, expected[1])
 
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "src")])}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path), str(tiny_model)],
-        env=environment, cwd=REPO, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "numbers.json").read_text())
-    assert largest_difference(load_file(tmp_path / "weights.safetensors"), expected_weights) < 1e-6
-    assert found["shapes"] == expected["shapes"] == [[5, 23, 259], [5, 23]]
-    for ours, theirs in zip([*found["logs"], found["eval"]], [*expected["logs"], expected["eval"]], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
-    assert found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-5)
+
+def test_two_processes_train_by_tokens_as_one_does_and_resume(
+    trainer_of: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    data = {"train_dataset": UNEVEN_ROWS, "eval_dataset": UNEVEN_ROWS[:11]}
+    one = trainer_of(**data, gradient_accumulation_steps=2, **SETTINGS | BY_TOKENS)
+    in_epoch = len(one.get_train_dataloader())
+    assert in_epoch % 2 == 0  # or two processes would halve a batch
+    assert in_epoch < 12 < 2 * in_epoch
+    expected = trained(one), measured(one)
+    resumed = None
+    for name in ("whole", "resumed"):
+        weights, numbers = by_two(tmp_path / name, tiny_model, *data.values(), BY_TOKENS, resumed=resumed)
+        assert largest_difference(weights, expected[0]) < 1e-6
+        same(numbers, expected[1])
+        resumed = tmp_path / "whole" / "checkpoint-6"

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tests.models import flat, padded
 from tests.train.runs import PAIR_ROWS, UNEVEN_ROWS, token_losses, trained
 from tests.train.test_guard import poison
-from tunesmith import SFTConfig, SFTTrainer
+from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
@@ -300,28 +300,3 @@ def test_a_resumed_run_keeps_the_answers_from_before(trainer_of: Callable[..., A
     [sample] = again.record().samples
     assert sample.before == lines_of(again, SAMPLES)[0]["answer"]
     assert json.loads(again.record().to_json())["samples"]
-
-
-@pytest.mark.slow
-def test_the_demo_model_answers_while_it_learns(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
-        "precision": "fp32",
-        "report_to": "none",
-    }
-    settings |= {"max_steps": 8, "learning_rate": 2e-3, "save_strategy": "no", "self_test": "off", "logging_steps": 1}
-    row = {
-        "messages": [
-            {"role": "user", "content": "What is the capital of France?"},
-            {"role": "assistant", "content": "Paris."},
-        ]
-    }
-    args = SFTConfig(sample_prompts=1, train_on="assistant", **settings)
-    lora = LoraConfig(r=8, target_modules="all-linear")
-    trainer = SFTTrainer("demo", args=args, train_dataset=[row] * 16, peft_config=lora)
-    trainer.train()
-    first, last = lines_of(trainer, SAMPLES)
-    assert first["answer"] == "The capital of France is Paris."
-    assert (last["step"], last["expected"]) == (8, "Paris.")
-    assert last["answer"] == "Paris."

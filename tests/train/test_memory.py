@@ -1,37 +1,34 @@
 """Freed memory is kept for the next step."""
 
 import platform
-import subprocess
-import sys
+import resource
+from pathlib import Path
 
 import pytest
+import torch
 
+from tests.forked import finished, start
 from tunesmith.train import memory
 
-FAULTS = """
-import resource, sys
-import torch
-from tunesmith.train.memory import keep_freed_memory
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
-def step():
-    torch.ones(64 * 2**20, dtype=torch.uint8)
-for _ in range(20):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+
+def page_faults(kept: bool, report: Path) -> None:
+    """Writes how many page faults ten steps have that take and free the same memory."""
+    if kept:
+        assert memory.keep_freed_memory()
+    for step in range(30):
+        if step == 20:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+    report.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is told")
-def test_the_pages_of_a_step_are_those_of_the_step_before() -> None:
-    def faults(way: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)
-        return int(done.stdout)
+def test_the_pages_of_a_step_are_those_of_the_step_before(tmp_path: Path) -> None:
+    def faults(kept: bool) -> int:
+        assert finished(start(page_faults, kept, tmp_path / "report")) == 0
+        return int((tmp_path / "report").read_text())
 
-    assert faults("kept") < faults("given back") / 10
+    assert faults(True) < faults(False) / 10
 
 
 def test_an_unknown_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import REPO
+from tests.forked import finished, start
 from tests.train.runs import TEXT_ROWS
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.cli.main import app
@@ -22,20 +21,6 @@ from tunesmith.train.trackers import check_trackers
 SECRET = "hf_" + "s3cr3t" * 5
 STEPS = 3
 PATIENCE_S = 10
-WITH_TRACKIO = """
-import json, sys
-from pathlib import Path
-from tests.train.test_trackers import followed
-
-model, folder = map(Path, sys.argv[1:])
-logged = followed(model, folder, "trackio")
-
-from trackio.sqlite_storage import SQLiteStorage
-
-(project,) = SQLiteStorage.get_projects()
-(run,) = SQLiteStorage.get_runs(project)
-(folder / "found.json").write_text(json.dumps([run, logged, SQLiteStorage.get_logs(project, run)]))
-"""
 
 
 def followed(tiny_model: Path, folder: Path, tracker: str) -> list[dict[str, Any]]:
@@ -113,14 +98,21 @@ def test_mlflow_gets_the_losses(tiny_model: Path, tmp_path: Path, monkeypatch: p
     no_secret_in(tmp_path)
 
 
-def test_trackio_gets_the_losses_offline(tiny_model: Path, tmp_path: Path) -> None:
+def with_trackio(model: Path, folder: Path) -> None:
     """In a process of its own: Trackio reads where to write when it is imported."""
-    folder = tmp_path / "trackio"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
-    env |= {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1", "TUNESMITH_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", WITH_TRACKIO, str(tiny_model), str(tmp_path)]
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    for name in [name for name in os.environ if name.startswith("TRACKIO_")]:
+        del os.environ[name]
+    os.environ |= {"TRACKIO_DIR": str(folder / "trackio"), "TUNESMITH_HOME": str(folder / "home")}
+    logged = followed(model, folder, "trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (project,) = SQLiteStorage.get_projects()
+    (run,) = SQLiteStorage.get_runs(project)
+    (folder / "found.json").write_text(json.dumps([run, logged, SQLiteStorage.get_logs(project, run)]))
+
+
+def test_trackio_gets_the_losses_offline(tiny_model: Path, tmp_path: Path) -> None:
+    assert finished(start(with_trackio, tiny_model, tmp_path)) == 0
     run, logged, kept = json.loads((tmp_path / "found.json").read_text())
     assert run == "first"
     losses = [(entry["train/global_step"], entry["train/loss"]) for entry in kept if "train/loss" in entry]
@@ -128,7 +120,7 @@ def test_trackio_gets_the_losses_offline(tiny_model: Path, tmp_path: Path) -> No
     assert len(losses) == STEPS
     (held_out,) = [entry["eval/loss"] for entry in kept if "eval/loss" in entry]
     assert held_out == pytest.approx(logged[-1]["eval_loss"])
-    no_secret_in(folder)
+    no_secret_in(tmp_path / "trackio")
 
 
 def test_the_command_line_that_a_tracker_keeps_has_no_token(

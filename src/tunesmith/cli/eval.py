@@ -1,7 +1,6 @@
 """`tunesmith eval`: answers to rows that were not trained on, scored, those of the base model beside them."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ import typer
 
 from tunesmith.cli.complete import RUN, TRUST
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import write_whole
 from tunesmith.terminal.output import finish
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def evaluate(
     source = Source(data=data, split=split, columns=_columns(columns), system=system)
     evaluation = evaluate_run(settings, source, metrics)
     if output is not None:
-        _write(output, "".join(evaluation.lines()))
+        write_whole(output, "".join(evaluation.lines()))
     about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed}
     finish(about | evaluation.as_json(), lambda: _show(evaluation, settings))
 
@@ -143,16 +143,3 @@ def _check_output(path: Path) -> None:
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise TunesmithError(f"output {path}: {folder} is no folder that can be written to; make it first")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # a temporary file is its owner's alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

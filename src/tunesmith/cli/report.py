@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.complete import runs as runs_here
-from tunesmith.report.write import COMPARISON, REPORT, write_report
+from tunesmith.runs.files import COMPARISON, REPORT
 from tunesmith.terminal.output import finish_lines
 from tunesmith.text import size
 
@@ -27,6 +27,8 @@ def report(
     One HTML file, which needs nothing from elsewhere.
     Example: tunesmith report runs/first runs/second --output both.html
     """
+    from tunesmith.report.run_html import write_report  # with NumPy
+
     path = write_report(runs, output)
     count = path.stat().st_size
     finish_lines(

@@ -85,6 +85,7 @@ def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
     from tunesmith.model.load import resolve_model
+    from tunesmith.model.precision import settle_precision
     from tunesmith.runs.lock import check_writable
     from tunesmith.train.trackers import check_trackers
 
@@ -96,13 +97,13 @@ def run(recipe: "Recipe") -> None:
     train_rows, eval_rows = data.training_rows(recipe), data.eval_rows(recipe)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")
-    if recipe.config.precision_note:
-        _say(recipe.config.precision_note)
+    if note := settle_precision(recipe.config):
+        _say(note)
     resolve_model(recipe.model, _say)
     if recipe.config.sample_prompts is None:
         recipe.config.sample_prompts = SAMPLE_PROMPTS
 
-    from tunesmith.model.load import compute_dtype
+    from tunesmith.model.precision import compute_dtype
     from tunesmith.model.quantize import quantization
     from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt

@@ -8,8 +8,10 @@ from peft import LoraConfig
 from rich.console import Console
 
 from tunesmith.demo.orders import Row, exact_match, held_out_rows, training_rows, valid_json
-from tunesmith.model.demo_model import DEMO, demo_model_path
+from tunesmith.home import DEMO
+from tunesmith.model.demo_model import demo_model_path
 from tunesmith.model.generate import generate
+from tunesmith.model.precision import settle_precision
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.progress import TrainingProgress
 from tunesmith.trainers import SFTTrainer
@@ -75,7 +77,7 @@ def _trainer(output: Path, rows: list[Row], held_out: list[Row], console: Consol
         report_to="none",
         disable_tqdm=True,
     )
-    console.print(f"Settled on {args.precision_note}.", highlight=False, soft_wrap=True)
+    console.print(f"Settled on {settle_precision(args)}.", highlight=False, soft_wrap=True)
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return SFTTrainer(model=DEMO, args=args, train_dataset=rows, eval_dataset=held_out, peft_config=adapter)
 

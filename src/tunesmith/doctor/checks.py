@@ -272,7 +272,7 @@ def _is_built_for(major: int, minor: int) -> bool:
 
 def precision() -> Iterator[Finding]:
     from tunesmith.model.devices import here
-    from tunesmith.precision import decide, describe, measure
+    from tunesmith.model.precision import decide, describe, measure
 
     kind = here().type
     speeds = measure(kind)
@@ -353,8 +353,8 @@ def _bitsandbytes_fault(installed: str) -> tuple[str, str]:
     """What is wrong with the `bitsandbytes` that is there, and how to fix it; nothing where it works."""
     from packaging.requirements import Requirement
 
-    from tunesmith.model.bnb import problem, refuse_missing
     from tunesmith.model.devices import here
+    from tunesmith.model.quantize import problem, refuse_missing
 
     wanted, device = Requirement(BITSANDBYTES).specifier, here().type
     if not wanted.contains(installed, prereleases=True):
@@ -375,33 +375,29 @@ def flash_attention() -> Iterator[Finding]:
     """Whether attention over documents takes one kernel, tried on a small example as training would."""
     import torch
 
-    packages = (("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface"))
-    numbers = {name: installed_version(name) for name, module in packages if find_spec(module) is not None}
-    installed = ", ".join(f"{name} {number}" for name, number in numbers.items() if number) or "not installed"
     if not torch.cuda.is_available():
+        number = installed_version("flash-attn")
+        installed = f"flash-attn {number}" if number else "not installed"
         yield Finding.ok("FlashAttention", installed, means="It is for NVIDIA GPUs; without one nothing is lost.")
         return
-    from tunesmith.model.attention_cuda import DEVICE, pick
+    from tunesmith.model.attention_cuda import DEVICE, Call, pick
 
     q_NTH = torch.zeros(1, 2, 8, 64, device=DEVICE, dtype=torch.bfloat16)
     with _captured("tunesmith.model.attention_cuda") as reasons:  # why a kernel that is there is not taken
-        kernel = pick(q_NTH, q_NTH)
+        kernel = pick(q_NTH, q_NTH, Call(scale=1.0))
+    build = f"torch {torch.__version__}"
     if kernel is not None:
         means = "All documents of a batch take one kernel."
-        yield Finding.ok("FlashAttention", f"{installed}; attention takes {kernel.name}", means=means)
+        yield Finding.ok("FlashAttention", f"{build}; attention takes {kernel.name}", means=means)
         return
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        mend = "nothing on this GPU: the kernels are for NVIDIA's from Ampere on (A10, RTX 30, L4, A100, H100)"
-    elif installed == "not installed":
-        mend = "pip install flash-attn --no-build-isolation"
-    else:
-        reinstall = "pip install --force-reinstall --no-deps --no-build-isolation flash-attn"
-        mend = f"{reinstall}, which builds it for this torch"
+    supported = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
     yield Finding.note(
         "FlashAttention",
-        "; ".join([installed, *reasons]),
+        "; ".join([f"{build} has no kernel for this GPU", *reasons]),
         means="Attention goes document by document, which is slower with many short ones.",
-        mend=mend,
+        mend="pip install --upgrade torch, which brings the kernel"
+        if supported
+        else "nothing on this GPU: the kernels are for NVIDIA's from Ampere on (A10, RTX 30, L4, A100, H100)",
     )
 
 

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.formats import FormatOptions
+from tunesmith.data.formats import FormatOptions, parse_rows
 from tunesmith.data.read import read_rows
 from tunesmith.data.tokenize import Counts
-from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.scores import Metric, Result, fitting, refuse_unfit, scored
 from tunesmith.terminal.output import note as say
@@ -140,7 +139,7 @@ def questions(source: Source, counts: Counts) -> list[Question]:
     options = FormatOptions(columns=source.columns, arrow=False)
     rows = read_rows(source.data, source.split, default_split="test")
     asked: list[Question] = []
-    for place, row in parsed(rows, options):
+    for place, row in parse_rows(rows, options):
         counts.rows += 1
         question = _question(place, row, source.system)
         if isinstance(question, Question):

@@ -137,8 +137,8 @@ def _model(name: str, template: str | None) -> tuple[Any, "Run"]:
 
 
 def _model_facts(name: str, run: "Run", template: str | None) -> "ModelFacts":
+    from tunesmith.home import DEMO
     from tunesmith.init.advice import ModelFacts
-    from tunesmith.model.demo_model import DEMO
     from tunesmith.plan.memory import count
 
     parameters = count(run, "full").static["weights"] // 4
@@ -255,7 +255,7 @@ def confirm(question: str) -> bool:
 
 
 def _asked_model(options: Options) -> str:
-    from tunesmith.model.demo_model import DEMO
+    from tunesmith.home import DEMO
 
     if not options.asks:
         say(f"model: {DEMO} ({DEMO_NOTE})")

@@ -21,14 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import adapt
 from tunesmith.model.attention import supports_documents, use_documents
-from tunesmith.model.bnb import Bits
 from tunesmith.model.devices import Device, device
 from tunesmith.model.linear import speed_up
 from tunesmith.model.load import base_of, holds_adapters, load_config, resolve_model
+from tunesmith.model.precision import DTYPES, PrecisionName, settle_precision
+from tunesmith.model.quantize import Bits
 from tunesmith.objectives.logprobs import CHUNK_BYTES
 from tunesmith.plan import footprint
 from tunesmith.plan.footprint import MOST, Bytes, Scaling, Shape, Subject, Timeline, scaling, timeline
-from tunesmith.precision import DTYPES, PrecisionName
 from tunesmith.settings.lora import lora_config
 from tunesmith.settings.recipe import Recipe
 from tunesmith.text import size
@@ -129,8 +129,8 @@ def run_of(recipe: Recipe, gpu: str | None) -> Run:
     """What of `recipe` decides about its memory on the device `gpu`. Raises TunesmithError for an unknown device and a
     model whose config can't be had."""
     config = recipe.config
+    measured_here = settle_precision(config) != ""
     target = device(gpu, config.precision)  # type: ignore[arg-type]
-    asked_precision = {"precision", "bf16", "fp16"} & recipe.given.keys() and config.precision != "auto"
     name, settings = recipe.model, dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
     revision = {"revision": settings["revision"]} if settings.get("revision") else {}
     if holds_adapters(name):
@@ -141,7 +141,7 @@ def run_of(recipe: Recipe, gpu: str | None) -> Run:
         config=load_config(name, trust_remote_code=config.trust_remote_code, **revision),
         lora=lora_config(recipe.lora if recipe.lora not in (None, False) else True),
         device=target,
-        precision=config.precision if asked_precision else target.precision,  # type: ignore[arg-type]
+        precision=target.precision if measured_here else config.precision,  # type: ignore[arg-type]
         rows=rows,
         length=length,
         flat=config.padding_free,

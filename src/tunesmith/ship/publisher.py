@@ -6,7 +6,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 
 from tunesmith.runs.record import Origin
-from tunesmith.ship.hub import MAIN, MESSAGE, PushOptions, PushReport, in_full, made, push
+from tunesmith.ship.hub import MAIN, MESSAGE, PushOptions, PushReport, in_full, make_repository, push
 
 
 class HubPublisher:
@@ -17,7 +17,7 @@ class HubPublisher:
         args = trainer.args
         wanted = args.hub_private_repo if private is None else private
         name = args.hub_model_id or Path(str(args.output_dir)).name
-        return made(name, PushOptions(private=bool(wanted)), token or args.hub_token)
+        return make_repository(name, PushOptions(private=bool(wanted)), token or args.hub_token)
 
     def send_checkpoint(self, trainer: Any, folder: str) -> None:
         """A checkpoint's model, without what only this run needs."""

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
+from tunesmith.model.adapters import Model, base_model
 from tunesmith.runs.checkpoints import Identity
 from tunesmith.runs.record import Origin
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.setup import Model, base_model
 
 LOOKED_AT = 64
 """Of a stream, whose content nobody knows before it is read, so many examples stand for all."""

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from tunesmith.data.batches import Batch
 from tunesmith.data.preflight import Preflight, histogram, supervised_counts
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import Model
 from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.ledger import Ledger
 from tunesmith.train.memory import give_back, resident
 from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
-from tunesmith.train.setup import Model
 from tunesmith.types import Row
 
 logger = logging.getLogger(__name__)

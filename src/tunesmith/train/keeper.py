@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
+from tunesmith.model.adapters import Model
 from tunesmith.runs.checkpoints import (
     MANIFEST,
     STATE,
@@ -50,7 +51,6 @@ from tunesmith.runs.states import (
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.identity import identity_of
 from tunesmith.train.meter import Meter
-from tunesmith.train.setup import Model
 from tunesmith.train.streams import StreamPlace, reason_to_skip
 
 OPTIMIZER, SCHEDULER, SCALER, RANDOM, PROGRESS = "optimizer", "scheduler", "scaler", "random", "progress"

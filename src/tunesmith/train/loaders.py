@@ -11,8 +11,16 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from tunesmith.data.batches import Collator
-from tunesmith.data.dataset import COLUMNS, evened
-from tunesmith.data.samplers import LengthGroups, TokenBatches, fitting_lengths, lengths_of, reached, token_loader
+from tunesmith.data.dataset import COLUMNS
+from tunesmith.data.samplers import (
+    LengthGroups,
+    TokenBatches,
+    fitting_lengths,
+    lengths_of,
+    register_sampler,
+    token_loader,
+    with_blank_rows,
+)
 from tunesmith.settings.config import SFTConfig
 
 
@@ -65,14 +73,14 @@ class Loaders:
         by_row = description == "test" or (self._trainer.compute_metrics is not None and not training)
         by_tokens = self._args.max_tokens_per_batch is not None and not by_row
         if world_size > 1 and isinstance(dataset, Dataset) and not training:
-            dataset = evened(dataset, world_size * (1 if by_tokens else batch_size))
+            dataset = with_blank_rows(dataset, world_size * (1 if by_tokens else batch_size))
         if by_tokens:
             return self._token_loader(dataset, training)
         if self.batching.grouped and isinstance(dataset, Dataset):
             grouped = partial(self._length_groups, batch_size=batch_size * world_size)
             kwargs["sampler_fn"] = SequentialSampler if by_row else grouped
         with self._collating_by(self.batching.by_row if by_row and not self.batching.is_custom else None):
-            return reached(plain(dataset, description, batch_size, **kwargs))
+            return register_sampler(plain(dataset, description, batch_size, **kwargs))
 
     @contextmanager
     def _collating_by(self, collator: Collator | None) -> Iterator[None]:
@@ -103,7 +111,7 @@ class Loaders:
         names = [name for name in dataset.column_names if name in self.batching.columns]
         dataset = dataset.select_columns(names) if self._args.remove_unused_columns else dataset
         loader = token_loader(dataset, batches, self._trainer.data_collator, self._args)
-        return reached(self._trainer.accelerator.prepare(loader))
+        return register_sampler(self._trainer.accelerator.prepare(loader))
 
     def rows_of_step(self, rows: int) -> int:
         """The rows of a step, of which `transformers` counts `rows`; of batches by tokens, the mean."""

@@ -4,9 +4,9 @@ from typing import Any
 
 from peft import PeftModel
 
+from tunesmith.model.adapters import Model, base_model
 from tunesmith.runs.describe import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
 from tunesmith.runs.record import Origin, RunRecord
-from tunesmith.train.setup import Model, base_model
 
 PROMPTS = 3
 

@@ -20,12 +20,12 @@ from transformers import Trainer
 from tunesmith.data.batches import Batch, Collator
 from tunesmith.data.samplers import lengths_of
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import Model, base_model
 from tunesmith.settings.coerce import byte_count
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.loaders import Loaders
 from tunesmith.train.memory import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.meter import Meter
-from tunesmith.train.setup import Model, base_model
 
 logger = logging.getLogger(__name__)
 WORTH_IT = 50

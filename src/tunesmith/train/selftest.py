@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import has_virtual_tokens
+from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation
+from tunesmith.model.precision import PrecisionName
 from tunesmith.objectives.supervised import supervised_loss
-from tunesmith.precision import PrecisionName
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.setup import Model, base_model
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 4

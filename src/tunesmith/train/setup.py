@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
+from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import answer_objectives
-from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
 from tunesmith.settings.config import SFTConfig
@@ -23,17 +24,17 @@ ROWS_MULTIPLE = 64
 NO_ADAPTERS = "8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig() (--lora)"
 
 logger = logging.getLogger(__name__)
-Model = PreTrainedModel | PeftModel
 
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
-    """`args` as SFTConfig; without any, the output folder is named after the model."""
-    if isinstance(args, SFTConfig):
-        return args
+    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model."""
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
-        return SFTConfig(output_dir=f"{Path(name).name}-SFT")
-    return SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+        args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
+    elif not isinstance(args, SFTConfig):
+        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+    settle_precision(args)
+    return args
 
 
 def prepare_tokenizer(
@@ -81,8 +82,10 @@ def prepare_model(
     if isinstance(model, str):
         model = _load(model, args, peft_config, quantization_config)
     else:
-        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-        for name, value in given.items():
+        for name, value in (
+            ("model_init_kwargs", args.model_init_kwargs),
+            ("quantization_config", quantization_config),
+        ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
     if bits_of(base_model(model)):
@@ -91,13 +94,21 @@ def prepare_model(
     if peft_config is None:
         if new:
             resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
-        _check_trainable(model)
+        if bits_of(model) and not isinstance(model, PeftModel):
+            raise TunesmithError(NO_ADAPTERS)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TunesmithError(
+                "no parameter of the model requires a gradient, so nothing would be trained; "
+                "load adapters with is_trainable=True"
+            )
     else:
         model = _with_adapters(model, peft_config, tokenizer, new)
     if isinstance(model, PeftModel):
-        _check_folders(model)
-    if isinstance(model, PeftModel) and args.activation_checkpointing and not has_virtual_tokens(model):
-        model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+        for name in model.peft_config:
+            if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
+                raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+        if args.activation_checkpointing and not has_virtual_tokens(model):
+            model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
         raise TunesmithError(
             "loraplus_lr_ratio is set, but no LoRA adapters are trained; give a LoraConfig, or drop it"
@@ -106,37 +117,28 @@ def prepare_model(
     return model
 
 
-def _check_folders(model: PeftModel) -> None:
-    """Adapters are saved in folders of their names, which must not lead out of the run's."""
-    for name in model.peft_config:
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise TunesmithError(f"an adapter is named {name!r}; a name of letters, digits, - and _ becomes a folder")
-
-
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
         if "quantization_config" in init:
             raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
         init["quantization_config"] = quantization_config
-    if init.get("quantization_config") is not None:
+    quantized, adapters = init.get("quantization_config") is not None, holds_adapters(name)
+    if quantized:
         check_quantization(init["quantization_config"])
+        if peft_config is None and not adapters:
+            raise TunesmithError(NO_ADAPTERS)
+    if adapters and peft_config is not None:
+        raise TunesmithError(
+            f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
+            "leave peft_config out to go on training them"
+        )
+    if adapters or peft_config is not None:  # the base model is frozen
         init.setdefault("dtype", compute_dtype(args))
     trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
-    adapters = holds_adapters(name)
-    if init.get("quantization_config") is not None and peft_config is None and not adapters:
-        raise TunesmithError(NO_ADAPTERS)
     if adapters:
-        if peft_config is not None:
-            raise TunesmithError(
-                f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
-                "leave peft_config out to go on training them"
-            )
-        init.setdefault("dtype", compute_dtype(args))
         logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
         return load_adapted(name, is_trainable=True, **trusted, **init)
-    if peft_config is not None:
-        init.setdefault("dtype", compute_dtype(args))
     return load_model(name, **trusted, **init)
 
 
@@ -174,23 +176,6 @@ def _with_adapters(
     if new:
         save_rows_only(adapted)
     return adapted
-
-
-def _check_trainable(model: Model) -> None:
-    if bits_of(model) and not isinstance(model, PeftModel):
-        raise TunesmithError(NO_ADAPTERS)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TunesmithError(
-            "no parameter of the model requires a gradient, so nothing would be trained; "
-            "load adapters with is_trainable=True"
-        )
-
-
-def base_model(model: Model) -> PreTrainedModel:
-    """The causal language model inside the adapters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    return base
 
 
 def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False) -> bool:

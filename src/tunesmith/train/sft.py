@@ -16,7 +16,7 @@ from tunesmith.data.dataset import DataPreparer, Source
 from tunesmith.data.mixture import DataSource
 from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import starting_point
+from tunesmith.model.adapters import Model, base_model, starting_point
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
 from tunesmith.model.linear import speed_up
@@ -25,15 +25,7 @@ from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
-from tunesmith.train.setup import (
-    Model,
-    align_tokens,
-    as_sft_config,
-    base_model,
-    prepare_model,
-    prepare_tokenizer,
-    ready_for_batches,
-)
+from tunesmith.train.setup import align_tokens, as_sft_config, prepare_model, prepare_tokenizer, ready_for_batches
 from tunesmith.train.trackers import check_trackers
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row

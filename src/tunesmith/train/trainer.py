@@ -33,7 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from tunesmith.data.batches import Batch, Targets
 from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import StartingPoint, Trainable, has_virtual_tokens, trainable
+from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
 from tunesmith.model.head import Objective, behind_virtual_tokens
 from tunesmith.runs.lock import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
@@ -52,7 +52,6 @@ from tunesmith.train.offload import offloading
 from tunesmith.train.recording import record_of
 from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
-from tunesmith.train.setup import Model
 
 hooks.check()
 logger = logging.getLogger(__name__)
