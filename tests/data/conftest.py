@@ -1,21 +1,14 @@
-"""A tokenizer, and what prepares data with it."""
+"""What prepares data with the small tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith import SFTConfig
 from tunesmith.data.dataset import DataPreparer
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer with the ChatML template: a character of ASCII is a token."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
-    return tokenizer
 
 
 @pytest.fixture

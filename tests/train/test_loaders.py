@@ -1,8 +1,5 @@
-"""Micro-batches by tokens, and rows grouped by length: the steps that are taken and where a resumed run ends."""
+"""Runs whose micro-batches are made by tokens or by length."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +7,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 
 from tests.train.runs import UNEVEN_ROWS, largest_difference, token_losses, trained, watched
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
-
-REPO = Path(__file__).resolve().parents[2]
-
-
-def groups(batches: list[list[int]]) -> set[frozenset[int]]:
-    """Who shares a batch, whatever the order."""
-    return {frozenset(batch) for batch in batches}
 
 
 @pytest.fixture
@@ -67,9 +56,7 @@ def test_accumulation_divides_the_steps_of_an_epoch_and_stays_exact(by_tokens: C
     count = len(batches) // 2
     steps = -(-count // 3)
     assert trainer.state.global_step == 2 * steps
-    assert groups([[hash(document) for document in batch] for batch in batches[:count]]) != groups(
-        [[hash(document) for document in batch] for batch in batches[count:]]
-    )
+    assert {*map(frozenset, batches[:count])} != {*map(frozenset, batches[count:])}
     # The weights stay as they are, so that each step's loss is the mean over its documents' supervised tokens.
     losses = {
         tuple(row["input_ids"]): loss
@@ -170,65 +157,3 @@ def test_an_example_over_the_budget_stops_before_weights_load(
 def test_a_stream_has_no_lengths_to_batch_by(split: str, by_tokens: Callable[..., Any]) -> None:
     with pytest.raises(TunesmithError, match="needs all lengths, which a stream does not tell"):
         by_tokens(**{split: Dataset.from_list(UNEVEN_ROWS).to_iterable_dataset()})
-
-
-SCRIPT = """
-import sys
-import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer
-from tests.models import tiny
-from tests.train.runs import trained
-from tests.train.test_loaders import UNEVEN_ROWS, TWO_PROCESSES
-from tunesmith import SFTConfig, SFTTrainer
-
-folder, tokenizer = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2])
-args = SFTConfig(output_dir=folder, report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
-                 max_grad_norm=0.0, logging_steps=1, gradient_accumulation_steps=1, **TWO_PROCESSES)
-trainer = SFTTrainer(tiny("llama", len(tokenizer)), args, train_dataset=UNEVEN_ROWS, eval_dataset=UNEVEN_ROWS[:11],
-                     processing_class=tokenizer)
-weights = trained(trainer, resume_from_checkpoint=(sys.argv[3:] or [None])[0])
-weights["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
-if trainer.is_world_process_zero():
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    save_file(weights, folder + "/weights.safetensors")
-torch.distributed.destroy_process_group()
-"""
-TWO_PROCESSES: dict[str, Any] = {
-    "max_tokens_per_batch": 72,
-    "max_steps": 8,
-    "save_strategy": "steps",
-    "save_steps": 6,
-    "optim": "sgd",  # Adam's first steps are signs of gradients: rounding could turn one
-    "learning_rate": 0.1,
-}
-
-
-@pytest.mark.slow
-def test_two_processes_train_by_tokens_as_one_does_and_resume(
-    trainer_of: Callable[..., Any], tiny_model: Path, tmp_path: Path
-) -> None:
-    one = trainer_of(
-        train_dataset=UNEVEN_ROWS, eval_dataset=UNEVEN_ROWS[:11], gradient_accumulation_steps=2, **TWO_PROCESSES
-    )
-    in_epoch = len(one.get_train_dataloader())
-    assert in_epoch % 2 == 0  # or two processes would halve a batch
-    assert in_epoch < 12 < 2 * in_epoch
-    expected = trained(one)
-    expected["eval_loss"] = torch.tensor(one.evaluate()["eval_loss"])
-
-    def run(folder: Path, *arguments: str) -> Any:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'src'}"}
-        folder.mkdir()
-        (folder / "script.py").write_text(SCRIPT)
-        done = subprocess.run(
-            [*command, str(folder / "script.py"), str(folder), str(tiny_model), *arguments],
-            env=environment, cwd=REPO, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return load_file(folder / "weights.safetensors")
-
-    assert largest_difference(run(tmp_path / "whole"), expected) < 1e-6
-    found = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
-    assert largest_difference(found, expected) < 1e-6

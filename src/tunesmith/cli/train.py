@@ -87,7 +87,7 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.model.load import resolve_model
     from tunesmith.model.precision import settle_precision
     from tunesmith.runs.lock import check_writable
-    from tunesmith.train.trackers import check_trackers
+    from tunesmith.train.setup import check_trackers
 
     output = Path(str(recipe.config.output_dir))
     check_trackers(recipe.config.report_to)

@@ -5,10 +5,9 @@ library fails by name, and never silently. A hook that was renamed would otherwi
 guard against NaN would stop guarding. A test looks for private names in the source that are missing here.
 """
 
+import dis
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -32,10 +31,11 @@ class Name:
         if owner is None:
             return f"there is no {self.owner}"
         value = getattr(owner, self.name, None)
-        if value is None and not (isinstance(owner, type) and self.name in _names_used_in(owner)):
+        if self.parameters is None:
+            there = hasattr(owner, self.name) or _of_instances(owner, self.name)
+            return "" if there else f"{self.owner} has no {self.name}"
+        if value is None:
             return f"{self.owner} has no {self.name}"
-        if self.parameters is None or value is None:
-            return ""
         known = inspect.signature(value).parameters
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
             return ""
@@ -92,6 +92,7 @@ ATTRIBUTES = (
     Name(owner=TRAINER, name="_signature_columns", why="columns that reach the collator"),
     Name(owner=TRAINER, name="_train_batch_size", why="rows of a micro-batch, which auto_find_batch_size changes"),
     Name(owner=TRAINER, name="_tr_loss", why="the sum of losses that were not logged yet, for an exact resume"),
+    Name(owner=TRAINER, name="_total_loss_scalar", why="the sum of which `train_loss` is the mean"),
     Name(owner=TRAINER, name="_globalstep_last_logged", why="the step of the last log, for an exact resume"),
     Name(owner="transformers.TrainingArguments", name="_VALID_DICT_FIELDS", why="settings that are dictionaries"),
     Name(owner="transformers.PreTrainedModel", name="_is_stateful", why="tells models that carry a state along a row"),
@@ -156,15 +157,13 @@ def _resolved(owner: str) -> Any:
         return None
 
 
-@cache
-def _names_used_in(owner: type) -> frozenset[str]:
-    """The attributes that methods of a class and of its bases name: what instances have."""
-    return frozenset(name for kind in owner.__mro__ for name in _names(kind))
-
-
-def _names(kind: type) -> Iterator[str]:
-    for value in vars(kind).values():
-        function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
-        code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
-        if code is not None:
-            yield from code.co_names
+def _of_instances(owner: Any, name: str) -> bool:
+    """Whether a class or one of its bases declares the attribute, or sets it in a method: instances have it."""
+    if not isinstance(owner, type):
+        return False
+    if any(name in vars(kind).get("__annotations__", ()) for kind in owner.__mro__):
+        return True
+    functions = (getattr(value, "__func__", value) for kind in owner.__mro__ for value in vars(kind).values())
+    codes = (inspect.unwrap(function).__code__ for function in functions if inspect.isfunction(function))
+    steps = (step for code in codes if name in code.co_names for step in dis.get_instructions(code))
+    return any(step.opname == "STORE_ATTR" and step.argval == name for step in steps)

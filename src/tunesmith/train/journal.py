@@ -19,9 +19,12 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from tunesmith.data.batches import Batch
 from tunesmith.data.preflight import Preflight, histogram, supervised_counts
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model
+from tunesmith.model.adapters import Model, base_model
+from tunesmith.runs.describe import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
 from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
+from tunesmith.runs.record import RunRecord
 from tunesmith.settings.config import SFTConfig
+from tunesmith.train.identity import model_origin
 from tunesmith.train.ledger import Ledger
 from tunesmith.train.memory import give_back, resident
 from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
@@ -29,6 +32,8 @@ from tunesmith.types import Row
 
 logger = logging.getLogger(__name__)
 MIB = 2**20
+PROMPTS = 3
+"""Prompts in the record of a run, for whoever wants to ask the model."""
 
 
 class DataSeen(Protocol):
@@ -308,3 +313,35 @@ def _memory(device: torch.device) -> float | None:
     """In MiB: what the process holds now, or on a GPU the most that tensors have held."""
     held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident()
     return None if held is None else held / MIB
+
+
+def record_of(trainer: Any) -> RunRecord:
+    """The record of `trainer`, a `BaseTrainer`, as things stand, with the answers before and after training, where
+    there are any. Data whose origin it doesn't know were made by a program."""
+    state = trainer.state
+    commit = getattr(base_model(trainer.model).config, "_commit_hash", None)
+    evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    last = [entry for entry in evaluations if entry["step"] == evaluations[-1]["step"]]  # one for each data set
+    seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
+    amount = trainer.trainable
+    # A best model that was loaded at the end is that of an earlier step.
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    return RunRecord(
+        versions=versions(),
+        base_model=model_origin(trainer.model),
+        base_revision=commit if isinstance(commit, str) else None,
+        method=method_of(trainer.model),
+        trainable_parameters=amount.trained,
+        total_parameters=amount.parameters,
+        data=() if trainer.preflight is None else counts_of(trainer.preflight, trainer.origins),
+        settings=settings_of(trainer.args) | adapter_settings_of(trainer.model),
+        history=tuple(state.log_history),
+        steps=state.global_step,
+        planned_steps=state.max_steps,
+        ended=trainer.journal.ended,
+        metrics={name: value for entry in last for name, value in entry.items() if name.startswith("eval_")},
+        seconds=sum(seconds) if seconds else None,
+        device=trainer.args.device.type,
+        prompts=() if trainer.data is None else prompts_of(trainer.data.first_rows(), PROMPTS),
+        samples=trainer.journal.samples(best or state.global_step),
+    )

@@ -2,12 +2,14 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_tokens, trainable
@@ -214,3 +216,30 @@ def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: set[int
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *known, *sorted(ends)]))
         generation.eos_token_id = stops[0] if len(stops) == 1 else stops
         generation.pad_token_id = tokenizer.pad_token_id
+
+
+# Trackers
+
+
+TRACKER_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "mlflow": "mlflow-skinny", "flyte": "flytekit"}
+"""What is installed for a tracker, where it has another name."""
+TRACKER_MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
+
+
+def check_trackers(report_to: str | Iterable[str] | None) -> None:
+    """Raises TunesmithError for a tracker that `transformers` does not know, and for one that is not installed."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    known = sorted([*INTEGRATION_TO_CALLBACK, "all", "none"])
+    listed = ", ".join(known)
+    for name in names:
+        if name not in known:
+            raise TunesmithError(f"report_to: no tracker is called {name!r}{nearest(name, known)}; there are {listed}")
+        if name in ("all", "none") or _installed(TRACKER_MODULES.get(name, name)):
+            continue
+        package = TRACKER_PACKAGES.get(name, name)
+        raise TunesmithError(f"report_to: {name} is not installed; run: pip install {package}")
+
+
+def _installed(module: str) -> bool:
+    # `transformers` takes either of the two.
+    return find_spec(module) is not None or (module == "tensorboard" and find_spec("tensorboardX") is not None)

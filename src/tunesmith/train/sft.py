@@ -25,8 +25,14 @@ from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
-from tunesmith.train.setup import align_tokens, as_sft_config, prepare_model, prepare_tokenizer, ready_for_batches
-from tunesmith.train.trackers import check_trackers
+from tunesmith.train.setup import (
+    align_tokens,
+    as_sft_config,
+    check_trackers,
+    prepare_model,
+    prepare_tokenizer,
+    ready_for_batches,
+)
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row
 

@@ -42,14 +42,12 @@ from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train import hooks
 from tunesmith.train.guard import Guard
-from tunesmith.train.journal import DataSeen, Journal
+from tunesmith.train.journal import DataSeen, Journal, record_of
 from tunesmith.train.keeper import Keeper
 from tunesmith.train.loaders import Batching, Loaders
-from tunesmith.train.memory import keep_freed_memory
+from tunesmith.train.memory import check_logits, keep_freed_memory
 from tunesmith.train.meter import BatchLoss, Meter
-from tunesmith.train.metric_logits import check_logits
 from tunesmith.train.offload import offloading
-from tunesmith.train.recording import record_of
 from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
 
