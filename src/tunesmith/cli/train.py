@@ -86,7 +86,7 @@ def run(recipe: "Recipe") -> None:
     with 143."""
     from tunesmith.model.load import resolve_model
     from tunesmith.model.precision import settle_precision
-    from tunesmith.runs.lock import check_writable
+    from tunesmith.runs.folder import check_writable
     from tunesmith.train.setup import check_trackers
 
     output = Path(str(recipe.config.output_dir))
