@@ -251,6 +251,11 @@ def test_rows_that_train_on_does_not_fit_are_refused(row: Row, train_on: Any, me
 
 
 def test_tokens_are_taken_as_they_are() -> None:
+    size = len(words("chatml", "<|im_end|>"))
+    (last,), _ = encode(words("chatml", "<|im_end|>"), Tokens(input_ids=[5, size - 1]))
+    assert last.input_ids == [5, size - 1]
+    with pytest.raises(TunesmithError, match=f"'input_ids' has {size}, but the tokenizer has {size}"):
+        encode(words("chatml", "<|im_end|>"), Tokens(input_ids=[5, size]))
     rows = [Tokens(input_ids=[5, 6]), Tokens(input_ids=[5, 6], labels=[-100, 6], weight=0.5)]
     examples, _ = encode(words("chatml", "<|im_end|>"), *rows)
     assert examples == [
