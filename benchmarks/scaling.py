@@ -19,7 +19,7 @@ def batches(data: Path, sizes: list[int]) -> dict[int, dict[str, Any]]:
     """A flat batch of each size: whole rows, the last one cut."""
     from transformers import AutoTokenizer
 
-    from tunesmith.data.batches import flat
+    from tunesmith.data.batches import FlatCollator
 
     tokenizer = AutoTokenizer.from_pretrained(demo())
     text = "{instruction}\n{input}\n\n{output}<|im_end|>"
@@ -35,7 +35,7 @@ def batches(data: Path, sizes: list[int]) -> dict[int, dict[str, Any]]:
             left -= len(picked[-1]["input_ids"])
             if left < 2:
                 break
-        found[size] = flat(picked)
+        found[size] = FlatCollator()(picked)
     return found
 
 
@@ -49,17 +49,17 @@ def steps(data: Path, sizes: list[int], rounds: int) -> dict[int, float]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tunesmith.model.head import next_token_targets
     from tunesmith.model.linear import speed_up
     from tunesmith.model.load import load_model
+    from tunesmith.objectives.supervised import supervised_loss
     from tunesmith.train.memory import keep_freed_memory
-    from tunesmith.train.setup import teach_model
+    from tunesmith.train.setup import ready_for_batches
 
     model = load_model("demo")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(model, lora).train()
-    teach_model(adapted, flat=True)
+    ready_for_batches(adapted, flat=True)
     speed_up(adapted)
     keep_freed_memory()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
@@ -67,10 +67,10 @@ def steps(data: Path, sizes: list[int], rounds: int) -> dict[int, float]:
     made = batches(data, sizes)
     for warm in (True, *[False] * rounds):
         for size in sizes[:1] if warm else sizes:
-            batch = dict(made[size])
-            targets = next_token_targets(batch.pop("labels"))
+            batch = made[size]
+            targets = batch.targets()
             started = time.perf_counter()
-            adapted(**batch, supervise=targets).loss.backward()
+            adapted(**batch.inputs(), targets=targets, objective=supervised_loss)[0].loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if not warm:

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
-from tunesmith.report.write import write_report
+from tunesmith.report.run_html import write_report
 from tunesmith.terminal.live import RunView, Snapshot
 
 COLUMNS = 84

@@ -64,20 +64,20 @@ def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees a processor without fast bfloat16 and with a good BLAS, so that results don't depend on the
     machine that runs them."""
     import tunesmith.model.linear
-    import tunesmith.settings.config
+    import tunesmith.model.precision
 
     monkeypatch.setattr(tunesmith.model.linear, "_chosen", False)
-    monkeypatch.setattr(tunesmith.settings.config, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
+    monkeypatch.setattr(tunesmith.model.precision, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 
 @pytest.fixture(autouse=True)
 def no_page_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report of a run takes longer than most runs of the tests; those marked `reports` get it,
     and what pages show."""
-    import tunesmith.train.journal
+    import tunesmith.trainers
 
     if not any(map(request.node.get_closest_marker, ("reports", "documented"))):
-        monkeypatch.setattr(tunesmith.train.journal.JournalingTrainer, "_write_report", lambda self: None)
+        monkeypatch.setattr(tunesmith.trainers.Published, "draw_page", None)
 
 
 CHATML = (

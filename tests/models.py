@@ -1,10 +1,14 @@
 """Small random models of many architectures, and rows for them."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator
+from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
 
 VOCABULARY = 97
 WINDOW = 4
@@ -102,3 +106,18 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
         float((found[name] - gradient).abs().max() / torch.maximum(gradient.abs().max(), 1e-3 * largest))
         for name, gradient in expected.items()
     )
+
+
+def flat(rows: list[dict[str, Any]], share_prefix: bool = False) -> Batch:
+    return FlatCollator(share_prefix=share_prefix)(rows)
+
+
+def padded(rows: list[dict[str, Any]], pad_token_id: int = 0, multiple: int = 1) -> Batch:
+    return PaddedCollator(pad_token_id=pad_token_id, multiple=multiple)(rows)
+
+
+def supervised(model: Any, batch: Batch, options: LossOptions | None = None) -> Supervised:
+    """What a model that answers objectives makes of a batch."""
+    objective = partial(supervised_loss, options=options)
+    result: Supervised = model(**batch.inputs(), targets=batch.targets(), objective=objective)[0]
+    return result

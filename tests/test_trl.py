@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.trainer import SFTTrainer
+from tunesmith.trainers import SFTTrainer
 
 
 def arguments_of(trainer: type) -> list[str]:

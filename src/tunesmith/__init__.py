@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
 # Threads that have done their part of a product wait for the others in a loop, on cores that these may need: beside one
 # other run, training went at less than a tenth of its speed. After so many rounds they sleep; alone, that costs one or
@@ -27,7 +27,7 @@ __all__ = ["DataSource", "SFTConfig", "SFTTrainer", "TunesmithError", "__version
 _DEFINED_IN = {
     "DataSource": "tunesmith.data.mixture",
     "SFTConfig": "tunesmith.settings.config",
-    "SFTTrainer": "tunesmith.train.trainer",
+    "SFTTrainer": "tunesmith.trainers",
     "TunesmithError": "tunesmith.errors",
     "clone_chat_template": "tunesmith.model.tokens",
 }

@@ -1,9 +1,15 @@
 """The folder where tunesmith keeps what it can make again: the converted demo model and other caches."""
 
 import os
+import re
 from pathlib import Path
 
 from tunesmith.errors import TunesmithError
+
+DEMO = "demo"
+"""The name that users write for the demo model."""
+DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
+"""The demo model's folder in this cache, on whatever machine."""
 
 
 def home() -> Path:

@@ -1,6 +1,6 @@
 """The values that travel from a source row to the loss, one type per stage.
 
-source row -> Conversation | Text -> Example (token ids, labels, weights) -> collated tensors
+source row -> Conversation | Text | Tokens -> Example (token ids, labels, weights) -> Batch (`data.batches`)
 """
 
 from dataclasses import dataclass, field
@@ -81,3 +81,8 @@ class Example:
     def supervised(self) -> int:
         """How many tokens have a label. The first token never contributes to the loss: nothing predicts it."""
         return sum(label != IGNORE_INDEX for label in self.labels)
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens contribute to the loss: those with a label, but for the first."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])

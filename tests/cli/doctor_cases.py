@@ -18,7 +18,7 @@ from tunesmith.doctor import kernels as doctor_kernels
 from tunesmith.doctor import machine as doctor_machine
 from tunesmith.doctor.finding import Finding
 from tunesmith.model import attention_cuda as varlen
-from tunesmith.model import bnb
+from tunesmith.model import quantize
 
 Patch = pytest.MonkeyPatch
 
@@ -42,9 +42,9 @@ def gpu(patch: Patch, major: int = 8, minor: int = 6, built: Sequence[str] = ("s
     patch.setattr(torch.cuda, "mem_get_info", lambda _: (20_000_000_000, 23_600_000_000))
     patch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
     patch.setattr(varlen, "DEVICE", "cpu")
-    for module in ("flash_attn", "flash_attn_interface", "torch.nn.attention.varlen"):
+    for module in ("flash_attn", "torch.nn.attention.varlen"):
         patch.setitem(sys.modules, module, None)
-    patch.setattr(varlen, "_found", varlen._found.__wrapped__)  # what one case found is not the next one's
+    patch.setattr(varlen, "_kernel_for", varlen._kernel_for.__wrapped__)  # no case may see the answer of another one
 
 
 def other_device(patch: Patch) -> None:
@@ -74,7 +74,7 @@ def odd_libraries(patch: Patch) -> None:
 
 
 def no_package(patch: Patch) -> None:
-    for module in (doctor_installed, doctor_kernels, bnb):
+    for module in (doctor_installed, doctor_kernels, quantize):
         patch.setattr(module, "find_spec", lambda _: None)
 
 
@@ -97,7 +97,7 @@ def cpuinfo(flags: str) -> Callable[[Patch], None]:
 
 def speeds(fp32: float, bf16: float) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(
-        "tunesmith.precision.measure", lambda _: {"fp32": fp32, "bf16": bf16, "fp16": 0.0}
+        "tunesmith.model.precision.measure", lambda _: {"fp32": fp32, "bf16": bf16, "fp16": 0.0}
     )
 
 
@@ -124,7 +124,7 @@ def unimportable_bitsandbytes(patch: Patch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("libbitsandbytes.so: cannot open shared object file\nand a page more")
 
-    patch.setattr(bnb, "refuse_missing", refuse)
+    patch.setattr(quantize, "refuse_missing", refuse)
 
 
 def bitsandbytes_without_this_device(patch: Patch) -> None:
@@ -150,23 +150,16 @@ def wrong_product(patch: Patch, layer: str = "Linear8bitLt") -> None:
     patch.setattr(chosen, "forward", lambda self, x: right(self, x.roll(1, -1)))
 
 
-def flash2(patch: Patch, *, right: bool = True) -> None:
+def gpu_with_kernel(patch: Patch) -> None:
+    gpu(patch)
+    Kernels(patch).torch()
+
+
+def gpu_with_wrong_kernel(patch: Patch) -> None:
+    gpu(patch)
     kernels = Kernels(patch)
-    kernels.flash2()
-    if not right:
-        kernels.compute = lambda *given: 2 * by_document(*given)
-    patch.setattr(doctor_kernels, "find_spec", lambda name: object() if name == "flash_attn" else None)
-    patch.setattr(doctor_kernels, "installed_version", lambda name: "2.8.3" if name == "flash-attn" else "")
-
-
-def gpu_with_flash2(patch: Patch) -> None:
-    gpu(patch)
-    flash2(patch)
-
-
-def gpu_with_wrong_flash2(patch: Patch) -> None:
-    gpu(patch)
-    flash2(patch, right=False)
+    kernels.torch()
+    kernels.compute = lambda *tensors: 2 * by_document(*tensors)
 
 
 # The hub
@@ -240,13 +233,13 @@ CASES: dict[str, Case] = {
     "failing product": Case(check=doctor_kernels.bitsandbytes, marks=["note"], fake=broken_product),
     "wrong product": Case(check=doctor_kernels.bitsandbytes, marks=["note"], fake=wrong_product),
     "attention without a gpu": Case(check=doctor_kernels.flash_attention, marks=["ok"]),
-    "attention in one kernel": Case(check=doctor_kernels.flash_attention, marks=["ok"], fake=gpu_with_flash2),
+    "attention in one kernel": Case(check=doctor_kernels.flash_attention, marks=["ok"], fake=gpu_with_kernel),
     "attention without a kernel": Case(check=doctor_kernels.flash_attention, marks=["note"], fake=gpu),
     "attention on an old gpu": Case(
         check=doctor_kernels.flash_attention, marks=["note"], fake=lambda patch: gpu(patch, 7, 5)
     ),
     "attention with a wrong kernel": Case(
-        check=doctor_kernels.flash_attention, marks=["note"], fake=gpu_with_wrong_flash2
+        check=doctor_kernels.flash_attention, marks=["note"], fake=gpu_with_wrong_kernel
     ),
     "offline": Case(check=doctor_hub.hub, marks=["note"], fake=offline),
     "no network": Case(check=doctor_hub.hub, marks=["note"], fake=answers("ConnectError: no route")),

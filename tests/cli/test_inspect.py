@@ -11,12 +11,12 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tests.models import flat
 from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
 from tunesmith.cli.main import Commands
 from tunesmith.cli.rows import training_rows
-from tunesmith.data.batches import flat
 from tunesmith.settings.recipe import resolve
-from tunesmith.train.trainer import SFTTrainer
+from tunesmith.trainers import SFTTrainer
 from tunesmith.types import IGNORE_INDEX
 
 APP = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
@@ -181,7 +181,7 @@ def test_the_rows_are_those_that_the_trainer_gets(
         assert [token for piece in pieces for token in piece.ids] == batch["input_ids"][0].tolist()
         mask = [piece.supervised for piece in pieces for _ in piece.ids]
         assert mask == [label != IGNORE_INDEX for label in batch["labels"][0].tolist()]
-        assert [document.tokens for document in row.documents] == batch["lengths"]
+        assert [document.tokens for document in row.documents] == batch.lengths
 
 
 @pytest.mark.parametrize(("packed", "cut"), [(True, False), (False, True)])

@@ -16,7 +16,7 @@ from tunesmith.cli.main import app
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
 from tunesmith.settings.recipe import all_settings
-from tunesmith.train.trainer import SFTTrainer
+from tunesmith.trainers import SFTTrainer
 
 RUNNER = CliRunner()
 QUESTION = [{"role": "user", "content": "say it"}]

@@ -25,7 +25,7 @@ def tables(*parts: list[list[int]]) -> list[pa.Table]:
 def test_what_was_written_is_found_memory_mapped_with_its_notes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.find("k") is None
-    written = store.write("k", tables([[1, 2]], [[3]]), lambda dataset: {"rows": len(dataset)})
+    written, _ = store.write("k", tables([[1, 2]], [[3]]), lambda dataset: {"rows": len(dataset)})
     found, notes = store.find("k") or pytest.fail("not found")
     assert found["input_ids"][:] == written["input_ids"][:] == [[1, 2], [3]]
     assert notes == {"rows": 2}
@@ -62,6 +62,22 @@ def test_a_damaged_data_set_is_not_used_and_can_be_written_again(damage: str, tm
     assert (store.find("k") or pytest.fail("not found"))[0]["input_ids"][:] == [[4]]
 
 
+def test_of_two_processes_that_write_the_same_the_slower_one_takes_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        Store(tmp_path).write("k", tables([[1]]), nothing)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    written, _ = Store(tmp_path).write("k", tables([[1]]), nothing)
+    assert written["input_ids"][:] == [[1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
+
+
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     def broken() -> Iterator[pa.Table]:
         yield tables([[1]])[0]
@@ -73,7 +89,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_key_nobody_finds_it_but_it_can_be_read(tmp_path: Path) -> None:
-    written = Store(tmp_path).write(None, tables([[7]]), nothing)
+    written, _ = Store(tmp_path).write(None, tables([[7]]), nothing)
     assert written["input_ids"][:] == [[7]]
     assert list(tmp_path.iterdir()) == []
 

@@ -7,19 +7,19 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS, TEXTS
-from tunesmith import SFTConfig, TunesmithError
-from tunesmith.data.dataset import DataPreparer, evened, numbered
+from tunesmith import TunesmithError
+from tunesmith.data.dataset import DataPreparer
+from tunesmith.types import Text
 
 Prepare = Callable[..., Any]
 
 
 @pytest.fixture
-def prepare(config: Callable[..., SFTConfig], tokenizer: PreTrainedTokenizerBase) -> Prepare:
+def prepare(preparer: Callable[..., DataPreparer]) -> Prepare:
     def make(source: Any, packing: bool = False, **settings: Any) -> Any:
-        return DataPreparer(config(**settings), tokenizer, None)(source, "train", packing=packing)
+        return preparer(**settings)(source, "train", packing=packing)
 
     return make
 
@@ -35,13 +35,6 @@ def documents(dataset: Dataset) -> list[list[int]]:
             ids = ids[length:]
         assert not ids
     return found
-
-
-def test_rows_are_numbered_from_zero_unless_they_know_their_place() -> None:
-    rows: list[Any] = [{"text": "a"}, ("x.jsonl, line 7", {"text": "b"})]
-    assert list(numbered(rows)) == [("row 0", {"text": "a"}), ("x.jsonl, line 7", {"text": "b"})]
-    expected = [(f"row {i}", row) for i, row in enumerate(TEXT_ROWS)]
-    assert list(numbered(Dataset.from_list(TEXT_ROWS))) == expected
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
@@ -125,14 +118,24 @@ def test_tokenized_rows_are_kept_with_their_labels(prepare: Prepare) -> None:
     assert prepare(rows)[:] == {"input_ids": [[5, 6, END]], "labels": [[-100, 6, END]]}
 
 
-def test_what_was_prepared_is_not_prepared_again(
-    config: Callable[..., SFTConfig], tokenizer: PreTrainedTokenizerBase
+def test_what_was_prepared_is_not_prepared_again(preparer: Callable[..., DataPreparer]) -> None:
+    prepare = preparer(max_length=40)
+    packed = prepare(PAIR_ROWS, "train", packing=True)
+    assert prepare(packed, "eval", packing=False) is packed
+    stream = prepare(Dataset.from_list(PAIR_ROWS).to_iterable_dataset(), "train", packing=False)
+    assert prepare(stream, "eval", packing=False) is stream
+
+
+def test_the_first_rows_are_those_of_each_source_and_what_is_not_trained_on_comes_first(
+    preparer: Callable[..., DataPreparer],
 ) -> None:
-    preparer = DataPreparer(config(max_length=40), tokenizer, None)
-    packed = preparer(PAIR_ROWS, "train", packing=True)
-    assert preparer(packed, "eval", packing=False) is packed
-    stream = preparer(Dataset.from_list(PAIR_ROWS).to_iterable_dataset(), "train", packing=False)
-    assert preparer(stream, "eval", packing=False) is stream
+    prepare = preparer()
+    prepare([{"text": f"t{n}"} for n in range(70)], "train", packing=False)
+    prepare([{"text": "e"}], "eval", packing=False)
+    assert list(prepare.rows(trained_on=False)) == [Text(text="e")]
+    assert list(prepare.rows(trained_on=True)) == [Text(text=f"t{n}") for n in range(64)]
+    assert list(prepare.first_rows()) == [*prepare.rows(trained_on=False), *prepare.rows(trained_on=True)]
+    assert {split: len(examples) for split, examples in prepare.examples.items()} == {"train": 70, "eval": 1}
 
 
 def test_an_unprepared_data_set_is_passed_on_when_asked_for(prepare: Prepare) -> None:
@@ -152,26 +155,6 @@ def test_rows_of_a_stream_that_can_not_be_read_are_named(prepare: Prepare) -> No
         list(prepare(stream))
 
 
-@pytest.mark.parametrize(("rows", "multiple", "length"), [(8, 4, 8), (7, 4, 8), (3, 8, 8), (5, 2, 6)])
-@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packing"])
-def test_a_data_set_is_evened_with_rows_without_labels(
-    rows: int, multiple: int, length: int, packing: bool, prepare: Prepare
-) -> None:
-    weighted = [row | {"weight": 2.0} for row in PAIR_ROWS[:rows]]
-    dataset = prepare(weighted, packing=packing, max_length=28)
-    longer: Any = evened(dataset, multiple)
-    if not packing:
-        assert len(longer) == length
-    assert len(longer) % multiple == 0
-    assert longer[: len(dataset)] == dataset[:]
-    for row in list(longer)[len(dataset) :]:
-        assert row["labels"] == [-100]
-        assert len(row["input_ids"]) == len(row["weights"]) == 1
-        assert row.get("seq_lengths", [1]) == [1]
-    if len(longer) != len(dataset):
-        assert longer.total_dataset_length == len(dataset)
-
-
 def test_a_stream_has_the_format_of_its_first_row_in_every_batch(prepare: Prepare) -> None:
     rows = [*PAIR_ROWS * 200, {"text": "another format"}]
     stream = prepare(Dataset.from_list(rows).to_iterable_dataset())
@@ -179,12 +162,10 @@ def test_a_stream_has_the_format_of_its_first_row_in_every_batch(prepare: Prepar
         list(stream)
 
 
-def test_a_streams_end_tokens_are_known_before_training(
-    config: Callable[..., SFTConfig], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    preparer = DataPreparer(config(), tokenizer, None)
-    preparer(Dataset.from_list(TEXT_ROWS).to_iterable_dataset(), "train", packing=False)
-    assert preparer.stops == {END}
+def test_a_streams_end_tokens_are_known_before_training(preparer: Callable[..., DataPreparer]) -> None:
+    prepare = preparer()
+    prepare(Dataset.from_list(TEXT_ROWS).to_iterable_dataset(), "train", packing=False)
+    assert prepare.stops == {END}
 
 
 def test_a_stream_of_texts_without_an_end_is_refused_unless_allowed(prepare: Prepare) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tunesmith.data.formats import FormatOptions, detect, format_row, parse
-from tunesmith.data.typed import parsed
+from tunesmith.data.formats import FormatOptions, detect, format_row, parse, parse_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
 
@@ -380,7 +379,7 @@ def test_a_row_of_another_format_is_refused_with_its_place() -> None:
     rows: list[tuple[str, dict[str, Any]]] = [("row 0", {"text": "Hi"}), ("row 1", {"text": None, "messages": [USER]})]
     message = r"^row 1: no 'text', which the format 'text' of the first row needs; this row has messages$"
     with pytest.raises(TunesmithError, match=message):
-        list(parsed(rows, PLAIN))
+        list(parse_rows(rows, PLAIN))
 
 
 def test_rows_of_two_kinds_are_refused_with_the_place() -> None:
@@ -391,7 +390,7 @@ def test_rows_of_two_kinds_are_refused_with_the_place() -> None:
     with pytest.raises(
         TunesmithError, match=r"^a\.jsonl, line 2: this row is a prompt and a completion, both messages, the"
     ):
-        list(parsed(rows, PLAIN))
+        list(parse_rows(rows, PLAIN))
     made = iter(["Hi", [USER, ANSWER]])
     with pytest.raises(TunesmithError, match=r"^row 1: this row is a conversation, the rows before it are each a text"):
-        list(parsed([("row 0", {}), ("row 1", {})], FormatOptions(formatting_func=lambda row: next(made))))
+        list(parse_rows([("row 0", {}), ("row 1", {})], FormatOptions(formatting_func=lambda row: next(made))))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tunesmith.data.mixture import DataSource, mixed, split_rows, used
+from tunesmith.data.mixture import DataSource, epoch_examples, mixture_order, split_rows
 from tunesmith.errors import TunesmithError
 
 ROWS = list(range(100))
@@ -23,7 +23,7 @@ ROWS = list(range(100))
     ],
 )
 def test_rows_are_used_as_often_as_said(given: dict[str, Any], expected: int) -> None:
-    indices = used("a", DataSource(rows=[], **given), 10, seed=0)
+    indices = epoch_examples("a", DataSource(rows=[], **given), 10, seed=0)
     assert len(indices) == expected
     times = np.bincount(indices, minlength=10)
     assert times.max() - times.min() <= 1, "no row is used twice more than another"
@@ -47,12 +47,12 @@ def test_a_source_with_one_row_can_not_hold_one_out() -> None:
 
 def test_a_mixture_is_shuffled_together_and_another_source_changes_nothing_in_the_first() -> None:
     sources = {"a": DataSource(rows=[], weight=0.5), "b": DataSource(rows=[], count=7)}
-    order = mixed({"a": 20, "b": 5}, sources, seed=3)
+    order = mixture_order({"a": 20, "b": 5}, sources, seed=3)
     assert len(order) == 17
     assert (order >= 20).sum() == 7
     assert not np.array_equal(order, np.sort(order))
-    assert np.array_equal(order, mixed({"a": 20, "b": 5}, sources, seed=3))
-    alone = mixed({"a": 20}, sources, seed=3)
+    assert np.array_equal(order, mixture_order({"a": 20, "b": 5}, sources, seed=3))
+    alone = mixture_order({"a": 20}, sources, seed=3)
     assert sorted(alone) == sorted(order[order < 20])
 
 

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.batches import flat
-from tunesmith.data.prefix import SAVES, shared
+from tests.models import flat
+from tunesmith.data.prefix import SAVES, share_prefixes
 
 TOKEN = st.integers(0, 2)
 DOCUMENTS = st.lists(st.lists(TOKEN, min_size=1, max_size=8), min_size=1, max_size=8)
 
 
 def test_two_documents_share_their_beginning_and_a_third_stands_alone() -> None:
-    row = shared([[1, 2, 3, 4], [7, 8], [1, 2, 3, 5, 6]])
+    row = share_prefixes([[1, 2, 3, 4], [7, 8], [1, 2, 3, 5, 6]])
     assert row is not None
     assert row.tokens == [1, 2, 3, 4, 5, 6, 7, 8]
     assert row.positions == [0, 1, 2, 3, 3, 4, 0, 1]
@@ -23,7 +23,7 @@ def test_two_documents_share_their_beginning_and_a_third_stands_alone() -> None:
 
 
 def test_the_last_token_of_each_document_stays_its_own() -> None:
-    row = shared([[1, 2, 3], [1, 2, 3], [1, 2]])
+    row = share_prefixes([[1, 2, 3], [1, 2, 3], [1, 2]])
     assert row is not None
     assert all(length > 0 for length in row.lengths)
     assert len({places[-1] for places in row.places}) == 3
@@ -31,12 +31,12 @@ def test_the_last_token_of_each_document_stays_its_own() -> None:
 
 @pytest.mark.parametrize("documents", [[[1, 2, 3]], [[1, 2], [3, 4]], [[1, *range(9, 30)], [1, *range(50, 70)]]])
 def test_too_little_in_common_is_not_shared(documents: list[list[int]]) -> None:
-    assert shared(documents) is None
+    assert share_prefixes(documents) is None
 
 
 @given(DOCUMENTS)
 def test_each_document_can_be_read_off_the_row(documents: list[list[int]]) -> None:
-    row = shared(documents)
+    row = share_prefixes(documents)
     if row is None:
         return
     assert len(row.tokens) < (1 - SAVES) * sum(map(len, documents))

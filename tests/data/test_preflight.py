@@ -9,7 +9,15 @@ import pyarrow as pa
 import pytest
 
 from tunesmith.data.cache import open_shards, write_shards
-from tunesmith.data.preflight import Preflight, SplitReport, examine, histogram, judge, shared_examples
+from tunesmith.data.preflight import (
+    Preflight,
+    SplitReport,
+    examine,
+    histogram,
+    judge,
+    shared_examples,
+    supervised_counts,
+)
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
 
@@ -74,6 +82,11 @@ def test_examples_whose_weights_are_all_zero_are_counted(tmp_path: Path) -> None
     assert (found.weightless, found.double_bos) == (2, 0)
     unsupervised = dataset(tmp_path / "b", [[1, 2], [3, 4]], [[1, 0], [1, 1]], labels=[[-100, 2], [-100, 4]])
     assert examine(unsupervised, counted(2), None).weightless == 1
+
+
+def test_supervised_tokens_are_counted_by_example(tmp_path: Path) -> None:
+    ids = [[1, 2], [-100, 4, 5], [-100], [7]]  # which are the labels, too
+    assert supervised_counts(dataset(tmp_path / "a", ids)).tolist() == [2, 2, 0, 1]
 
 
 def test_examples_of_the_training_data_are_found_in_the_other_splits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Preparing data: the same with one process or several, cached by content, never from an old cache."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.test_layering import MODULES, ROOT, imports_of, path_of
 from tunesmith.data import prepare as module
 from tunesmith.data.cache import Store
 from tunesmith.data.formats import FormatOptions
@@ -21,10 +23,8 @@ ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(30)]
 
 
 @pytest.fixture
-def preparation(tiny_model: Path) -> Preparation:
-    return Preparation(
-        tokenizer=AutoTokenizer.from_pretrained(tiny_model), encode=EncodeOptions(), formats=FormatOptions()
-    )
+def preparation(tokenizer: PreTrainedTokenizerBase) -> Preparation:
+    return Preparation(tokenizer=tokenizer, encode=EncodeOptions(), formats=FormatOptions())
 
 
 def placed(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -110,6 +110,34 @@ def test_changed_code_never_meets_old_data(
     assert not cached(ROWS, preparation, tmp_path)
     monkeypatch.setattr(module, "code_fingerprint", lambda: "another version")
     assert not cached(ROWS, preparation, tmp_path)
+
+
+NOT_DECIDING = {"cache": "it stores what others decide"}
+
+
+def test_the_code_that_decides_tokens_is_all_that_preparing_and_parsing_rows_import() -> None:
+    """Whatever a row may pass through, by imports at any time, is in the one list or the other."""
+    reached, queue = set[str](), ["tunesmith.data.prepare", "tunesmith.data.tokenize", "tunesmith.data.formats"]
+    while queue:
+        if (name := queue.pop()) in MODULES and name not in reached | {ROOT}:
+            reached.add(name)
+            queue += [found.module for found in imports_of(name)]
+    names = {path_of(name).stem for name in reached if path_of(name).parent.name == "data"}
+    assert names == {*module.DECIDING_MODULES, *NOT_DECIDING}
+
+
+def test_only_code_that_decides_tokens_changes_the_key(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(Path(module.__file__).parent, folder)
+    for name in ("samplers.py", "pack.py", "batches.py", "cache.py", "templates/chatml.jinja"):
+        with (folder / name).open("a") as file:
+            file.write("# changed")
+    assert module.code_fingerprint(folder) == module.code_fingerprint()
+    for name in module.DECIDING_MODULES:
+        before = module.code_fingerprint.__wrapped__(folder)
+        with (folder / f"{name}.py").open("a") as file:
+            file.write("# changed")
+        assert module.code_fingerprint.__wrapped__(folder) != before
 
 
 def test_a_function_is_never_cached(preparation: Preparation, tmp_path: Path) -> None:

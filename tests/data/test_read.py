@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.read import Rows, read_rows
+from tunesmith.data.read import Rows, numbered_lines, read_rows, with_places
 from tunesmith.errors import TunesmithError
 
 VALUES = st.recursive(
@@ -101,7 +102,7 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a" 1}\n', r"line 2, column 6: Expecting ':' delimiter$"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is a list, expected an object"),
         ("a.jsonl", '{"a": 1}\nnull\n', "line 2 is null, expected an object"),
-        ("a.jsonl", '[{"a": 1}]\n', r"line 1 is a list.*named \.json"),
+        ("a.jsonl", '[{"a": 1}]\n', r"line 1 is a list.*name it \.json"),
         ("a.jsonl", '{\n"a": 1\n}\n', r"line 1, column 2.*name the file \.json$"),
         ("a.jsonl", '{"a": {"b": 1, "b": 2}}\n', "line 1: the key 'b' is given twice"),
         ("a.jsonl", '{"a": "\\ud83d"}\n', r"line 1: \\ud83d is half of a surrogate pair"),
@@ -111,9 +112,9 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a": "\0"}\n', "line 2: there is a NUL at byte 16"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1: the file is UTF-16"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "line 1: the file is UTF-16"),
-        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', "line 2: NaN is no number that JSON has; write null"),
-        ("a.jsonl", '{"a": [-Infinity]}\n', "line 1: -Infinity is no number"),
-        ("a.json", '[{"a": 1e999}]', r"a\.json: 1e999 is no number that JSON has"),
+        ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', "line 2: NaN is not a number in JSON; write null"),
+        ("a.jsonl", '{"a": [-Infinity]}\n', "line 1: -Infinity is not a number"),
+        ("a.json", '[{"a": 1e999}]', r"a\.json: 1e999 is not a number in JSON"),
         ("a.jsonl", '{"a": 1}\n[\n', r"line 2, column 2: Expecting value"),
         ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", "line 1: Exceeds the limit"),
         ("a.jsonl", b"\x1f\x8b\x08\x00rest", "line 1: the file is gzip-compressed; unpack it first"),
@@ -139,7 +140,7 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.csv", "a,b\n", "has no rows"),
         ("a.txt", "\n \n", "has no rows"),
         ("a.txt", b"one\ntw\xf6\n", r"line 2: byte 6 \(0xf6\)"),
-        ("a.parquet", "PAR1 not really", "no Parquet file"),
+        ("a.parquet", "PAR1 not really", "not a Parquet file"),
         ("a.xlsx", "x", r"files named \*\.xlsx can't be read; known are \.jsonl"),
     ],
 )
@@ -217,7 +218,7 @@ def test_a_hub_name_is_loaded_with_its_configuration_and_split(monkeypatch: pyte
 
 
 def test_a_hub_name_without_network_says_so() -> None:
-    with pytest.raises(TunesmithError, match=r"owner/set .* is no file here and could not be loaded from the hub"):
+    with pytest.raises(TunesmithError, match=r"owner/set .* is not a file here and could not be loaded from the hub"):
         list(read_rows("owner/set"))
 
 
@@ -229,3 +230,19 @@ def test_real_files_are_read_as_json_reads_them(shared_data: Path, name: str, co
     expected = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.split("\n") if line]
     assert [row for _, row in read_rows(str(shared_data / name))] == expected
     assert len(expected) == count
+
+
+def test_rows_are_numbered_from_zero_unless_they_know_their_place() -> None:
+    rows: list[Any] = [{"text": "a"}, ("x.jsonl, line 7", {"text": "b"})]
+    assert list(with_places(rows)) == [("row 0", {"text": "a"}), ("x.jsonl, line 7", {"text": "b"})]
+    columns = Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
+    assert list(with_places(columns)) == [("row 0", {"text": "a", "n": 1}), ("row 1", {"text": "b", "n": 2})]
+
+
+def test_a_long_line_is_passed_over_in_little_memory(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_bytes(b"a" * 3000 + b"\n" + b"b" * 10 + b"\n")
+    long, short = numbered_lines(file, "rows.txt", most=1000)
+    assert long.bad is not None
+    assert long.bad.reason == "the line has more than 1,000 bytes, too many for one row; divide it"
+    assert (short.text, short.place, short.bad) == ("b" * 10 + "\n", "rows.txt, line 2", None)

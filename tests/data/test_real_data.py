@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.data.styles import bytes_, words
-from tunesmith.data.arrow import Columns
-from tunesmith.data.formats import FormatOptions
+from tunesmith.data.arrow import FlatExamples
+from tunesmith.data.formats import FormatOptions, parse_rows
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, encoded
-from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX
 
@@ -22,10 +21,10 @@ def rows_of(path: Path, most: int = 400) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{path.name}, row {i}", row) for i, row in enumerate(rows[:most])]
 
 
-def encode(rows: Any, tokenizer: Any, formats: FormatOptions, **options: Any) -> tuple[list[Columns], Counts]:
+def encode(rows: Any, tokenizer: Any, formats: FormatOptions, **options: Any) -> tuple[list[FlatExamples], Counts]:
     counts = Counts()
     encoder = Encoder(tokenizer, EncodeOptions(max_length=None, **options))
-    return list(encoded(parsed(rows, formats), encoder, counts)), counts
+    return list(encoded(parse_rows(rows, formats), encoder, counts)), counts
 
 
 GSM8K = {"prompt": "question", "completion": "answer"}
@@ -51,7 +50,7 @@ def test_every_row_of_the_real_data_is_prepared(shared_data: Path, name: str, co
     tokenizer = bytes_("qwen3", "<|im_end|>")
     rows = rows_of(shared_data / name)
     batches, counts = encode(rows, tokenizer, FormatOptions(columns=columns, arrow=False), train_on=train_on)
-    assert counts.rows == counts.examples == sum(len(batch.sizes) for batch in batches) == len(rows)
+    assert counts.rows == counts.examples == sum(len(batch.lengths) for batch in batches) == len(rows)
     assert counts.dropped == {}
     assert counts.ends == {tokenizer.eos_token_id: len(rows)}
     labels, ids = (np.concatenate([getattr(batch, column) for batch in batches]) for column in ("labels", "ids"))

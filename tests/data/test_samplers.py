@@ -1,6 +1,5 @@
 """Which documents share a micro-batch, epoch by epoch, in one process or several, and after a break."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tunesmith.data.samplers import LengthGroups, TokenBatches, fitting_lengths, lengths_of, reached
+from tunesmith.data.samplers import (
+    LengthGroups,
+    TokenBatches,
+    fitting_lengths,
+    lengths_of,
+    register_sampler,
+    with_blank_rows,
+)
 from tunesmith.errors import TunesmithError
 
-REPO = Path(__file__).resolve().parents[2]
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
 
 
@@ -111,7 +116,7 @@ def test_a_resumed_loader_goes_on_with_the_batches_of_its_epoch(kind: str, proce
             plain = DataLoader(numbers, batch_sampler=batches, collate_fn=list)
         else:
             plain = DataLoader(numbers, 4, sampler=LengthGroups(lengths, 4, 0), collate_fn=list)
-        return reached(prepare_data_loader(plain, num_processes=processes, process_index=rank))
+        return register_sampler(prepare_data_loader(plain, num_processes=processes, process_index=rank))
 
     for rank in range(processes):
         whole = loader(rank)
@@ -120,6 +125,18 @@ def test_a_resumed_loader_goes_on_with_the_batches_of_its_epoch(kind: str, proce
         resumed = skip_first_batches(loader(rank), 2)
         resumed.set_epoch(1)  # as the Trainer does
         assert list(resumed) == epochs[1][2:]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(("rows", "multiple", "blanks"), [(8, 4, 0), (7, 4, 1), (3, 8, 5), (5, 2, 1)])
+def test_a_data_set_is_evened_with_rows_without_labels(rows: int, multiple: int, blanks: int, packing: bool) -> None:
+    columns: dict[str, Any] = {"input_ids": [5, 6], "labels": [-100, 6], "weights": [1.0, 2.0]}
+    blank: dict[str, Any] = {"input_ids": [5], "labels": [-100], "weights": [1.0]}
+    if packing:
+        columns, blank = columns | {"seq_lengths": [2]}, blank | {"seq_lengths": [1]}
+    longer: Any = with_blank_rows(Dataset.from_list([columns] * rows), multiple)
+    assert list(longer) == [columns] * rows + [blank] * blanks
+    assert not blanks or longer.total_dataset_length == rows
 
 
 # Lengths

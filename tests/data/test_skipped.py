@@ -3,19 +3,19 @@ not skipped."""
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from tunesmith import SFTConfig, TunesmithError
 from tunesmith.cli.main import app
 from tunesmith.data import prepare as preparing
 from tunesmith.data.dataset import DataPreparer
-from tunesmith.data.lines import numbered_lines
 from tunesmith.data.mixture import DataSource
 from tunesmith.data.read import joined, read_rows
 from tunesmith.data.skipped import BadRow, SkippedRows
@@ -30,19 +30,9 @@ BAD: list[Any] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
-    return loaded
-
-
 @pytest.fixture
-def preparer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., DataPreparer]:
-    def make(**settings: Any) -> DataPreparer:
-        settings.setdefault("on_bad_row", "skip")
-        return DataPreparer(SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **settings), tokenizer, None)
-
-    return make
+def preparer(preparer: Callable[..., DataPreparer]) -> Callable[..., DataPreparer]:
+    return partial(preparer, on_bad_row="skip")
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -220,15 +210,6 @@ def test_a_table_skips_rows_but_not_what_an_open_quote_swallows(
     file.write_text('prompt,completion\na,b\n"c,d\ne,f\n')
     with pytest.raises(TunesmithError, match="line 3: unexpected end of data"):
         preparer()(read_rows(str(file)), "train", packing=False)
-
-
-def test_a_long_line_is_passed_over_in_little_memory(tmp_path: Path) -> None:
-    file = tmp_path / "rows.txt"
-    file.write_bytes(b"a" * 3000 + b"\n" + b"b" * 10 + b"\n")
-    long, short = numbered_lines(file, "rows.txt", most=1000)
-    assert long.bad is not None
-    assert long.bad.reason == "the line has more than 1,000 bytes, too many for one row; divide it"
-    assert (short.text, short.place, short.bad) == ("b" * 10 + "\n", "rows.txt, line 2", None)
 
 
 def test_what_is_kept_of_a_row_is_json_and_not_long() -> None:

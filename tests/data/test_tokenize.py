@@ -8,8 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.styles import assistant, bytes_, conversation, system, user, words
-from tunesmith.data.offsets import untrimmed
-from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, token_range
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, token_range, untrimmed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example, Row, Text, Tokens
 

@@ -154,13 +154,13 @@ class _Harmed(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.layer is not None:
-            self._trainer._writer.wait()
+            self._trainer.keeper.wait()
             raise InterruptedError
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != SAVED_AT:
             return
-        self._trainer._writer.wait()
+        self._trainer.keeper.wait()
         shutil.copytree(self._run, self._backup)
         calls = self._counted()
         if calls is None:

@@ -57,7 +57,7 @@ def test_every_damage_to_every_file_is_named_and_passed_over(
                 named = rf"{last.name}.*{name}"
                 with pytest.raises(TunesmithError, match=named):
                     trainer.train(resume_from_checkpoint=str(last))
-                chosen = trainer._chosen(tmp_path / "run", True)
+                chosen = trainer.keeper._chosen(tmp_path / "run", True)
                 assert chosen.folder == before
                 assert len(chosen.skipped) == 1
                 assert name in chosen.skipped[0]

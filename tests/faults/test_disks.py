@@ -83,7 +83,7 @@ class _InTheSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == SAVED_AT:
-            self._trainer._writer.wait()
+            self._trainer.keeper.wait()
             self._layer.install()
 
 

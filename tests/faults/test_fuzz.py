@@ -25,11 +25,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.faults.inputs import ATOMS, COLUMNS, ROWS, VALID, VALUES, mutated, templates, texts
 from tunesmith import SFTConfig, TunesmithError
-from tunesmith.data.dataset import numbered
 from tunesmith.data.formats import FormatOptions
 from tunesmith.data.preflight import examine
 from tunesmith.data.prepare import Preparation, prepare
-from tunesmith.data.read import read_rows
+from tunesmith.data.read import read_rows, with_places
 from tunesmith.data.tokenize import EncodeOptions
 from tunesmith.settings.coerce import members_of
 from tunesmith.settings.recipe import all_settings, resolve
@@ -95,7 +94,7 @@ def examples_of(source: Any, tokenizer: Any, options: EncodeOptions) -> Any:
     preparation = Preparation(
         tokenizer=tokenizer, encode=options, formats=FormatOptions(arrow=False, skip_bad=options.skip_bad)
     )
-    dataset, prepared = prepare(numbered(source), preparation)
+    dataset, prepared = prepare(with_places(source), preparation)
     assert len(dataset) == prepared.counts.examples > 0
     assert examine(dataset, prepared.counts, None).longest <= (options.max_length or 10**9)
     for row in dataset:

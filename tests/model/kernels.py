@@ -42,9 +42,9 @@ class Kernels:
         self.compute: Callable[..., Tensor] = by_document
 
     def add(self, module: str, name: str, function: Any) -> None:
-        made = ModuleType(module)
-        setattr(made, name, function)
-        self.monkeypatch.setitem(sys.modules, module, made)
+        package = ModuleType(module)
+        setattr(package, name, function)
+        self.monkeypatch.setitem(sys.modules, module, package)
 
     def flash2(self) -> None:
         def flash_attn_varlen_func(
@@ -69,35 +69,6 @@ class Kernels:
             return self.compute(q, k, v, cu_seqlens_q, softmax_scale, window_size[0], softcap)
 
         self.add("flash_attn", "flash_attn_varlen_func", flash_attn_varlen_func)
-
-    def flash3(self, *, with_sums: bool = False) -> None:
-        def flash_attn_varlen_func(
-            q: Any,
-            k: Any,
-            v: Any,
-            cu_seqlens_q: Any,
-            cu_seqlens_k: Any,
-            max_seqlen_q: int,
-            max_seqlen_k: int,
-            seqused_q: Any = None,
-            seqused_k: Any = None,
-            softmax_scale: float | None = None,
-            causal: bool = False,
-            qv: Any = None,
-            window_size: tuple[int, int] = (-1, -1),
-            attention_chunk: int = 0,
-            softcap: float = 0.0,
-            num_splits: int = 1,
-            pack_gqa: Any = None,
-            deterministic: bool = False,
-            sm_margin: int = 0,
-            return_attn_probs: bool = False,
-        ) -> Any:
-            self.calls.append(locals() | {"package": "flash_attn_interface"})
-            output = self.compute(q, k, v, cu_seqlens_q, softmax_scale, window_size[0], softcap)
-            return (output, None) if with_sums else output
-
-        self.add("flash_attn_interface", "flash_attn_varlen_func", flash_attn_varlen_func)
 
     def torch(self) -> None:
         def varlen_attn(

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.models import ARCHITECTURES, FLAT, PADDED, VOCABULARY, WINDOW, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
+from tests.models import (
+    ARCHITECTURES,
+    FLAT,
+    PADDED,
+    VOCABULARY,
+    WINDOW,
+    flat,
+    gradient_error,
+    gradients,
+    tiny,
+    token_rows,
+)
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import (
     attend_documents,
@@ -26,7 +36,7 @@ assert max(LENGTHS) > WINDOW  # or the windows would not be tested
 
 def flat_inputs(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
     batch = flat(token_rows(*lengths))
-    mask = document_map(batch["lengths"])
+    mask = document_map(batch.lengths or ())
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask}
 
 
@@ -307,6 +317,9 @@ def test_a_window_that_a_layer_leaves_to_the_mask_is_an_error_for_longer_documen
         torch.testing.assert_close(short, apart(tiny("phimoe", **settings), (WINDOW, 3)), rtol=1e-5, atol=1e-5)
         with pytest.raises(TunesmithError, match=f"window of {WINDOW} tokens to the mask, and a document has 5"):
             model(**flat_inputs((5, 3)), use_cache=False)
+        continued = {"attention_mask": document_map([2, 3], parents=[-1, 0])}  # one document of 5, in two parts
+        with pytest.raises(TunesmithError, match=f"window of {WINDOW} tokens to the mask, and a document has 5"):
+            model(**flat_inputs((2, 3)) | continued, use_cache=False)
 
 
 def test_models_that_pass_the_mask_by_name_are_supported() -> None:

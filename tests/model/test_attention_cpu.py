@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.models import gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
+from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.model import attention_cpu as blockwise
 from tunesmith.model.attention import _causal
-from tunesmith.model.head import next_token_targets
-from tunesmith.train.setup import teach_model
+from tunesmith.train.setup import ready_for_batches
 
 SCALE = 0.3
 
@@ -120,11 +118,10 @@ def test_a_model_learns_the_same(name: str, shared: bool, monkeypatch: pytest.Mo
     for shortest in (4, 1000):
         monkeypatch.setattr(blockwise, "SHORTEST", shortest)
         model: Any = tiny(name).train()
-        teach_model(model, flat=True)
+        ready_for_batches(model, flat=True)
         batch = flat(rows, share_prefix=shared)
-        assert ("parents" in batch) == shared
-        targets = next_token_targets(batch.pop("labels"), places_T=batch.pop("places", None))
-        result = model(**batch, supervise=targets)
+        assert (batch.parents is not None) == shared
+        result = supervised(model, batch)
         result.loss.backward()
         results.append((result.nll, gradients(model)))
     # Gemma 2 caps its scores, and Mistral's window is shorter than most of the documents.

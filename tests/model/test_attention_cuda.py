@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.model.kernels import Kernels, by_document
 from tunesmith.model import attention_cuda as varlen
 from tunesmith.model.attention import attend_documents, document_map
-from tunesmith.model.attention_cuda import Call, attend, pick, plain
+from tunesmith.model.attention_cuda import Backend, Call, attend, pick, plain
 
 LENGTHS = [7, 1, 12, 5]
 HEAD = 16
@@ -24,13 +24,13 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """No kernel is installed, and the CPU passes for an H100."""
-    for module in ("flash_attn", "flash_attn_interface", "torch.nn.attention.varlen"):
+    for module in ("flash_attn", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(varlen, "DEVICE", "cpu")
     capable(monkeypatch, 9, 0)
-    varlen._found.cache_clear()
+    varlen._kernel_for.cache_clear()
     yield Kernels(monkeypatch)
-    varlen._found.cache_clear()
+    varlen._kernel_for.cache_clear()
 
 
 def capable(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
@@ -48,11 +48,27 @@ def inputs(head: int = HEAD, dtype: torch.dtype = BF16, lengths: list[int] = LEN
 
 def name_of(**need: Any) -> str | None:
     q, _, v = inputs(need.pop("head", HEAD), need.pop("dtype", BF16))
-    backend = pick(q, v, **need)
+    backend = pick(q, v, Call(scale=0.25, **need))
     return None if backend is None else backend.name
 
 
-ALL = ("flash3", "flash2", "torch")
+OWN, F2 = varlen.PYTORCH, varlen.FLASH_2
+ONLY_F2: dict[str, Any] = {"dropout": 0.1}
+"""A need that PyTorch's kernel does not meet."""
+
+
+def installed(kernels: Kernels, name: str, **need: Any) -> Backend:
+    """The kernel `name`, picked for `need` where it alone is installed."""
+    if name == F2:
+        kernels.flash2()
+        need |= ONLY_F2
+    else:
+        kernels.torch()
+    q, _, v = inputs()
+    backend = pick(q, v, Call(scale=0.25, **need))
+    assert backend is not None
+    assert backend.name == name
+    return backend
 
 
 CALLS = [Call(scale=0.25), Call(scale=0.6), Call(scale=0.25, window=3), Call(scale=0.25, softcap=1.5)]
@@ -60,14 +76,12 @@ CALLS = [Call(scale=0.25), Call(scale=0.6), Call(scale=0.25, window=3), Call(sca
 
 @pytest.mark.parametrize(
     ("kernel", "call"),
-    [(kernel, call) for kernel in ALL for call in CALLS if kernel != "torch" or call.softcap is None],
+    [(OWN, call) for call in CALLS if call.softcap is None] + [(F2, call) for call in CALLS],
     ids=str,
 )
 def test_outputs_and_gradients_are_those_of_plain_attention(kernels: Kernels, kernel: str, call: Call) -> None:
-    getattr(kernels, kernel)()
+    backend = installed(kernels, kernel, window=call.window, softcap=call.softcap)
     q, k, v = inputs()
-    backend = pick(q, v, window=call.window, softcap=call.softcap)
-    assert backend is not None
     output = attend(backend, q, k, v, document_map(LENGTHS), call)
     assert output.shape == (1, sum(LENGTHS), 4, HEAD)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -91,16 +105,14 @@ def test_the_plain_computation_is_that_of_each_document_alone() -> None:
         torch.testing.assert_close(found, torch.cat(alone, dim=1))
 
 
-@pytest.mark.parametrize("kernel", ALL)
+@pytest.mark.parametrize("kernel", [OWN, F2])
 def test_the_kernel_gets_what_its_signature_says(kernels: Kernels, kernel: str) -> None:
-    getattr(kernels, kernel)()
+    backend = installed(kernels, kernel, window=4)
     q, k, v = inputs()
-    backend = pick(q, v, window=4)
-    assert backend is not None
     attend(backend, q, k, v, document_map(LENGTHS), Call(scale=0.25, window=4))
     found = kernels.calls[-1]
     longest = max(LENGTHS)
-    if kernel == "torch":
+    if kernel == OWN:
         assert (found["max_q"], found["max_k"], found["scale"], found["enable_gqa"]) == (longest, longest, 0.25, True)
         cu = found["cu_seq_q"]
     else:
@@ -110,28 +122,23 @@ def test_the_kernel_gets_what_its_signature_says(kernels: Kernels, kernel: str) 
     assert found["window_size"] == (3, 0)  # the three before a token, and itself
     assert cu.tolist() == [0, 7, 8, 20, 25]
     assert cu.dtype == torch.int32
-    first = found["query" if kernel == "torch" else "q"]
+    first = found["query" if kernel == OWN else "q"]
     assert first.shape == (25, 4, HEAD)
     assert first.data_ptr() == q.data_ptr()  # no copy of what layers hand over
 
 
 def test_a_window_that_all_documents_fit_in_is_none(kernels: Kernels) -> None:
     """Plain causal kernels are faster, and PyTorch's knows causal attention by these numbers."""
-    kernels.torch()
+    backend = installed(kernels, OWN, window=12)
     q, k, v = inputs()
-    backend = pick(q, v, window=12)
-    assert backend is not None
     for window, expected in ((12, (-1, 0)), (11, (10, 0)), (None, (-1, 0))):
         attend(backend, q, k, v, document_map(LENGTHS), Call(scale=0.25, window=window))
         assert kernels.calls[-1]["window_size"] == expected
 
 
 def test_dropout_reaches_the_kernel_that_has_it(kernels: Kernels) -> None:
-    kernels.flash2()
-    kernels.flash3()
+    backend = installed(kernels, F2)
     q, k, v = inputs()
-    backend = pick(q, v, dropout=0.1)
-    assert backend is not None
     attend(backend, q, k, v, document_map(LENGTHS), Call(scale=0.25, dropout=0.1))
     assert kernels.calls[-1]["package"] == "flash_attn"
     assert kernels.calls[-1]["dropout_p"] == 0.1
@@ -140,78 +147,73 @@ def test_dropout_reaches_the_kernel_that_has_it(kernels: Kernels) -> None:
 def test_deterministic_runs_ask_for_the_deterministic_backward(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels.flash2()
+    backend = installed(kernels, F2)
     q, k, v = inputs()
-    backend = pick(q, v)
-    assert backend is not None
     for wanted in (False, True):
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda wanted=wanted: wanted)
         attend(backend, q, k, v, document_map(LENGTHS), Call(scale=0.25))
         assert kernels.calls[-1]["deterministic"] is wanted
 
 
-F3, F2, OWN = varlen.KERNELS
-
-
 @pytest.mark.parametrize(
     ("capability", "need", "expected"),
     [
-        ((9, 0), {}, [F3, F2, OWN]),
-        ((8, 0), {}, [F2, OWN]),
-        ((8, 9), {}, [F2, OWN]),
-        ((10, 0), {}, [F2, OWN]),  # FlashAttention 3 is for Hopper alone
-        ((7, 5), {}, []),
-        ((9, 0), {"dtype": torch.float16}, [F3, F2, OWN]),
-        ((9, 0), {"dtype": torch.float32}, []),
-        ((9, 0), {"window": 4}, [F3, F2, OWN]),
-        ((9, 0), {"softcap": 2.0}, [F3, F2]),
-        ((9, 0), {"dropout": 0.1}, [F2]),
-        ((9, 0), {"sinks": torch.zeros(4)}, []),
-        ((9, 0), {"head": 12}, [F2]),  # which pads heads to a multiple of 8
-        ((9, 0), {"head": 256}, [F3, F2, OWN]),
-        ((9, 0), {"head": 264}, []),
-        ((8, 0), {"head": 224}, [F2, OWN]),
-        ((8, 6), {"head": 224}, []),
-        ((8, 6), {"head": 256}, [F2, OWN]),
-        ((8, 6), {"head": 256, "dropout": 0.1}, []),
-        ((12, 0), {"head": 200}, []),
+        ((8, 0), {}, OWN),
+        ((8, 9), {}, OWN),
+        ((9, 0), {}, OWN),
+        ((10, 0), {}, OWN),
+        ((7, 5), {}, None),
+        ((9, 0), {"dtype": torch.float16}, OWN),
+        ((9, 0), {"dtype": torch.float32}, None),
+        ((9, 0), {"window": 4}, OWN),
+        ((9, 0), {"softcap": 2.0}, F2),
+        ((9, 0), {"dropout": 0.1}, F2),
+        ((9, 0), {"sinks": torch.zeros(4)}, None),
+        ((9, 0), {"head": 12}, F2),  # which pads heads to a multiple of 8
+        ((9, 0), {"head": 256}, OWN),
+        ((9, 0), {"head": 264}, None),
+        ((8, 0), {"head": 224}, OWN),
+        ((8, 6), {"head": 224}, None),
+        ((8, 6), {"head": 256}, OWN),
+        ((8, 6), {"head": 256, "dropout": 0.1}, None),
+        ((12, 0), {"head": 200}, None),
     ],
     ids=str,
 )
-def test_the_first_kernel_that_can_is_picked(
+def test_each_capability_and_need_has_one_kernel(
     kernels: Kernels,
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     need: dict[str, Any],
-    expected: list[str],
+    expected: str | None,
 ) -> None:
     capable(monkeypatch, *capability)
-    packages = {F3: "flash_attn_interface", F2: "flash_attn", OWN: "torch.nn.attention.varlen"}
-    for kernel in ALL:
-        getattr(kernels, kernel)()
-    for name in [*expected, None]:
-        varlen._found.cache_clear()
-        assert name_of(**need) == name
-        if name is not None:
-            monkeypatch.setitem(sys.modules, packages[name], None)  # the next is picked when this one is missing
+    kernels.torch()
+    kernels.flash2()
+    assert name_of(**need) == expected
+    varlen._kernel_for.cache_clear()
+    if expected is not None:
+        package = {F2: "flash_attn", OWN: "torch.nn.attention.varlen"}[expected]
+        monkeypatch.setitem(sys.modules, package, None)
+        assert name_of(**need) is None
 
 
 def test_nothing_is_picked_on_other_devices(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.flash2()
+    kernels.torch()
     monkeypatch.setattr(varlen, "DEVICE", "cuda")
     assert name_of() is None
 
 
 def test_nothing_is_picked_on_amd_gpus(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.flash2()
+    kernels.torch()
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert name_of() is None
 
 
 def test_nothing_is_picked_where_values_have_another_size_than_keys(kernels: Kernels) -> None:
-    kernels.flash2()
+    kernels.torch()
     q, _, v = inputs()
-    assert pick(q, v[..., :8]) is None
+    assert pick(q, v[..., :8], Call(scale=0.25)) is None
 
 
 def test_pytorchs_kernel_is_left_alone_where_pytorch_was_built_without_it(
@@ -222,26 +224,28 @@ def test_pytorchs_kernel_is_left_alone_where_pytorch_was_built_without_it(
     assert name_of() is None
 
 
-def test_a_package_without_the_function_or_its_arguments_is_passed_over(kernels: Kernels) -> None:
-    kernels.torch()
-    kernels.add("flash_attn_interface", "flash_attn_func", print)  # as FlashAttention 4 has FlashAttention 2's name
-    kernels.add("flash_attn", "flash_attn_varlen_func", lambda q, k, v, window_size: None)  # before 2.6: no softcap
-    assert name_of() == OWN
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("flash_attn_func", print),  # FlashAttention 4 has FlashAttention 2's name
+        ("flash_attn_varlen_func", lambda q, k, v, window_size: None),  # before 2.6: no softcap
+    ],
+)
+def test_a_package_without_the_function_or_its_arguments_is_passed_over(
+    kernels: Kernels, name: str, function: Callable[..., Any]
+) -> None:
+    kernels.add("flash_attn", name, function)
+    assert name_of(**ONLY_F2) is None
 
 
 def test_a_package_that_is_built_for_another_torch_is_passed_over_and_named(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernels.torch()
-    real = importlib.import_module
-
     def broken(module: str) -> ModuleType:
-        if module == "flash_attn":
-            raise ImportError("undefined symbol: _ZN3c105Error")
-        return real(module)
+        raise ImportError("undefined symbol: _ZN3c105Error")
 
     monkeypatch.setattr(importlib, "import_module", broken)
-    assert name_of() == OWN
+    assert name_of(**ONLY_F2) is None
     assert "flash_attn is installed and can't be imported: undefined symbol" in caplog.text
 
 
@@ -262,64 +266,55 @@ def test_a_kernel_with_wrong_results_is_not_used(kernels: Kernels, caplog: pytes
     kernels.flash2()
     kernels.compute = WRONG[name]
     need = {"softcap": 2.0} if name == "no softcap" else {"window": 4} if "a key" in name else {}
-    assert name_of(head=64, **need) is None
+    assert name_of(head=64, **(ONLY_F2 | need)) is None
     assert "FlashAttention 2 is not used for attention: on a small example its outputs" in caplog.text
 
 
-def test_a_kernel_that_fails_gives_way_to_the_next(kernels: Kernels, caplog: pytest.LogCaptureFixture) -> None:
-    kernels.flash2()
-    kernels.flash3()
-
-    def fail_once(*arguments: Any) -> Tensor:
-        kernels.compute = by_document
+def test_a_kernel_that_fails_gives_way_to_attention_document_by_document(
+    kernels: Kernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> Tensor:
         raise RuntimeError("CUDA error: no kernel image is available")
 
-    kernels.compute = fail_once
-    assert name_of() == F2
-    assert "FlashAttention 3 is not used for attention: it failed on a small example (CUDA error" in caplog.text
+    kernels.torch()
+    kernels.compute = fail
+    assert name_of() is None
+    assert f"{OWN} is not used for attention: it failed on a small example (CUDA error" in caplog.text
 
 
 def test_a_kernel_is_tried_once_for_all_layers_and_without_touching_random_numbers(kernels: Kernels) -> None:
-    kernels.flash2()
+    kernels.torch()
     state = torch.get_rng_state()
     with torch.no_grad():
-        assert [name_of() for _ in range(3)] == [F2] * 3
+        assert [name_of() for _ in range(3)] == [OWN] * 3
     assert len(kernels.calls) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_kernel_that_returns_the_sums_too_is_understood(kernels: Kernels) -> None:
-    kernels.flash3(with_sums=True)
-    q, k, v = inputs()
-    backend = pick(q, v)
-    assert backend is not None
-    assert attend(backend, q, k, v, document_map(LENGTHS), Call(scale=0.25)).shape == (1, 25, 4, HEAD)
-
-
 def test_under_autocast_the_kernel_gets_16_bit_floats(kernels: Kernels) -> None:
-    kernels.flash2()
+    kernels.torch()
     q, k, v = inputs(dtype=torch.float32)
-    assert pick(q, v) is None
+    assert pick(q, v, Call(scale=0.25)) is None
     with torch.autocast("cpu", dtype=BF16):
-        backend = pick(q, v)
+        backend = pick(q, v, Call(scale=0.25))
         assert backend is not None
         output = attend(backend, q, k, v.to(BF16), document_map(LENGTHS), Call(scale=0.25))
-    assert {kernels.calls[-1][name].dtype for name in "qkv"} == {BF16}
+    assert {kernels.calls[-1][name].dtype for name in ("query", "key", "value")} == {BF16}
     assert output.dtype == BF16
     output.float().sum().backward()
 
 
 def test_the_map_is_copied_to_the_device_once_for_all_layers_and_forgotten_with_the_batch(kernels: Kernels) -> None:
-    kernels.flash2()
+    kernels.torch()
     q, k, v = inputs()
-    backend = pick(q, v)
+    backend = pick(q, v, Call(scale=0.25))
     assert backend is not None
     documents = document_map(LENGTHS)
     for _ in range(2):
         attend(backend, q, k, v, documents, Call(scale=0.25))
-    assert kernels.calls[-1]["cu_seqlens_q"] is kernels.calls[-2]["cu_seqlens_q"]
+    assert kernels.calls[-1]["cu_seq_q"] is kernels.calls[-2]["cu_seq_q"]
     attend(backend, q, k, v, document_map([25]), Call(scale=0.25))
-    assert kernels.calls[-1]["cu_seqlens_q"].tolist() == [0, 25]
+    assert kernels.calls[-1]["cu_seq_q"].tolist() == [0, 25]
     kernels.calls.clear()
     del documents
     gc.collect()
@@ -331,7 +326,7 @@ def test_attention_over_documents_goes_through_the_kernel_where_there_is_one(ker
     q, k, v = inputs()
     expected = attend_documents(layer, q.float(), k.float(), v.float(), document_map(LENGTHS), scaling=0.25)
     assert not kernels.calls  # fp32 is not for them
-    kernels.flash2()
+    kernels.torch()
     found = attend_documents(layer, q, k, v, document_map(LENGTHS), scaling=0.25)
     assert kernels.calls
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from tests.models import gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
+from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import base_model
 from tunesmith.model.compile import compile_layers
-from tunesmith.model.head import next_token_targets
 from tunesmith.model.linear import speed_up
 from tunesmith.train import offload
 from tunesmith.train.selftest import self_test
-from tunesmith.train.setup import base_model, teach_model
+from tunesmith.train.setup import ready_for_batches
 
 LENGTHS = [(5, 7, 3), (9, 2), (30,), (3,) * 9]
 
@@ -40,14 +39,13 @@ def taught(name: str = "llama", *, lora: bool = False, **settings: Any) -> Any:
     if lora:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    teach_model(model, flat=True)
+    ready_for_batches(model, flat=True)
     return model
 
 
 def step(model: Any, lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     batch = flat(token_rows(*lengths))
-    targets = next_token_targets(batch.pop("labels"))
-    result = model(**batch, supervise=targets)
+    result = supervised(model, batch)
     result.loss.backward()
     return result.nll, gradients(model)
 
@@ -115,11 +113,10 @@ def test_evaluation_and_generation_are_not_compiled() -> None:
     compile_layers(model, backend="aot_eager")
     model.eval()
     batch = flat(token_rows(5, 4))
-    targets = next_token_targets(batch.pop("labels"))
-    model(**batch, supervise=targets)
+    supervised(model, batch)
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     with torch.no_grad():
-        model.train()(**batch, supervise=targets)
+        supervised(model.train(), batch)
     assert compiled_graphs() == 0
 
 
@@ -152,7 +149,7 @@ def test_activations_of_compiled_layers_may_be_offloaded(monkeypatch: pytest.Mon
     compile_layers(model, backend="aot_eager")
     with offload.offloading(model, True):
         batch = flat(token_rows(5, 7))
-        loss = model(**batch | {"labels": None}, supervise=next_token_targets(batch["labels"])).loss
+        loss = supervised(model, batch).loss
     loss.backward()
     assert gradient_error(gradients(model), step(plain, (5, 7))[1]) < 1e-5
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -345,7 +345,7 @@ def test_too_little_space_is_seen_before_the_conversion(workshop: Workshop) -> N
     workshop.source = Source(path=old.path, size=old.size, sha256=old.sha256, converted_size=10**18)
     with pytest.raises(TunesmithError) as caught:
         workshop.ready()
-    assert "takes 1000000000000 MB" in str(caught.value)
+    assert "takes 1,000,000,000.0 GB" in str(caught.value)
     assert str(workshop.cache) in str(caught.value)
     assert "TUNESMITH_HOME" in str(caught.value)
     assert workshop.conversions == 0

@@ -1,4 +1,4 @@
-"""The loss of a taught model against the model's own loss, on every architecture."""
+"""The loss of a model that answers objectives against the model's own loss, on every architecture."""
 
 import copy
 import inspect
@@ -10,13 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.models import ARCHITECTURES, PADDED, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat, padded
+from tests.models import ARCHITECTURES, PADDED, flat, gradient_error, gradients, padded, supervised, tiny, token_rows
+from tunesmith.data.batches import Batch, Targets
 from tunesmith.errors import TunesmithError
 from tunesmith.model import head as head_module
 from tunesmith.model.attention import use_documents
-from tunesmith.model.head import head_options, next_token_targets, plain_head, teach
-from tunesmith.objectives.supervised import LossOptions, Supervised
+from tunesmith.model.head import answer_objectives, logit_form, plain_head
+from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
 
 LENGTHS = (9, 5, 12, 5)
 BATCHES = [(name, kind) for name in ARCHITECTURES for kind in ("padded", "flat") if (name, kind) != ("gpt_neo", "flat")]
@@ -34,10 +34,7 @@ def own_loss(model: Any, rows: list[dict[str, Any]]) -> Tensor:
 def taught_result(
     model: Any, rows: list[dict[str, Any]], kind: str = "padded", options: LossOptions | None = None
 ) -> Supervised:
-    batch = flat(rows) if kind == "flat" else padded(rows)
-    targets = next_token_targets(batch.pop("labels"), batch.pop("weights", None))
-    result: Supervised = model(**batch, supervise=targets, loss_options=options)
-    return result
+    return supervised(model, flat(rows) if kind == "flat" else padded(rows), options)
 
 
 def mean(result: Supervised) -> Tensor:
@@ -46,14 +43,18 @@ def mean(result: Supervised) -> Tensor:
 
 def fast_head(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the way through the model's own logits an error."""
-    monkeypatch.setattr(head_module, "cross_entropy", None)
+    monkeypatch.setattr(head_module, "from_logits", None)
 
 
 # Targets
 
 
+def targets_of(labels: Tensor, weights: Tensor | None = None) -> Targets:
+    return Batch(input_ids=labels, labels=labels, weights=weights).targets()
+
+
 def test_the_target_of_a_position_is_the_label_of_the_next() -> None:
-    targets = next_token_targets(torch.tensor([[-100, 6, 7, -100, 9]]))
+    targets = targets_of(torch.tensor([[-100, 6, 7, -100, 9]]))
     assert targets.positions.tolist() == [0, 1, 3]
     assert targets.tokens.tolist() == [6, 7, 9]
     assert targets.weights is None
@@ -62,7 +63,7 @@ def test_the_target_of_a_position_is_the_label_of_the_next() -> None:
 def test_the_first_label_of_a_row_is_no_target_of_the_row_before() -> None:
     labels = torch.tensor([[-100, 2, 3], [4, 5, -100]])
     weights = torch.tensor([[9.0, 1.0, 2.0], [9.0, 0.5, 9.0]])
-    targets = next_token_targets(labels, weights)
+    targets = targets_of(labels, weights)
     assert targets.positions.tolist() == [0, 1, 3]
     assert targets.tokens.tolist() == [2, 3, 5]
     assert targets.weights is not None
@@ -70,7 +71,7 @@ def test_the_first_label_of_a_row_is_no_target_of_the_row_before() -> None:
 
 
 def test_rows_without_labels_have_no_targets() -> None:
-    targets = next_token_targets(torch.full((2, 3), -100))
+    targets = targets_of(torch.full((2, 3), -100))
     assert targets.positions.shape == targets.tokens.shape == (0,)
 
 
@@ -83,7 +84,7 @@ def test_loss_and_gradients_are_the_models_own(name: str, kind: str, monkeypatch
     expected = own_loss(model, rows)
     expected.backward()
     expected_gradients = gradients(model)
-    teach(model)
+    answer_objectives(model)
     if kind == "flat":
         use_documents(model)
     fast_head(model, monkeypatch)
@@ -96,7 +97,7 @@ def test_loss_and_gradients_are_the_models_own(name: str, kind: str, monkeypatch
 @pytest.mark.parametrize("kind", ["padded", "flat"])
 def test_neighbours_in_a_batch_do_not_change_a_rows_loss(kind: str) -> None:
     model, rows = tiny("llama"), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     use_documents(model)
     together = taught_result(model, rows, kind)
     apart = [taught_result(model, [row], kind) for row in rows]
@@ -107,7 +108,7 @@ def test_neighbours_in_a_batch_do_not_change_a_rows_loss(kind: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "cohere", "granite"])
 def test_the_way_through_the_models_own_logits_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny(name), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     options = LossOptions(smoothing=0.1)
     fused = taught_result(model, rows, options=options)
     fused.loss.backward()
@@ -122,7 +123,7 @@ def test_the_way_through_the_models_own_logits_gives_the_same(name: str, monkeyp
 
 def test_weights_scale_each_tokens_loss() -> None:
     model, rows = tiny("llama"), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     nll = taught_result(model, rows).nll
     for row in rows:
         row["weights"] = [0.1 * i for i in range(len(row["input_ids"]))]
@@ -135,7 +136,7 @@ def test_weights_scale_each_tokens_loss() -> None:
 
 def test_a_batch_without_labels_gives_zero_loss_with_gradients() -> None:
     model, rows = tiny("llama"), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     result = taught_result(model, [row | {"labels": [-100] * len(row["labels"])} for row in rows])
     assert result.loss.item() == 0.0
     result.loss.backward()
@@ -147,7 +148,7 @@ def test_other_calls_of_a_taught_model_are_unchanged() -> None:
     twin: Any = tiny("llama")
     rows = token_rows(*LENGTHS)
     signature = inspect.signature(model.forward)
-    teach(model)
+    answer_objectives(model)
     assert inspect.signature(model.forward) == signature
     torch.testing.assert_close(own_loss(model, rows), own_loss(twin, rows))
     ids = torch.tensor([[5, 6, 7]])
@@ -156,7 +157,7 @@ def test_other_calls_of_a_taught_model_are_unchanged() -> None:
 
 def test_a_deep_copy_of_a_taught_model_has_its_own_weights() -> None:
     model, rows = tiny("llama"), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     twin = copy.deepcopy(model)
     before = taught_result(twin, rows).loss.item()
     with torch.no_grad():
@@ -167,7 +168,7 @@ def test_a_deep_copy_of_a_taught_model_has_its_own_weights() -> None:
 
 def test_bf16_autocast_is_applied() -> None:
     model, rows = tiny("llama"), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     exact = mean(taught_result(model, rows))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = mean(taught_result(model, rows))
@@ -201,7 +202,7 @@ def test_a_model_in_lora_gives_its_own_loss_and_gradients(
     expected = own_loss(model, rows)
     expected.backward()
     expected_gradients = gradients(base)
-    teach(base)
+    answer_objectives(base)
     if kind == "flat":
         use_documents(base)
     fast_head(base, monkeypatch)
@@ -223,7 +224,7 @@ def test_a_trained_copy_of_the_head_is_the_head(monkeypatch: pytest.MonkeyPatch)
     expected = own_loss(model, rows)
     expected.backward()
     expected_gradients = gradients(base)
-    teach(base)
+    answer_objectives(base)
     fast_head(base, monkeypatch)
     assert plain_head(base) is trained
     found = mean(taught_result(model, rows))
@@ -243,7 +244,7 @@ def test_an_adapter_on_the_head_takes_the_models_own_logits(config: dict[str, An
     expected = own_loss(model, rows)
     expected.backward()
     expected_gradients = gradients(base)
-    teach(base)
+    answer_objectives(base)
     found = mean(taught_result(model, rows))
     found.backward()
     assert abs(found.item() - expected.item()) < 1e-5
@@ -276,7 +277,7 @@ def test_a_head_that_does_more_than_a_product_gives_the_models_own_loss(name: st
     batch = torch.tensor([rows[0]["input_ids"]])
     logits = model(input_ids=batch, use_cache=False).logits[0, 1:-1]
     expected = nn.functional.cross_entropy(logits, batch[0, 2:])
-    teach(model)
+    answer_objectives(model)
     found = mean(taught_result(model, rows))
     assert abs(found.item() - expected.item()) < 1e-5
 
@@ -284,7 +285,7 @@ def test_a_head_that_does_more_than_a_product_gives_the_models_own_loss(name: st
 @pytest.mark.parametrize("name", ["bert", "roberta", "big_bird"])
 def test_an_encoder_is_refused(name: str) -> None:
     model = tiny(name, **_ENCODER)
-    teach(model)
+    answer_objectives(model)
     with pytest.raises(TunesmithError, match="sees the tokens behind it, so it can't learn to predict them"):
         taught_result(model, token_rows(*LENGTHS))
 
@@ -295,7 +296,7 @@ def test_a_model_whose_layers_reshape_the_mask_is_refused_with_flat_batches(firs
     settings = ARCHITECTURES["llama"] | {"hidden_dropout": 0.0}
     model, rows = tiny("doge", **settings), token_rows(*LENGTHS)
     expected = own_loss(model, rows)
-    teach(model)
+    answer_objectives(model)
     use_documents(model)
     if first == "padded":
         assert abs(mean(taught_result(model, rows)).item() - expected.item()) < 1e-5
@@ -322,7 +323,7 @@ class Leaky(nn.Module):
 def test_a_model_that_carries_a_state_along_the_row_is_refused_with_flat_batches() -> None:
     model, rows = tiny("llama"), token_rows(*LENGTHS)
     model.model = Leaky(model.model)
-    teach(model)
+    answer_objectives(model)
     use_documents(model)
     with pytest.raises(TunesmithError, match=r"can't take documents side by side \(they don't give the outputs"):
         taught_result(model, rows, "flat")
@@ -330,7 +331,7 @@ def test_a_model_that_carries_a_state_along_the_row_is_refused_with_flat_batches
 
 def test_the_check_leaves_the_mode_and_the_random_numbers_alone() -> None:
     model, rows = tiny("bert", **_ENCODER, is_decoder=True), token_rows(*LENGTHS)
-    teach(model)
+    answer_objectives(model)
     model.train()
     results = []
     for _ in range(2):
@@ -342,7 +343,7 @@ def test_the_check_leaves_the_mode_and_the_random_numbers_alone() -> None:
 
 def test_the_check_takes_rows_of_one_token() -> None:
     model = tiny("llama")
-    teach(model)
+    answer_objectives(model)
     result = taught_result(model, token_rows(1))
     assert result.loss.item() == 0.0
 
@@ -351,7 +352,7 @@ def test_the_check_takes_rows_of_one_token() -> None:
 def test_a_factor_that_is_no_number_is_none(value: str | None) -> None:
     model = tiny("llama")
     model.config.logit_scale = value
-    assert head_options(model).scale == 1.0
+    assert logit_form(model).scale == 1.0
 
 
 def test_every_architecture_that_is_padded_is_tested_so() -> None:
@@ -363,7 +364,7 @@ def test_a_model_that_gives_nan_is_named_so() -> None:
     model: Any = tiny("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = float("nan")
-    teach(model)
+    answer_objectives(model)
     ids = torch.full((1, 8), 5)
     with pytest.raises(TunesmithError, match="LlamaForCausalLM gives NaN for its first tokens"):
-        model(input_ids=ids, supervise=next_token_targets(ids))
+        model(input_ids=ids, targets=targets_of(ids), objective=supervised_loss)

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model import load
-from tunesmith.model.load import compute_dtype, load_model, load_run, load_tokenizer, newest_checkpoint, resolve_model
-from tunesmith.settings.config import SFTConfig
+from tunesmith.model.load import load_model, load_run, load_tokenizer, newest_checkpoint, resolve_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -48,14 +47,6 @@ def test_weights_are_float32_unless_another_precision_is_asked_for(tiny_model: P
     assert load_model(str(tiny_model)).dtype == torch.float32
     assert load_model(str(tiny_model), dtype=torch.bfloat16).dtype == torch.bfloat16
     assert load_model(str(tiny_model), torch_dtype="bfloat16").dtype == torch.bfloat16
-
-
-def test_frozen_weights_have_the_precision_of_the_run() -> None:
-    config = SFTConfig(output_dir="x", use_cpu=True)
-    assert compute_dtype(config) == torch.float32
-    assert compute_dtype(SFTConfig(output_dir="x", use_cpu=True, bf16=True)) == torch.bfloat16
-    config.bf16, config.fp16 = False, True
-    assert compute_dtype(config) == torch.float16
 
 
 def test_a_run_with_a_whole_model_is_that_model(tiny_model: Path) -> None:

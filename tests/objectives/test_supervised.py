@@ -1,15 +1,15 @@
 """The fused loss against PyTorch's own, values and gradients."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.model.head import Targets, cross_entropy
-from tunesmith.objectives import supervised as loss_module
-from tunesmith.objectives.supervised import LossOptions, Supervised, linear_cross_entropy
+from tunesmith.model.head import LogitForm, Predictions
+from tunesmith.objectives import logprobs
+from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
 
 S, H, V = 11, 6, 13
 
@@ -44,8 +44,13 @@ def inputs(size: int = S, bias: bool = True, weights: bool = False, dtype: torch
     )
 
 
-def fused(x: Inputs, options: LossOptions | None = None) -> Supervised:
-    return linear_cross_entropy(x.hidden, x.weight, x.bias, x.targets, x.weights, options)
+def predictions(x: Inputs, scale: float = 1.0, softcap: float | None = None) -> Predictions:
+    form = LogitForm(scale=scale, softcap=softcap)
+    return Predictions(hidden=x.hidden, tokens=x.targets, weights=x.weights, weight=x.weight, bias=x.bias, form=form)
+
+
+def fused(x: Inputs, smoothing: float = 0.0, dft: bool = False, **form: Any) -> Supervised:
+    return supervised_loss(predictions(x, **form), LossOptions(smoothing=smoothing, dft=dft))
 
 
 def reference_logits(x: Inputs, scale: float = 1.0, softcap: float | None = None) -> Tensor:
@@ -85,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "ones"])
 def test_value_and_gradients_are_those_of_torch(options: dict[str, Any], bias: bool, weights: bool) -> None:
     x = inputs(bias=bias, weights=weights)
-    assert_same(fused(x, LossOptions(**options)).loss, reference(x, **options).sum(), x)
+    assert_same(fused(x, **options).loss, reference(x, **options).sum(), x)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -93,17 +98,16 @@ def test_dft_weighs_each_token_by_its_own_probability_without_gradient(smoothing
     x = inputs(weights=True)
     probability = torch.softmax(reference_logits(x), dim=-1).gather(1, x.targets[:, None])[:, 0].detach()
     expected = (reference(x, smoothing=smoothing) * probability).sum()
-    assert_same(fused(x, LossOptions(dft=True, smoothing=smoothing)).loss, expected, x)
+    assert_same(fused(x, dft=True, smoothing=smoothing).loss, expected, x)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, S - 1, S, S + 1])
 def test_chunks_of_any_size_give_the_same_loss_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs(weights=True)
-    options = LossOptions(softcap=2.0, smoothing=0.1)
-    whole = fused(x, options)
+    whole = fused(x, softcap=2.0, smoothing=0.1)
     expected = gradients(whole.loss, x)
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows * 4 * V)
-    parts = fused(x, options)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", rows * 4 * V)
+    parts = fused(x, softcap=2.0, smoothing=0.1)
     torch.testing.assert_close(parts.loss, whole.loss)
     for name in ("nll", "entropy", "correct"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
@@ -113,7 +117,7 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradients(rows: int, monkeypa
 
 def test_a_chunk_holds_one_row_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs()
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 1)
     assert_same(fused(x).loss, reference(x).sum(), x)
 
 
@@ -132,8 +136,8 @@ def test_no_supervised_position_gives_zero_loss_and_zero_gradients_with_the_grap
 def test_gradients_pass_numerical_differentiation() -> None:
     """Central differences of the loss, which is computed in fp32: hence the step and the tolerance."""
     x = inputs(size=4, weights=True)
-    options = LossOptions(scale=1.3, softcap=2.0, smoothing=0.1)
-    hidden = gradients(fused(x, options).loss, x)[0]
+    options: dict[str, Any] = {"scale": 1.3, "softcap": 2.0, "smoothing": 0.1}
+    hidden = gradients(fused(x, **options).loss, x)[0]
     step, numerical = 1e-2, torch.empty_like(hidden)
     with torch.no_grad():
         for i in range(hidden.numel()):
@@ -141,7 +145,7 @@ def test_gradients_pass_numerical_differentiation() -> None:
             for sign in (1, -1):
                 moved = x.hidden.clone()
                 moved.view(-1)[i] += sign * step
-                ends.append(linear_cross_entropy(moved, x.weight, x.bias, x.targets, x.weights, options).loss)
+                ends.append(fused(replace(x, hidden=moved), **options).loss)
             numerical.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
     torch.testing.assert_close(hidden, numerical, rtol=2e-3, atol=2e-3)
 
@@ -172,7 +176,7 @@ def test_the_loss_is_differentiable_through_hidden_states_made_by_a_layer() -> N
     x = inputs()
     layer = torch.nn.Linear(H, H)
     hidden = layer(x.hidden)
-    linear_cross_entropy(hidden, x.weight, x.bias, x.targets).loss.backward()
+    fused(replace(x, hidden=hidden)).loss.backward()
     found = layer.weight.grad
     assert found is not None
     logits = torch.nn.functional.linear(layer(x.hidden), x.weight, x.bias)
@@ -199,7 +203,7 @@ def test_bf16_heads_sum_in_fp32() -> None:
 def test_the_gradient_of_a_bf16_head_is_summed_over_chunks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs(size=4096, dtype=torch.bfloat16)
     whole = gradients(fused(x).loss, x)[1]
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 8 * 4 * V)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 8 * 4 * V)
     parts = gradients(fused(x).loss, x)[1]
     assert float((parts - whole).norm() / whole.norm()) < 2**-7
 
@@ -219,7 +223,7 @@ def test_fp32_hidden_states_meet_a_bf16_head() -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_is_reported_is_the_plain_loss_the_entropy_and_the_accuracy(options: dict[str, Any]) -> None:
     x = inputs(weights=True)
-    result = fused(x, LossOptions(**options))
+    result = fused(x, **options)
     logits = reference_logits(x, options.get("scale", 1.0), options.get("softcap"))
     torch.testing.assert_close(result.nll, torch.nn.functional.cross_entropy(logits, x.targets, reduction="none"))
     torch.testing.assert_close(result.entropy, torch.distributions.Categorical(logits=logits).entropy())
@@ -228,7 +232,9 @@ def test_what_is_reported_is_the_plain_loss_the_entropy_and_the_accuracy(options
 
 
 def test_a_uniform_prediction_has_the_entropy_of_the_vocabulary() -> None:
-    result = linear_cross_entropy(torch.zeros(2, H), torch.randn(V, H), None, torch.tensor([0, 1]))
+    result = supervised_loss(
+        Predictions(hidden=torch.zeros(2, H), weight=torch.randn(V, H), tokens=torch.tensor([0, 1]))
+    )
     torch.testing.assert_close(result.entropy, torch.full((2,), float(V)).log())
     torch.testing.assert_close(result.nll, torch.full((2,), float(V)).log())
 
@@ -236,7 +242,8 @@ def test_a_uniform_prediction_has_the_entropy_of_the_vocabulary() -> None:
 def test_a_token_that_the_head_rules_out_leaves_no_nan() -> None:
     bias = torch.zeros(V)
     bias[5] = float("-inf")
-    result = linear_cross_entropy(torch.randn(3, H), torch.randn(V, H), bias, torch.tensor([0, 1, 2]))
+    tokens = torch.tensor([0, 1, 2])
+    result = supervised_loss(Predictions(hidden=torch.randn(3, H), weight=torch.randn(V, H), bias=bias, tokens=tokens))
     assert bool(result.entropy.isfinite().all())
     assert bool(result.loss.isfinite())
 
@@ -245,12 +252,11 @@ def test_a_token_that_the_head_rules_out_leaves_no_nan() -> None:
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "ones"])
 def test_the_loss_from_finished_logits_is_the_same(options: dict[str, Any], weights: bool) -> None:
     x = inputs(weights=weights)
-    settings = LossOptions(**options)
-    expected = fused(x, settings)
-    targets = Targets(positions=torch.arange(S), tokens=x.targets, weights=x.weights)
-    logits = reference_logits(x, settings.scale, settings.softcap)
-    found = cross_entropy(logits, targets, settings)
+    expected = fused(x, **options)
+    logits = reference_logits(x, options.get("scale", 1.0), options.get("softcap"))
+    own = Predictions(hidden=logits, tokens=x.targets, weights=x.weights)
+    result = supervised_loss(own, LossOptions(smoothing=options.get("smoothing", 0.0), dft=options.get("dft", False)))
     for name in ("loss", "nll", "entropy", "correct"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(gradients(found.loss, x), gradients(expected.loss, x), strict=True):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(result.loss, x), gradients(expected.loss, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import REPO
 from tests.models import ARCHITECTURES, tiny
+from tunesmith.data.batches import Targets
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import adapt
 from tunesmith.model.attention import document_map, use_documents
 from tunesmith.model.devices import GPUS, Device, device
-from tunesmith.model.head import plain_head
+from tunesmith.model.head import from_hidden
 from tunesmith.model.linear import speed_up
-from tunesmith.objectives.supervised import linear_cross_entropy
+from tunesmith.objectives.supervised import supervised_loss
 from tunesmith.plan.footprint import GRADIENTS, Batch, Count, timeline
 from tunesmith.plan.growth import growth
 from tunesmith.plan.memory import LIBRARIES, Run, count, largest, plan
@@ -61,18 +62,13 @@ def real_peak(model: PreTrainedModel, wrapped: Any, rows: int, length: int, auto
     documents = document_map([length] * rows)
     ids = torch.ones(1, rows * length, dtype=torch.int64)
     positions = torch.arange(rows * length - 1)
-    head = plain_head(model)
-    assert head is not None
     gc.collect()
     count = RealCount([*wrapped.parameters(), *wrapped.buffers(), ids, positions, documents])
     with count:
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            hidden = model.base_model(
-                input_ids=ids, position_ids=ids, attention_mask=documents, use_cache=False
-            ).last_hidden_state.flatten(0, 1)
-            picked = hidden[positions]
-            del hidden
-            loss = linear_cross_entropy(picked, head.weight, head.bias, positions % 97).loss
+            given = {"input_ids": ids, "position_ids": ids, "attention_mask": documents, "use_cache": False}
+            predictions = from_hidden(model, given, Targets(positions=positions, tokens=positions % 97))
+            loss = supervised_loss(predictions).loss
         loss.backward()
         count.end("all")
     return count.segments["all"].peak.total()

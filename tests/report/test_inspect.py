@@ -25,7 +25,6 @@ from tunesmith.report.inspect import (
     pieces,
     shown,
     terminal,
-    vocabulary,
 )
 from tunesmith.types import IGNORE_INDEX
 
@@ -50,7 +49,7 @@ def byte_level(*merges: bytes) -> PreTrainedTokenizerFast:
 
 
 BYTEWISE = byte_level()
-WORDS = vocabulary(BYTEWISE)
+WORDS = Vocabulary.of(BYTEWISE)
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerFast = BYTEWISE) -> list[int]:
@@ -89,7 +88,7 @@ def test_tokens_that_overlap_in_their_characters_are_one_piece() -> None:
     tokenizer = byte_level(bridge)
     ids = encode("中文", tokenizer)
     assert len(ids) == 5  # two bytes, the bridge, two bytes
-    assert found_in(ids, vocabulary(tokenizer)) == [("中文", tuple(ids))]
+    assert found_in(ids, Vocabulary.of(tokenizer)) == [("中文", tuple(ids))]
 
 
 def test_a_character_that_was_cut_off_is_written_as_bytes() -> None:
@@ -106,7 +105,7 @@ def test_a_replacement_character_that_is_in_the_data_is_shown_and_does_not_swall
     bad = REPLACEMENT.encode()
     tokenizer = byte_level(bad[:2], bad)
     ids = encode(f"x{REPLACEMENT}y中", tokenizer)
-    texts = [text for text, _ in found_in(ids, vocabulary(tokenizer))]
+    texts = [text for text, _ in found_in(ids, Vocabulary.of(tokenizer))]
     assert texts == ["x", REPLACEMENT, "y", "中"]
 
 
@@ -133,7 +132,7 @@ def test_a_token_of_weight_0_counts_as_unsupervised() -> None:
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), max_size=30)
 MERGES = ("中".encode()[:2], "中".encode()[2:] + "文".encode()[:1], b"ab", "é".encode(), "🚀".encode()[:2])
 MERGED = byte_level(*MERGES)
-MERGED_WORDS = vocabulary(MERGED)
+MERGED_WORDS = Vocabulary.of(MERGED)
 
 
 @settings(deadline=None)
@@ -162,7 +161,7 @@ def test_spaces_of_a_sentencepiece_tokenizer_are_kept_and_its_bytes_joined() -> 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     rocket = [vocab[f"<0x{byte:02X}>"] for byte in "🚀".encode()]
     ids = [2, 3, 4, *rocket, 3, *rocket[:2], 1]
-    texts = [text for text, _ in found_in(ids, vocabulary(tokenizer))]
+    texts = [text for text, _ in found_in(ids, Vocabulary.of(tokenizer))]
     assert texts == ["Hi", " there", "!", "🚀", " there", "<0xF0>", "<0x9F>", "</s>"]
 
 

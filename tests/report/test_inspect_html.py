@@ -3,8 +3,7 @@
 from html.parser import HTMLParser
 
 from tests.report.test_inspect import END, WORDS, encode, inspected
-from tunesmith.report.inspect import inspect_row
-from tunesmith.report.inspect_html import page
+from tunesmith.report.inspect import inspect_row, page
 
 
 class Reader(HTMLParser):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tunesmith.data.preflight import Preflight, SplitReport
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.describe import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
+from tunesmith.runs.files import write_whole
 from tunesmith.runs.record import Method, Origin, Prompt, RunRecord
 from tunesmith.settings.config import SFTConfig
 from tunesmith.types import Conversation, Message, Row, Text, Tokens
@@ -52,6 +54,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         record(settings={"x": Odd()}).write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert (tmp_path / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_who_may_read_a_file_says_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "new" / "page.html", "one \ud800 two")
+    finally:
+        os.umask(before)
+    path = tmp_path / "new" / "page.html"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert path.read_text() == r"one \ud800 two"
+    assert [item.name for item in path.parent.iterdir()] == ["page.html"]
 
 
 def test_tokens_and_passwords_are_blacked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

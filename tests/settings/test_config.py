@@ -130,6 +130,7 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
         ({"packing": True, "max_length": None}, "packing needs max_length, the size of a pack; it is None"),
         ({"packing": True, "padding_free": False}, "which padding_free: false forbids; drop one"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of is 8, but batches have no padding"),
+        ({"dataset_num_proc": 0}, "dataset_num_proc is 0; write 1 or more processes"),
         ({"columns": "question"}, "write an object"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs is [1]; write an object, e.g. {key: value}"),
         ({"dataset_kwargs": {"add_special_tokens": False}}, "dataset_kwargs: 'add_special_tokens' is unknown"),

@@ -12,10 +12,9 @@ from tests.ship.runs import QUESTION, record
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.record import Method, Origin, Prompt, RunRecord, Sample
 from tunesmith.ship import licence as licences
-from tunesmith.ship.card import CardOptions, model_card
-from tunesmith.ship.curves import curves
+from tunesmith.ship.card import curves, model_card
 
-OPTIONS = CardOptions(repo="org/mine")
+REPO = "org/mine"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -38,8 +37,8 @@ def full(tmp_path: Path) -> Path:
     return folder
 
 
-def card_of(folder: Path, run: RunRecord | None, options: CardOptions = OPTIONS) -> str:
-    card = model_card(folder, run, options)["README.md"].decode()
+def card_of(folder: Path, run: RunRecord | None, **options: Any) -> str:
+    card = model_card(folder, run, REPO, **options)["README.md"].decode()
     assert not faults(card)
     assert ModelCard(card).data.to_dict() == header_of(card)  # as the hub's own library reads it
     return card
@@ -76,7 +75,7 @@ def test_the_page_says_what_the_record_says(adapters: Path) -> None:
         "| train | math | math.jsonl | 90 | 9,000 | 4,000 | 3 |",
         r"| method | LoRA adapters, rank 4, alpha 8, on k\_proj, q\_proj |",
         "| trained parameters | 1,000 of 100,000 (1.00%) |",
-        "| duration | 1 h 2 min 5 s |",
+        "| duration | 1 h 2 min |",
         r"| learning\_rate | 0.0002 |",
         "Versions: tunesmith 0.1.0, torch 2.13.0.",
         "![The loss over the steps of training.](curves.png)",
@@ -117,12 +116,12 @@ def test_without_a_record_the_card_says_what_the_files_say(adapters: Path, full:
     card = card_of(adapters, None)
     assert header_of(card)["base_model"] == "org/base"
     assert [line for line in card.splitlines() if line.startswith("#")] == ["# mine", "## Use", "## Licence"]
-    assert model_card(adapters, None, OPTIONS).keys() == {"README.md"}
+    assert model_card(adapters, None, REPO).keys() == {"README.md"}
     assert "an unnamed base model" in card_of(full, None)
 
 
 def test_without_samples_no_prompt_is_in_the_card(adapters: Path) -> None:
-    card = card_of(adapters, record(), CardOptions(repo="org/mine", samples=False))
+    card = card_of(adapters, record(), samples=False)
     assert "two plus two" not in card
     assert "Four." not in card
     assert "widget" not in header_of(card)
@@ -188,8 +187,7 @@ def test_the_licence_is_the_given_one_or_that_of_the_base_models_own_card(
 ) -> None:
     assert "license" not in header_of(card_of(adapters, record()))
     assert "Not stated. A tuned model is bound by the licence of [org/base]" in card_of(adapters, record())
-    given = CardOptions(repo="org/mine", licence="mit")
-    assert header_of(card_of(adapters, record(), given))["license"] == "mit"
+    assert header_of(card_of(adapters, record(), licence="mit"))["license"] == "mit"
     cached = tmp_path / "README.md"
     cached.write_text(
         "---\nlicense: other\nlicense_name: ours\nlicense_link: https://example.org/licence\n---\nThe base."
@@ -211,7 +209,7 @@ def test_the_card_beside_a_local_base_model_is_read(text: str, found: str | None
 
 def test_a_licence_that_is_no_identifier_is_refused(adapters: Path) -> None:
     with pytest.raises(TunesmithError, match="--license is 'Apache 2'; write the hub's identifier"):
-        model_card(adapters, None, CardOptions(repo="org/mine", licence="Apache 2"))
+        model_card(adapters, None, REPO, licence="Apache 2")
 
 
 # The picture
@@ -229,7 +227,7 @@ def test_the_curves_are_a_picture_and_the_same_history_gives_the_same_bytes() ->
 @pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 1}, {"loss": None, "step": 2}]])
 def test_where_there_is_no_curve_there_is_no_picture(history: list[dict[str, Any]], adapters: Path) -> None:
     assert curves(history) is None
-    files = model_card(adapters, record(history=tuple(history)), OPTIONS)
+    files = model_card(adapters, record(history=tuple(history)), REPO)
     assert files.keys() == {"README.md"}
     assert b"curves.png" not in files["README.md"]
 

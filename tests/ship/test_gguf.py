@@ -17,9 +17,8 @@ from tests.models import tiny
 from tests.ship.folders import byte_tokenizer, piece_tokenizer, save
 from tunesmith.errors import TunesmithError
 from tunesmith.ship import gguf_weights
-from tunesmith.ship.gguf import export_gguf
-from tunesmith.ship.gguf_check import NEW_TOKENS
-from tunesmith.ship.gguf_check import _compare_logits as compare_logits
+from tunesmith.ship.gguf import NEW_TOKENS, compare_logits, export_gguf
+from tunesmith.ship.merge import Trace
 
 FULL: dict[str, Any] = {
     "layer_types": ["full_attention", "full_attention"],
@@ -219,22 +218,23 @@ def test_a_file_that_does_something_else_is_not_left_behind(
 
 def test_a_tie_is_no_fault_and_another_token_is_one() -> None:
     """One prompt with the next tokens 2, 2, 2, ...: the file says 1, by less and by more than rounding explains."""
-    expected = torch.zeros(NEW_TOKENS + 1, 4)
-    expected[:, 1], expected[:, 2] = 9.99, 10.0
-    found = expected.clone()
+    logits = torch.zeros(NEW_TOKENS + 1, 4)
+    logits[:, 1], logits[:, 2] = 9.99, 10.0
+    expected = [Trace(ids=(0,) + (2,) * NEW_TOKENS, start=1, logits=logits)]
+    found = logits.clone()
     found[3, 1] = 10.01
     said = "greedy tokens equal: 15 of 16; largest difference of logits: 2.0e-03 of the largest"
-    assert compare_logits([expected], [found], "f16") == f"{said} (1 tied)"
-    assert compare_logits([expected], [found], "q8_0") == said
+    assert compare_logits(expected, [found], "f16") == f"{said} (1 tied)"
+    assert compare_logits(expected, [found], "q8_0") == said
     with pytest.raises(
         TunesmithError, match="the f32 file does not do what the model does: greedy tokens equal: 15 of"
     ):
-        compare_logits([expected], [found], "f32")
-    expected[3, 1], found[3, 1] = 9.8, 10.1
+        compare_logits(expected, [found], "f32")
+    logits[3, 1], found[3, 1] = 9.8, 10.1
     with pytest.raises(TunesmithError, match="the f16 file does not do what the model does"):
-        compare_logits([expected], [found], "f16")
+        compare_logits(expected, [found], "f16")
     with pytest.raises(TunesmithError, match="largest difference of logits: nan"):
-        compare_logits([expected], [found * float("nan")], "q8_0")
+        compare_logits(expected, [found * float("nan")], "q8_0")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(
     folder = folder_of(tmp_path)
     full = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: full)
-    with pytest.raises(TunesmithError, match=r"the file takes 64 MB, but only 1 MB are free in"):
+    with pytest.raises(TunesmithError, match=r"model.gguf takes 64 MB, but only 1 MB are free in"):
         export_gguf(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

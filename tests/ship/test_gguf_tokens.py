@@ -11,12 +11,12 @@ from transformers.integrations.gguf import gguf_tokenizer_mapping as hf
 from tests.conftest import CHATML
 from tests.ship.folders import PRE_TOKENIZERS, byte_tokenizer, piece_tokenizer
 from tunesmith.errors import TunesmithError
-from tunesmith.ship.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT, plain_jinja, vocabulary
+from tunesmith.ship.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT, plain_jinja, tokenizer_metadata
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_the_name_of_a_pre_tokenizer_is_read_off_itself(pre: str) -> None:
-    made = vocabulary(byte_tokenizer(pre), 290)
+    made = tokenizer_metadata(byte_tokenizer(pre), 290)
     assert (made.model, made.pre) == ("gpt2", pre)
     assert ("GGUF can't say that the tokenizer composes" in " ".join(made.notes)) == (pre == "qwen2")
 
@@ -24,7 +24,7 @@ def test_the_name_of_a_pre_tokenizer_is_read_off_itself(pre: str) -> None:
 def test_a_word_that_is_a_token_is_taken_whole_or_merged() -> None:
     tokenizer = byte_tokenizer("llama-bpe")
     tokenizer.backend_tokenizer.model.ignore_merges = False
-    assert vocabulary(tokenizer, 290).pre == "smaug-bpe"
+    assert tokenizer_metadata(tokenizer, 290).pre == "smaug-bpe"
 
 
 def test_the_rules_are_those_that_transformers_knows_by_these_names() -> None:
@@ -46,14 +46,14 @@ def test_another_rule_is_refused_by_what_it_is(rule: Any) -> None:
     with pytest.raises(
         TunesmithError, match=r"no name for here: \{.*Those of gpt-2, llama-bpe, qwen2, qwen35, smaug-bpe"
     ):
-        vocabulary(tokenizer, 290)
+        tokenizer_metadata(tokenizer, 290)
 
 
 def test_rows_types_and_merges() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>"])
     tokenizer.add_tokens(["[PAD292]"])
-    made = vocabulary(tokenizer, 294)
+    made = tokenizer_metadata(tokenizer, 294)
     assert made.tokens[:3] == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     assert made.tokens[290:] == ("<think>", "[PAD292]", "[[PAD292]]", "[PAD293]")
     unused, user = TokenType.UNUSED, TokenType.USER_DEFINED
@@ -70,23 +70,23 @@ def test_byte_level_tokenizers_without_merges_are_refused() -> None:
     backend = tokenizer.backend_tokenizer
     backend.model = models.BPE(vocab=backend.get_vocab(), merges=[])
     with pytest.raises(TunesmithError, match=r"has no merges, without which llama.cpp"):
-        vocabulary(tokenizer, 290)
+        tokenizer_metadata(tokenizer, 290)
 
 
 def test_more_tokens_than_embeddings_are_refused() -> None:
     with pytest.raises(TunesmithError, match="tokens up to number 289, but the model has 289 embeddings"):
-        vocabulary(byte_tokenizer(), 289)
+        tokenizer_metadata(byte_tokenizer(), 289)
 
 
 def test_all_end_tokens_are_named() -> None:
     tokenizer = byte_tokenizer(eos_token="<|endoftext|>", pad_token=None)
-    made = vocabulary(tokenizer, 290, ends=[0, 7, 8, 999])
+    made = tokenizer_metadata(tokenizer, 290, ends=[0, 7, 8, 999])
     assert made.ends == (0, 2, 7, 8)
     assert made.special == {"eos": 0, "eot": 2, "eom": 7}
     assert made.types[7] == TokenType.CONTROL
     assert made.notes == (f"GGUF names three end tokens; {made.tokens[8]} end an answer, too",)
     with pytest.raises(TunesmithError, match="has no end token"):
-        vocabulary(byte_tokenizer(eos_token=None, chat_template=None), 290)
+        tokenizer_metadata(byte_tokenizer(eos_token=None, chat_template=None), 290)
 
 
 def with_bos(template: str | None) -> PreTrainedTokenizerFast:
@@ -102,18 +102,18 @@ def with_bos(template: str | None) -> PreTrainedTokenizerFast:
 
 def test_the_bos_token_is_added_where_training_saw_it() -> None:
     """Chats are trained on as their template writes them, and llama.cpp would add the token to those, too."""
-    assert vocabulary(with_bos(None), 290).add_bos
-    assert vocabulary(with_bos("{{ bos_token }}" + CHATML), 290).add_bos
-    without = vocabulary(with_bos(CHATML), 290)
+    assert tokenizer_metadata(with_bos(None), 290).add_bos
+    assert tokenizer_metadata(with_bos("{{ bos_token }}" + CHATML), 290).add_bos
+    without = tokenizer_metadata(with_bos(CHATML), 290)
     assert not without.add_bos
     assert without.notes == ("the chat template writes no <|endoftext|>, so add_bos_token is false in the file",)
-    assert not vocabulary(byte_tokenizer(), 290).add_bos
+    assert not tokenizer_metadata(byte_tokenizer(), 290).add_bos
 
 
 def test_a_template_loses_the_marks_that_only_transformers_knows() -> None:
     marked = "{{ 'a\n' }}{%- generation %}{{- 'b' }}\n{% endgeneration -%} \nc"
     tokenizer = byte_tokenizer(chat_template=marked)
-    plain = vocabulary(tokenizer, 290).chat_template
+    plain = tokenizer_metadata(tokenizer, 290).chat_template
     assert plain == "{{ 'a\n' }}{%- if true %}{{- 'b' }}\n{% endif -%} \nc" == plain_jinja(marked)
     turns = [{"role": "user", "content": "x"}]
     before = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -123,7 +123,7 @@ def test_a_template_loses_the_marks_that_only_transformers_knows() -> None:
 
 def test_several_templates_keep_their_names() -> None:
     tokenizer = byte_tokenizer(chat_template={"default": CHATML, "tool_use": "{{ tools }}"})
-    assert vocabulary(tokenizer, 290).chat_template == [
+    assert tokenizer_metadata(tokenizer, 290).chat_template == [
         {"name": "default", "template": CHATML},
         {"name": "tool_use", "template": "{{ tools }}"},
     ]
@@ -133,7 +133,7 @@ def test_pieces_get_scores_in_the_order_of_their_merges() -> None:
     tokenizer = piece_tokenizer(add_bos_token=True)
     tokenizer.add_tokens(["<think>"])
     rows = len(tokenizer)
-    made = vocabulary(tokenizer, rows + 1)
+    made = tokenizer_metadata(tokenizer, rows + 1)
     assert (made.model, made.pre, made.merges) == ("llama", "default", ())
     scores = dict(zip(made.tokens, made.scores, strict=True))
     assert [scores[piece] for piece in ("th", "the", "▁the", "▁c", "at", "▁cat", "▁▁")] == [0, -1, -2, -3, -4, -5, -6]
@@ -149,7 +149,7 @@ def test_pieces_get_scores_in_the_order_of_their_merges() -> None:
     assert made.add_bos
     assert made.add_space_prefix
     assert made.notes[0].startswith("llama.cpp puts a space before the text behind every special token")
-    assert not vocabulary(piece_tokenizer(add_prefix_space=False), rows).add_space_prefix
+    assert not tokenizer_metadata(piece_tokenizer(add_prefix_space=False), rows).add_space_prefix
 
 
 def test_merges_that_no_scores_can_say_are_refused() -> None:
@@ -161,7 +161,7 @@ def test_merges_that_no_scores_can_say_are_refused() -> None:
     merges = [("c", "a"), ("ca", "t"), ("a", "t"), ("c", "at")]
     backend.model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True)
     with pytest.raises(TunesmithError, match="'cat' is joined in several places"):
-        vocabulary(tokenizer, len(vocab))
+        tokenizer_metadata(tokenizer, len(vocab))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_pieces_that_llama_cpp_would_cut_otherwise_are_refused(change: Any, mess
     tokenizer = piece_tokenizer()
     change(tokenizer.backend_tokenizer)
     with pytest.raises(TunesmithError, match=message):
-        vocabulary(tokenizer, 400)
+        tokenizer_metadata(tokenizer, 400)
 
 
 def test_the_older_way_of_writing_spaces_is_known() -> None:
@@ -188,9 +188,9 @@ def test_the_older_way_of_writing_spaces_is_known() -> None:
     replace = normalizers.Replace(" ", "▁")
     tokenizer.backend_tokenizer.pre_tokenizer = None
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
-    assert vocabulary(tokenizer, 400).add_space_prefix is True
+    assert tokenizer_metadata(tokenizer, 400).add_space_prefix is True
     tokenizer.backend_tokenizer.normalizer = replace
-    assert vocabulary(tokenizer, 400).add_space_prefix is False
+    assert tokenizer_metadata(tokenizer, 400).add_space_prefix is False
 
 
 @pytest.mark.parametrize(
@@ -204,4 +204,4 @@ def test_other_kinds_of_tokenizers_are_refused_by_name(model: Any, message: str)
     backend = Tokenizer(model)
     backend.decoder = decoders.Fuse()
     with pytest.raises(TunesmithError, match=message):
-        vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a"), 10)
+        tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a"), 10)

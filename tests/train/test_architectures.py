@@ -50,7 +50,7 @@ def test_a_trained_model_loads_with_transformers_and_answers(
     before = {key: value.clone() for key, value in model.state_dict().items()}
     args = config(assistant_only_loss=True)
     trainer = SFTTrainer(model=model, args=args, train_dataset=ROWS, processing_class=tokenizer)
-    assert trainer._flat is (name not in PADDED)
+    assert trainer.loaders.batching.padded is (name in PADDED)
     result = trainer.train()
     assert 4.0 < result.training_loss < 8.0  # a random model: about log(259)
     assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.models import flat, padded
 from tests.train.runs import PAIR_ROWS, UNEVEN_ROWS, token_losses, trained
 from tests.train.test_guard import poison
 from tunesmith import SFTTrainer
-from tunesmith.data.batches import flat, padded
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
@@ -162,7 +162,7 @@ def test_the_loss_of_each_example_is_what_the_model_gives_it_alone(
 ) -> None:
     trainer = trainer_of(train_dataset=rows, num_train_epochs=1, max_steps=-1, learning_rate=0.0, **settings)
     expected: list[float] = []
-    alone = trainer._prepare._examples["train"]
+    alone = trainer.data.examples["train"]
     expected = sorted(float(losses.mean()) for losses in token_losses(trainer.model, alone))
     trainer.train()
     found = read(tmp_path / "run" / EXAMPLES)
@@ -214,7 +214,7 @@ def test_a_step_that_begins_again_counts_once() -> None:
     found = ledger.as_json(str)
     assert found is not None
     assert (found["rows"], found["mean"]) == (1, 2.0)  # no mean of what is not finite
-    assert [loss for loss, _, _ in losses_of(batch, torch.tensor([1.0, 3.0, 5.0]))] == [2.0, 5.0]
+    assert [loss for loss, _ in losses_of(batch, torch.tensor([1.0, 3.0, 5.0]))] == [2.0, 5.0]
 
 
 # Samples

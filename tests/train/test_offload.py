@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.models import gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
-from tunesmith.model.head import next_token_targets
+from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.train import offload
 from tunesmith.train.offload import offloading
-from tunesmith.train.setup import teach_model
+from tunesmith.train.setup import ready_for_batches
 
 
 @pytest.fixture
@@ -36,15 +34,14 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 def taught(**settings: Any) -> PreTrainedModel:
     model = tiny("llama", **settings).train()
-    teach_model(model, flat=True)
+    ready_for_batches(model, flat=True)
     return model
 
 
 def backward(model: PreTrainedModel, *, enabled: bool) -> dict[str, Tensor]:
     batch = flat(token_rows(7, 3, 9))
-    targets = next_token_targets(batch.pop("labels"))
     with offloading(model, enabled):
-        loss = model(**batch, supervise=targets).loss
+        loss = supervised(model, batch).loss
     loss.backward()
     return gradients(model)
 

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import FLAT, gradient_error, gradients, tiny, token_rows
-from tunesmith.data.batches import flat
+from tests.models import FLAT, flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.model.attention import use_documents
-from tunesmith.model.head import next_token_targets, teach
+from tunesmith.model.head import answer_objectives
 
 PREFIX = token_rows(7, seed=5)[0]["input_ids"]
 OTHER = token_rows(5, seed=6)[0]["input_ids"]
@@ -28,14 +27,13 @@ def rows(train_on_prefix: bool) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", FLAT)
 def test_loss_and_gradients_are_those_without_sharing(name: str, train_on_prefix: bool) -> None:
     model = tiny(name)  # some have windows shorter than the prefix
-    teach(model)
+    answer_objectives(model)
     use_documents(model)
     outcomes = []
     for share in (False, True):
         batch = flat(rows(train_on_prefix), share_prefix=share)
-        assert ("parents" in batch) is share
-        labels, weights, places = (batch.pop(key, None) for key in ("labels", "weights", "places"))
-        result = model(**batch, supervise=next_token_targets(labels, weights, places))
+        assert (batch.parents is not None) is share
+        result = supervised(model, batch)
         result.loss.backward()
         outcomes.append((result, gradients(model)))
     (apart, expected), (together, found) = outcomes

@@ -149,7 +149,9 @@ def test_where_it_can_not_be_nothing_is_loaded(base: str, trainer_of: Callable[.
     with pytest.raises(TunesmithError, match=r"are not there on cpu: this bitsandbytes \(.*\) runs on cuda, xpu"):
         trainer_of(**arguments)
     real = importlib.util.find_spec
-    monkeypatch.setattr("tunesmith.model.bnb.find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    monkeypatch.setattr(
+        "tunesmith.model.quantize.find_spec", lambda name: None if name == "bitsandbytes" else real(name)
+    )
     with pytest.raises(TunesmithError, match=r"need bitsandbytes: pip install 'tunesmith\[quant\]'"):
         trainer_of(**arguments)
 

@@ -8,9 +8,9 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor
 
+from tests.models import flat
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, weights_of
 from tunesmith import SFTTrainer
-from tunesmith.data.batches import flat, padded, rows_of
 from tunesmith.errors import TunesmithError
 from tunesmith.train import memory
 from tunesmith.train.memory import is_out_of_memory
@@ -225,26 +225,3 @@ def test_a_rehearsal_that_can_not_be_is_refused_when_it_must_be(trainer_of: Call
 @pytest.mark.parametrize(("kind", "size"), [(torch.optim.AdamW, 8.0), (torch.optim.SGD, 0.0)])
 def test_the_size_of_an_optimizers_state_is_found_out(kind: Any, size: float) -> None:
     assert _state_bytes(kind, {"lr": 1e-3}) == size
-
-
-# Rows again
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("collate", [flat, padded, lambda rows: flat(rows, share_prefix=True)])
-def test_batches_become_rows_again(collate: Callable[..., Any], weighted: bool) -> None:
-    front = list(range(10, 40))
-    rows: list[dict[str, Any]] = [
-        {"input_ids": [*front, i, i + 1], "labels": [-100] * 30 + [i, i + 1]} for i in (50, 60, 70)
-    ]
-    if weighted:
-        rows = [row | {"weights": [0.5] * 32} for row in rows]
-    assert rows_of(collate(rows)) == rows
-
-
-def test_packs_become_the_documents_in_them() -> None:
-    pack = {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]}
-    assert rows_of(flat([pack])) == [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-        {"input_ids": [8, 9], "labels": [-100, 9]},
-    ]

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, weights_of
-from tunesmith import SFTConfig, SFTTrainer
+from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
 from tunesmith.runs import disk
 from tunesmith.runs.checkpoints import PICKLES, checkpoints, verify
@@ -300,7 +300,7 @@ def test_a_failure_in_the_thread_ends_the_run_at_the_next_step(run: Runs, monkey
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tunesmith.train.checkpointing.finish", fail)
+    monkeypatch.setattr("tunesmith.train.keeper.finish", fail)
     with pytest.raises(TunesmithError, match="is full"):
         trainer.train()
     assert trainer.state.global_step <= 2
@@ -312,22 +312,3 @@ def test_optimizers_that_only_pickle_can_write_are_refused_before_training(run: 
     trainer.args.optim = "adamw_torch_8bit"
     with pytest.raises(TunesmithError, match="whose state only pickle can write"):
         trainer.train()
-
-
-# Precision
-
-
-def test_auto_takes_the_precision_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step, precision in ((2, "fp32"), (10, "bf16"), (12, "x")):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps({"precision": precision}))
-    common: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True}
-    assert SFTConfig(**common).precision == "fp32"
-    newest: Any = True  # the field's type has only a path
-    config = SFTConfig(resume_from_checkpoint=newest, **common)
-    assert (config.precision, config.bf16) == ("bf16", True)
-    assert config.precision_note.startswith("precision bf16: as in ")
-    named = SFTConfig(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **common)
-    assert named.precision == "fp32"
-    assert SFTConfig(resume_from_checkpoint=newest, precision="fp32", **common).precision == "fp32"
-    assert SFTConfig(resume_from_checkpoint="nowhere", **common).precision == "fp32"

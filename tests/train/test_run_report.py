@@ -9,9 +9,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.train.runs import PAIR_ROWS
-from tunesmith import SFTTrainer
 from tunesmith.runs.files import METRICS, read_lines
 from tunesmith.runs.record import RUN, RunRecord
+from tunesmith.train.journal import Journal
 
 pytestmark = pytest.mark.reports
 
@@ -170,13 +170,13 @@ def test_weights_over_several_processes_answer_nothing_and_the_run_says_so(
 ) -> None:
     trainer = trainer_of(sample_prompts=2, max_steps=1)
 
-    def choose(self: SFTTrainer) -> None:
+    def choose(self: Journal) -> None:
         with monkeypatch.context() as faked:
-            faked.setattr(self, "is_fsdp_enabled", True)
+            faked.setattr(trainer, "is_fsdp_enabled", True)
             chosen(self)
 
-    chosen = SFTTrainer._choose_prompts
-    monkeypatch.setattr(SFTTrainer, "_choose_prompts", choose)
+    chosen = Journal._choose_prompts
+    monkeypatch.setattr(Journal, "_choose_prompts", choose)
     trainer.train()
     [(step, text)] = trainer.events
     assert step == 0

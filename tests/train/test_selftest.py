@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from tests.models import ARCHITECTURES, FLAT, VOCABULARY, tiny, token_rows
 from tunesmith import SFTConfig, TunesmithError
-from tunesmith.data.batches import flat as flat_batch
+from tunesmith.data.batches import Batch, FlatCollator
 from tunesmith.model import attention, head
-from tunesmith.objectives.supervised import Supervised, linear_cross_entropy
+from tunesmith.model.head import Predictions
+from tunesmith.objectives.supervised import Supervised, supervised_loss
 from tunesmith.train import selftest
 from tunesmith.train.selftest import EXAMPLES, LONGEST, SelfTest, check_before_training, self_test
-from tunesmith.train.setup import teach_model
+from tunesmith.train.setup import ready_for_batches
 
 LENGTHS = (9, 5, 14, 2)
 ROWS: list[list[int]] = [row["input_ids"] for row in token_rows(*LENGTHS)]
@@ -29,7 +30,7 @@ def taught(name: str = "llama", *, flat: bool = True, lora: bool = False) -> Any
     if lora:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    assert teach_model(model, flat=flat) is flat
+    assert ready_for_batches(model, flat=flat) is flat
     return model.train()
 
 
@@ -78,44 +79,39 @@ def documents_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def another_head_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = linear_cross_entropy
+    right = head.from_hidden
 
-    def loss(hidden: Tensor, *arguments: Any) -> Supervised:
-        return right(hidden * 1.1, *arguments)
+    def scaled(*arguments: Any) -> Predictions:
+        predictions = right(*arguments)
+        return replace(predictions, hidden=predictions.hidden * 1.1)
 
-    monkeypatch.setattr("tunesmith.model.head.linear_cross_entropy", loss)
+    monkeypatch.setattr(head, "from_hidden", scaled)
 
 
 def another_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = linear_cross_entropy
-
-    def loss(*arguments: Any) -> Supervised:
-        result = right(*arguments)
+    def loss(predictions: Predictions) -> Supervised:
+        result = supervised_loss(predictions)
         return replace(result, loss=result.loss * 1.05)
 
-    monkeypatch.setattr("tunesmith.model.head.linear_cross_entropy", loss)
+    monkeypatch.setattr(selftest, "supervised_loss", loss)
 
 
 def positions_that_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = flat_batch
+    class Running(FlatCollator):
+        def batch(self, groups: Any) -> Batch:
+            batch = FlatCollator.batch(self, groups)
+            return replace(batch, position_ids=torch.arange(batch.computed_tokens)[None])
 
-    def collate(rows: Any) -> dict[str, Any]:
-        batch = right(rows)
-        return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
-
-    monkeypatch.setattr("tunesmith.train.selftest.side_by_side", collate)
+    monkeypatch.setattr(selftest, "FlatCollator", Running)
 
 
 def not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = linear_cross_entropy
+    def loss(predictions: Predictions) -> Supervised:
+        result = supervised_loss(predictions)
+        nll = result.nll.index_fill(0, torch.tensor([3]), float("nan"))
+        return replace(result, nll=nll, loss=result.loss * torch.nan)
 
-    def loss(*arguments: Any) -> Supervised:
-        result = right(*arguments)
-        return replace(
-            result, nll=result.nll.index_fill(0, torch.tensor([3]), float("nan")), loss=result.loss * torch.nan
-        )
-
-    monkeypatch.setattr("tunesmith.model.head.linear_cross_entropy", loss)
+    monkeypatch.setattr(selftest, "supervised_loss", loss)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from tunesmith import SFTConfig
-from tunesmith.train.streams import StreamPlace, reason_to_skip
+from tunesmith.train.keeper import StreamPlace, reason_to_skip
 
 
 def stream(read: list[int]) -> IterableDataset:

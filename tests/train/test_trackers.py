@@ -16,7 +16,7 @@ from tests.train.runs import TEXT_ROWS
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.cli.main import app
 from tunesmith.errors import TunesmithError
-from tunesmith.train.trackers import check_trackers
+from tunesmith.train.setup import check_trackers
 
 SECRET = "hf_" + "s3cr3t" * 5
 STEPS = 3
@@ -137,7 +137,7 @@ def test_the_command_line_that_a_tracker_keeps_has_no_token(
 def test_a_tracker_that_is_missing_is_said_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.train.setup.find_spec", lambda name: None)
     with pytest.raises(TunesmithError, match=re.escape("trackio is not installed; run: pip install trackio")):
         check_trackers(["trackio"])
     with pytest.raises(TunesmithError, match="pip install mlflow-skinny"):

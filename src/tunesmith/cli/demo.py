@@ -77,9 +77,11 @@ def run(output: Path, console: Console) -> Score:
 def _trainer(output: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]], console: Console) -> Any:
     from peft import LoraConfig
 
-    from tunesmith.model.demo_model import DEMO, demo_model_path
+    from tunesmith.home import DEMO
+    from tunesmith.model.demo_model import demo_model_path
+    from tunesmith.model.precision import settle_precision
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
     demo_model_path(progress=lambda line: console.print(line, highlight=False))
     args = SFTConfig(
@@ -100,7 +102,7 @@ def _trainer(output: Path, rows: list[dict[str, Any]], held_out: list[dict[str, 
         report_to="none",
         disable_tqdm=True,
     )
-    console.print(f"Settled on {args.precision_note}.", highlight=False, soft_wrap=True)
+    console.print(f"Settled on {settle_precision(args)}.", highlight=False, soft_wrap=True)
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return SFTTrainer(model=DEMO, args=args, train_dataset=rows, eval_dataset=held_out, peft_config=adapter)
 

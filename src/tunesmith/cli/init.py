@@ -160,8 +160,8 @@ def _model(name: str, template: str | None) -> tuple[Any, "Run", str | None]:
 
 
 def _about(name: str, run: "Run", template: str | None) -> "ModelFacts":
+    from tunesmith.home import DEMO
     from tunesmith.init.advice import ModelFacts
-    from tunesmith.model.demo_model import DEMO
     from tunesmith.plan.memory import count
 
     parameters = count(run, "full").kept["weights"] // 4

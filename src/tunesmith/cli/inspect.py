@@ -93,10 +93,10 @@ def prepared(
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
     from tunesmith.cli.rows import training_rows
-    from tunesmith.data.batches import flat
+    from tunesmith.data.batches import FlatCollator
     from tunesmith.data.dataset import DataPreparer
     from tunesmith.model.load import resolve_model
-    from tunesmith.report.inspect import count_facts, inspect_row, vocabulary
+    from tunesmith.report.inspect import Vocabulary, count_facts, inspect_row
     from tunesmith.train.setup import prepare_tokenizer
 
     source = training_rows(recipe)
@@ -109,14 +109,14 @@ def prepared(
         dataset, _ = preparer.mixture(source, packing=packing, eval_packing=preparer.packs_eval)
     else:
         dataset = preparer(source, "train", packing=packing)
-    words, kind = vocabulary(tokenizer), "pack" if recipe.config.packing else "example"
+    vocabulary, kind = Vocabulary.of(tokenizer), "pack" if recipe.config.packing else "example"
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
-        batch = flat([dataset[number - 1]])
+        batch = FlatCollator()([dataset[number - 1]])
         weights = batch["weights"][0].tolist() if "weights" in batch else None
         ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
         title = f"{kind} {number:,} of {len(dataset):,}"
-        rows.append(inspect_row(title, ids, labels, weights, batch["lengths"], words))
+        rows.append(inspect_row(title, ids, labels, weights, batch.lengths or (), vocabulary))
     facts = _settings(recipe)
     for split, counts in preparer.counts.items():
         facts += [("split", split)] if len(preparer.counts) > 1 else []
@@ -157,7 +157,7 @@ def _packs(dataset: "Dataset", recipe: "Recipe") -> tuple[str, str]:
 
 
 def _write_page(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path, *, ids: bool) -> None:
-    from tunesmith.report.inspect_html import page
+    from tunesmith.report.inspect import page
 
     try:
         html.write_text(page("tunesmith inspect", facts, rows, ids=ids), encoding="utf-8")

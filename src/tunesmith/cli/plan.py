@@ -77,12 +77,13 @@ def run_of(recipe: "Recipe", gpu: str | None) -> "Run":
     model whose config can't be had."""
     from tunesmith.model.devices import device
     from tunesmith.model.load import base_of, holds_adapters, load_config, resolve_model
+    from tunesmith.model.precision import settle_precision
     from tunesmith.plan.memory import Run
     from tunesmith.settings.lora import lora_config
 
     config = recipe.config
+    measured_here = settle_precision(config) != ""
     target = device(gpu, config.precision)  # type: ignore[arg-type]
-    said = {"precision", "bf16", "fp16"} & recipe.given.keys() and config.precision != "auto"
     name, settings = recipe.model, dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
     revision = {"revision": settings["revision"]} if settings.get("revision") else {}
     if holds_adapters(name):
@@ -93,7 +94,7 @@ def run_of(recipe: "Recipe", gpu: str | None) -> "Run":
         config=load_config(name, trust_remote_code=config.trust_remote_code, **revision),
         lora=lora_config(recipe.lora if recipe.lora not in (None, False) else True),
         device=target,
-        precision=config.precision if said else target.precision,  # type: ignore[arg-type]
+        precision=target.precision if measured_here else config.precision,  # type: ignore[arg-type]
         rows=rows,
         length=length,
         flat=config.padding_free,

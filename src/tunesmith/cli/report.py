@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.complete import runs as runs_here
-from tunesmith.report.write import COMPARISON, REPORT, write_report
+from tunesmith.runs.files import COMPARISON, REPORT
 from tunesmith.terminal.output import finish_lines, size
 
 
@@ -25,6 +25,8 @@ def report(
 
     Example: tunesmith report runs/first runs/second --output both.html
     """
+    from tunesmith.report.run_html import write_report  # with NumPy
+
     path = write_report(runs, output)
     count = path.stat().st_size
     finish_lines(

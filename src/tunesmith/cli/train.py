@@ -16,7 +16,7 @@ from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
     from tunesmith.settings.recipe import Recipe
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
 RECIPE = "recipe.yaml"
 SAMPLE_PROMPTS = 3
@@ -79,8 +79,9 @@ def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
     from tunesmith.model.load import resolve_model
+    from tunesmith.model.precision import settle_precision
     from tunesmith.runs.lock import check_writable
-    from tunesmith.train.trackers import check_trackers
+    from tunesmith.train.setup import check_trackers
 
     check_trackers(recipe.config.report_to)
     _check_resume(recipe)
@@ -89,8 +90,8 @@ def run(recipe: "Recipe") -> None:
     opened = _open(recipe)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")
-    if recipe.config.precision_note:
-        _say(recipe.config.precision_note)
+    if note := settle_precision(recipe.config):
+        _say(note)
     resolve_model(recipe.model, _say)
     if recipe.config.sample_prompts is None:
         recipe.config.sample_prompts = SAMPLE_PROMPTS
@@ -125,9 +126,9 @@ def _open(recipe: "Recipe") -> dict[str, Any]:
 
 def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
     from tunesmith.cli.rows import origins
-    from tunesmith.model.load import compute_dtype
+    from tunesmith.model.precision import compute_dtype
     from tunesmith.model.quantize import quantization
-    from tunesmith.train.trainer import SFTTrainer
+    from tunesmith.trainers import SFTTrainer
 
     quantized = quantization(recipe.quantize, compute_dtype(recipe.config)) if recipe.quantize else None
     trainer = SFTTrainer(model=recipe.model, args=recipe.config, quantization_config=quantized, **given)
@@ -200,6 +201,7 @@ def _say_report(trainer: "SFTTrainer") -> None:
 def _say_preflight(trainer: "SFTTrainer") -> None:
     from tunesmith.cli.check import lines
 
+    assert trainer.preflight is not None
     for name, report in trainer.preflight.splits.items():
         for line in lines(name, report):
             _say(line)

@@ -1,6 +1,7 @@
-"""Examples in flat arrays: what takes the least time and memory, and what an Arrow table is made of.
+"""Lists of numbers in flat arrays: what takes the least time and memory, and what an Arrow table is made of.
 
-Letters: D examples of a batch, T tokens of all of them.
+A list column is its offsets (N + 1,), which begin at 0, and its values (T,): list `i` is
+`values[offsets[i]:offsets[i + 1]]`. Letters: N examples, T tokens of all of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,52 +15,70 @@ from tunesmith.types import Example
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Columns:
-    """D examples: sizes (D,), ids, labels and weights (T,); weights None when every supervised token weighs 1."""
+class FlatExamples:
+    """N examples: lengths (N,), ids, labels and weights (T,); weights None when every supervised token weighs 1."""
 
-    sizes: Any
+    lengths: Any
     ids: Any
     labels: Any
     weights: Any
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> "Columns":
+    def of(cls, examples: Sequence[Example]) -> "FlatExamples":
+        def flat(lists: Iterable[list[Any]], dtype: Any) -> Any:
+            return np.fromiter(chain.from_iterable(lists), dtype)
+
         weights = None
         if any(example.weights is not None for example in examples):
-            weights = _flat((example.weights or [1.0] * len(example.labels) for example in examples), np.float32)
+            weights = flat((example.weights or [1.0] * len(example.labels) for example in examples), np.float32)
         return cls(
-            sizes=np.array([len(example.labels) for example in examples], np.int64),
-            ids=_flat((example.input_ids for example in examples), np.int32),
-            labels=_flat((example.labels for example in examples), np.int32),
+            lengths=np.array([len(example.labels) for example in examples], np.int64),
+            ids=flat((example.input_ids for example in examples), np.int32),
+            labels=flat((example.labels for example in examples), np.int32),
             weights=weights,
         )
 
+    def table(self) -> Any:
+        """An Arrow table of `input_ids`, `labels` and `weights`, a null for each example when there are no weights."""
+        import pyarrow as pa
 
-def _flat(values: Iterable[list[Any]], dtype: Any) -> Any:
-    return np.fromiter(chain.from_iterable(values), dtype)
+        offsets = np.concatenate([[0], self.lengths]).cumsum()
+        if self.weights is None:
+            weights = pa.nulls(len(self.lengths), pa.list_(pa.float32()))
+        else:
+            weights = list_array(offsets, self.weights)
+        columns = {"input_ids": list_array(offsets, self.ids), "labels": list_array(offsets, self.labels)}
+        return pa.table(columns | {"weights": weights})
 
 
-def table(columns: Columns) -> Any:
-    """An Arrow table with `input_ids`, `labels` and `weights`, a null for each example when there are no weights."""
+def list_array(offsets: Any, values: Any) -> Any:
+    """An Arrow array of lists."""
     import pyarrow as pa
 
-    offsets = pa.array(np.concatenate([[0], columns.sizes]).cumsum(dtype=np.int32))
-
-    def lists(flat: Any) -> Any:
-        return pa.ListArray.from_arrays(offsets, pa.array(flat))
-
-    weights = pa.nulls(len(columns.sizes), pa.list_(pa.float32()))
-    return pa.table(
-        {
-            "input_ids": lists(columns.ids),
-            "labels": lists(columns.labels),
-            "weights": weights if columns.weights is None else lists(columns.weights),
-        }
-    )
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
-def flat_weights(lists: Any, sizes: Any) -> Any:
-    """The `weights` column of examples of `sizes` (D,) as flat values (T,): 1 wherever an example has null."""
-    values = np.ones(int(sizes.sum()), np.float32)
-    values[np.repeat(lists.is_valid().to_numpy(zero_copy_only=False), sizes)] = lists.flatten()
-    return values
+def list_column(table: Any, name: str) -> tuple[Any, Any]:
+    """The list column `name` of examples, in a table or a record batch: offsets (N + 1,) and values (T,).
+
+    An example whose `weights` are null has a weight of 1 for each of its tokens.
+    """
+    import pyarrow as pa
+
+    column = table.column(name)
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if column.null_count:
+        offsets, _ = list_column(table, "input_ids")
+        values = np.ones(offsets[-1], np.float32)
+        values[np.repeat(column.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))] = column.flatten()
+        return offsets, values
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], column.flatten().to_numpy()
+
+
+def list_lengths(table: Any, name: str) -> Any:
+    """The lengths (N,) of the lists in the column `name` of a table. No value is read."""
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(table.column(name)).to_numpy().astype(np.int64)

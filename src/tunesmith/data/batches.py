@@ -1,31 +1,193 @@
-"""Examples to tensors: flat rows without padding, and padded rows for models that can't take flat ones.
+"""Examples to batches: documents side by side without padding, or padded rows for models that can't take those.
 
-Shapes: B rows, T tokens a row. Labels stay unshifted here; `model.head.next_token_targets` shifts them.
+A collator makes a `Batch` once; whoever needs its documents, its tokens, its supervised weight or its groups asks it.
+
+Shapes: B padded rows, T tokens of a row, L tokens of all documents (more than T where they share prefixes), D
+documents, S supervised positions. Labels stay unshifted in a batch; `Batch.targets` shifts them, the only place that
+does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, chain
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
-from tunesmith.data.prefix import shared
-from tunesmith.types import IGNORE_INDEX
+from tunesmith.data.prefix import share_prefixes
+from tunesmith.types import IGNORE_INDEX, Example
 
-Rows = Sequence[dict[str, Any]]
+Row: TypeAlias = Mapping[str, Any]
+Group: TypeAlias = tuple[Example, ...]
+"""Documents that belong together: one example alone, a pair, the answers to one prompt. A group is never divided."""
 
 
-def documents(rows: Rows) -> Iterator[tuple[list[int], list[int], list[float]]]:
-    """Each document's ids, labels and weights. A packed row holds several, `seq_lengths` tokens each."""
-    for row in rows:
-        ids = _list(row["input_ids"])
-        given = {name: row.get(name) for name in ("labels", "weights", "seq_lengths")}
-        labels = ids if given["labels"] is None else _list(given["labels"])
-        weights = [1.0] * len(ids) if given["weights"] is None else _list(given["weights"])
-        stops = list(accumulate([len(ids)] if given["seq_lengths"] is None else _list(given["seq_lengths"])))
-        for start, stop in zip([0, *stops[:-1]], stops, strict=True):
-            # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
-            yield ids[start:stop], [IGNORE_INDEX, *labels[start + 1 : stop]], weights[start:stop]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Where predictions are wanted: indices (S,) into the B*T flattened positions, the tokens that follow there (S,),
+    and their weights (S,), None for ones."""
+
+    positions: Tensor
+    tokens: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A micro-batch: what the model reads, and which documents it is made of.
+
+    Flat: `input_ids` and `position_ids` (1, T), `lengths` the tokens of each part of the row. The parts are the
+    documents, or with shared prefixes the segments; `parents` says for each which one it continues, -1 for none
+    (`data.prefix`). Padded: `input_ids`, `position_ids` and `attention_mask` (B, T), no `lengths`.
+
+    `labels` and `weights` are (1, L) in flat batches, those of all documents one after another, and `places` (L,) says
+    where in the row each of their tokens is, where prefixes are shared; in padded ones they are (B, T). The label of a
+    document's first token is IGNORE_INDEX: nothing in its document predicts it.
+
+    `groups` are the documents, in the order of the batch; empty where a collator of the user's made it. `more` holds
+    what such a collator adds for the model.
+
+    As `transformers` and a user's loss read it, a batch is a mapping of its tensors: `batch["labels"]`, `**batch`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    weights: Tensor | None = None
+    places: Tensor | None = None
+    lengths: Sequence[int] | None = None
+    parents: Sequence[int] | None = None
+    groups: tuple[Group, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Any]) -> "Batch":
+        """The batch that a collator of the user's returned as a dictionary with `input_ids` and `labels`."""
+        known = {item.name for item in fields(cls)} - {"more", "groups"}
+        return cls(
+            **{name: value for name, value in tensors.items() if name in known},
+            more={name: value for name, value in tensors.items() if name not in known},
+        )
+
+    # What it is made of
+
+    @property
+    def documents(self) -> Iterator[Example]:
+        """Its D documents, in the order of the supervised positions."""
+        return chain.from_iterable(self.groups)
+
+    @property
+    def computed_tokens(self) -> int:
+        """The tokens that go through the model: padding counts, and what documents share is there once."""
+        return self.input_ids.numel()
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens of all documents, without padding, where the batch is (a scalar)."""
+        if self.attention_mask is not None:
+            return self.attention_mask.sum()
+        return self.labels.new_tensor(self.labels.numel())
+
+    @property
+    def supervised(self) -> Tensor:
+        """How many tokens are supervised (a scalar)."""
+        return (self.labels[..., 1:] != IGNORE_INDEX).sum()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of all supervised tokens (a scalar): their number, where none has a weight of its own."""
+        if self.weights is None:
+            return self.supervised
+        return (self.weights[..., 1:] * (self.labels[..., 1:] != IGNORE_INDEX)).sum()
+
+    def targets(self) -> Targets:
+        """Where the loss is taken. Position t predicts the label of t + 1; the first label of a row is never a target,
+        nor is that of a document."""
+        shifted = nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+        positions = (shifted != IGNORE_INDEX).nonzero()[:, 0]
+        weights = None
+        if self.weights is not None:
+            weights = nn.functional.pad(self.weights[:, 1:], (0, 1)).reshape(-1)[positions]
+        places = positions if self.places is None else self.places[positions]
+        return Targets(positions=places, tokens=shifted[positions], weights=weights)
+
+    def by_document(self, values_S: Tensor) -> list[Tensor]:
+        """Values of the supervised positions, such as log-probabilities, as one tensor for each document."""
+        sizes = [example.target_count for example in self.documents]
+        return list(values_S.split(sizes))
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the model's forward."""
+        own = ("input_ids", "position_ids", "attention_mask", "lengths", "parents")
+        present = {name: getattr(self, name) for name in own}
+        return {**self.more, **{name: value for name, value in present.items() if value is not None}}
+
+    # On its way through a loader and `transformers`
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        moved = {name: change(tensor) for name, tensor in self.tensors().items()}
+        more = {name: moved.pop(name, value) for name, value in self.more.items()}
+        return replace(self, more=more, **moved)  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)} | dict(self.more)
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors().keys()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.tensors().get(name, default)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors())
+
+    def __len__(self) -> int:
+        return len(self.tensors())
+
+
+# Rows to documents
+
+
+def groups_of(row: Row) -> list[Group]:
+    """The documents of a prepared row, each a group of its own. A packed row holds several, `seq_lengths` tokens each;
+    without `labels`, all tokens are supervised."""
+    ids = _list(row["input_ids"])
+    columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths")}
+    labels = ids if columns["labels"] is None else _list(columns["labels"])
+    weights = None if columns["weights"] is None else _list(columns["weights"])
+    stops = list(accumulate([len(ids)] if columns["seq_lengths"] is None else _list(columns["seq_lengths"])))
+    return [
+        (
+            Example(
+                input_ids=ids[start:stop],
+                # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
+                labels=[IGNORE_INDEX, *labels[start + 1 : stop]],
+                weights=None if weights is None else weights[start:stop],
+            ),
+        )
+        for start, stop in zip([0, *stops[:-1]], stops, strict=True)
+    ]
+
+
+def one_group_of(row: Row) -> list[Group]:
+    """The documents of a row as one group: a row is a pair, or all answers to a prompt."""
+    return [tuple(example for group in groups_of(row) for example in group)]
 
 
 def _list(values: Any) -> list[Any]:
@@ -33,87 +195,114 @@ def _list(values: Any) -> list[Any]:
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-def _weighted(rows: Rows) -> bool:
-    return any(row.get("weights") is not None for row in rows)
+# Documents to batches
 
 
-def flat(rows: Rows, *, share_prefix: bool = False) -> dict[str, Any]:
-    """One row (1, T) with all documents side by side.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collator:
+    """Makes batches, as a data loader's `collate_fn`. `read` makes groups of documents of a prepared row."""
 
-    `lengths` are their token counts; positions start at 0 in each; `weights` (1, T) only where a row has weights. With
-    `share_prefix`, and where that saves enough, documents that begin alike share their beginning (`data.prefix`): then
-    `lengths` and `parents` tell the segments of the shorter `input_ids`, `labels` and `weights` stay those of all
-    documents, and `places` (T,) says where in the row each of their tokens is.
+    read: Callable[[Row], Iterable[Group]] = groups_of
 
-    >>> batch = flat([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
-    >>> batch["labels"].tolist(), batch["position_ids"].tolist(), batch["lengths"]
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        return self.batch([group for row in rows for group in self.read(row)])
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """The batch of these documents."""
+        raise NotImplementedError
+
+    def cost(self, groups: Sequence[Group]) -> int:
+        """The tokens that a batch of these documents computes at the most."""
+        raise NotImplementedError
+
+    def split(self, batch: Batch, most_tokens: int) -> list[Batch]:
+        """`batch` in parts that compute at most `most_tokens` tokens each, or hold one group; in order."""
+        if batch.computed_tokens <= most_tokens:
+            return [batch]
+        parts: list[list[Group]] = [[]]
+        for group in batch.groups:
+            if parts[-1] and self.cost([*parts[-1], group]) > most_tokens:
+                parts.append([])
+            parts[-1].append(group)
+        return [self.batch(part) for part in parts]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatCollator(Collator):
+    """All documents side by side in one row, each with positions from 0 on.
+
+    With `share_prefix`, and where that saves enough, documents that begin alike share their beginning (`data.prefix`).
+
+    >>> batch = FlatCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    >>> batch.labels.tolist(), batch.position_ids.tolist(), batch.lengths
     ([[-100, 6, 7, -100, 9]], [[0, 1, 2, 0, 1]], [3, 2])
     """
-    parts = list(documents(rows))
-    segments = shared([ids for ids, _, _ in parts]) if share_prefix else None
-    batch: dict[str, Any] = {"labels": torch.tensor([[label for _, labels, _ in parts for label in labels]])}
-    if segments is None:
-        batch |= {
-            "input_ids": torch.tensor([[token for ids, _, _ in parts for token in ids]]),
-            "position_ids": torch.tensor([[position for ids, _, _ in parts for position in range(len(ids))]]),
-            "lengths": [len(ids) for ids, _, _ in parts],
-        }
-    else:
-        batch |= {
-            "input_ids": torch.tensor([segments.tokens]),
-            "position_ids": torch.tensor([segments.positions]),
-            "lengths": segments.lengths,
-            "parents": segments.parents,
-            "places": torch.tensor([place for places in segments.places for place in places]),
-        }
-    if _weighted(rows):
-        batch["weights"] = torch.tensor([[weight for _, _, weights in parts for weight in weights]])
-    return batch
+
+    share_prefix: bool = False
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        documents = [example for group in groups for example in group]
+        segments = share_prefixes([example.input_ids for example in documents]) if self.share_prefix else None
+        if segments is None:
+            rows: dict[str, Any] = {
+                "input_ids": _row(example.input_ids for example in documents),
+                "position_ids": _row(range(len(example.input_ids)) for example in documents),
+                "lengths": [len(example.input_ids) for example in documents],
+            }
+        else:
+            rows = {
+                "input_ids": torch.tensor([segments.tokens]),
+                "position_ids": torch.tensor([segments.positions]),
+                "lengths": segments.lengths,
+                "parents": segments.parents,
+                "places": torch.tensor(list(chain.from_iterable(segments.places))),
+            }
+        if any(example.weights is not None for example in documents):
+            rows["weights"] = _row(_weights(example) for example in documents)
+        return Batch(labels=_row(example.labels for example in documents), groups=tuple(groups), **rows)
+
+    def cost(self, groups: Sequence[Group]) -> int:
+        return sum(len(example.input_ids) for group in groups for example in group)
 
 
-def padded(rows: Rows, pad_token_id: int = 0, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """One row per document (B, T), padded on the right to the longest, and on to a multiple of `multiple`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedCollator(Collator):
+    """One row for each document, padded on the right to the longest, and on to a multiple of `multiple`.
 
     Padding is masked by its place, never by its id: a supervised end-of-sequence token stays supervised even where the
     same token pads.
     """
-    parts = list(documents(rows))
-    size = -(-max(len(ids) for ids, _, _ in parts) // multiple) * multiple
 
-    def pad(values: Sequence[float], filler: float) -> list[float]:
-        return [*values, *[filler] * (size - len(values))]
+    pad_token_id: int = 0
+    multiple: int = 1
 
-    batch = {
-        "input_ids": torch.tensor([pad(ids, pad_token_id) for ids, _, _ in parts]),
-        "labels": torch.tensor([pad(labels, IGNORE_INDEX) for _, labels, _ in parts]),
-        "attention_mask": torch.tensor([pad([1] * len(ids), 0) for ids, _, _ in parts]),
-        "position_ids": torch.tensor([pad(range(len(ids)), 0) for ids, _, _ in parts]),
-    }
-    if _weighted(rows):
-        batch["weights"] = torch.tensor([pad(weights, 0.0) for _, _, weights in parts])
-    return batch
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        documents = [example for group in groups for example in group]
+        size = -(-max(len(example.input_ids) for example in documents) // self.multiple) * self.multiple
 
+        def padded(rows: Iterable[Sequence[float]], filler: float) -> Tensor:
+            return torch.tensor([[*row, *[filler] * (size - len(row))] for row in rows])
 
-def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents of a batch that `flat` or `padded` made, each a row again, with its labels and weights."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    weights = tensors.get("weights")
-    if "attention_mask" in tensors:
-        sizes = tensors["attention_mask"].sum(dim=1).tolist()
-        ids, labels = tensors["input_ids"], tensors["labels"]
-        parts = [
-            (ids[i, :size], labels[i, :size], None if weights is None else weights[i, :size])
-            for i, size in enumerate(sizes)
-        ]
-    else:
-        places = tensors.get("places", slice(None))
-        ids, positions = (tensors[name][0][places] for name in ("input_ids", "position_ids"))
-        sizes = torch.diff((positions == 0).nonzero()[:, 0], append=positions.new_tensor([len(positions)])).tolist()
-        scales = [None] * len(sizes) if weights is None else weights[0].split(sizes)
-        parts = list(zip(ids.split(sizes), tensors["labels"][0].split(sizes), scales, strict=True))
-    return [_row(*part) for part in parts]
+        return Batch(
+            input_ids=padded((example.input_ids for example in documents), self.pad_token_id),
+            labels=padded((example.labels for example in documents), IGNORE_INDEX),
+            attention_mask=padded(([1] * len(example.input_ids) for example in documents), 0),
+            position_ids=padded((range(len(example.input_ids)) for example in documents), 0),
+            weights=padded((_weights(example) for example in documents), 0.0)
+            if any(example.weights is not None for example in documents)
+            else None,
+            groups=tuple(groups),
+        )
+
+    def cost(self, groups: Sequence[Group]) -> int:
+        lengths = [len(example.input_ids) for group in groups for example in group]
+        return len(lengths) * max(lengths)
 
 
-def _row(ids: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> dict[str, Any]:
-    row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
-    return row if weights is None else row | {"weights": weights.tolist()}
+def _row(documents: Iterable[Iterable[float]]) -> Tensor:
+    """(1, L): values of documents one after another."""
+    return torch.tensor([list(chain.from_iterable(documents))])
+
+
+def _weights(example: Example) -> Sequence[float]:
+    return [1.0] * len(example.input_ids) if example.weights is None else example.weights

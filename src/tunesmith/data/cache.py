@@ -1,7 +1,7 @@
 """Prepared data on disk: written once in shards, read back memory-mapped, found again by content.
 
 A prepared data set is a folder of Arrow files and a `manifest.json`. Its name is a digest of everything that went in:
-the rows, the tokenizer, the template, every option that matters, and this package's own code for the data. A folder is
+the rows, the tokenizer, the template, every option that matters, and the code that prepares them. A folder is
 written under another name and renamed when it is complete, so that half a data set is never read.
 """
 
@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +19,37 @@ from tunesmith.errors import TunesmithError
 from tunesmith.home import home
 
 MANIFEST = "manifest.json"
+SHARD = ".arrow"
 KEEP_DAYS = 30
 """Prepared data that was not read for so long is removed when new data is written."""
 
 
 def fingerprint(*parts: Any) -> str:
-    """A digest of JSON-like values, dataclasses and bytes, in order: equal for equal content only.
+    """A digest of JSON-like values, dataclasses, bytes and files, in order: equal for equal content only.
 
     Raises TypeError for anything else: an object whose content can't be told must not look unchanged.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        _update(digest, part)
+        if isinstance(part, bytes):
+            content = part
+        elif isinstance(part, Path):
+            with part.open("rb") as file:
+                content = hashlib.file_digest(file, "blake2b").digest()
+        else:
+            text = json.dumps(part, sort_keys=True, ensure_ascii=False, default=_jsonable)
+            content = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{type(part).__name__} {len(content)} ".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
-def _update(digest: Any, part: Any) -> None:
-    if is_dataclass(part) and not isinstance(part, type):
-        part = asdict(part)
-    if isinstance(part, bytes):
-        text = part
-    elif isinstance(part, Path):
-        with part.open("rb") as file:
-            text = hashlib.file_digest(file, "blake2b").digest()
-    elif isinstance(part, Mapping | list | tuple | str | int | float | bool | None):
-        text = json.dumps(part, sort_keys=True, ensure_ascii=False, default=_refuse).encode("utf-8", "surrogatepass")
-    else:
-        _refuse(part)
-    digest.update(f"{type(part).__name__} {len(text)} ".encode())
-    digest.update(text)
-
-
-def _refuse(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     raise TypeError(f"{type(value).__name__} has no fingerprint")
-
-
-@cache
-def code_fingerprint() -> str:
-    """A digest of the modules that turn rows into tokens: data prepared by other code is not used."""
-    return fingerprint(*sorted(path.read_bytes() for path in Path(__file__).parent.glob("*.py")))
 
 
 class Store:
@@ -72,19 +59,18 @@ class Store:
         self.folder = folder or home() / "prepared"
 
     def find(self, key: str) -> tuple[Any, dict[str, Any]] | None:
-        """The data set of `key`, memory-mapped, and what was noted about it; None when there is none, whole."""
+        """The data set of `key`, memory-mapped, and the notes on it; None unless it is there, and whole."""
         folder = self.folder / key
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            sizes = manifest["files"] | manifest["beside"]
-            if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            if any((folder / name).stat().st_size != size for name, size in manifest["files"].items()):
                 return None
             (folder / MANIFEST).touch()
+            return open_shards([folder / name for name in manifest["files"] if name.endswith(SHARD)]), manifest["notes"]
         except (OSError, ValueError, KeyError):
             return None
-        return open_shards([folder / name for name in manifest["files"]]), manifest["notes"]
 
-    def beside(self, key: str, name: str) -> Path | None:
+    def attachment(self, key: str, name: str) -> Path | None:
         """The file `name` that was kept with the data set of `key`; None when there is none."""
         file = self.folder / key / name
         return file if file.is_file() else None
@@ -94,45 +80,48 @@ class Store:
         key: str | None,
         tables: Iterable[Any],
         notes: Callable[[Any], dict[str, Any]],
-        beside: Path | None = None,
-    ) -> Any:
-        """Write `tables` (Arrow, one schema) as the data set of `key`; returns it memory-mapped.
+        attachment: Path | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Write `tables` (Arrow, one schema) as the data set of `key`; returns what `find` will.
 
         `notes` is given the data set when all tables are written, and returns what to keep with it; so is a copy of the
-        file `beside`, if there is one by then. Without a key the files live as long as this process, and are found by
-        nobody else.
+        file `attachment`, if there is one by then. Without a key the files live as long as this process, and can't
+        be found.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_old()
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.folder, ignore_cleanup_errors=True) as name:
+                partial = Path(name)
+                shards = write_shards(partial, tables)
+                written = notes(open_shards(shards))
+                if key is None:
+                    return open_shards(_kept_until_exit(shards)), written
+                files = [*shards]
+                if attachment is not None and attachment.exists():
+                    files.append(Path(shutil.copy(attachment, partial)))
+                manifest = {"files": {file.name: file.stat().st_size for file in files}, "notes": written}
+                (partial / MANIFEST).write_text(json.dumps(manifest))
+                return self._put(partial, key)
         except OSError as error:
             raise TunesmithError(
                 f"prepared data can't be written to {self.folder}: {error.strerror}. "
                 "Set TUNESMITH_HOME to a folder that you can write"
             ) from error
+
+    def _put(self, partial: Path, key: str) -> tuple[Any, dict[str, Any]]:
+        """Give a complete folder its name, and return what it holds; that of another process if it was faster."""
+        folder = self.folder / key
+        if folder.exists() and self.find(key) is None:  # damaged
+            shutil.rmtree(folder, ignore_errors=True)
         try:
-            files = write_shards(partial, tables)
-            kept = notes(open_shards(files))
-            if key is None:
-                return _Temporary.adopt(partial, files)
-            manifest: dict[str, Any] = {"files": {file.name: file.stat().st_size for file in files}, "notes": kept}
-            manifest["beside"] = {}
-            if beside is not None and beside.exists():
-                shutil.copyfile(beside, partial / beside.name)
-                manifest["beside"][beside.name] = beside.stat().st_size
-            (partial / MANIFEST).write_text(json.dumps(manifest))
-            folder = self.folder / key
-            if folder.exists():  # damaged, or written by another process meanwhile
-                shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise TunesmithError(f"prepared data can't be written to {self.folder}: {error.strerror}") from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return open_shards([folder / file.name for file in files])
+        except OSError:
+            if not folder.exists():
+                raise
+        stored = self.find(key)
+        assert stored is not None
+        return stored
 
     def _remove_old(self) -> None:
         oldest = time.time() - KEEP_DAYS * 86400
@@ -143,18 +132,14 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Temporary:
-    """Folders that go when the process ends."""
+_TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that go when the process ends."""
 
-    _folders: list[tempfile.TemporaryDirectory[str]] = []  # noqa: RUF012 (one list for the process is the point)
 
-    @classmethod
-    def adopt(cls, partial: Path, files: list[Path]) -> Any:
-        holder = tempfile.TemporaryDirectory(prefix="tunesmith-", ignore_cleanup_errors=True)
-        cls._folders.append(holder)
-        moved = [Path(shutil.move(file, Path(holder.name) / file.name)) for file in files]
-        partial.rmdir()
-        return open_shards(moved)
+def _kept_until_exit(files: list[Path]) -> list[Path]:
+    folder = tempfile.TemporaryDirectory(prefix="tunesmith-", ignore_cleanup_errors=True)
+    _TEMPORARY.append(folder)
+    return [Path(shutil.move(file, folder.name)) for file in files]
 
 
 def write_shards(folder: Path, tables: Iterable[Any], rows_per_shard: int = 100_000) -> list[Path]:
@@ -168,7 +153,7 @@ def write_shards(folder: Path, tables: Iterable[Any], rows_per_shard: int = 100_
             if writer is None or rows >= rows_per_shard:
                 if writer is not None:
                     writer.close()
-                files.append(folder / f"data-{len(files):05d}.arrow")
+                files.append(folder / f"data-{len(files):05d}{SHARD}")
                 writer, rows = pa.ipc.new_stream(str(files[-1]), table.schema), 0
             writer.write_table(table)
             rows += len(table)

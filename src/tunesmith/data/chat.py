@@ -69,7 +69,7 @@ class Rendered:
 
     @property
     def whole(self) -> bool:
-        """Whether no token is divided from another: then nobody asks where a token's characters are."""
+        """Whether all tokens are treated alike: then nobody asks where a token's characters are."""
         return not self.prompt and all(span.start == 0 and span.stop == len(self.text) for span in self.spans)
 
 
@@ -156,18 +156,18 @@ class Chat:
             roles = " ".join(str(message.get("role")) for message in messages)
             raise TunesmithError(f"the chat template refuses the conversation ({roles}): {error}") from error
 
-    def varied(self, index: int, stop: int | None, *, ask: bool = False) -> list[str]:
+    def with_probes(self, index: int, stop: int | None, *, ask: bool = False) -> list[str]:
         """The messages before `stop` as text, with either probe as the content of message `index`."""
         before, message, after = self.messages[:index], self.messages[index], self.messages[index + 1 : stop]
         parts = isinstance(message.get("content"), list)
         probes = [{"content": [{"type": "text", "text": probe}] if parts else probe} for probe in PROBES]
         return [self.render([*before, {**message, **probe}, *after], ask=ask) for probe in probes]
 
-    def behind(self, index: int, stop: int | None = None, *, ask: bool = False) -> str:
+    def after_content(self, index: int, stop: int | None = None, *, ask: bool = False) -> str:
         """All that follows the content of message `index` when the messages before `stop` are rendered."""
-        one, two = self.varied(index, stop, ask=ask)
-        tail = one[len(one) - _shared(one[::-1], two[::-1]) :]
-        if not one.removesuffix(tail).endswith(PROBES[0]):
+        first, second = self.with_probes(index, stop, ask=ask)
+        tail = first[len(first) - _common_length(first[::-1], second[::-1]) :]
+        if not first.removesuffix(tail).endswith(PROBES[0]):
             raise TunesmithError(f"the template does not show the content of message {index + 1} as it is")
         return tail
 
@@ -190,11 +190,11 @@ def render(conversation: Conversation, template: ChatTemplate, train_on: TrainOn
     turns = turns[-1:] if train_on == "last_assistant" else turns
     weights = {i: conversation.messages[i].weight * conversation.weight for i in turns}
     exact = prompt if train_on == "completion" else None
-    found = {i: _turn(chat, i, exact=i == exact) for i in turns if weights[i] > 0}
-    if any(one[1] > two[0] for one, two in pairwise(found.values())):
+    ranges = {i: _turn(chat, i, exact=i == exact) for i in turns if weights[i] > 0}
+    if any(before[1] > after[0] for before, after in pairwise(ranges.values())):
         raise TunesmithError("two turns overlap in the rendered text: the template changes the order of messages")
-    spans = tuple(Span(start=start, stop=stop, weight=weights[i]) for i, (start, stop) in found.items())
-    begin, closed = found[prompt][0] if prompt in found else None, len(chat.messages) - 1 in found
+    spans = tuple(Span(start=start, stop=stop, weight=weights[i]) for i, (start, stop) in ranges.items())
+    begin, closed = ranges[prompt][0] if prompt in ranges else None, len(chat.messages) - 1 in ranges
     return Rendered(text=chat.text, spans=spans, prompt=begin, closed=closed)
 
 
@@ -223,7 +223,7 @@ def _turn(chat: Chat, index: int, *, exact: bool = False) -> tuple[int, int]:
     try:
         start = _start(chat, index, exact=exact or last)
         stop, cut = _stop(chat, index, start)
-        _check_said(chat, index, start, stop)
+        _check_answer(chat, index, start, stop)
         bare = start + len(text[start:stop].rstrip())
         if not cut and text.endswith(template.ends, start, bare):
             stop = _without_closing(chat, start, bare) if last and chat.marks is None else bare
@@ -247,7 +247,7 @@ def _start(chat: Chat, index: int, *, exact: bool) -> int:
     if exact:
         raise TunesmithError(_not_a_prefix(prompt, text))
     # What follows the message before, up to the generation prompt's end, follows it in the full text as well.
-    tail, rest = chat.behind(index - 1, index, ask=True), chat.behind(index - 1)
+    tail, rest = chat.after_content(index - 1, index, ask=True), chat.after_content(index - 1)
     for header in (tail, REASONING_END.sub("", tail)):
         if text.endswith(rest) and rest.startswith(header) and header.strip():
             return len(text) - len(rest) + len(header)
@@ -260,8 +260,8 @@ def _first_start(chat: Chat, *, exact: bool) -> int:
     Nothing can be rendered before such a turn, so the header is looked for in front of its content.
     """
     user = [{"role": "user", "content": PROBES[0]}]
-    prompt, (one, two) = chat.render(user, ask=True), chat.varied(0, None)
-    header, before = prompt[_shared(prompt, chat.render(user)) :], one[: _shared(one, two)]
+    prompt, (first, second) = chat.render(user, ask=True), chat.with_probes(0, None)
+    header, before = prompt[_common_length(prompt, chat.render(user)) :], first[: _common_length(first, second)]
     for candidate in (header,) if exact else (header, REASONING_END.sub("", header)):
         start = before.rfind(candidate) + len(candidate)
         if candidate.strip() and candidate in before and chat.text.startswith(before[:start]):
@@ -270,7 +270,7 @@ def _first_start(chat: Chat, *, exact: bool) -> int:
 
 
 def _not_a_prefix(prompt: str, text: str) -> str:
-    same = _shared(prompt, text)
+    same = _common_length(prompt, text)
     part = slice(max(0, same - 40), same + 40)
     return (
         "the prompt that inference would render is not the beginning of the text to train on. They part at character "
@@ -295,45 +295,45 @@ def _stop(chat: Chat, index: int, start: int) -> tuple[int, bool]:
         if turn.endswith(template.ends) and text.startswith(turn, start):
             return start + len(turn), False
     # This turn did. Its end is what follows its content now as it followed it then.
-    then, rest = chat.behind(index, index + 1), chat.behind(index)
-    end = _common(template.pieces(then), rest)
+    then, rest = chat.after_content(index, index + 1), chat.after_content(index)
+    end = _common_pieces(template.pieces(then), rest)
     stop = len(text) - len(rest) + len(end)
     if not text.endswith(rest[len(end) :]) or stop < start or not text[start:stop].endswith(end.lstrip()):
         raise TunesmithError("its end can't be found in the rendered text: its content changes what comes after it")
     return stop, bool(then[len(end) :].strip()) and not end.rstrip().endswith(template.ends)
 
 
-def _common(pieces: Sequence[str], text: str) -> str:
-    """The first `pieces`, as far as `text` begins with them."""
+def _common_pieces(pieces: Sequence[str], text: str) -> str:
+    """The longest run of the first `pieces` that `text` begins with."""
     same = ""
     while len(pieces) and text.startswith(same + pieces[0]):
         same, pieces = same + pieces[0], pieces[1:]
     return same
 
 
-def _shared(one: str, two: str) -> int:
+def _common_length(first: str, second: str) -> int:
     """How many characters two texts begin with alike; by halves, as whole pieces compare fast."""
-    low, high = 0, min(len(one), len(two))
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == two[low:middle] else (low, middle - 1)
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
     return low
 
 
-def _said(content: Any) -> list[str]:
+def _answer_texts(content: Any) -> list[str]:
     """What an assistant says to the user: each text without the reasoning before it."""
     texts = [content or ""] if not isinstance(content, list) else [part["text"] for part in content]
-    return [said for text in texts if (said := REASONING_TAG.split(text)[-1].strip())]
+    return [answer for text in texts if (answer := REASONING_TAG.split(text)[-1].strip())]
 
 
-def _check_said(chat: Chat, index: int, start: int, stop: int) -> None:
+def _check_answer(chat: Chat, index: int, start: int, stop: int) -> None:
     """The turn text[start:stop] must be what the message says and its end."""
     message, turn, template = chat.messages[index], chat.text[start:stop], chat.template
-    said = [] if message.get("tool_calls") else _said(message.get("content"))
-    if lost := next((part for part in said if part not in turn), None):
+    texts = [] if message.get("tool_calls") else _answer_texts(message.get("content"))
+    if lost := next((part for part in texts if part not in turn), None):
         change = f"from {lost[:80]!r} to {turn[:80]!r}"
         raise TunesmithError(f"the template changes what the assistant says, {change}: what is to be supervised?")
-    tail = turn[turn.rindex(said[-1]) + len(said[-1]) :] if said else ""
+    tail = turn[turn.rindex(texts[-1]) + len(texts[-1]) :] if texts else ""
     end = template.special.search(tail)
     added = tail[end.end() :].strip() if end else ""
     if added and (template.special.sub("", added).strip() or chat.text[:start].rstrip().endswith(added)):
@@ -351,12 +351,12 @@ def _without_closing(chat: Chat, start: int, stop: int) -> int:
     text = chat.text
     if len(_ends(chat, text[start:stop])) < 2:
         return stop
-    with suppress(TunesmithError):  # for calls that hide the content, or when nothing may follow, there is no telling
-        ends = _ends(chat, chat.behind(len(chat.messages) - 1))
+    with suppress(TunesmithError):  # calls hide the content, or nothing may follow
+        ends = _ends(chat, chat.after_content(len(chat.messages) - 1))
         longer = chat.render([*chat.messages, {"role": "user", "content": PROBES[0]}])
         position = len(text.rstrip()) - len("".join(ends).rstrip())
-        kept = _common(ends, longer.removeprefix(text[:position])).rstrip()
-        return position + len(kept) if kept and len(ends) > 1 else stop
+        common = _common_pieces(ends, longer.removeprefix(text[:position])).rstrip()
+        return position + len(common) if common and len(ends) > 1 else stop
     return stop
 
 

@@ -1,4 +1,7 @@
-"""What the user gave as data to what the trainer reads: prepared, mixed, shuffled and packed data sets."""
+"""What the user gave as data to what the trainer reads: prepared, mixed, shuffled and packed data sets.
+
+`prepare` makes a data set of one source; here are the splits of a run, and what they have in common.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -7,36 +10,32 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
 
-import numpy as np
-import pyarrow as pa
-from datasets import Dataset, IterableDataset, concatenate_datasets
-from datasets.table import InMemoryTable
+from datasets import Dataset, IterableDataset
 
-from tunesmith.data.arrow import flat_weights
-from tunesmith.data.formats import FormatOptions
-from tunesmith.data.mixture import DataSource, mixed, split_rows, used
-from tunesmith.data.pack import pack
+from tunesmith.data.formats import FormatOptions, parse_each, parse_rows
+from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
+from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, shared_examples
 from tunesmith.data.prepare import Preparation, prepare
-from tunesmith.data.read import Rows
+from tunesmith.data.read import Rows, unbatched, with_places
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
-from tunesmith.data.typed import parsed, sifted
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
-from tunesmith.types import IGNORE_INDEX, Row
+from tunesmith.types import Row
 
-Source: TypeAlias = Dataset | IterableDataset | Rows | Sequence[Mapping[str, Any]]
+Prepared: TypeAlias = Dataset | IterableDataset
+Source: TypeAlias = Prepared | Rows | Sequence[Mapping[str, Any]]
 LOOKED_AT = 64
-"""How many rows of a stream are looked at before training."""
+"""How many rows of a source are looked at before training."""
 COLUMNS = ["input_ids", "labels", "weights", "seq_lengths"]
 
 
 class DataPreparer:
     """Prepares each split of a run with the same tokenizer and settings, and keeps a report of each.
 
-    `counts` has what became of the rows, by split; `stops` the tokens that end supervised turns and texts; `skipped`
-    the rows that `on_bad_row: skip` left out.
+    By split: `examples` before they are mixed and packed, `counts` and `reports` of what became of the rows, and the
+    rows that `on_bad_row: skip` left out in `skipped`. A stream has counts only.
     """
 
     def __init__(self, args: SFTConfig, tokenizer: Any, formatting_func: Callable[..., Any] | None) -> None:
@@ -56,20 +55,20 @@ class DataPreparer:
         self._saves_skipped = False
         self.counts: dict[str, Counts] = {}
         self.reports: dict[str, SplitReport] = {}
-        self._examples: dict[str, Dataset] = {}
-        self._made: WeakSet[Dataset | IterableDataset] = WeakSet()
+        self.examples: dict[str, Dataset] = {}
+        self._prepared_here: WeakSet[Prepared] = WeakSet()
         self._mixture: dict[str, int] = {}
         self._looked: dict[str, Counts] = {}
         self._sources: dict[str, tuple[Source, FormatOptions]] = {}
 
-    def __call__(self, source: Source, split: str, *, packing: bool) -> Dataset | IterableDataset:
-        """`source` ready for the collator. Rows that are tokenized already pass through the same checks; what was made
-        here is returned as it is, so that `trainer.evaluate(trainer.train_dataset)` means what it says."""
-        if isinstance(source, Dataset | IterableDataset) and source in self._made:
+    def __call__(self, source: Source, split: str, *, packing: bool) -> Prepared:
+        """`source` ready for the collator. Rows that are tokenized already pass through the same checks. What was
+        prepared here is returned as it is, so that `trainer.evaluate(trainer.train_dataset)` means what it says."""
+        if isinstance(source, Prepared) and source in self._prepared_here:
             return source
-        made = self._make(source, split, packing)
-        self._made.add(made)
-        return made
+        dataset = self._prepare(source, split, packing)
+        self._prepared_here.add(dataset)
+        return dataset
 
     @property
     def packs_eval(self) -> bool:
@@ -100,7 +99,7 @@ class DataPreparer:
 
     def mixture(
         self, sources: Mapping[str, DataSource | Source], *, packing: bool, eval_packing: bool
-    ) -> tuple[Dataset | IterableDataset, dict[str, Dataset | IterableDataset]]:
+    ) -> tuple[Prepared, dict[str, Prepared]]:
         """Named sources as one training set, and what they hold out, by source."""
         named = {
             name: source if isinstance(source, DataSource) else DataSource(rows=source)
@@ -112,40 +111,39 @@ class DataPreparer:
                 self.formats,
                 columns=self.formats.columns if source.columns is None else source.columns,
                 text_field=source.text_field or self.formats.text_field,
-                arrow=_through_arrow(source.rows),
+                arrow=isinstance(source.rows, Prepared),
             )
-            rows, kept = source.rows, None
+            rows, held_out_rows = source.rows, None
             if source.held_out:
-                rows, kept = split_rows(name, list(numbered(source.rows)), source.held_out, self.args.seed)
-            train[name] = self._prepared(rows, f"train/{name}", self._options(packing), formats)
-            if kept:
-                examples = self._prepared(kept, name, self._options(eval_packing), formats)
+                rows, held_out_rows = split_rows(name, with_places(source.rows), source.held_out, self.args.seed)
+            train[name] = self._prepare_examples(rows, f"train/{name}", self._options(packing), formats)
+            if held_out_rows:
+                examples = self._prepare_examples(held_out_rows, name, self._options(eval_packing), formats)
                 held_out[name] = self._pack(examples) if eval_packing else examples
-        sizes = {name: len(examples) for name, examples in train.items()}
-        order = mixed(sizes, named, self.args.seed)
-        self._mixture = {name: len(used(name, named[name], size, self.args.seed)) for name, size in sizes.items()}
-        weighted = any("weights" in examples.column_names for examples in train.values())
-        parts = [_with_weights(examples) if weighted else examples for examples in train.values()]
-        dataset = concatenate_datasets(parts).select(order)
-        made = self._pack(dataset) if packing else dataset
-        self._made.update([made, *held_out.values()])
-        return made, held_out
+        sizes, seed = {name: len(examples) for name, examples in train.items()}, self.args.seed
+        order = mixture_order(sizes, named, seed)
+        self._mixture = {name: len(epoch_examples(name, named[name], size, seed)) for name, size in sizes.items()}
+        dataset = concatenated(train.values()).select(order)
+        if packing:
+            dataset = self._pack(dataset)
+        self._prepared_here.update([dataset, *held_out.values()])
+        return dataset, held_out
 
     def preflight(self) -> Preflight:
-        """What is worth knowing about all that was prepared so far, and what must stop the run."""
+        """The problems and notes of all that was prepared so far."""
         ends = " ".join(sorted({str(self.tokenizer.eos_token)}))
-        shared = shared_examples(self._examples)
+        shared = shared_examples(self.examples)
         # What a stream holds is not known before it is read, nor what the user prepared.
         unknown = not any(is_train(split) for split in self.reports)
         allow_no_eos = self.args.allow_no_eos or unknown
-        found = judge(self.reports, shared=shared, allow_no_eos=allow_no_eos, end_tokens=ends)
+        preflight = judge(self.reports, shared=shared, allow_no_eos=allow_no_eos, end_tokens=ends)
         if self._mixture:
             parts = ", ".join(f"{count:,} of {name}" for name, count in self._mixture.items())
-            found.notes.insert(0, f"train: an epoch uses {parts}")
-        return found
+            preflight.notes.insert(0, f"train: an epoch uses {parts}")
+        return preflight
 
     def save_skipped(self) -> None:
-        """Write the rows that were left out to `skipped_rows.jsonl` in the output folder, and those that will be."""
+        """Write the rows that are left out, now and later, to `skipped_rows.jsonl` in the output folder."""
         if self.args.process_index:
             return
         file = Path(str(self.args.output_dir)) / SKIPPED
@@ -167,44 +165,50 @@ class DataPreparer:
         skipped = self.skipped[split] = SkippedRows()
         return skipped
 
-    def first_rows(self, count: int = LOOKED_AT) -> Iterator[Row]:
-        """The first rows of each source, as they were understood; those that are not trained on come first."""
-        for _, (source, formats) in sorted(self._sources.items(), key=lambda item: is_train(item[0])):
-            for _, row in islice(parsed(numbered(source), formats), count):
-                yield row
+    def rows(self, trained_on: bool) -> Iterator[Row]:
+        """The first rows of each source that is trained on, or of each that is not, as they were understood."""
+        for split, (source, formats) in self._sources.items():
+            if is_train(split) == trained_on:
+                for _, row in islice(parse_rows(with_places(source), formats), LOOKED_AT):
+                    yield row
+
+    def first_rows(self) -> Iterator[Row]:
+        """The first rows of each source; those that are not trained on come first."""
+        return chain(self.rows(trained_on=False), self.rows(trained_on=True))
 
     @property
     def stops(self) -> set[int]:
         """The tokens at which generation is to stop: all that end a supervised turn or text."""
-        found = [*self.counts.values(), *self._looked.values()]
-        return {token for counts in found for token in counts.stops}
+        return {token for counts in (*self.counts.values(), *self._looked.values()) for token in counts.stops}
 
-    def _make(self, source: Source, split: str, packing: bool) -> Dataset | IterableDataset:
+    def _prepare(self, source: Source, split: str, packing: bool) -> Prepared:
         if cast(dict[str, Any], self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            if not isinstance(source, Dataset | IterableDataset):
-                raise TunesmithError(f"{split}: skip_prepare_dataset needs a datasets.Dataset, not {_name(source)}")
+            if not isinstance(source, Prepared):
+                kind = type(source).__name__
+                raise TunesmithError(f"{split}: skip_prepare_dataset needs a datasets.Dataset, not {kind}")
             return source
         options = self._options(packing)
         if isinstance(source, IterableDataset):
             if packing:
                 raise TunesmithError(f"{split}: packing needs all lengths; load the stream, or set packing: false")
             return self._stream(source, split, Encoder(self.tokenizer, options))
-        formats = replace(self.formats, arrow=_through_arrow(source))
-        dataset = self._prepared(source, split, options, formats)
+        # Arrow puts a null where a row lacks a key that another row has.
+        formats = replace(self.formats, arrow=isinstance(source, Dataset))
+        dataset = self._prepare_examples(source, split, options, formats)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
 
-    def _prepared(self, source: Source, split: str, options: EncodeOptions, formats: FormatOptions) -> Dataset:
+    def _prepare_examples(self, source: Source, split: str, options: EncodeOptions, formats: FormatOptions) -> Dataset:
         preparation = Preparation(
             tokenizer=self.tokenizer, encode=options, formats=formats, processes=self.args.dataset_num_proc or 1
         )
         try:
             skipped = self._left_out(split)
-            dataset, report = prepare(numbered(source), preparation, source=source, skipped=skipped)
+            dataset, report = prepare(with_places(source), preparation, source=source, skipped=skipped)
         except TunesmithError as error:
             raise TunesmithError(f"{split} data: {error}") from error
-        self.counts[split], self.reports[split], self._examples[split] = report.counts, report, dataset
+        self.counts[split], self.reports[split], self.examples[split] = report.counts, report, dataset
         self._sources[split] = source, formats
         if self._saves_skipped:  # data for an evaluation in between
             self.save_skipped()
@@ -227,17 +231,16 @@ class DataPreparer:
         ahead = list(source.take(LOOKED_AT))
         if not ahead:
             raise TunesmithError(f"{split} data: the stream is empty")
+        first, skipped = self._first_usable(ahead, split), self._left_out(split)
 
-        pattern, skipped = self._pattern(ahead, split), self._left_out(split)
-
-        def typed(batch: Iterable[Mapping[str, Any]], numbers: Iterable[int]) -> list[Any]:
+        def parsed(batch: Iterable[Mapping[str, Any]], numbers: Iterable[int]) -> list[Any]:
             rows = ((f"row {i}", row) for i, row in zip(numbers, batch, strict=True))
-            return list(islice(sifted(chain([pattern], rows), self.formats), 1, None))
+            return list(islice(parse_each(chain([first], rows), self.formats), 1, None))
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            examples = encoder.encode(typed(unbatched(batch), indices), counts)
+            examples = encoder.encode(parsed(unbatched(batch), indices), counts)
             if skipped is not None:
-                skipped.add(counts.taken())
+                skipped.add(counts.take_bad())
             return {
                 "input_ids": [example.input_ids for example in examples],
                 "labels": [example.labels for example in examples],
@@ -245,7 +248,7 @@ class DataPreparer:
             }
 
         looked = Counts()
-        encoder.encode(typed(ahead, range(len(ahead))), looked)
+        encoder.encode(parsed(ahead, range(len(ahead))), looked)
         if is_train(split) and not looked.stops and not self.args.allow_no_eos:
             raise TunesmithError(
                 f"{split} data: no supervised token ends a text in the first {len(ahead)} rows of the stream, so the "
@@ -253,15 +256,15 @@ class DataPreparer:
             )
         self._looked[split] = looked
         if skipped is not None:
-            skipped.add(looked.taken())
+            skipped.add(looked.take_bad())
         if self.args.shuffle_dataset:
             source = source.shuffle(seed=self.args.seed)
         return source.map(encode, batched=True, with_indices=True, remove_columns=list(ahead[0]))
 
-    def _pattern(self, ahead: Sequence[Mapping[str, Any]], split: str) -> tuple[str, Mapping[str, Any]]:
+    def _first_usable(self, ahead: Sequence[Mapping[str, Any]], split: str) -> tuple[str, Mapping[str, Any]]:
         """The first row of a stream that can be read, with its place: every batch must have its format."""
         reasons = []
-        for (place, row), source in zip(sifted(numbered(ahead), self.formats), ahead, strict=True):
+        for (place, row), source in zip(parse_each(with_places(ahead), self.formats), ahead, strict=True):
             if not isinstance(row, BadRow):
                 return place, source
             reasons.append(str(row.error(place)))
@@ -271,100 +274,4 @@ class DataPreparer:
 
     def _pack(self, dataset: Dataset) -> Dataset:
         assert self.args.max_length is not None
-        dataset = _in_order(dataset)
-        lengths = np.diff(_flat(dataset, "input_ids")[0])
-        packs = pack(lengths, self.args.max_length, self.args.packing_strategy)
-        starts = _flat(dataset, "input_ids")[0][packs.document] + packs.start
-        sizes = packs.stop - packs.start
-        tokens = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        token_offsets = np.concatenate([[0], np.cumsum(sizes)])[packs.offsets]
-        columns = {
-            name: _lists(token_offsets, _flat(dataset, name)[1][tokens])
-            for name in ("input_ids", "labels", "weights")
-            if name in dataset.column_names
-        }
-        if self.args.packing_strategy != "wrapped":  # which reads its documents as one text
-            columns["seq_lengths"] = _lists(packs.offsets, sizes.astype(np.int32))
-        return Dataset(InMemoryTable.from_pydict(columns))
-
-
-def numbered(source: Dataset | Rows | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
-    """Rows with their places. A source that knows better (a file and its lines) gives pairs itself."""
-    if isinstance(source, Dataset):
-        rows: Iterable[Any] = (row for batch in source.iter(1000) for row in unbatched(batch))
-    else:
-        rows = source.each() if isinstance(source, Rows) else source
-    for number, row in enumerate(rows):
-        if (
-            isinstance(row, tuple)
-            and len(row) == 2
-            and isinstance(row[0], str)
-            and isinstance(row[1], Mapping | BadRow)
-        ):
-            yield row
-        elif isinstance(row, Mapping):
-            yield f"row {number}", row
-        else:
-            reason = f"is {_name(row)}, expected an object with named columns"
-            yield f"row {number}", BadRow(reason=reason, content=row, joint=" ")
-
-
-def unbatched(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of columns."""
-    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-
-
-def _through_arrow(source: Any) -> bool:
-    """Whether rows passed through Arrow, which puts a null where a row lacks a key that another row has."""
-    return isinstance(source, Dataset | IterableDataset)
-
-
-def _in_order(dataset: Dataset) -> Dataset:
-    """`dataset` with its rows as they are read: a shuffle or a mixture is otherwise a list of places in the table."""
-    if dataset._indices is None:
-        return dataset
-    order = dataset._indices.column(0).to_numpy()
-    return Dataset(InMemoryTable(dataset.data.table.take(pa.array(order))))
-
-
-def _with_weights(dataset: Dataset) -> Dataset:
-    """`dataset` with a weight of 1 for every token where it has none, to be joined with one that has."""
-    if "weights" in dataset.column_names:
-        return dataset
-    offsets, ids = _flat(dataset, "input_ids")
-    return dataset.add_column("weights", _lists(offsets, np.ones(len(ids), np.float32)))
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__
-
-
-def _flat(dataset: Dataset, column: str) -> tuple[Any, Any]:
-    """A list column as offsets (N + 1,) and values, in the order of the data set."""
-    array = dataset.data.column(column).combine_chunks()
-    if array.null_count:  # examples without weights of their own among others that have them
-        offsets, _ = _flat(dataset, "input_ids")
-        return offsets, flat_weights(array, np.diff(offsets))
-    offsets = array.offsets.to_numpy()
-    return offsets - offsets[0], array.flatten().to_numpy()
-
-
-def _lists(offsets: Any, values: Any) -> Any:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
-
-
-def evened(dataset: Dataset, multiple: int) -> Dataset:
-    """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows.
-
-    Each process must get as many batches as the others. Left to itself, `accelerate` gives some rows twice, whose loss
-    would count twice.
-    """
-    lacking = -len(dataset) % multiple
-    if not lacking:
-        return dataset
-    row = dataset.with_format(None)[0]
-    blank = {name: [IGNORE_INDEX] if name == "labels" else values and values[:1] for name, values in row.items()}
-    blank |= {"seq_lengths": [1]} if "seq_lengths" in row else {}
-    longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
-    longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
-    return longer
+        return pack_dataset(dataset, self.args.max_length, self.args.packing_strategy)

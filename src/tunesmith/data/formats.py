@@ -1,4 +1,4 @@
-"""A row's shape to one of three values: a Conversation, a Text, or Tokens.
+"""Source rows to typed rows: each a Conversation, a Text, or Tokens.
 
 The format is read off the first row of a source and every other row must have it too: a file that mixes shapes is more
 often a mistake than a wish, and a wrong guess would train on the wrong tokens.
@@ -8,10 +8,11 @@ taken out at every depth, so that none of them can show up in a prompt.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.data.skipped import BadRow, Place, SourceRows
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.types import IGNORE_INDEX, Conversation, Message, Row, Text, Tokens
 
@@ -71,6 +72,67 @@ class FormatOptions:
                 )
 
 
+def parse_rows(rows: SourceRows, options: FormatOptions) -> Iterator[tuple[str, Row]]:
+    """Source rows with their places to typed rows, all in the format of the first.
+
+    A bad row is left out with `skip_bad`, else TunesmithError is raised.
+    """
+    return ((place, row) for place, row in parse_each(rows, options) if not isinstance(row, BadRow))
+
+
+def parse_each(rows: SourceRows, options: FormatOptions) -> Iterator[tuple[str, Row | BadRow]]:
+    """As `parse_rows`, with the bad rows between the others; the format is that of the first row that has one."""
+    reader = _Reader(options)
+    for place, row in rows:
+        if isinstance(row, BadRow):
+            if not options.skip_bad:
+                raise row.error(place)
+            yield place, row
+            continue
+        try:
+            value: Row | BadRow = reader.read(row)
+        except TunesmithError as error:
+            if not options.skip_bad:
+                raise TunesmithError(f"{place}: {error}") from error
+            value = BadRow(reason=str(error), content=dict(row))
+        yield (Place(place, row) if options.skip_bad else place), value
+
+
+class _Reader:
+    """Reads row after row in the format of the first one."""
+
+    def __init__(self, options: FormatOptions) -> None:
+        self.options = options
+        self.format_name = self.kind = ""
+
+    def read(self, row: Mapping[str, Any]) -> Row:
+        for name in row:
+            if not isinstance(name, str):
+                raise TunesmithError(f"a column is named {name!r}, expected text")
+        try:
+            if self.options.formatting_func is not None:
+                value, name = format_row(row, self.options), ""
+            else:
+                name = self.format_name or detect(row, self.options)
+                value = parse(row, name, self.options)
+        except RecursionError:
+            raise TunesmithError("lists or objects are nested too deeply") from None
+        kind = _row_kind(value)
+        if self.kind not in ("", kind):
+            raise TunesmithError(f"this row is {kind}, the rows before it are each {self.kind}")
+        self.format_name, self.kind = name, kind
+        return value
+
+
+def _row_kind(row: Row) -> str:
+    """What a row is, in words: rows of two kinds would be trained on differently."""
+    if isinstance(row, Tokens):
+        return "tokens"
+    if isinstance(row, Text):
+        return "a text" if row.prompt is None else "a prompt and a completion, both text"
+    return "a conversation" if row.prompt_length is None else "a prompt and a completion, both messages"
+
+
 def renamed(row: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
     """`row` under our column names, and no longer under those that were mapped. A column that `columns` names and the
     row lacks is an error."""
@@ -107,9 +169,9 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     known = [column for columns in FORMATS.values() for column in columns]
     strange = [column for column in sorted(row) if column not in (*known, *EXTRA_COLUMNS)]
     hint = next((hint for column in strange if (hint := nearest(column, known))), "")
-    found = ", ".join(column if row[column] is not None else f"{column} (null)" for column in sorted(row))
+    listed = ", ".join(column if row[column] is not None else f"{column} (null)" for column in sorted(row))
     raise TunesmithError(
-        f"no known format: the columns are {found or '(none)'}{hint}\n"
+        f"no known format: the columns are {listed or '(none)'}{hint}\n"
         f"Supported: {SUPPORTED}. Other names: `columns: {{prompt: question, completion: answer}}`, "
         "or a `formatting_func`."
     )
@@ -122,7 +184,7 @@ def _preferences(row: Mapping[str, Any]) -> str:
         prompt = next((name for name in ("prompt", "conversations", "messages") if row.get(name) is not None), "prompt")
         columns = f"{{prompt: {prompt}, completion: chosen}}"
     return (
-        "these are preference pairs ('chosen' and 'rejected'), of which supervised fine-tuning can use one side. "
+        "these are preference pairs ('chosen' and 'rejected'); supervised fine-tuning can use one side of each. "
         f"To train on the chosen answers write `columns: {columns}`"
     )
 
@@ -144,45 +206,60 @@ def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> R
 
 
 def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
-    """The row that `formatting_func` makes of `row`: a string, a list of messages, or a prompt-completion pair."""
+    """The row that `formatting_func` makes of `row`: a string, a list of messages, or a prompt-completion pair.
+
+    With `skip_bad`, whatever the function raises is a TunesmithError: a reason to skip the row.
+    """
     assert options.formatting_func is not None
-    made = options.formatting_func(dict(row))
-    if isinstance(made, str):
-        return Text(text=made)
-    if isinstance(made, list) and made and all(isinstance(item, str) for item in made):
+    try:
+        value = options.formatting_func(dict(row))
+    except Exception as error:
+        if isinstance(error, TunesmithError) or not options.skip_bad:
+            raise
+        raise TunesmithError(f"formatting_func raised {type(error).__name__}: {error}") from error
+    if isinstance(value, str):
+        return Text(text=value)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         raise TunesmithError(
             "formatting_func returned a list of strings; it is called with one row and returns one string"
         )
-    if isinstance(made, list):
-        made = {"messages": made}
-    elif isinstance(made, tuple) and len(made) == 2:
-        made = {"prompt": made[0], "completion": made[1]}
-    if isinstance(made, Mapping):
-        given = FormatOptions(arrow=options.arrow)
-        return parse(made, detect(made, given), given)
+    if isinstance(value, list):
+        value = {"messages": value}
+    elif isinstance(value, tuple) and len(value) == 2:
+        value = {"prompt": value[0], "completion": value[1]}
+    if isinstance(value, Mapping):
+        unnamed = FormatOptions(arrow=options.arrow)
+        return parse(value, detect(value, unnamed), unnamed)
     raise TunesmithError(
-        f"formatting_func returned {type(made).__name__}; it must return a string, a list of messages, "
+        f"formatting_func returned {type(value).__name__}; it must return a string, a list of messages, "
         "or a (prompt, completion) pair"
     )
 
 
 def _string(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise TunesmithError(f"{place} is {_kind(value)}, expected text")
+        raise TunesmithError(f"{place} is {_shown(value)}, expected text")
     return value
 
 
-def _kind(value: Any) -> str:
-    names: dict[Any, str] = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        int: "a number",
-        float: "a number",
-        bool: "true/false",
-        type(None): "null",
-    }
-    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:60]})"
+def kind_of(value: Any) -> str:
+    """What a value is in JSON's terms: "a list", "a number"."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+    names |= {bool: "true or false", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def check_characters(text: str) -> None:
+    """Raises TunesmithError for half of a surrogate pair, which JSON can hold and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise TunesmithError(f"{half} is half of a surrogate pair and not a character") from error
+
+
+def _shown(value: Any) -> str:
+    return f"{kind_of(value)} ({str(value)[:60]})"
 
 
 def _weight(value: Any) -> float:
@@ -208,7 +285,7 @@ def plain(value: Any, place: str, *, nulls: bool = True) -> Any:
         }
     if isinstance(value, list | tuple):
         return [plain(item, place, nulls=nulls) for item in value]
-    raise TunesmithError(f"{place} has {_kind(value)} in it; expected text, numbers, lists and objects")
+    raise TunesmithError(f"{place} has {_shown(value)} in it; expected text, numbers, lists and objects")
 
 
 def template_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +298,7 @@ def template_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
-        raise TunesmithError(f"{place} is {_kind(turn)}, expected an object with 'role' and 'content'")
+        raise TunesmithError(f"{place} is {_shown(turn)}, expected an object with 'role' and 'content'")
     fields = {name: value for name, value in turn.items() if value is not None}
     if "role" not in fields and "from" in fields:
         fields = _sharegpt(fields, place)
@@ -255,14 +332,14 @@ def _part(part: Any, place: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        found = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
-        raise TunesmithError(f"{place} is {found}; only text parts {{'type': 'text', 'text': ...}} can be trained on")
+        kind = repr(part.get("type")) if isinstance(part, dict) else _shown(part)
+        raise TunesmithError(f"{place} is {kind}; only text parts {{'type': 'text', 'text': ...}} can be trained on")
     return {name: value for name, value in part.items() if value is not None}
 
 
 def _messages(turns: Any, column: str) -> tuple[Message, ...]:
     if not isinstance(turns, list | tuple):
-        raise TunesmithError(f"{column!r} is {_kind(turns)}, expected a list of messages")
+        raise TunesmithError(f"{column!r} is {_shown(turns)}, expected a list of messages")
     if not turns:
         raise TunesmithError(f"{column!r} is empty")
     return tuple(_message(turn, f"message {i + 1} of {column!r}") for i, turn in enumerate(turns))
@@ -277,7 +354,7 @@ def _json(value: Any, column: str, kind: type) -> Any:
             raise TunesmithError(f"{column!r} is text that is not JSON: {error}") from error
     if value is not None and not isinstance(value, kind):
         expected = "a list" if kind is list else "an object"
-        raise TunesmithError(f"{column!r} is {_kind(value)}, expected {expected}, or its JSON text")
+        raise TunesmithError(f"{column!r} is {_shown(value)}, expected {expected}, or its JSON text")
     return value
 
 
@@ -285,7 +362,7 @@ def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
     tools = _json(row.get("tools"), "tools", list) or None
     for i, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
-            raise TunesmithError(f"tool {i + 1} of 'tools' is {_kind(tool)}, expected an object (a JSON schema)")
+            raise TunesmithError(f"tool {i + 1} of 'tools' is {_shown(tool)}, expected an object (a JSON schema)")
     return {
         "tools": tools,
         "template_kwargs": template_arguments(
@@ -341,7 +418,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> Row:
         head, tail = (_messages([value] if isinstance(value, dict) else value, name) for name, value in parts.items())
         return Conversation(messages=head + tail, prompt_length=len(head), **_extras(row))
     raise TunesmithError(
-        f"'prompt' is {_kind(prompt)} and 'completion' is {_kind(completion)}; both must be text, "
+        f"'prompt' is {_shown(prompt)} and 'completion' is {_shown(completion)}; both must be text, "
         "or both lists of messages"
     )
 
@@ -382,7 +459,7 @@ def _tokens(row: Mapping[str, Any]) -> Tokens:
 def _whole_numbers(values: Any, name: str, size: int | None = None) -> list[int]:
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or not {*map(type, values)} <= {int, bool}:
-        raise TunesmithError(f"{name!r} is {_kind(values)}, expected a list of whole numbers")
+        raise TunesmithError(f"{name!r} is {_shown(values)}, expected a list of whole numbers")
     if size is not None and len(values) != size:
         raise TunesmithError(f"{name!r} has {len(values)} entries and 'input_ids' {size}; they must be as many")
     return list(values)

@@ -6,11 +6,15 @@ Everything follows from the seed and the source's name, so adding a source chang
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.data.arrow import list_array, list_column
 from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +50,7 @@ def split_rows(name: str, rows: Iterable[Any], share: float, seed: int) -> tuple
     if not share:
         return listed, []
     if len(listed) < 2:
-        raise TunesmithError(f"source {name!r} has {len(listed)} row, of which none can be held out; set held_out: 0")
+        raise TunesmithError(f"source {name!r} has {len(listed)} row and can't hold one out; set held_out: 0")
     count = min(len(listed) - 1, max(1, round(share * len(listed))))
     held = {int(i) for i in _generator(name, seed, "held out").permutation(len(listed))[:count]}
     return (
@@ -55,7 +59,7 @@ def split_rows(name: str, rows: Iterable[Any], share: float, seed: int) -> tuple
     )
 
 
-def used(name: str, source: DataSource, examples: int, seed: int) -> Any:
+def epoch_examples(name: str, source: DataSource, examples: int, seed: int) -> Any:
     """Which of a source's `examples` an epoch uses (int64 indices): whole repeats and a random part of one more."""
     wanted = source.count if source.count is not None else round(examples * (source.weight or 1.0))
     repeats, rest = divmod(max(1, wanted), examples)
@@ -63,14 +67,27 @@ def used(name: str, source: DataSource, examples: int, seed: int) -> Any:
     return np.concatenate([np.tile(np.arange(examples), repeats), part])
 
 
-def mixed(sizes: Mapping[str, int], sources: Mapping[str, DataSource], seed: int) -> Any:
+def mixture_order(sizes: Mapping[str, int], sources: Mapping[str, DataSource], seed: int) -> Any:
     """The order of a mixture: indices into the sources' examples laid one after another, shuffled together."""
     parts, offset = [], 0
     for name, size in sizes.items():
-        parts.append(used(name, sources[name], size, seed) + offset)
+        parts.append(epoch_examples(name, sources[name], size, seed) + offset)
         offset += size
     order = np.concatenate(parts)
     return order[_generator("", seed, "order").permutation(len(order))]
+
+
+def concatenated(parts: Iterable["Dataset"]) -> "Dataset":
+    """The examples of `parts`, one part after another. Where only some have weights, all others weigh 1."""
+    from datasets import concatenate_datasets
+
+    parts = list(parts)
+    if any("weights" in part.column_names for part in parts):
+        for i, part in enumerate(parts):
+            if "weights" not in part.column_names:
+                offsets, ids = list_column(part.data, "input_ids")
+                parts[i] = part.add_column("weights", list_array(offsets, np.ones(len(ids), np.float32)))
+    return concatenate_datasets(parts)
 
 
 def _generator(name: str, seed: int, purpose: str) -> Any:

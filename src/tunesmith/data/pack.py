@@ -6,37 +6,30 @@ Three strategies, named as in TRL. Five documents of 5, 2, 3, 1 and 0 tokens and
     bfd_split  [0:0-4]          [2:0-3, 0:4-5]          [1:0-2, 3:0-1]
     wrapped    [0:0-4]          [0:4-5, 1:0-2, 2:0-1]   [2:1-3, 3:0-1]
 
-(`document:start-stop`). Document 4 has no tokens: it is left out and counted. Everything here is deterministic and
-needs only numpy, so that it runs before, and without, torch.
+(`document:start-stop`). Document 4 has no tokens: it is left out. Everything here is deterministic and needs only
+numpy, so that it runs before, and without, torch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.arrow import list_array, list_column, list_lengths
 from tunesmith.errors import TunesmithError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Ints = NDArray[np.int64]
 Lengths = Sequence[int] | NDArray[np.integer]
-# What is filled anew: at most so many pieces, fewer where packs are so long that a search in them takes longer.
-_REFILLED_PIECES = 2048
-_REFILLED_TOKENS = 2**26
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Tokens `[start, stop)` of one document."""
-
-    document: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Packs:
-    """Packs in four flat arrays: 24 bytes a piece and 8 a pack. `packs[i]` gives pack `i` as a list of `Piece`.
+    """Packs in four flat arrays: 24 bytes a piece and 8 a pack. A piece is the tokens `[start, stop)` of a document.
 
     Shapes: P pieces, N packs. The pieces of pack `i` are `offsets[i]:offsets[i + 1]`, never none.
     """
@@ -49,50 +42,21 @@ class Packs:
     """(P,) one past the piece's last token."""
     offsets: Ints
     """(N + 1,) where the packs begin in the arrays above, closed by P."""
-    truncated_tokens: int = 0
-    """Tokens cut off documents longer than `max_length`; only `bfd` does that."""
-    empty_documents: int = 0
-    """Documents of no tokens, left out."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> list[Piece]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pack {index} of {len(self)}")
-        index %= len(self)
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        rows = zip(self.document[part].tolist(), self.start[part].tolist(), self.stop[part].tolist(), strict=True)
-        return [Piece(document=document, start=start, stop=stop) for document, start, stop in rows]
-
-    def __iter__(self) -> Iterator[list[Piece]]:
-        return (self[index] for index in range(len(self)))
-
-    def lengths(self) -> Ints:
-        """(N,) tokens in each pack."""
-        before = np.concatenate(([0], np.cumsum(self.stop - self.start)))
-        return np.diff(before[self.offsets])
-
-    def fill(self, max_length: int) -> float:
-        """The share of `len(self) * max_length` token places that hold a token; 0.0 when there are no packs."""
-        tokens = int((self.stop - self.start).sum())
-        return tokens / (len(self) * max_length) if len(self) else 0.0
 
 
 def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
     """Packs of at most `max_length` tokens from documents of `lengths` tokens (B,).
 
-    - `bfd`: best-fit decreasing, and the emptiest packs filled anew where that saves one. A longer document keeps its
-      first `max_length` tokens; the rest is counted in `truncated_tokens`.
+    - `bfd`: best-fit decreasing. A longer document keeps its first `max_length` tokens.
     - `bfd_split`: the same packing. A longer document is cut every `max_length` tokens and each piece becomes a
       document of its own: it may land in any pack, its positions start at 0 again, and it sees nothing of the pieces
       before it.
     - `wrapped`: the documents one after the other in the given order, cut every `max_length` tokens. Only the last pack
       is short. A document that a pack's end cuts goes on in the next pack. The pieces still tell the documents of a
-      pack apart; whether positions and attention run across them, as they do in TRL, is up to whoever reads the packs.
+      pack apart; whether positions and attention run across them, as they do in TRL, is up to the reader of the packs.
 
-    A document of no tokens has nothing to train on and no place in a pack: it is left out and counted in
-    `empty_documents`. Equal lengths are placed in their given order.
+    A document of no tokens has nothing to train on and no place in a pack: it is left out. Equal lengths are placed in
+    their given order.
 
     Raises:
         TunesmithError: `max_length` below 1, an unknown strategy, or lengths that are not whole numbers of 0 or more.
@@ -103,6 +67,30 @@ def pack(lengths: Lengths, max_length: int, strategy: str = "bfd") -> Packs:
     if max_length < 1:
         raise TunesmithError(f"cannot pack into max_length={max_length} tokens: write a max_length of 1 or more")
     return _STRATEGIES[strategy](_checked(lengths), max_length)
+
+
+def pack_dataset(dataset: "Dataset", max_length: int, strategy: str = "bfd") -> "Dataset":
+    """The examples of `dataset` in rows of at most `max_length` tokens, each a pack.
+
+    `seq_lengths` are the tokens of each document of a row. The rows of `wrapped` have none: they are read as one text.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    table = dataset.data.table
+    if dataset._indices is not None:  # a shuffle or a mixture is a list of places in the table
+        table = table.take(pa.array(dataset._indices.column(0).to_numpy()))
+    lengths = list_lengths(table, "input_ids")
+    packs = pack(lengths, max_length, strategy)
+    sizes = packs.stop - packs.start
+    begins = np.cumsum(lengths) - lengths
+    tokens = np.repeat(begins[packs.document] + packs.start, sizes) + _within(sizes)  # where each one comes from
+    bounds = np.concatenate([[0], np.cumsum(sizes)])[packs.offsets]
+    lists = {name: list_array(bounds, list_column(table, name)[1][tokens]) for name in dataset.column_names}
+    if strategy != "wrapped":
+        lists["seq_lengths"] = list_array(packs.offsets, sizes.astype(np.int32))
+    return Dataset(InMemoryTable.from_pydict(lists))
 
 
 def shuffled(count: int, *key: int) -> Ints:
@@ -125,8 +113,8 @@ def _checked(lengths: Lengths) -> Ints:
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        found = f"an array of {array.dtype}, shape {array.shape}"
-        raise TunesmithError(f"document lengths must be one list of whole numbers, found {found}")
+        shape = f"an array of {array.dtype}, shape {array.shape}"
+        raise TunesmithError(f"document lengths must be one list of whole numbers, found {shape}")
     if array.min() < 0:
         worst = int(array.argmin())
         raise TunesmithError(f"document {worst} has a length of {array[worst]}: lengths are 0 or more tokens")
@@ -136,14 +124,7 @@ def _checked(lengths: Lengths) -> Ints:
 def _bfd(lengths: Ints, max_length: int) -> Packs:
     documents = np.flatnonzero(lengths)
     stop = np.minimum(lengths[documents], max_length)
-    return _packed(
-        documents,
-        np.zeros_like(stop),
-        stop,
-        max_length,
-        truncated_tokens=int(lengths.sum() - stop.sum()),
-        empty_documents=len(lengths) - len(documents),
-    )
+    return _best_fit_decreasing(documents, np.zeros_like(stop), stop, max_length)
 
 
 def _bfd_split(lengths: Ints, max_length: int) -> Packs:
@@ -151,7 +132,7 @@ def _bfd_split(lengths: Ints, max_length: int) -> Packs:
     document = np.repeat(np.arange(len(lengths)), pieces)
     start = _within(pieces) * max_length
     stop = np.minimum(start + max_length, lengths[document])
-    return _packed(document, start, stop, max_length, empty_documents=int((lengths == 0).sum()))
+    return _best_fit_decreasing(document, start, stop, max_length)
 
 
 def _wrapped(lengths: Ints, max_length: int) -> Packs:
@@ -169,36 +150,11 @@ def _wrapped(lengths: Ints, max_length: int) -> Packs:
         start=first - begins[document],
         stop=last - begins[document],
         offsets=np.append(first.searchsorted(cuts), len(first)),
-        empty_documents=int((lengths == 0).sum()),
     )
 
 
-def _packed(
-    document: Ints,
-    start: Ints,
-    stop: Ints,
-    max_length: int,
-    *,
-    truncated_tokens: int = 0,
-    empty_documents: int = 0,
-) -> Packs:
-    """Packs the pieces (P,) by best-fit decreasing and a repair: the longest first, equal ones in their order."""
-    decreasing = np.argsort(start - stop, kind="stable")
-    lengths = stop[decreasing] - start[decreasing]
-    bins = _repaired(lengths, _best_fit(lengths, max_length), max_length)
-    chosen = decreasing[np.argsort(bins, kind="stable")]
-    return Packs(
-        document=document[chosen],
-        start=start[chosen],
-        stop=stop[chosen],
-        offsets=np.concatenate(([0], np.cumsum(np.bincount(bins)))).astype(np.int64),
-        truncated_tokens=truncated_tokens,
-        empty_documents=empty_documents,
-    )
-
-
-def _best_fit(lengths: Ints, max_length: int) -> Ints:
-    """The bin (P,) of each piece, for `lengths` (P,) in decreasing order, none of them 0.
+def _best_fit_decreasing(document: Ints, start: Ints, stop: Ints, max_length: int) -> Packs:
+    """Packs of the pieces (P,), none of them empty: the longest first, equal ones in their order.
 
     Best-fit decreasing (Johnson et al., "Worst-case performance bounds for simple one-dimensional packing algorithms",
     1974; for training data: Ding et al., "Fewer truncations improve language modeling", 2024): a piece goes into the
@@ -207,11 +163,19 @@ def _best_fit(lengths: Ints, max_length: int) -> Ints:
     Pieces of one length are placed in one go: a bin chosen for the first of them stays the best fit until it holds no
     more. So a placement is three numbers, `count` bins from `first` on taking `each` pieces, and there are few of them.
     """
-    sizes, counts = np.unique(lengths, return_counts=True)
+    decreasing = np.argsort(start - stop, kind="stable")
+    sizes, counts = np.unique(stop - start, return_counts=True)
     placements = _place(sizes[::-1].tolist(), counts[::-1].tolist(), max_length)
     first, count, each = np.array(placements, dtype=np.int64).reshape(-1, 3).T
     pieces = count * each
-    return np.repeat(first, pieces) + _within(pieces) // np.repeat(each, pieces)
+    bins = np.repeat(first, pieces) + _within(pieces) // np.repeat(each, pieces)  # of each piece, the longest first
+    chosen = decreasing[np.argsort(bins, kind="stable")]
+    return Packs(
+        document=document[chosen],
+        start=start[chosen],
+        stop=stop[chosen],
+        offsets=np.concatenate(([0], np.cumsum(np.bincount(bins)))).astype(np.int64),
+    )
 
 
 def _place(sizes: list[int], counts: list[int], max_length: int) -> list[tuple[int, int, int]]:
@@ -254,57 +218,6 @@ def _place(sizes: list[int], counts: list[int], max_length: int) -> list[tuple[i
                     usable.append((room - left * size, first, 1))
                     left = 0
     return placements
-
-
-def _repaired(lengths: Ints, bins: Ints, max_length: int) -> Ints:
-    """`bins` (P,), or fewer bins: the emptiest of them filled anew where the room in them adds up to a bin.
-
-    `lengths` (P,) in decreasing order. A limit on the pieces taken out keeps this under a second; a data set with more
-    pieces than that has so many short ones that best-fit decreasing leaves next to no room.
-    """
-    tokens = np.bincount(bins, lengths).astype(np.int64)
-    emptiest = np.argsort(tokens, kind="stable")
-    most = min(_REFILLED_PIECES, _REFILLED_TOKENS // max_length)
-    pool = emptiest[: np.cumsum(np.bincount(bins)[emptiest]).searchsorted(most, side="right")]
-    if len(pool) <= -(-int(tokens[pool].sum()) // max_length):
-        return bins
-    pieces = np.flatnonzero(np.isin(bins, pool))
-    filled = _fill_up(lengths[pieces].tolist(), max_length)
-    if len(filled) >= len(pool):
-        return bins
-    bins = bins.copy()
-    for number, members in zip(np.sort(pool).tolist(), filled, strict=False):
-        bins[pieces[members]] = number
-    return np.unique(bins, return_inverse=True)[1]
-
-
-def _fill_up(sizes: list[int], max_length: int) -> list[list[int]]:
-    """Bins of indices into `sizes`, which are in decreasing order: the longest piece left, and the rest filled up.
-
-    Minimum bin slack (Gupta and Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999) with
-    a fixed first piece (MBS', Fleszar and Hindi, 2002). Of all sets of pieces that are left, the one that fills the bin
-    best is found exactly: bit `t` of `reach[k]` says whether some of the first `k` pieces have `t` tokens together.
-    """
-    bins: list[list[int]] = []
-    left = list(range(len(sizes)))
-    while left:
-        first, *left = left
-        room = max_length - sizes[first]
-        fits = (1 << (room + 1)) - 1
-        reach = [1]
-        for index in left:
-            if reach[-1] >> room:
-                break
-            reach.append((reach[-1] | reach[-1] << sizes[index]) & fits)
-        tokens = reach[-1].bit_length() - 1
-        chosen = set()
-        for k in range(len(reach) - 1, 0, -1):
-            if not reach[k - 1] >> tokens & 1:  # out of reach without this piece
-                chosen.add(left[k - 1])
-                tokens -= sizes[left[k - 1]]
-        bins.append([first, *sorted(chosen)])
-        left = [index for index in left if index not in chosen]
-    return bins
 
 
 def _within(counts: Ints) -> Ints:

@@ -42,7 +42,7 @@ class Segments:
         return list(range(start, start + len(tokens)))
 
 
-def shared(documents: Sequence[Sequence[int]]) -> Segments | None:
+def share_prefixes(documents: Sequence[Sequence[int]]) -> Segments | None:
     """The row in which documents share their prefixes, or None where that would save too little.
 
     Of a document, at least the last token stays its own: what comes next is predicted from there.

@@ -4,14 +4,14 @@ A problem stops the run; a note is odd but legal and is only listed.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from tunesmith.data.arrow import flat_weights
+from tunesmith.data.arrow import list_column
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
 from tunesmith.text import counted, verb
@@ -54,7 +54,7 @@ class SplitReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
-    """All splits of a run, what stops it, and what is only worth knowing."""
+    """All splits of a run, the problems that stop it, and notes that do not."""
 
     splits: Mapping[str, SplitReport]
     problems: list[str]
@@ -71,19 +71,17 @@ class Preflight:
 
 
 def examine(dataset: Any, counts: Counts, bos_token_id: int | None) -> SplitReport:
-    """Count over prepared examples (before packing). By arrays and a chunk at a time: a million rows take seconds, and
-    memory for their lengths and digests only."""
+    """Count over prepared examples (before packing)."""
     lengths: list[Any] = []
     double = weightless = 0
-    for chunk in _chunks(dataset):
-        offsets, ids = _list(chunk, "input_ids")
+    for batch in _record_batches(dataset):
+        offsets, ids = list_column(batch, "input_ids")
         lengths.append(np.diff(offsets))
         starts = offsets[:-1][lengths[-1] > 1]
         double += int(((ids[starts] == bos_token_id) & (ids[starts + 1] == bos_token_id)).sum())
-        weighted = chunk.column("weights") if "weights" in chunk.schema.names else None
-        if weighted is not None and weighted.null_count < len(weighted):
-            supervised = _list(chunk, "labels")[1] != IGNORE_INDEX
-            totals = np.add.reduceat(np.where(supervised, flat_weights(weighted, lengths[-1]), 0), offsets[:-1])
+        if "weights" in batch.schema.names and (column := batch.column("weights")).null_count < len(column):
+            supervised = list_column(batch, "labels")[1] != IGNORE_INDEX
+            totals = np.add.reduceat(np.where(supervised, list_column(batch, "weights")[1], 0), offsets[:-1])
             weightless += int((totals == 0).sum())
     sizes = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
     return SplitReport(
@@ -99,17 +97,34 @@ def examine(dataset: Any, counts: Counts, bos_token_id: int | None) -> SplitRepo
 
 def digests(dataset: Any) -> Any:
     """One 64-bit digest of its token ids for each different example, sorted (uint64)."""
-    found = bytearray()
-    for chunk in _chunks(dataset):
-        offsets, ids = _list(chunk, "input_ids")
+    joined = bytearray()
+    for batch in _record_batches(dataset):
+        offsets, ids = list_column(batch, "input_ids")
         raw, places = memoryview(ids.tobytes()), (offsets * ids.dtype.itemsize).tolist()
         for start, stop in pairwise(places):
-            found += hashlib.blake2b(raw[start:stop], digest_size=8).digest()
-    return np.unique(np.frombuffer(found, np.uint64))
+            joined += hashlib.blake2b(raw[start:stop], digest_size=8).digest()
+    return np.unique(np.frombuffer(joined, np.uint64))
+
+
+def supervised_counts(dataset: Any) -> Any:
+    """How many tokens of each example are supervised (N,)."""
+    counts = [np.zeros(0, np.int64)]
+    for batch in _record_batches(dataset):
+        offsets, labels = list_column(batch, "labels")
+        before = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)])
+        counts.append(np.diff(before[offsets]))
+    return np.concatenate(counts)
+
+
+def _record_batches(dataset: Any) -> list[Any]:
+    """The data set as it lies on the disk, a part at a time: by arrays, a million rows take seconds, and memory for
+    their lengths and digests only."""
+    batches: list[Any] = dataset.data.table.to_batches()
+    return batches
 
 
 def shared_examples(datasets: Mapping[str, Any]) -> dict[str, int]:
-    """How many different examples of each other split are in a split of the training data, too."""
+    """How many distinct examples of each other split are in the training data too."""
     train = [digests(dataset) for name, dataset in datasets.items() if is_train(name)]
     if not train or len(train) == len(datasets):
         return {}
@@ -134,15 +149,14 @@ def histogram(lengths: Any) -> list[tuple[int, int, int]]:
     bounds = [0, *reversed(bounds)]
     if bounds[1] < int(lengths.min()):
         bounds[0] = bounds[1]
-    pairs = pairwise(bounds)
-    found = [(low + 1, high, int(((lengths > low) & (lengths <= high)).sum())) for low, high in pairs]
-    return [bucket for bucket in found if bucket[2]]
+    buckets = [(low + 1, high, int(((lengths > low) & (lengths <= high)).sum())) for low, high in pairwise(bounds)]
+    return [bucket for bucket in buckets if bucket[2]]
 
 
 def judge(
     splits: Mapping[str, SplitReport], *, shared: Mapping[str, int], allow_no_eos: bool, end_tokens: str
 ) -> Preflight:
-    """What stops the run and what is worth knowing.
+    """The problems that stop the run, and the notes.
 
     `shared` is what `shared_examples` gives; `end_tokens` names the tokens that would end a text.
     """
@@ -197,15 +211,3 @@ def _notes(name: str, report: SplitReport) -> list[str]:
         have = verb(report.weightless, "has", "have")
         notes.append(f"{name}: {counted(report.weightless, 'example')} {have} weight 0 throughout")
     return notes
-
-
-def _chunks(dataset: Any) -> Iterator[Any]:
-    """The record batches of a data set, as they lie on the disk."""
-    yield from dataset.data.table.to_batches()
-
-
-def _list(chunk: Any, name: str) -> tuple[Any, Any]:
-    """A list column of a record batch as offsets (N + 1,) from 0, and values."""
-    column = chunk.column(name)
-    offsets = column.offsets.to_numpy()
-    return offsets.astype(np.int64) - offsets[0], column.flatten().to_numpy()

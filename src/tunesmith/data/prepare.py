@@ -1,7 +1,8 @@
-"""A source's rows to a prepared data set on disk, with the counts of what became of them.
+"""One source's rows to a prepared data set on disk, with the counts of what became of them.
 
 Rows flow through in batches: what is in memory does not grow with the data. A data set that was prepared before, from
-the same rows by the same means, is found in the cache instead.
+the same rows by the same means, is found in the cache instead. Which sources a run has, and what becomes of prepared
+data, is up to `dataset`: the processes that encode rows load this module, and it needs neither torch nor the run.
 """
 
 import gc
@@ -10,20 +11,30 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import cache
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
-from tunesmith.data.arrow import Columns, table
-from tunesmith.data.cache import Store, code_fingerprint, fingerprint
-from tunesmith.data.formats import FormatOptions
+from tunesmith.data.arrow import FlatExamples
+from tunesmith.data.cache import Store, fingerprint
+from tunesmith.data.formats import FormatOptions, parse_each
 from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
-from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
+from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows, SourceRows
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded
-from tunesmith.data.typed import Source, sifted
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
+
+DECIDING_MODULES = ("arrow", "chat", "formats", "preflight", "prepare", "read", "sandbox", "skipped", "tokenize")
+"""The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
+
+
+@cache
+def code_fingerprint(folder: Path = Path(__file__).parent) -> str:
+    """A digest of the code that turns rows into tokens: data prepared by other code is not used."""
+    return fingerprint(*(folder / f"{name}.py" for name in DECIDING_MODULES))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +49,8 @@ class Preparation:
     def key(self, identity: str | None) -> str | None:
         """The name of the prepared data in the cache; None for what must not be found there again.
 
-        `identity` stands for the rows. A `formatting_func` is code whose content nobody can tell, so its results are
-        never cached. A template that writes the date gives other texts tomorrow.
+        `identity` stands for the rows. What a `formatting_func` does can't be told, so its results are never
+        cached. A template that writes the date gives other texts tomorrow.
         """
         if identity is None or self.formats.formatting_func is not None:
             return None
@@ -78,7 +89,7 @@ def identity(source: Any) -> str | None:
 
 
 def prepare(
-    rows: Source,
+    rows: SourceRows,
     preparation: Preparation,
     *,
     store: Store | None = None,
@@ -90,36 +101,35 @@ def prepare(
     `source` is what `rows` come from, if the result is to be cached. Raises TunesmithError for a row that can't be read
     or supervised, unless bad rows are to be skipped, which are added to `skipped`; and when no example is left.
     """
-    store, left_out = store or Store(), SkippedRows() if skipped is None else skipped
+    store, skipped = store or Store(), SkippedRows() if skipped is None else skipped
     key = preparation.key(None if source is None else identity(source))
-    found = store.find(key) if key is not None else None
-    if found is not None:
-        assert key is not None
-        dataset, kept = found
-        if (file := store.beside(key, SKIPPED)) is not None:
-            left_out.take(file)
-        return _without_empty_weights(dataset, kept["weighted"]), SplitReport.from_json(kept["report"])
-    counts, made = Counts(), dict[str, Any]()
+    stored = None if key is None else store.find(key)
+    if key is None or stored is None:
+        counts = Counts()
 
-    def notes(dataset: Any) -> dict[str, Any]:
-        made["report"] = examine(dataset, counts, preparation.tokenizer.bos_token_id)
-        return {"report": made["report"].as_json(), "weighted": made["weighted"]}
+        def report(dataset: Any) -> dict[str, Any]:
+            return examine(dataset, counts, preparation.tokenizer.bos_token_id).as_json()
 
-    def tables() -> Iterator[Any]:
-        made["weighted"] = False
-        for batch in _batches(rows, preparation, counts):
-            left_out.add(counts.taken())
-            if not len(batch.sizes):  # none of these rows is left
-                continue
-            made["weighted"] |= batch.weights is not None
-            yield table(batch)
-        if not counts.rows:
-            raise TunesmithError("the data set is empty")
-        _check_left(counts)
+        with _frozen_garbage():
+            stored = store.write(key, _tables(rows, preparation, counts, skipped), report, skipped.path)
+    elif (file := store.attachment(key, SKIPPED)) is not None:
+        skipped.take(file)
+    dataset, notes = stored
+    if (weights := dataset.data.column("weights")).null_count == len(weights):
+        dataset = dataset.remove_columns("weights")
+    return dataset, SplitReport.from_json(notes)
 
-    with _frozen_garbage():
-        dataset = store.write(key, tables(), notes, left_out.path)
-    return _without_empty_weights(dataset, made["weighted"]), made["report"]
+
+def _tables(rows: SourceRows, preparation: Preparation, counts: Counts, skipped: SkippedRows) -> Iterator[Any]:
+    for batch in _batches(rows, preparation, counts):
+        skipped.add(counts.take_bad())
+        if len(batch.lengths):
+            yield batch.table()
+    if not counts.rows:
+        raise TunesmithError("the data set is empty")
+    if not counts.examples:
+        reasons = "; ".join(f"{reason}: {count} ({places[0]}...)" for reason, (count, places) in counts.dropped.items())
+        raise TunesmithError(f"no example is left of {counts.rows} rows ({reasons})")
 
 
 @contextmanager
@@ -135,19 +145,8 @@ def _frozen_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _without_empty_weights(dataset: Any, weighted: bool) -> Any:
-    return dataset if weighted else dataset.remove_columns("weights")
-
-
-def _check_left(counts: Counts) -> None:
-    if counts.examples:
-        return
-    reasons = "; ".join(f"{reason}: {count} ({places[0]}...)" for reason, (count, places) in counts.dropped.items())
-    raise TunesmithError(f"no example is left of {counts.rows} rows ({reasons})")
-
-
-def _batches(rows: Source, preparation: Preparation, counts: Counts) -> Iterator[Columns]:
-    typed = sifted(rows, preparation.formats)
+def _batches(rows: SourceRows, preparation: Preparation, counts: Counts) -> Iterator[FlatExamples]:
+    typed = parse_each(rows, preparation.formats)
     if preparation.processes == 1:
         return encoded(typed, Encoder(preparation.tokenizer, preparation.encode), counts)
     return _in_processes(typed, preparation, counts)
@@ -155,14 +154,14 @@ def _batches(rows: Source, preparation: Preparation, counts: Counts) -> Iterator
 
 def _in_processes(
     rows: Iterator[tuple[str, Row | BadRow]], preparation: Preparation, counts: Counts
-) -> Iterator[Columns]:
+) -> Iterator[FlatExamples]:
     """Batches encoded by several processes, in order, with a bounded number of them on the way."""
-    waiting: list[Future[tuple[Columns, Counts]]] = []
+    waiting: list[Future[tuple[FlatExamples, Counts]]] = []
 
-    def finished() -> Columns:
-        columns, part = waiting.pop(0).result()
+    def finished() -> FlatExamples:
+        examples, part = waiting.pop(0).result()
         counts.update(part)
-        return columns
+        return examples
 
     # `spawn`: a fork of a process whose tokenizer has started threads can hang.
     with ProcessPoolExecutor(
@@ -176,20 +175,19 @@ def _in_processes(
             yield finished()
 
 
-_worker: Callable[[list[tuple[str, Row | BadRow]]], tuple[Columns, Counts]]
+_worker: Callable[[list[tuple[str, Row | BadRow]]], tuple[FlatExamples, Counts]]
 
 
 def _start_worker(tokenizer: Any, options: EncodeOptions) -> None:
     global _worker
     encoder = Encoder(tokenizer, options)
 
-    def work(rows: list[tuple[str, Row | BadRow]]) -> tuple[Columns, Counts]:
+    def work(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
         counts = Counts()
-        columns = next(encoded(iter(rows), encoder, counts))
-        return columns, counts
+        return next(encoded(iter(rows), encoder, counts)), counts
 
     _worker = work
 
 
-def _work(rows: list[tuple[str, Row | BadRow]]) -> tuple[Columns, Counts]:
+def _work(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
     return _worker(rows)

@@ -5,21 +5,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
+from tunesmith.data.arrow import list_lengths
 from tunesmith.data.pack import pack, shuffled
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
+from tunesmith.types import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
-_LEVELS = 32
-"""Documents count as alike whose lengths differ by less than this part of the mean length."""
+LEVELS = 32
+"""Lengths that differ by less than this part of the mean length count as equal."""
 
 
 class TokenBatches(Sampler[list[int]]):
@@ -40,12 +41,16 @@ class TokenBatches(Sampler[list[int]]):
     def __init__(
         self, lengths: Ints, max_tokens: int, *, seed: int | None, padded: bool = False, multiple_of: int = 1
     ) -> None:
-        step = max(1, int(lengths.mean()) // _LEVELS)
-        # No document of no tokens: it must be in some batch, too.
+        step = max(1, int(lengths.mean()) // LEVELS)
+        # A document without tokens counts as one, so that it is in a batch too.
         self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
         decreasing = np.sort(self._levels)[::-1]
-        places, offsets = _neighbours(decreasing, max_tokens) if padded else _filled(decreasing, max_tokens)
-        self._batches = _halved(np.split(places, offsets), multiple_of)
+        if padded:
+            batches = _neighbours(decreasing, max_tokens)
+        else:
+            packs = pack(decreasing, max_tokens)
+            batches = np.split(packs.document, packs.offsets[1:-1])
+        self._batches = _halved(batches, multiple_of)
         self._seed = seed
         self.epoch = 0
 
@@ -97,8 +102,9 @@ def lengths_of(dataset: Dataset) -> Ints:
         TunesmithError: there are no lists of tokens in `input_ids`.
     """
     if "input_ids" not in dataset.column_names:
-        raise TunesmithError("batches by length need a column input_ids; the data set has " + _listed(dataset))
-    lengths: Ints = pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+        columns = ", ".join(dataset.column_names)
+        raise TunesmithError(f"batches by length need a column input_ids; the data set has {columns}")
+    lengths: Ints = list_lengths(dataset.data, "input_ids")
     return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
 
 
@@ -154,11 +160,11 @@ def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[...,
     )
 
 
-def reached(loader: Any) -> Any:
-    """`loader`, prepared by `accelerate`, whose `set_epoch` reaches a sampler of ours at any depth.
+def register_sampler(loader: Any) -> Any:
+    """`loader`, prepared by `accelerate`, with our sampler as the one that its `set_epoch` reaches.
 
-    Where processes take turns at batches and the first of an epoch are skipped, `accelerate` looks for the sampler in
-    its wrapper and nowhere deeper; there it puts its own, too.
+    Where processes take turns at batches and the first of an epoch are skipped, the sampler is one wrapper deeper than
+    `accelerate` looks for it.
     """
     batches = getattr(loader, "batch_sampler", None)
     batches = getattr(batches, "batch_sampler", batches)
@@ -168,17 +174,12 @@ def reached(loader: Any) -> Any:
     return loader
 
 
-def _filled(decreasing: Ints, max_tokens: int) -> tuple[Ints, Ints]:
-    packs = pack(decreasing, max_tokens)
-    return packs.document, packs.offsets[1:-1]
-
-
-def _neighbours(decreasing: Ints, max_tokens: int) -> tuple[Ints, Ints]:
-    cuts, start = [], 0
-    while start < len(decreasing):
-        cuts.append(start)
-        start += max_tokens // int(decreasing[start])
-    return np.arange(len(decreasing)), np.array(cuts[1:], dtype=np.int64)
+def _neighbours(decreasing: Ints, max_tokens: int) -> list[Ints]:
+    """Batches of neighbours in the order of length, each as many as fit when padded to the first."""
+    cuts = [0]
+    while cuts[-1] < len(decreasing):
+        cuts.append(cuts[-1] + max_tokens // int(decreasing[cuts[-1]]))
+    return np.split(np.arange(len(decreasing)), cuts[1:-1])
 
 
 def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
@@ -192,5 +193,18 @@ def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
     return batches
 
 
-def _listed(dataset: Dataset) -> str:
-    return ", ".join(dataset.column_names)
+def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
+    """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows.
+
+    Each process must get as many batches as the others. Left to itself, `accelerate` gives some rows twice, whose loss
+    would count twice.
+    """
+    lacking = -len(dataset) % multiple
+    if not lacking:
+        return dataset
+    row = dataset.with_format(None)[0]
+    blank = {name: [IGNORE_INDEX] if name == "labels" else values and values[:1] for name, values in row.items()}
+    blank |= {"seq_lengths": [1]} if "seq_lengths" in row else {}
+    longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
+    longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
+    return longer

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,8 @@ KEPT_CHARACTERS = 4000
 KIND_CHARACTERS = 120
 PLACE = re.compile(r"(?:(?P<file>.*), )?(?P<unit>line|row) (?P<number>\d+)(?: of .*)?", re.DOTALL)
 Record: TypeAlias = dict[str, Any]
+SourceRows: TypeAlias = "Iterable[tuple[str, Mapping[str, Any] | BadRow]]"
+"""Rows of a source, each with its place ("rows.jsonl, line 3")."""
 
 
 class NotTheRow(TunesmithError):
@@ -31,30 +33,29 @@ class NotTheRow(TunesmithError):
 class BadRow:
     """A row that can't be read, or can't be made an example. `content` is the row, or its raw text.
 
-    `joint` stands between the place and the reason in a message.
+    `separator` stands between the place and the reason in a message.
     """
 
     reason: str
     content: Any
-    joint: str = ": "
+    separator: str = ": "
 
     def error(self, place: str) -> TunesmithError:
-        return TunesmithError(f"{place}{self.joint}{self.reason}")
+        return TunesmithError(f"{place}{self.separator}{self.reason}")
 
     @property
     def kind(self) -> str:
-        """The reason without what is different from row to row: its first line, without numbers."""
+        """The reason without what differs from row to row: its first line, without numbers."""
         text = re.sub(r"\s*\(.*", "", self.reason.partition("\n")[0].partition(";")[0])
         return re.sub(r"\d+", "#", text)[:KIND_CHARACTERS]
 
     def record(self, place: str) -> Record:
         """What is kept of it: its place, the reason, and the row, cut when it is long."""
-        found = PLACE.fullmatch(place)
         where: Record = {"place": place}
-        if found is not None:
-            where |= {"file": found["file"]} if found["file"] else {}
-            where[found["unit"]] = int(found["number"])
-        return where | {"reason": self.reason} | _kept(self.content)
+        if (parts := PLACE.fullmatch(place)) is not None:
+            where |= {"file": parts["file"]} if parts["file"] else {}
+            where[parts["unit"]] = int(parts["number"])
+        return where | {"reason": self.reason} | _excerpt(self.content)
 
 
 class Place(str):
@@ -63,9 +64,9 @@ class Place(str):
     row: Any
 
     def __new__(cls, place: str, row: Any = None) -> "Place":
-        made = super().__new__(cls, place)
-        made.row = row
-        return made
+        self = super().__new__(cls, place)
+        self.row = row
+        return self
 
 
 class SkippedRows:
@@ -82,11 +83,8 @@ class SkippedRows:
         self._copy: tuple[Path, str] | None = None
 
     def add(self, rows: list[tuple[str, BadRow]]) -> None:
-        """Keep `rows`, as far as they are not known; a stream is read once an epoch."""
-        new = [(place, bad) for place, bad in rows if hash(place) not in self._known]
-        self._known.update(hash(place) for place, _ in new)
-        if new:
-            self._write([bad.record(place) for place, bad in new])
+        """Keep those of `rows` that are new; a stream is read once an epoch."""
+        self._keep(bad.record(place) for place, bad in rows)
 
     def take(self, file: Path) -> None:
         """Keep what another preparation of the same rows left in `file`."""
@@ -96,51 +94,50 @@ class SkippedRows:
 
     def recall(self, file: Path, split: str) -> None:
         """Keep what an earlier part of the run left in `file` for this split."""
-        if not file.exists():
-            return
-        earlier = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        earlier: dict[str, Record] = {}
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
             try:
                 record = json.loads(line)
-                if record.pop("split") == split and hash(record["place"]) not in self._known:
-                    earlier.append(record)
+                if record.pop("split") == split:
+                    earlier[record["place"]] = record
             except (ValueError, KeyError, TypeError, AttributeError):  # cut off when the run was
                 continue
-        self._known.update(hash(record["place"]) for record in earlier)
-        if earlier:
-            self._write(earlier)
+        self._keep(earlier.values())
 
     def copy_to(self, file: Path, split: str) -> None:
         """Append all to `file`, under the name of the split, and from now on whatever comes."""
-        if self.count:
-            _append(file, split, self)
         self._copy = file, split
+        if self.count:
+            self._append_copy(self)
 
     def __iter__(self) -> Iterator[Record]:
         if self.path.exists():
             with self.path.open(encoding="ascii") as lines:
                 yield from map(json.loads, lines)
 
-    def _write(self, records: list[Record]) -> None:
-        self.count += len(records)
-        with self.path.open("a", encoding="ascii") as out:
-            out.writelines(map(_line, records))
+    def _keep(self, records: Iterable[Record]) -> None:
+        new = {hash(record["place"]): record for record in records}
+        new = {mark: record for mark, record in new.items() if mark not in self._known}
+        if new:
+            self._known.update(new)
+            self.count += len(new)
+            _append(self.path, new.values())
+            self._append_copy(new.values())
+
+    def _append_copy(self, records: Iterable[Record]) -> None:
         if self._copy is not None:
-            _append(*self._copy, records)
+            file, split = self._copy
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _append(file, ({"split": split} | record for record in records))
 
 
-def _append(file: Path, split: str, records: Iterable[Record]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _append(file: Path, records: Iterable[Record]) -> None:
     with file.open("a", encoding="ascii") as out:
-        out.writelines(_line({"split": split} | record) for record in records)
+        out.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
-
-
-def _kept(content: Any) -> Record:
-    """The row as JSON `content`, or as `raw` text where it is none or too long."""
+def _excerpt(content: Any) -> Record:
+    """The row as JSON `content`, or as `raw` text where it is not JSON or too long."""
     if isinstance(content, str):
         return _cut(content)
     try:

@@ -4,6 +4,7 @@ The mask follows characters: a token is supervised when all its characters lie i
 straddles a boundary is not, because the model would have had to generate characters of its own prompt.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,15 +14,15 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tunesmith.data.arrow import Columns
+from tunesmith.data.arrow import FlatExamples
 from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
-from tunesmith.data.offsets import untrimmed
+from tunesmith.data.formats import check_characters
 from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.skipped import BadRow, NotTheRow, Place
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Tokens, TrainOn
 
-Placed: TypeAlias = "tuple[str, Rendered | Tokens | BadRow]"
+RenderedRow: TypeAlias = "tuple[str, Rendered | Tokens | BadRow]"
 BATCH_ROWS = 1000
 MOST_CHARACTERS = 10_000_000
 """Of a row: its tokens take a hundred times the memory."""
@@ -49,9 +50,9 @@ class EncodeOptions:
 class Counts:
     """What became of the rows; grows while a data set is prepared.
 
-    `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts rows of which
-    `lost_tokens` tokens were cut off. `skipped` counts the bad rows among the dropped, of which `bad` has those that
-    nobody has taken yet, with their places.
+    `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts the rows
+    that were cut, and `lost_tokens` what was cut off. `skipped` counts the bad rows among the dropped; `bad` has those
+    that have not been taken yet, with their places.
 
     `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
     never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
@@ -100,7 +101,7 @@ class Counts:
         self.drop(reason if reason in self.dropped or not many else "bad row: other reasons", str(place))
         self.bad.append((place, bad))
 
-    def taken(self) -> list[tuple[str, BadRow]]:
+    def take_bad(self) -> list[tuple[str, BadRow]]:
         """The bad rows since the last time this was asked."""
         bad, self.bad = self.bad, []
         return bad
@@ -125,15 +126,15 @@ class Encoder:
         """Examples of `rows`, pairs of a place ("row 7") and a row. Adds to `counts`; errors name the place."""
         rendered = self.render(rows)
         examples = self.examples(rendered, self.tokenize(rendered), counts)
-        self.count(Columns.of(examples), counts)
+        self.count(FlatExamples.of(examples), counts)
         return examples
 
-    def render(self, rows: Sequence[tuple[str, Row | BadRow]]) -> list[Placed]:
+    def render(self, rows: Sequence[tuple[str, Row | BadRow]]) -> list[RenderedRow]:
         """First step: the text of each row and what is supervised of it."""
         with time_limit():
             return [(place, self._at(place, self._rendered, row)) for place, row in rows]
 
-    def tokenize(self, rendered: Sequence[Placed]) -> Iterator[Any]:
+    def tokenize(self, rendered: Sequence[RenderedRow]) -> Iterator[Any]:
         """Second step, all outside of Python's lock: the encoding of each text, in order."""
         texts = [item for _, item in rendered if isinstance(item, Rendered)]
         # Text that a template rendered already holds its special tokens.
@@ -145,36 +146,32 @@ class Encoder:
             batches[added, whole] = iter(encode(chosen, add_special_tokens=added))
         return (next(batches[kind]) for kind in kinds)
 
-    def examples(self, rendered: Sequence[Placed], encodings: Iterator[Any], counts: Counts) -> list[Example]:
+    def examples(self, rendered: Sequence[RenderedRow], encodings: Iterator[Any], counts: Counts) -> list[Example]:
         """Third step: ids, labels and weights within max_length."""
         examples: list[Example] = []
         for place, item in rendered:
             counts.rows += 1
-            made = self._made(place, item, encodings)
-            if isinstance(made, BadRow):
-                counts.skip(place, made)
+            example: Example | BadRow
+            prompt = 0
+            if isinstance(item, Rendered):
+                example, prompt = self._example(item, next(encodings))
+            else:
+                example = item if isinstance(item, BadRow) else self._at(place, self._of_tokens, item)
+            if isinstance(example, BadRow):
+                counts.skip(place, example)
                 continue
-            example, prompt = made
-            kept = self._at(place, self._fit, example, prompt)
-            lost = len(example.input_ids) - sum(len(piece.input_ids) for piece in kept)
-            if not kept:
+            pieces = self._at(place, self._fit, example, prompt)
+            lost = len(example.input_ids) - sum(len(piece.input_ids) for piece in pieces)
+            if not pieces:
                 counts.drop(self._reason(example), place)
             elif lost:
                 counts.truncated += 1
                 counts.lost_tokens += lost
-            examples += kept
+            examples += pieces
         return examples
 
-    def _made(self, place: str, item: Any, encodings: Iterator[Any]) -> tuple[Example, int] | BadRow:
-        if isinstance(item, Rendered):
-            return self._example(item, next(encodings))
-        if isinstance(item, BadRow):
-            return item
-        made: Example | BadRow = self._at(place, self._of_tokens, item)
-        return made if isinstance(made, BadRow) else (made, 0)
-
     def _at(self, place: str, step: Any, *args: Any) -> Any:
-        """What a step makes of a row, or a BadRow. Raises TunesmithError for what is not to be skipped."""
+        """The result of a step for a row, or a BadRow. Raises TunesmithError for what must not be skipped."""
         try:
             return step(*args)
         except TunesmithError as error:
@@ -187,7 +184,10 @@ class Encoder:
             return row
         rendered = self._text(row)
         if isinstance(rendered, Rendered):
-            _check_text(rendered.text)
+            if len(rendered.text) > MOST_CHARACTERS:
+                size = f"a text of {len(rendered.text):,} characters"
+                raise TunesmithError(f"{size}; at most {MOST_CHARACTERS:,} are read, divide it")
+            check_characters(rendered.text)
         return rendered
 
     def _text(self, row: Row) -> Rendered | Tokens:
@@ -223,18 +223,14 @@ class Encoder:
         prompt = token_range(encoding, 0, rendered.prompt)[1] if rendered.prompt else 0
         columns: list[list[Any]] = [ids, labels] if weights is None else [ids, labels, weights]
         added = encoding.special_tokens_mask if rendered.special_tokens else [0] * len(ids)
-        front, back = self._doubled(ids, added)
+        # Without a BOS or an EOS that the tokenizer added though the text has its own.
+        front = int(ids[:2] == [self._bos] * 2 and added[0] == 1)
+        back = int(ids[-2:] == [self._eos] * 2 and added[-1] == 1)
         for column in columns if front or back else ():
             column[:] = column[front : len(column) - back]
         if rendered.spans and rendered.closed:
             self._close(columns, rendered.spans[-1].weight, supervise=added[-1:] == [1] and not back)
         return Example(input_ids=ids, labels=labels, weights=weights), prompt - front
-
-    def _doubled(self, ids: Sequence[int], added: Sequence[int]) -> tuple[int, int]:
-        """How many tokens the tokenizer added in front and behind though the text brought its own BOS or EOS."""
-        front = ids[:2] == [self._bos] * 2 and added[0] == 1
-        back = ids[-2:] == [self._eos] * 2 and added[-1] == 1
-        return int(front), int(back)
 
     def _close(self, columns: list[list[Any]], weight: float, *, supervise: bool) -> None:
         """Append a supervised end-of-sequence token to ids, labels and weights that have no end token.
@@ -251,7 +247,7 @@ class Encoder:
                 column[end] = value
 
     def _end_token(self, tokens: Sequence[int]) -> int | None:
-        """Where the end token is that `tokens` end with, white space behind it left aside; None without one."""
+        """The place of the end token that `tokens` end with, white space after it aside; None without one."""
         for i in range(len(tokens) - 1, max(-1, len(tokens) - 4), -1):
             if tokens[i] in self.end_ids:
                 return i
@@ -264,9 +260,9 @@ class Encoder:
             self._blanks[token] = token != IGNORE_INDEX and not self.tokenizer.decode([token]).strip()
         return self._blanks[token]
 
-    def count(self, columns: Columns, counts: Counts) -> None:
-        """Add the examples of `columns` to `counts`."""
-        labels, ends = columns.labels, np.cumsum(columns.sizes)
+    def count(self, examples: FlatExamples, counts: Counts) -> None:
+        """Add `examples` to `counts`."""
+        labels, ends = examples.labels, np.cumsum(examples.lengths)
         supervised = labels != IGNORE_INDEX
         counts.examples += len(ends)
         counts.tokens += len(labels)
@@ -287,7 +283,7 @@ class Encoder:
         wrong = next((token for token in row.input_ids if not 0 <= token < len(self.tokenizer)), None)
         if wrong is not None:
             raise TunesmithError(
-                f"'input_ids' has {wrong}, but the tokenizer has {len(self.tokenizer)} ; was it another tokenizer?"
+                f"'input_ids' has {wrong}, but the tokenizer has {len(self.tokenizer)} tokens; was it another one?"
             )
         labels = list(row.input_ids if row.labels is None else row.labels)
         if row.weight == 0:
@@ -330,6 +326,41 @@ def _supervised(example: Example) -> bool:
     return any(labels[i] != IGNORE_INDEX for i in range(len(labels) - 1, 0, -1))
 
 
+def untrimmed(tokenizer: Any) -> Any:
+    """The tokenizer's backend, with offsets that include the white space at a token's ends.
+
+    Byte-level tokenizers can leave it out of the offsets they report, which would hide that a token straddles a
+    boundary.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TunesmithError(
+            f"{type(tokenizer).__name__} has no `tokenizers` backend, which says where each token's characters are; "
+            "use the fast tokenizer of this model"
+        )
+    backend = Tokenizer.from_str(backend.to_str())
+    if (processor := backend.post_processor) is not None:
+        state = json.loads(processor.__getstate__())
+        _keep_offsets(state)
+        processor.__setstate__(json.dumps(state).encode())
+        backend.post_processor = processor
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _keep_offsets(part: Any) -> None:
+    """Turn `trim_offsets` off in a post-processor, and in those that it is made of."""
+    if isinstance(part, dict):
+        if "trim_offsets" in part:
+            part["trim_offsets"] = False
+        for processor in part.get("processors", ()):
+            _keep_offsets(processor)
+
+
 def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
     """The tokens [first, last) all of whose characters lie in [start, stop)."""
     while start < stop and encoding.char_to_token(start) is None:
@@ -349,24 +380,14 @@ def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
 
 
 def _is_of_the_row(error: BaseException) -> bool:
-    """Whether the row is at fault. A template that ran too long has left no time for the rows behind, either."""
+    """Whether the row is at fault. A template that ran too long left no time for the rows after it."""
     if isinstance(error, NotTheRow | TooLong):
         return False
     return error.__cause__ is None or _is_of_the_row(error.__cause__)
 
 
-def _check_text(text: str) -> None:
-    if len(text) > MOST_CHARACTERS:
-        raise TunesmithError(f"a text of {len(text):,} characters; at most {MOST_CHARACTERS:,} are read, divide it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise TunesmithError(f"{half} is half of a surrogate pair, which is no character") from error
-
-
 def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:
-    """Tokens [start, stop) of `example`, behind its first `head` ones."""
+    """Tokens [start, stop) of `example`, after its first `head` ones."""
 
     def cut(values: list[Any]) -> list[Any]:
         return values[:head] + values[start:stop]
@@ -375,20 +396,20 @@ def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:
     return Example(input_ids=cut(example.input_ids), labels=cut(example.labels), weights=weights)
 
 
-def encoded(rows: Iterator[tuple[str, Row | BadRow]], encoder: Encoder, counts: Counts) -> Iterator[Columns]:
+def encoded(rows: Iterator[tuple[str, Row | BadRow]], encoder: Encoder, counts: Counts) -> Iterator[FlatExamples]:
     """Examples in batches: one is tokenized while the next is rendered."""
+
+    def finished(rendered: list[RenderedRow], encodings: "Future[Iterator[Any]]") -> FlatExamples:
+        examples = FlatExamples.of(encoder.examples(rendered, encodings.result(), counts))
+        encoder.count(examples, counts)
+        return examples
+
     with ThreadPoolExecutor(1) as pool:
-        started: list[tuple[list[Placed], Future[Iterator[Any]]]] = []
+        waiting: list[tuple[list[RenderedRow], Future[Iterator[Any]]]] = []
         while part := list(islice(rows, BATCH_ROWS)):
             rendered = encoder.render(part)
-            started.append((rendered, pool.submit(encoder.tokenize, rendered)))
-            if len(started) > 1:
-                yield _finished(*started.pop(0), encoder, counts)
-        for waiting in started:
-            yield _finished(*waiting, encoder, counts)
-
-
-def _finished(rendered: list[Placed], encodings: "Future[Iterator[Any]]", encoder: Encoder, counts: Counts) -> Columns:
-    columns = Columns.of(encoder.examples(rendered, encodings.result(), counts))
-    encoder.count(columns, counts)
-    return columns
+            waiting.append((rendered, pool.submit(encoder.tokenize, rendered)))
+            if len(waiting) > 1:
+                yield finished(*waiting.pop(0))
+        for batch in waiting:
+            yield finished(*batch)

@@ -37,8 +37,8 @@ def _broken(installed: str) -> tuple[str, str]:
     from packaging.requirements import Requirement
 
     from tunesmith.errors import TunesmithError
-    from tunesmith.model.bnb import problem, refuse_missing
     from tunesmith.model.devices import here
+    from tunesmith.model.quantize import problem, refuse_missing
 
     wanted, device = Requirement(BITSANDBYTES).specifier, here().type
     if not wanted.contains(installed, prereleases=True):
@@ -59,54 +59,37 @@ def flash_attention() -> Iterator[Finding]:
     """Whether attention over documents takes one kernel, tried on a small example as training would."""
     import torch
 
-    installed = _attention_packages() or "not installed"
     if not torch.cuda.is_available():
+        version = installed_version("flash-attn")
         yield Finding(
             name="FlashAttention",
             mark="ok",
-            found=installed,
+            found=f"flash-attn {version}" if version else "not installed",
             means="It is for NVIDIA GPUs; without one nothing is lost.",
         )
         return
-    from tunesmith.model.attention_cuda import DEVICE, pick
+    from tunesmith.model.attention_cuda import DEVICE, Call, pick
 
     q_NTH = torch.zeros(1, 2, 8, 64, device=DEVICE, dtype=torch.bfloat16)
-    with _heard("tunesmith.model.attention_cuda") as said:  # why a kernel that is there is not taken
-        kernel = pick(q_NTH, q_NTH)
+    with _heard("tunesmith.model.attention_cuda") as warnings:  # why a kernel that is there is not taken
+        kernel = pick(q_NTH, q_NTH, Call(scale=1.0))
     if kernel is not None:
         yield Finding(
             name="FlashAttention",
             mark="ok",
-            found=f"{installed}; attention takes {kernel.name}",
+            found=f"torch {torch.__version__}; attention takes {kernel.name}",
             means="All documents of a batch take one kernel.",
         )
         return
+    supported = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
     yield Finding(
         name="FlashAttention",
         mark="note",
-        found="; ".join([installed, *said]),
+        found="; ".join([f"torch {torch.__version__} has no kernel for this GPU", *warnings]),
         means="Attention goes document by document, which is slower with many short ones.",
-        mend=_mend_attention(installed),
-    )
-
-
-def _mend_attention(installed: str) -> str:
-    import torch
-
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        return "nothing on this GPU: the kernels are for NVIDIA's from Ampere on (A10, RTX 30, L4, A100, H100)"
-    if installed == "not installed":
-        return "pip install flash-attn --no-build-isolation"
-    return "pip install --force-reinstall --no-deps --no-build-isolation flash-attn, which builds it for this torch"
-
-
-def _attention_packages() -> str:
-    """Those of FlashAttention, with their versions."""
-    packages = (("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface"))
-    return ", ".join(
-        f"{name} {installed_version(name)}"
-        for name, module in packages
-        if installed_version(name) and find_spec(module) is not None
+        mend="pip install --upgrade torch, which brings the kernel"
+        if supported
+        else "nothing on this GPU: the kernels are for NVIDIA's from Ampere on (A10, RTX 30, L4, A100, H100)",
     )
 
 

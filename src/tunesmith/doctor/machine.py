@@ -97,7 +97,7 @@ def _is_built_for(major: int, minor: int) -> bool:
 
 def precision() -> Iterator[Finding]:
     from tunesmith.model.devices import here
-    from tunesmith.precision import decide, describe, measure
+    from tunesmith.model.precision import decide, describe, measure
 
     kind = here().type
     speeds = measure(kind)

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.formats import FormatOptions
+from tunesmith.data.formats import FormatOptions, parse_rows
 from tunesmith.data.read import read_rows
 from tunesmith.data.tokenize import Counts
-from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
 
@@ -43,7 +42,7 @@ def questions(source: Source, counts: Counts) -> list[Question]:
     """
     options = FormatOptions(columns=source.columns, arrow=False)
     rows = read_rows(source.data, source.split, default_split="test")
-    found = list(_of_rows(parsed(rows, options), source.system, counts))
+    found = list(_of_rows(parse_rows(rows, options), source.system, counts))
     if not found:
         reason, (count, places) = next(iter(counts.dropped.items()))
         raise TunesmithError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.settings.coerce import shorten
+from tunesmith.text import shorten
 
 Z = 1.959964
 """Of the normal distribution, 95% lie within so many standard deviations."""

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from tunesmith.data.formats import FormatOptions, detect
+from tunesmith.data.formats import FormatOptions, detect, parse_rows
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder
-from tunesmith.data.typed import parsed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, TrainOn
 
@@ -133,7 +132,7 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
-    for place, row in parsed(_named(rows, options, names), options):
+    for place, row in parse_rows(_named(rows, options, names), options):
         tally.add(row)
         if len(sample) < SAMPLE:
             sample.append((place, row))

@@ -117,7 +117,7 @@ def confirm(question: str) -> bool:
 
 
 def asked_model(options: Options) -> str:
-    from tunesmith.model.demo_model import DEMO
+    from tunesmith.home import DEMO
 
     if not options.asks:
         say(f"model: {DEMO} ({DEMO_NOTE})")

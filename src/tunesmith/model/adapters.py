@@ -9,7 +9,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.text import size
+
+Model = PreTrainedModel | PeftModel
 
 logger = logging.getLogger(__name__)
 CHANGE_THE_BASE = ("olora", "pissa")
@@ -55,7 +58,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     _tie(config, model)
     try:
         with warnings.catch_warnings():
-            # Both are said above, in our words: names that match nothing, and tied embeddings.
+            # `_check_names` and `_tie` say both in our words: names that match nothing, and tied embeddings.
             warnings.simplefilter("error", RuntimeWarning)
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
@@ -64,6 +67,13 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         raise TunesmithError(f"peft_config does not fit the model: {error}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def base_model(model: Model) -> PreTrainedModel:
+    """The causal language model inside the adapters, or `model` itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:
@@ -106,12 +116,8 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
         if not any(is_named(parameter, name) for parameter in parameters):
             theirs = {".".join(parameter.split(".")[-2:]) for parameter in parameters}
             raise TunesmithError(f"peft_config: target_parameters has {name!r}, {_known(theirs, name)}")
-    _check_layers(config, modules)
-
-
-def _check_layers(config: PeftConfig, modules: Sequence[str]) -> None:
     wanted = getattr(config, "layers_to_transform", None)
-    numbers = {int(found[1]) for name in modules if (found := re.search(r"\.(\d+)\.", name + "."))}
+    numbers = {int(match[1]) for name in modules if (match := re.search(r"\.(\d+)\.", name + "."))}
     for index in [wanted] if isinstance(wanted, int) else wanted or ():
         if numbers and index not in numbers:
             raise TunesmithError(
@@ -196,13 +202,13 @@ class Trainable:
         share = self.trained / self.parameters if self.parameters else 0.0
         return (
             f"trains {self.trained:,} of {self.parameters:,} parameters ({share:.2%}), "
-            f"{self.trained_bytes / 1e6:,.1f} MB of weights"
+            f"{size(self.trained_bytes)} of weights"
         )
 
 
 def trainable(model: nn.Module) -> Trainable:
     """What of `model` is trained. Weights of 4 bits are two to a byte, and counted so."""
-    every = trained = size = 0
+    every = trained = trained_bytes = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", None) or parameter.numel()
         if type(parameter).__name__ == "Params4bit" and parameter.dtype in (torch.uint8, torch.int8):
@@ -210,5 +216,5 @@ def trainable(model: nn.Module) -> Trainable:
         every += count
         if parameter.requires_grad:
             trained += count
-            size += count * parameter.element_size()
-    return Trainable(parameters=every, trained=trained, trained_bytes=size)
+            trained_bytes += count * parameter.element_size()
+    return Trainable(parameters=every, trained=trained, trained_bytes=trained_bytes)

@@ -5,14 +5,14 @@ through to every layer unchanged; in its place we send the *document map*, the D
 start and end, in a tensor of shape (1, 1, 1, D+1). Each layer then attends within documents. Because the map travels as
 an argument of the layers, gradient checkpointing sees the same documents when it computes a layer again.
 
-On CUDA a kernel that takes all documents at once is used where there is one (`varlen`); everywhere else, on CPUs, MPS
-and older GPUs too, each document goes through PyTorch's own attention.
+On CUDA a kernel that takes all documents at once is used where there is one (`attention_cuda`); everywhere else, each
+document goes through PyTorch's own attention, or on a CPU through blocks of products where they pay (`attention_cpu`).
 
 Shapes: B batch, T tokens, D documents, N query heads, K key/value heads, H head size.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,8 +24,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model import attention_cpu as blockwise
-from tunesmith.model import attention_cuda as varlen
+from tunesmith.model import attention_cpu, attention_cuda
+from tunesmith.model.attention_cuda import Call
 
 PREFIX = "tunesmith_"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -86,17 +86,14 @@ def register(base: str) -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         if attention_mask is None or not is_document_map(attention_mask):
-            return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+            # "eager" is not in the registry: each modeling file has a function of its own.
+            own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, own)
+            return attend(module, query, key, value, attention_mask, **kwargs)
         return attend_documents(module, query, key, value, attention_mask, **kwargs), None
 
     AttentionInterface.register(PREFIX + base, forward)
     AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
-
-
-def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
-    # "eager" is not in the registry: each modeling file has a function of its own.
-    own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)
 
 
 def attend_documents(
@@ -115,21 +112,24 @@ def attend_documents(
     fronts = [lengths[parent] if parent >= 0 else 0 for parent in parents]
     _refuse_other_attention(module, max(map(sum, zip(fronts, lengths, strict=True))), kwargs)
     scaling = kwargs.get("scaling")
-    scale = q_NTH.shape[-1] ** -0.5 if scaling is None else scaling
-    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
-    window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
-    kernel = varlen.pick(q_NTH, v_KTH, window=window, softcap=softcap, sinks=sinks, dropout=dropout)
+    call = Call(
+        scale=q_NTH.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=kwargs.get("dropout", 0.0) if module.training else 0.0,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    kernel = attention_cuda.pick(q_NTH, v_KTH, call)
     if kernel is not None and not more:
-        call = varlen.Call(scale=scale, dropout=dropout, window=window, softcap=softcap)
-        return varlen.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
+        return attention_cuda.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
     # One `split` has one cat as its backward; D slices would each allocate a gradient of the whole row.
     q, k, v = (x.split(lengths, dim=2) for x in (q_NTH, k_KTH, v_KTH))
-    attend = _attend_eager if softcap is not None or sinks is not None else _attend_sdpa
+    attend = _attend_sdpa if call.softcap is None and call.sinks is None else _attend_eager
     outputs = []
     for i in range(len(lengths)):
         keys = [parents[i], i] if parents[i] >= 0 else [i]
         k_i, v_i = (x[i] if len(keys) == 1 else torch.cat([x[key] for key in keys], dim=2) for x in (k, v))
-        outputs.append(attend(q[i], k_i, v_i, scale, dropout, window, softcap, sinks).transpose(1, 2))
+        outputs.append(attend(q[i], k_i, v_i, call).transpose(1, 2))
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
 
 
@@ -140,23 +140,19 @@ def _refuse_other_attention(module: nn.Module, longest: int, kwargs: dict[str, A
             raise TunesmithError(f"{name} passes {argument!r}, which document attention can't apply; {PAD_INSTEAD}")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise TunesmithError(f"{name} is not causal: its tokens see later ones. Take a causal language model")
-    window = None if "sliding_window" in kwargs else _masked_window(module)
-    if window and longest > window:
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    # A layer that does not name its window, where the model may still mask with one.
+    masked = hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")
+    if window and masked and "sliding_window" not in kwargs and longest > window:
         raise TunesmithError(
             f"{name} leaves its window of {window} tokens to the mask, and a document has {longest}; "
             f"shorten max_length to {window}, or {PAD_INSTEAD}"
         )
 
 
-def _masked_window(module: nn.Module) -> int | None:
-    """The window of a layer that does not name one, where its model may still mask with one."""
-    windowed = hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")
-    return getattr(getattr(module, "config", None), "sliding_window", None) if windowed else None
-
-
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool: which keys a query sees, of which the last is the last key's own; the last `window` ones,
-    itself included, when there is a window."""
+    """(queries, keys) bool: which keys a query sees. The queries belong to the last keys; with a window, a query sees
+    the last `window` keys up to its own."""
     before = keys - queries
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
     return seen if window is None else seen.triu(before + 1 - window)
@@ -166,41 +162,30 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _attend_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, _softcap: None, _sinks: None
-) -> Tensor:
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    plain = queries == keys and (window is None or keys <= window)
-    if not dropout and (window is None or keys <= window) and blockwise.pays(q, k, v):
-        return blockwise.attend(q, k, v, scale)
-    mask = None if plain else _causal(queries, keys, window, q.device)
+    windowed = call.window is not None and keys > call.window
+    if not call.dropout and not windowed and attention_cpu.pays(q, k, v):
+        return attention_cpu.attend(q, k, v, call.scale)
+    mask = None if queries == keys and not windowed else _causal(queries, keys, call.window, q.device)
     # On a CPU the kernel shares key heads itself. On CUDA, asking for that can rule out all but the slowest kernel.
     shared = q.device.type == "cpu"
     if not shared:
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=shared
+        q, k, v, attn_mask=mask, dropout_p=call.dropout, is_causal=mask is None, scale=call.scale, enable_gqa=shared
     )
 
 
-def _attend_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend_eager(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """Gemma 2's soft-capped scores and gpt-oss's sinks, which scaled_dot_product_attention has no argument for."""
     heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
-    scores = q @ _repeat(k, heads).transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    seen = _causal(queries, keys, window, q.device)
+    scores = q @ _repeat(k, heads).transpose(2, 3) * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    seen = _causal(queries, keys, call.window, q.device)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, heads, queries, 1)], dim=-1)
+    if call.sinks is not None:
+        scores = torch.cat([scores, call.sinks.view(1, -1, 1, 1).expand(1, heads, queries, 1)], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :keys]
-    return F.dropout(weights, dropout) @ _repeat(v, heads)
+    return F.dropout(weights, call.dropout) @ _repeat(v, heads)

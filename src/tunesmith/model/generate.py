@@ -15,10 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.data.sandbox import time_limit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import has_virtual_tokens
+from tunesmith.model.adapters import Model as Model
+from tunesmith.model.adapters import base_model, has_virtual_tokens
 
 Messages = Sequence[Mapping[str, Any]]
-Model = PreTrainedModel | PeftModel
 PROBE = "Xprobe answerX"
 PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
@@ -157,7 +157,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def room_of(model: Model) -> int | None:
     """How many tokens a prompt and its answer may have together; None where the model sets no limit."""
-    room = getattr(_base(model).config.get_text_config(), "max_position_embeddings", None)
+    room = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
     if room and has_virtual_tokens(model):
         room -= model.active_peft_config.num_virtual_tokens  # type: ignore[union-attr]
     return room or None
@@ -166,7 +166,7 @@ def room_of(model: Model) -> int | None:
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens at which an answer ends: the tokenizer's and the generation config's end of sequence, and the special
     token that the chat template puts behind an answer, which may be another one."""
-    own = _base(model).generation_config
+    own = base_model(model).generation_config
     of_model = own.eos_token_id if own is not None else None
     ids = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model]), _end_of_turn(tokenizer)]
     return list(dict.fromkeys(i for i in ids if i is not None))
@@ -182,26 +182,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((i for i, token in added if token.special and after.startswith(token.content)), None)
 
 
-def _base(model: Model) -> PreTrainedModel:
-    """The model whose layers hold the adapters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    return base
-
-
-def _settings(tokenizer: PreTrainedTokenizerBase, stops: list[int], sampling: Sampling) -> GenerationConfig:
-    pad = tokenizer.pad_token_id
-    settings = GenerationConfig(
-        do_sample=sampling.temperature > 0,
-        eos_token_id=stops or None,
-        pad_token_id=pad if pad is not None else (stops or [0])[0],
-        use_cache=True,
-    )
-    if settings.do_sample:
-        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
-    return settings
-
-
 @torch.inference_mode()
 def answer_ids(
     model: Model,
@@ -212,28 +192,39 @@ def answer_ids(
 ) -> list[tuple[list[int], bool]]:
     """The new tokens of each prompt, up to its end, and whether they had one. Padding is on the left, so that all
     answers begin in one column."""
-    base = _base(model)
-    virtual = has_virtual_tokens(model)
+    base = base_model(model)
     longest = max(map(len, prompts))
     room = room_of(model) or longest + sampling.max_new_tokens
     if longest >= room:
         raise TunesmithError(f"the prompt has {longest} tokens, but the model has room for {room}, answer included")
     stops = stop_ids(model, tokenizer)
-    settings = _settings(tokenizer, stops, sampling)
-    settings.max_new_tokens = min(sampling.max_new_tokens, room - longest)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    settings = GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+        use_cache=True,
+        max_new_tokens=min(sampling.max_new_tokens, room - longest),
+    )
+    if settings.do_sample:
+        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
     padding = [longest - len(ids) for ids in prompts]
-    ids_BT = [[settings.pad_token_id] * left + list(ids) for left, ids in zip(padding, prompts, strict=True)]
+    ids_BT = [[pad] * left + list(ids) for left, ids in zip(padding, prompts, strict=True)]
     mask_BT = [[0] * left + [1] * (longest - left) for left in padding]
-    given: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
-    given = {name: value.to(base.device) for name, value in given.items()}
-    if virtual:
-        given |= _in_front(cast(PeftModel, model), given["input_ids"])
-    before = 0 if "inputs_embeds" in given else given["input_ids"].shape[1]
+    inputs: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
+    inputs = {name: value.to(base.device) for name, value in inputs.items()}
+    if has_virtual_tokens(model):
+        inputs |= _in_front(cast(PeftModel, model), inputs["input_ids"])
+    before = 0 if "inputs_embeds" in inputs else inputs["input_ids"].shape[1]
     with _defaults_only(base):
         output: Any = base.generate(  # type: ignore[operator]
-            **given, generation_config=settings, streamer=streamer
+            **inputs, generation_config=settings, streamer=streamer
         )
-    return [_until(stops, ids) for ids in output[:, before:].tolist()]
+    answers = []
+    for ids in output[:, before:].tolist():
+        end = next((i for i, token in enumerate(ids) if token in stops), None)
+        answers.append((ids[:end], end is not None))
+    return answers
 
 
 def _in_front(model: PeftModel, ids_BT: Tensor) -> dict[str, Any]:
@@ -245,14 +236,9 @@ def _in_front(model: PeftModel, ids_BT: Tensor) -> dict[str, Any]:
     if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
         unread = torch.zeros_like(mask[:, :count])
         return {"input_ids": torch.cat([unread, ids_BT], dim=1), "past_key_values": prompt, "attention_mask": mask}
-    embeddings = _base(model).get_input_embeddings()(ids_BT)
+    embeddings = base_model(model).get_input_embeddings()(ids_BT)
     whole = torch.cat([prompt.to(embeddings.dtype), embeddings], dim=1)
     return {"input_ids": None, "inputs_embeds": whole, "attention_mask": mask}
-
-
-def _until(stops: Sequence[int], ids: list[int]) -> tuple[list[int], bool]:
-    end = next((i for i, token in enumerate(ids) if token in stops), None)
-    return ids[:end], end is not None
 
 
 @contextmanager

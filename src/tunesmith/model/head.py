@@ -1,37 +1,35 @@
-"""From a batch to the loss on supervised positions, in one call of the model.
+"""From a batch to predictions at the positions that count, in one call of the model, without logits of the sequence.
 
-`teach` gives a causal language model's `forward` one more argument, `supervise`. With it, the model runs its decoder,
-picks the hidden states of the supervised positions, and returns their loss: no logits of the sequence are made. Going
-through `forward` keeps what wraps it working: PEFT, DistributedDataParallel, FSDP, autocast, gradient checkpointing.
+`answer_objectives` gives a causal language model's `forward` two more arguments, `targets` and `objective`. With them,
+the model runs its decoder, picks the hidden states of the target positions, and returns what the objective makes of
+these `Predictions`: a loss, log-probabilities. Going through `forward` keeps what wraps it working: PEFT,
+DistributedDataParallel, FSDP, autocast, gradient checkpointing.
 
-Shapes: B rows, T tokens a row, S supervised positions, H hidden size, V vocabulary.
+Shapes: B rows, T tokens a row, S target positions, H hidden size, V vocabulary.
 """
 
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.data.batches import Targets
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import PAD_INSTEAD, document_map
+from tunesmith.model.linear import product
 from tunesmith.model.quantize import bits_of
-from tunesmith.objectives.supervised import LossOptions, Supervised, head_logits, linear_cross_entropy
-from tunesmith.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 CHECKED_TOKENS = 4
 """Size of each of the two documents that the first batch is checked with."""
-
-OURS = ("labels", "lengths", "parents", "loss_options", "return_outputs")
-"""What a batch holds beside the arguments of the model's own forward."""
 
 # How a model's config says what its forward does to the head's product. A model that does something else is found by
 # `_check`, and its own logits are used.
@@ -41,46 +39,63 @@ DIVISORS = ("logits_scaling",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Targets:
-    """Where the loss is taken: indices (S,) into the B*T flattened positions, their next tokens (S,), weights (S,)."""
+class LogitForm:
+    """What a model does to the product of its head: logits = softcap * tanh(scale * product / softcap); without a
+    `softcap`, scale * product."""
 
-    positions: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """What a model predicts at S positions, not yet in numbers, and the tokens that follow there.
+
+    `hidden` (S, H) with the head's `weight` (V, H) and `bias` (V,) or None, from which an objective makes logits a
+    chunk at a time; or, where only the model itself can make logits, these: `hidden` (S, V) without a weight.
+    `tokens` int64 (S,) in [0, V); `weights` float (S,), or None for ones.
+    """
+
+    hidden: Tensor
     tokens: Tensor
     weights: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    form: LogitForm = LogitForm()
 
 
-def next_token_targets(labels_BT: Tensor, weights_BT: Tensor | None = None, places_T: Tensor | None = None) -> Targets:
-    """Shift labels by one: position t predicts the label of t + 1. The only place where labels are shifted.
+Objective: TypeAlias = Callable[[Predictions], Any]
 
-    `places` says where in the row the token of each label is, when documents share prefixes; else that is its own.
 
-    The first label of a row is never a target. In a flat row the same must hold for the first label of each document;
-    the collator has set it to IGNORE_INDEX.
-    """
-    shifted = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
-    positions = (shifted != IGNORE_INDEX).nonzero()[:, 0]
-    weights = None
-    if weights_BT is not None:
-        weights = nn.functional.pad(weights_BT[:, 1:], (0, 1)).reshape(-1)[positions]
-    places = positions if places_T is None else places_T[positions]
-    return Targets(positions=places, tokens=shifted[positions], weights=weights)
+def head_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, form: LogitForm) -> Tensor:
+    """fp32 logits (..., V) in new memory from hidden states (..., H), or from logits where there is no `weight`; scaled
+    and soft-capped in place: not for autograd."""
+    if weight is None:
+        return hidden.to(torch.float32, copy=True)
+    logits = product(hidden.to(weight.dtype), weight, bias).float()
+    if form.scale != 1.0:
+        logits *= form.scale
+    if form.softcap is not None:
+        logits.div_(form.softcap).tanh_().mul_(form.softcap)
+    return logits
 
 
 @dataclass(kw_only=True, slots=True)
 class _Path:
-    """What the first batches showed. `fused`: whether the loss may be taken from the hidden states (None: not tried);
+    """What the first batches showed. `fused`: whether logits may be made from the hidden states (None: not tried);
     `documents`: whether documents side by side were tried, and are kept apart."""
 
     fused: bool | None = None
     documents: bool = False
 
 
-def teach(model: PreTrainedModel) -> None:
-    """Let `model(..., supervise=Targets, loss_options=LossOptions)` return a `Supervised`; other calls are unchanged.
-    With `return_outputs=True` it holds the model's outputs, too.
+def answer_objectives(model: PreTrainedModel) -> None:
+    """Let `model(..., targets=Targets, objective=Objective)` return the objective's outcome and None, or with
+    `with_outputs=True` the model's own outputs in its place, logits of all positions among them. Other calls are
+    unchanged.
 
-    `lengths`, the token counts of the documents in a flat row, goes with `supervise` and restricts attention to them;
-    `parents` says which of them continue another (`document_map`).
+    `lengths`, the token counts of the documents in a flat row, restricts attention to them; `parents` says which of
+    them continue another (`document_map`).
     The first such call checks on a few tokens what the fast paths take for granted, and raises TunesmithError for a
     model whose tokens see later ones, or tokens of other documents.
     """
@@ -89,64 +104,72 @@ def teach(model: PreTrainedModel) -> None:
     path = _Path()
 
     @functools.wraps(plain)
-    def forward(self: PreTrainedModel, *args: Any, supervise: Targets | None = None, **kwargs: Any) -> Any:
-        if supervise is None:
+    def forward(self: PreTrainedModel, *args: Any, objective: Objective | None = None, **kwargs: Any) -> Any:
+        if objective is None:
             return plain(self, *args, **kwargs)
         assert not args  # a batch is given by name
-        return _supervised(self, functools.partial(plain, self), path, supervise, kwargs)
+        return _predicted(self, functools.partial(plain, self), path, objective, kwargs)
 
     # A method, not a function: a deep copy of the model, and accelerate's wrapper, bind it to themselves.
     model.forward = MethodType(forward, model)
 
 
-def _supervised(
-    model: PreTrainedModel, original: Callable[..., Any], path: _Path, supervise: Targets, batch: Mapping[str, Any]
-) -> Supervised:
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if value is not None and name not in OURS}
-    options: LossOptions = batch.get("loss_options") or LossOptions()
-    lengths = batch.get("lengths")
+def _predicted(
+    model: PreTrainedModel, original: Callable[..., Any], path: _Path, objective: Objective, batch: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if value is not None}
+    targets: Targets = inputs.pop("targets")
+    with_outputs = bool(inputs.pop("with_outputs", False))
+    lengths, parents = inputs.pop("lengths", None), inputs.pop("parents", None)
     if lengths is not None:
-        inputs["attention_mask"] = document_map(lengths, batch.get("parents"))
+        inputs["attention_mask"] = document_map(lengths, parents)
     inputs["use_cache"] = False
-    head = plain_head(model)
     if path.fused is None or (lengths is not None and not path.documents):
-        _check(model, original, path, head, inputs["input_ids"], documents=lengths is not None)
-    wanted = bool(batch.get("return_outputs"))
-    if head is None or not path.fused or wanted:
+        _check(model, original, path, inputs["input_ids"], documents=lengths is not None)
+    if not path.fused or with_outputs or plain_head(model) is None:
         outputs = original(**inputs)
-        return _from_outputs(outputs, supervise, options, wanted=wanted)
+        outcome = objective(from_logits(outputs.logits, targets))
+        return outcome, outputs if with_outputs else None
+    return objective(from_hidden(model, inputs, targets)), None
+
+
+def from_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Targets) -> Predictions:
+    """The predictions of a `model` with a plain head: its decoder's hidden states at the target positions."""
+    head = plain_head(model)
+    assert head is not None
     hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-    positions = supervise.positions.to(hidden.device)
-    picked = hidden[positions].to(head.weight.device)
-    tokens, weights = (None if x is None else x.to(picked.device) for x in (supervise.tokens, supervise.weights))
-    assert tokens is not None
-    return linear_cross_entropy(picked, head.weight, head.bias, tokens, weights, head_options(model, options))
+    picked = hidden[targets.positions.to(hidden.device)].to(head.weight.device)
+    weights = None if targets.weights is None else targets.weights.to(picked.device)
+    return Predictions(
+        hidden=picked,
+        tokens=targets.tokens.to(picked.device),
+        weights=weights,
+        weight=head.weight,
+        bias=head.bias,
+        form=logit_form(model),
+    )
+
+
+def from_logits(logits_BTV: Tensor, targets: Targets) -> Predictions:
+    """The predictions in the model's own logits."""
+    logits = logits_BTV.flatten(0, 1)[targets.positions.to(logits_BTV.device)]
+    weights = None if targets.weights is None else targets.weights.to(logits.device)
+    return Predictions(hidden=logits, tokens=targets.tokens.to(logits.device), weights=weights)
 
 
 def behind_virtual_tokens(
-    model: nn.Module, batch: Mapping[str, Any], targets: Targets, options: LossOptions, *, return_outputs: bool = False
-) -> Supervised:
-    """The loss of padded rows (B, T) for a model that puts virtual tokens in front of each: `peft` makes embeddings of
-    both, so the loss is taken from the logits of the last T positions, which are those of the outputs, too."""
-    outputs = model(**batch, use_cache=False)
-    outputs.logits = outputs.logits[:, -batch["input_ids"].shape[1] :]
-    return _from_outputs(outputs, targets, options, wanted=return_outputs)
-
-
-def _from_outputs(outputs: Any, targets: Targets, options: LossOptions, *, wanted: bool) -> Supervised:
-    logits = outputs.logits.flatten(0, 1)[targets.positions.to(outputs.logits.device)]
-    result = cross_entropy(logits, targets, options)
-    return replace(result, outputs=outputs) if wanted else result
+    model: nn.Module, inputs: Mapping[str, Any], targets: Targets, objective: Objective
+) -> tuple[Any, Any]:
+    """As a model that answers objectives, for one that puts virtual tokens in front of each padded row (B, T): `peft`
+    makes embeddings of both, so predictions are the logits of the last T positions, which are those of the outputs."""
+    # `peft` counts the positions of virtual tokens itself.
+    outputs = model(**{name: value for name, value in inputs.items() if name != "position_ids"}, use_cache=False)
+    outputs.logits = outputs.logits[:, -inputs["input_ids"].shape[1] :]
+    return objective(from_logits(outputs.logits, targets)), outputs
 
 
 def _check(
-    model: PreTrainedModel,
-    original: Callable[..., Any],
-    path: _Path,
-    head: nn.Linear | None,
-    input_ids: Tensor,
-    *,
-    documents: bool,
+    model: PreTrainedModel, original: Callable[..., Any], path: _Path, input_ids: Tensor, *, documents: bool
 ) -> None:
     """Try on two short documents, the first tokens of a batch, what the fast paths take for granted, and note it.
 
@@ -159,14 +182,18 @@ def _check(
     with in_evaluation(model), torch.no_grad():
         apart = original(input_ids=row.view(2, size), use_cache=False).logits
         whole = original(input_ids=row, use_cache=False).logits
-        _refuse_nan(model, apart)
+        if apart.isnan().any():
+            raise TunesmithError(
+                f"{type(model).__name__} gives NaN for its first tokens: its weights are damaged, or its numbers too "
+                "large for this precision; set precision: fp32, or bf16 in place of fp16"
+            )
         exact = _is_exact(model, apart)
         if not _close(whole[0, :size], apart[0], exact):
             raise TunesmithError(
                 f"a token of {type(model).__name__} sees the tokens behind it, so it can't learn to predict them; "
                 "take a causal language model (an encoder such as BERT needs is_decoder=True in its config)"
             )
-        path.fused = head is not None and _is_product(model, head, row.view(2, size), apart, exact)
+        path.fused = _is_product(model, row.view(2, size), apart, exact)
         if documents:
             _check_documents(model, original, row, apart, exact)
             path.documents = True
@@ -186,23 +213,16 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _refuse_nan(model: PreTrainedModel, logits: Tensor) -> None:
-    if logits.isnan().any():
-        raise TunesmithError(
-            f"{type(model).__name__} gives NaN for its first tokens: its weights are damaged, or its numbers too large "
-            "for this precision; set precision: fp32, or bf16 in place of fp16"
-        )
-
-
-def _is_product(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, logits: Tensor, exact: bool) -> bool:
-    """Whether the model's `logits` are what `linear_cross_entropy` would make of the output of its decoder."""
-    if model.base_model is model:
+def _is_product(model: PreTrainedModel, input_ids: Tensor, logits: Tensor, exact: bool) -> bool:
+    """Whether the model's `logits` are what `head_logits` makes of the output of its decoder."""
+    head = plain_head(model)
+    if head is None or model.base_model is model:
         return False
     hidden = getattr(model.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
     if hidden is None or hidden.shape[-1] != head.in_features:
         return False
-    found = head_logits(hidden.to(head.weight.device), head.weight, head.bias, head_options(model))
-    return found.shape == logits.shape and _close(found.to(logits.device), logits, exact)
+    ours = head_logits(hidden.to(head.weight.device), head.weight, head.bias, logit_form(model))
+    return ours.shape == logits.shape and _close(ours.to(logits.device), logits, exact)
 
 
 def _check_documents(
@@ -210,15 +230,15 @@ def _check_documents(
 ) -> None:
     size = row.shape[1] // 2
     positions = torch.arange(size, device=row.device).repeat(2)[None]
-    found = "they don't give the outputs that they give apart"
+    problem = "they don't give the outputs that they give apart"
     try:
         mask = document_map([size, size])
         together = original(input_ids=row, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if _close(together[0, size:], apart[1], exact):
             return
     except RuntimeError as error:
-        found = str(error)
-    raise TunesmithError(f"{type(model).__name__} can't take documents side by side ({found}); {PAD_INSTEAD}")
+        problem = str(error)
+    raise TunesmithError(f"{type(model).__name__} can't take documents side by side ({problem}); {PAD_INSTEAD}")
 
 
 def _is_exact(model: PreTrainedModel, logits: Tensor) -> bool:
@@ -227,10 +247,10 @@ def _is_exact(model: PreTrainedModel, logits: Tensor) -> bool:
     return whole and bits_of(model) != "8bit"
 
 
-def _close(found: Tensor, expected: Tensor, exact: bool) -> bool:
+def _close(logits: Tensor, expected: Tensor, exact: bool) -> bool:
     """Whether logits (..., V) agree at most positions: a router that is in doubt may send a few tokens elsewhere."""
-    found, expected = found.float(), expected.float()
-    error = (found - expected).abs().amax(dim=-1)
+    logits, expected = logits.float(), expected.float()
+    error = (logits - expected).abs().amax(dim=-1)
     return bool(error.median() <= (1e-3 if exact else 0.1) * expected.abs().amax())
 
 
@@ -243,38 +263,19 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     return head if type(head) is nn.Linear else None
 
 
-def head_options(model: PreTrainedModel, options: LossOptions | None = None) -> LossOptions:
-    """`options` with the logit scaling and soft-capping that the model's own forward applies."""
-    options, config = options or LossOptions(), model.config.get_text_config()
-    scale, softcap = options.scale, options.softcap
+def logit_form(model: PreTrainedModel) -> LogitForm:
+    """The logit scaling and soft-capping that the model's own forward applies."""
+    config = model.config.get_text_config()
+    scale, softcap = 1.0, None
     for name in FACTORS:
         scale *= _number(config, name) or 1.0
     for name in DIVISORS:
         scale /= _number(config, name) or 1.0
     for name in SOFTCAPS:
         softcap = _number(config, name) or softcap
-    return LossOptions(scale=scale, softcap=softcap, smoothing=options.smoothing, dft=options.dft)
+    return LogitForm(scale=scale, softcap=softcap)
 
 
 def _number(config: Any, name: str) -> float | None:
     value = getattr(config, name, None)
     return value if isinstance(value, int | float) else None
-
-
-def cross_entropy(logits_SV: Tensor, targets: Targets, options: LossOptions) -> Supervised:
-    """The loss of `linear_cross_entropy` from finished logits, by autograd: for heads that are not a plain product."""
-    logits, tokens = logits_SV.float(), targets.tokens.to(logits_SV.device)
-    log_z = torch.logsumexp(logits, dim=-1)
-    nll = log_z - logits.gather(-1, tokens[:, None])[:, 0]
-    losses = nll
-    if options.smoothing:
-        losses = (1 - options.smoothing) * nll + options.smoothing * (log_z - logits.mean(dim=-1))
-    if options.dft:
-        losses = losses * (-nll).detach().exp()
-    if targets.weights is not None:
-        losses = losses * targets.weights.to(losses.device)
-    with torch.no_grad():
-        probabilities = torch.softmax(logits, dim=-1)
-        entropy = log_z - (probabilities * logits.nan_to_num(neginf=0.0)).sum(dim=-1)
-        correct = logits.argmax(dim=-1) == tokens
-    return Supervised(loss=losses.sum(), nll=nll.detach(), entropy=entropy, correct=correct)

@@ -4,15 +4,16 @@ Shapes: T tokens (all leading dimensions together), I inputs, O outputs, R rank.
 
 `peft` computes `base(x) + lora_B(lora_A(x)) * scaling` with three more passes over (T, O) values, each into new memory,
 and as many over (T, I) ones in the backward. Here the low-rank product is added into the outputs in place, both ways.
-Modules and weights stay `peft`'s: only `forward` is replaced, and wherever anything but plain LoRA is asked of a layer,
-its own forward runs.
+`speed_up` therefore sets a `forward` of ours on modules of a model; classes, weights and names stay as they are. On
+every LoRA layer of `peft`: where anything but plain LoRA is asked of it, its own forward runs. On a CPU where oneDNN is
+faster, on every other `nn.Linear`, too. Two more modules replace forwards: `compile`, those of the decoder layers with
+`torch_compile`, and `head`, that of the model itself, so that it takes `supervise` and computes the loss.
 
 On a CPU, fp32 products go through oneDNN where it is faster than the BLAS that PyTorch calls: MKL leaves a fifth to a
 half of an AMD processor's rate unused. torch has both inside; the choice is measured once.
 """
 
 import time
-from collections.abc import Callable
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -67,22 +68,18 @@ def _measured() -> bool:
     best = {F.linear: float("inf"), onednn: float("inf")}
     for _ in range(ROUNDS):  # in turns, so that another program's load meets both
         for way in best:
-            best[way] = min(best[way], _seconds(way, x, weight))
+            started = time.perf_counter()
+            way(x, weight)
+            best[way] = min(best[way], time.perf_counter() - started)
     return best[F.linear] > GAIN * best[onednn]
-
-
-def _seconds(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
-    started = time.perf_counter()
-    way(x, weight)
-    return time.perf_counter() - started
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`product` through oneDNN, whatever is faster: none of the factors may be empty."""
     if torch.compiler.is_compiling():
         return _opaque(x, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return found
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 @torch.library.custom_op("tunesmith::product", mutates_args=())
@@ -98,8 +95,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def onednn_times(x: Tensor, weight: Tensor, bias: Tensor, factors: Tensor) -> Tensor:
     """`onednn(x, weight, bias) * factors`, multiplied before it is written. `factors` are (T, O)."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factors, weight, bias, "mul")
-    return found
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factors, weight, bias, "mul")
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -143,18 +140,16 @@ class _Adapted(torch.autograd.Function):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Replace `forward` of the linear layers in `model` that can be computed faster. Values agree to rounding."""
+    """Replace `forward` of the linear layers in `model` that can be computed faster, unless something else has replaced
+    it already. Values agree to rounding."""
     faster = next(model.parameters()).device.type == "cpu" and onednn_is_faster()
     for module in list(model.modules()):
+        if "forward" in vars(module):  # somebody else's: hooks of accelerate, for example
+            continue
         if type(module) is LoraLinear:
-            _replace(module, _lora_forward)
+            module.forward = MethodType(_lora_forward, module)  # type: ignore[method-assign]
         elif type(module) is nn.Linear and faster:
-            _replace(module, _linear_forward)
-
-
-def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    if "forward" not in vars(module):  # somebody else's: hooks of accelerate, for example
-        module.forward = MethodType(forward, module)
+            module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:

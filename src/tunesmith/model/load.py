@@ -25,21 +25,16 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.demo_model import DEMO, DEMO_FOLDER, demo_model_path
+from tunesmith.home import DEMO, DEMO_FOLDER
+from tunesmith.model.adapters import Model
+from tunesmith.model.demo_model import Progress, demo_model_path
 from tunesmith.model.devices import here
-from tunesmith.settings.config import SFTConfig
+from tunesmith.runs.checkpoints import checkpoints
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-Progress = Callable[[str], None]
-Model = PreTrainedModel | PeftModel
-
-
-def compute_dtype(config: SFTConfig) -> torch.dtype:
-    """The precision of frozen weights: the one that the run computes in."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
 def resolve_model(name: str, progress: Progress | None = None) -> str:
@@ -115,11 +110,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
     path = resolve_model(name)
     if holds_adapters(name) and not _has(path, TOKENIZER):
         path = resolve_model(base_of(path)[0])  # `peft` saves adapters alone
-    given = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     with _explained(name, "tokenizer of "):
         if not trust_remote_code:
             _refuse_code(path, kwargs.get("revision"))
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **given)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     return tokenizer
 
 
@@ -165,13 +160,13 @@ def load_adapted(
 
 
 def holds_adapters(name: str) -> bool:
-    """Whether the folder or the hub's name `name` is of adapters; of a model that can't be reached, no."""
+    """Whether the folder or the hub's name `name` holds adapters; false for a model that can't be reached."""
     path = resolve_model(name)
     return _has(path, ADAPTERS) and not _has(path, CONFIG)
 
 
 def _has(path: str, file: str) -> bool:
-    """Whether the folder or the hub's name has this file; no, where it can't be reached."""
+    """Whether the folder, or the repository of this name on the hub, has this file; false where it can't be reached."""
     if Path(path).is_dir():
         return (Path(path) / file).is_file()
     try:
@@ -180,14 +175,9 @@ def _has(path: str, file: str) -> bool:
         return False
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in a run's folder, or None."""
-    steps = {
-        int(item.name.removeprefix("checkpoint-")): item
-        for item in folder.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", item.name) and _holds_model(item)
-    }
-    return steps[max(steps)] if steps else None
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder that holds a model, or None."""
+    return next((folder for folder in reversed(checkpoints(run)) if _holds_model(folder)), None)
 
 
 def run_folder(path: Path) -> Path:
@@ -202,7 +192,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _nearest_run(folder: Path) -> str:
-    """What to give in place of a folder without a model: the newest of those in it that have one."""
+    """What to write instead of a folder without a model: the newest of its folders that have one."""
     inside = [item for item in folder.iterdir() if item.is_dir() and _holds_model(run_folder(item))]
     if inside:
         return f"; {max(inside, key=lambda item: item.stat().st_mtime)} in it is one"
@@ -226,16 +216,16 @@ def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any], allow_pick
     """Raises for a folder whose files can't be a model in safetensors; `transformers` would say it less clearly."""
     if "gguf_file" in kwargs or kwargs.get("subfolder"):
         return
-    found = {item.suffix for item in folder.iterdir()}
+    suffixes = {item.suffix for item in folder.iterdir()}
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTERS).is_file():
             raise TunesmithError(
                 f"{name} holds adapters, not a whole model; `tunesmith chat {name}` loads them with their base model"
             )
         raise TunesmithError(f"{name} is no model: it has no {CONFIG}")
-    if ".safetensors" in found:
+    if ".safetensors" in suffixes:
         return
-    if found & {".bin", ".pt", ".pth"}:
+    if suffixes & {".bin", ".pt", ".pth"}:
         if allow_pickle:
             return
         raise TunesmithError(
@@ -277,8 +267,8 @@ def _explained(name: str, part: str = "model ") -> Iterator[None]:
 
 @contextmanager
 def no_bars(*, hide: bool = True) -> Iterator[None]:
-    """Without `transformers`' progress bars, such as the one over weights that are here already, or the one for each
-    file of each checkpoint; afterwards as before."""
+    """Without `transformers`' progress bars, such as those over weights that are on the disk already, or over each
+    file of each checkpoint."""
     hide = hide and transformers_logging.is_progress_bar_enabled()
     if hide:
         transformers_logging.disable_progress_bar()

@@ -47,16 +47,15 @@ class BuiltIn:
 
 
 BUILT_IN = {
-    template.name: template
-    for template in (
-        BuiltIn(name="chatml", tokens=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
-        BuiltIn(name="llama3", tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), eos="<|eot_id|>"),
-        BuiltIn(name="zephyr"),
-        BuiltIn(name="mistral"),
-        BuiltIn(name="gemma", tokens=("<start_of_turn>", "<end_of_turn>"), eos="<end_of_turn>"),
-        BuiltIn(name="alpaca"),
-        BuiltIn(name="plain"),
-    )
+    "chatml": BuiltIn(name="chatml", tokens=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
+    "llama3": BuiltIn(
+        name="llama3", tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), eos="<|eot_id|>"
+    ),
+    "zephyr": BuiltIn(name="zephyr"),
+    "mistral": BuiltIn(name="mistral"),
+    "gemma": BuiltIn(name="gemma", tokens=("<start_of_turn>", "<end_of_turn>"), eos="<end_of_turn>"),
+    "alpaca": BuiltIn(name="alpaca"),
+    "plain": BuiltIn(name="plain"),
 }
 
 
@@ -93,14 +92,16 @@ def clone_chat_template(
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, source: str | Path, *, trust_remote_code: bool = False
 ) -> list[int]:
-    """Give `tokenizer` the template, the end and the padding token of `source`; returns the ids of the tokens that it
-    lacked. See `clone_chat_template` for the sources.
+    """Give `tokenizer` the template, the end and the padding token of `source`; missing tokens are added. Returns their
+    ids. See `clone_chat_template` for the sources.
 
     A tokenizer without a padding token takes what ended a text so far. Raises TunesmithError.
     """
     before = tokenizer.eos_token
     if Path(source).suffix in FILES:
-        tokenizer.chat_template = _read(Path(source))
+        if not Path(source).is_file():
+            raise TunesmithError(f"chat template: there is no file {source}")
+        tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
         added: list[int] = []
     elif str(source) in BUILT_IN:
         added = _take_built_in(tokenizer, BUILT_IN[str(source)])
@@ -109,12 +110,6 @@ def extend_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = before or tokenizer.eos_token
     return added
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise TunesmithError(f"chat template: there is no file {path}")
-    return path.read_text(encoding="utf-8")
 
 
 def _take_built_in(tokenizer: PreTrainedTokenizerBase, template: BuiltIn) -> list[int]:
@@ -220,14 +215,14 @@ def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence
         )
     whole = [name for name in names if biased and layers[name] is head]
     changed: Any = copy.copy(config)
-    given = changed.trainable_token_indices or {}
-    if not isinstance(given, dict):
-        given = {next(name for name, module in layers.items() if module is embeddings): given}
+    trained = changed.trainable_token_indices or {}
+    if not isinstance(trained, dict):
+        trained = {next(name for name, module in layers.items() if module is embeddings): trained}
     for name in (name for name in names if name not in whole):  # in order: so the optimizer counts its parameters
-        theirs = [key for key in given if is_named(name, key)]
-        rows = sorted({*added, *(row for key in theirs for row in given[key])})
-        given = {key: value for key, value in given.items() if key not in theirs} | {name: rows}
-    changed.trainable_token_indices = given
+        theirs = [key for key in trained if is_named(name, key)]
+        rows = sorted({*added, *(row for key in theirs for row in trained[key])})
+        trained = {key: value for key, value in trained.items() if key not in theirs} | {name: rows}
+    changed.trainable_token_indices = trained
     if whole:
         changed.modules_to_save = [*(changed.modules_to_save or ()), *whole]
     return cast(PeftConfig, changed)
@@ -236,13 +231,12 @@ def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence
 def _trains(config: PeftConfig, name: str) -> bool:
     """Whether the adapters train the layer `name` already. The word all-linear means the decoder's layers alone."""
     targets = getattr(config, "target_modules", None) or ()
+    whole = getattr(config, "modules_to_save", None) or ()
     if isinstance(targets, str):
-        listed, matched = [], targets != "all-linear" and re.fullmatch(targets, name) is not None
-    else:
-        listed, matched = list(targets), False
-    return matched or any(
-        is_named(name, other) for other in [*listed, *(getattr(config, "modules_to_save", None) or ())]
-    )
+        if targets != "all-linear" and re.fullmatch(targets, name):
+            return True
+        targets = ()
+    return any(is_named(name, other) for other in [*targets, *whole])
 
 
 def save_rows_only(model: PeftModel) -> None:

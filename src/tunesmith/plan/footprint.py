@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import PreTrainedModel
 
+from tunesmith.data.batches import Targets
 from tunesmith.model.attention import document_map
-from tunesmith.model.head import Targets, cross_entropy, head_options, plain_head
+from tunesmith.model.head import from_hidden, from_logits, plain_head
 from tunesmith.model.linear import onednn_is_faster
-from tunesmith.objectives.supervised import LossOptions, linear_cross_entropy
+from tunesmith.objectives.supervised import supervised_loss
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 
@@ -264,23 +265,18 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def _loss(subject: Subject, inputs: dict[str, Tensor], mask: Tensor | None, count: Count) -> Tensor:
-    """The loss as `head._supervised` takes it."""
     base, dtype = subject.base, subject.autocast
     tokens = inputs["input_ids"].numel()
     positions = torch.empty(tokens - inputs["input_ids"].shape[0], dtype=torch.int64)
+    targets = Targets(positions=positions, tokens=torch.empty_like(positions))
     given = {**inputs, "attention_mask": mask, "use_cache": False}
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        head = plain_head(base)
-        if head is None or base.base_model is base:
-            logits = base(**given).logits.flatten(0, 1)
-            count.kind = LOSS
-            targets = Targets(positions=positions, tokens=torch.empty_like(positions))
-            return cross_entropy(logits[positions], targets, LossOptions()).loss
-        hidden = base.base_model(**given).last_hidden_state.flatten(0, 1)
+        if plain_head(base) is None or base.base_model is base:
+            predictions = from_logits(base(**given).logits, targets)
+        else:
+            predictions = from_hidden(base, given, targets)
         count.kind = LOSS
-        picked = hidden[positions]
-        del hidden
-        return linear_cross_entropy(picked, head.weight, head.bias, positions, None, head_options(base)).loss
+        return supervised_loss(predictions).loss
 
 
 @contextmanager

@@ -22,12 +22,12 @@ from tunesmith.model.adapters import adapt
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.devices import Device
 from tunesmith.model.linear import speed_up
-from tunesmith.objectives.supervised import CHUNK_BYTES
+from tunesmith.model.precision import DTYPES, PrecisionName
+from tunesmith.objectives.logprobs import CHUNK_BYTES
 from tunesmith.plan import footprint
 from tunesmith.plan.footprint import Batch, Bytes, Subject, Timeline, timeline
 from tunesmith.plan.growth import MOST, Growth, growth
 from tunesmith.plan.quantized import as_if_quantized
-from tunesmith.precision import DTYPES, PrecisionName
 
 Method = Literal["full", "lora", "8bit", "4bit"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.model.bnb import Bits
+from tunesmith.model.quantize import Bits
 
 BLOCK, OUTER_BLOCK = 64, 256
 """Numbers that share a scale in NF4, and such scales that share one with double quantization (arXiv:2305.14314)."""

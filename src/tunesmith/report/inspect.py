@@ -1,6 +1,6 @@
 """The inspect view: the tokens of a collated row, readable, with what is trained on set apart.
 
-    row of the batch -> pieces (text, ids, weight) -> Document, InspectedRow -> `rich` text, or HTML (inspect_html)
+    row of the batch -> pieces (text, ids, weight) -> Document, InspectedRow -> `rich` text, or an HTML page
 
 A piece is a token, or several that share a character: Chinese characters and emoji are often split over tokens. In a
 terminal without colours the supervised text stands between marks, so that the mask is never lost:
@@ -14,11 +14,13 @@ terminal without colours the supervised text stands between marks, so that the m
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from tunesmith.report.page import facts, whole_page
 from tunesmith.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -48,15 +50,15 @@ class Vocabulary:
     special: frozenset[int]
     """The special tokens and the end-of-sequence token: what can end a text."""
 
-
-def vocabulary(tokenizer: Any) -> Vocabulary:
-    """The vocabulary of a `transformers` tokenizer."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return Vocabulary(
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        token=lambda index: str(tokenizer.convert_ids_to_tokens(index)),
-        special=frozenset(special | ({tokenizer.eos_token_id} - {None})),
-    )
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Vocabulary":
+        """That of a `transformers` tokenizer."""
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return cls(
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            token=lambda index: str(tokenizer.convert_ids_to_tokens(index)),
+            special=frozenset(special | ({tokenizer.eos_token_id} - {None})),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +94,7 @@ class Document:
     @property
     def last(self) -> Piece | None:
         """The last supervised piece, white space left aside: what a model tuned on this stops with if it is special."""
-        said = (piece for piece in reversed(self.pieces) if piece.supervised and piece.text.strip())
-        return next(said, None)
+        return next((piece for piece in reversed(self.pieces) if piece.supervised and piece.text.strip()), None)
 
     @property
     def ends(self) -> bool:
@@ -106,7 +107,7 @@ class Document:
         if weights not in ([], [1.0]):
             parts.append("weight " + " and ".join(f"{weight:g}" for weight in weights))
         if self.last is not None:
-            name = "".join(part for part, _ in _parts("", self.last.text, ""))
+            name = "".join(part for part, _ in marked(self.last.text))
             parts.append(f"ends with {name}" if self.ends else f"no end token is learned, the last is “{name}”")
         return ", ".join(parts)
 
@@ -138,11 +139,11 @@ def inspect_row(
     labels: Sequence[int],
     weights: Sequence[float] | None,
     lengths: Sequence[int],
-    words: Vocabulary,
+    vocabulary: Vocabulary,
 ) -> InspectedRow:
     """A row of a flat batch: T ids, labels (unshifted) and weights, and the token counts of its documents."""
-    found = pieces(input_ids, labels, weights, lengths, words)
-    documents = tuple(Document(pieces=tuple(part)) for _, part in groupby(found, key=lambda piece: piece.document))
+    row = pieces(input_ids, labels, weights, lengths, vocabulary)
+    documents = tuple(Document(pieces=tuple(part)) for _, part in groupby(row, key=lambda piece: piece.document))
     return InspectedRow(title=title, documents=documents)
 
 
@@ -154,40 +155,40 @@ def pieces(
     labels: Sequence[int],
     weights: Sequence[float] | None,
     lengths: Sequence[int],
-    words: Vocabulary,
+    vocabulary: Vocabulary,
 ) -> list[Piece]:
     """The pieces of a row in order; all its ids are in them. Shapes as in `inspect_row`.
 
     A token of weight 0 counts as unsupervised: its loss is multiplied with 0.
     """
-    given = weights if weights is not None else [1.0] * len(input_ids)
-    effective = [0.0 if label == IGNORE_INDEX else weight for label, weight in zip(labels, given, strict=True)]
-    found: list[Piece] = []
+    weights = weights if weights is not None else [1.0] * len(input_ids)
+    effective = [0.0 if label == IGNORE_INDEX else weight for label, weight in zip(labels, weights, strict=True)]
+    row: list[Piece] = []
     start = 0
     for document, length in enumerate(lengths):
         context: tuple[int, ...] = ()
         stop = start + length
         while start < stop:
-            special = input_ids[start] in words.special
-            window = 1 if special else _window(input_ids, effective, start, stop, words)
-            ids, text = _readable(tuple(input_ids[start : start + window]), context, words, special)
-            found.append(Piece(text=text, ids=ids, weight=effective[start], special=special, document=document))
+            special = input_ids[start] in vocabulary.special
+            window = 1 if special else _window(input_ids, effective, start, stop, vocabulary)
+            ids, text = _readable(tuple(input_ids[start : start + window]), context, vocabulary, special)
+            row.append(Piece(text=text, ids=ids, weight=effective[start], special=special, document=document))
             context = ids
             start += len(ids)
-    return found
+    return row
 
 
-def _window(ids: Sequence[int], weights: Sequence[float], start: int, stop: int, words: Vocabulary) -> int:
+def _window(ids: Sequence[int], weights: Sequence[float], start: int, stop: int, vocabulary: Vocabulary) -> int:
     """How many tokens from `start` could form a piece: of one weight, and none of them special."""
     size = 1
     most = min(MOST_TOKENS, stop - start)
-    while size < most and weights[start + size] == weights[start] and ids[start + size] not in words.special:
+    while size < most and weights[start + size] == weights[start] and ids[start + size] not in vocabulary.special:
         size += 1
     return size
 
 
 def _readable(
-    window: tuple[int, ...], context: tuple[int, ...], words: Vocabulary, special: bool
+    window: tuple[int, ...], context: tuple[int, ...], vocabulary: Vocabulary, special: bool
 ) -> tuple[tuple[int, ...], str]:
     """The fewest tokens at the front of `window` that are whole characters, and their text.
 
@@ -195,29 +196,25 @@ def _readable(
     its bytes written out.
     """
     for size in range(1, len(window) + 1):
-        text = words.token(window[0]) if special else _in_context(window[:size], context, words)
+        text = vocabulary.token(window[0]) if special else _in_context(window[:size], context, vocabulary)
         if REPLACEMENT not in text:
-            return window[:size], text or words.token(window[0])
-    return window[:1], _bytes_shown(words.token(window[0]))
+            return window[:size], text or vocabulary.token(window[0])
+    return window[:1], _bytes_shown(vocabulary.token(window[0]))
 
 
-def _in_context(ids: tuple[int, ...], context: tuple[int, ...], words: Vocabulary) -> str:
+def _in_context(ids: tuple[int, ...], context: tuple[int, ...], vocabulary: Vocabulary) -> str:
     """What `ids` add to the text of `context`: decoders drop a first word's space, or put one before the others."""
-    before = words.decode(list(context)) if context else ""
-    whole = words.decode([*context, *ids])
+    before = vocabulary.decode(list(context)) if context else ""
+    whole = vocabulary.decode([*context, *ids])
     # After a character that was cut off, decoders may write one replacement for its bytes and for those that follow.
     joins = whole.startswith(before) and REPLACEMENT not in before
-    return whole[len(before) :] if joins else words.decode(list(ids))
+    return whole[len(before) :] if joins else vocabulary.decode(list(ids))
 
 
-def _byte_values() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes as (GPT-2's table), to those bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTES = _byte_values()
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+"""The characters that byte-level tokenizers write bytes as (GPT-2's table), to those bytes."""
 
 
 def _bytes_shown(token: str) -> str:
@@ -248,14 +245,15 @@ def shown(row: Sequence[Piece]) -> Iterator[tuple[Piece, list[tuple[str, bool]]]
         after = row[index + 1] if index + 1 < len(row) else None
         left = before.text[-1:] if before and _continues(before, piece) else ""
         right = after.text[:1] if after and _continues(piece, after) else ""
-        yield piece, _parts(left, piece.text, right)
+        yield piece, marked(piece.text, left, right)
 
 
 def _continues(first: Piece, second: Piece) -> bool:
     return first.weight == second.weight and not (first.special or second.special)
 
 
-def _parts(left: str, text: str, right: str) -> list[tuple[str, bool]]:
+def marked(text: str, left: str = "", right: str = "") -> list[tuple[str, bool]]:
+    """The parts of `text` between two neighbours, as in `shown`."""
     before, after = [left, *text[:-1]], [*text[1:], right]
     marks = [_mark(*neighbours) for neighbours in zip(before, text, after, strict=True)]
     runs = groupby(zip(text, marks, strict=True), key=lambda pair: pair[1] is not None)
@@ -279,15 +277,15 @@ def _mark(before: str, char: str, after: str) -> str | None:
 
 def count_facts(counts: "Counts") -> list[tuple[str, str]]:
     """Labels and values of a page's head: rows, examples, tokens, what was dropped and where."""
-    cut = f"; {counts.truncated:,} truncated, losing {counts.lost_tokens:,} tokens" if counts.truncated else ""
-    facts = [
-        ("rows", f"{counts.rows:,}, which make {counts.examples:,} examples{cut}"),
+    lost = f"; {counts.truncated:,} truncated, losing {counts.lost_tokens:,} tokens" if counts.truncated else ""
+    about = [
+        ("rows", f"{counts.rows:,}, which make {counts.examples:,} examples{lost}"),
         ("tokens", f"{counts.tokens:,}, {_share(counts.supervised, counts.tokens)}"),
     ]
     for reason, (count, places) in counts.dropped.items():
         more = ", ..." if count > len(places) else ""
-        facts.append(("dropped", f"{count:,}: {reason} ({', '.join(places)}{more})"))
-    return facts
+        about.append(("dropped", f"{count:,}: {reason} ({', '.join(places)}{more})"))
+    return about
 
 
 # The terminal
@@ -327,27 +325,114 @@ def terminal(row: InspectedRow, *, plain: bool, ids: bool) -> Text:
 
 def _fragments(document: Document, *, plain: bool, ids: bool) -> list[tuple[str, str]]:
     """Parts of a document with their styles."""
-    found: list[tuple[str, str]] = []
+    fragments: list[tuple[str, str]] = []
     number = 0
     for weight, run in groupby(shown(document.pieces), key=lambda pair: pair[0].weight):
         if weight and plain:
-            found.append((OPEN, ""))
+            fragments.append((OPEN, ""))
         if weight not in (0, 1):
-            found.append((f"{TIMES}{weight:g} ", WEIGHT))
+            fragments.append((f"{TIMES}{weight:g} ", WEIGHT))
         for piece, parts in run:
             number += 1
             text = "".join(part for part, _ in parts)
-            found.append((text.removesuffix("\n"), _style(piece, number)))
+            if piece.special:
+                style = SUPERVISED_SPECIAL if piece.supervised else UNSUPERVISED_SPECIAL
+            else:
+                style = SUPERVISED[number % 2] if piece.supervised else UNSUPERVISED
+            fragments.append((text.removesuffix("\n"), style))
             if ids:
-                found.append((f"⟨{','.join(map(str, piece.ids))}⟩", IDS))
+                fragments.append((f"⟨{','.join(map(str, piece.ids))}⟩", IDS))
             if text.endswith("\n"):
-                found.append(("\n", ""))
+                fragments.append(("\n", ""))
         if weight and plain:
-            found.insert(len(found) - (found[-1][0] == "\n"), (CLOSE, ""))  # on the line that it closes
-    return found
+            fragments.insert(len(fragments) - (fragments[-1][0] == "\n"), (CLOSE, ""))  # on the line that it closes
+    return fragments
 
 
-def _style(piece: Piece, number: int) -> str:
-    if piece.special:
-        return SUPERVISED_SPECIAL if piece.supervised else UNSUPERVISED_SPECIAL
-    return SUPERVISED[number % 2] if piece.supervised else UNSUPERVISED
+# The HTML page
+
+STYLE = """
+:root { --tint: light-dark(#edf0f3, #22272c); --green: light-dark(#bde8c6, #1d4d2b);
+  --green2: light-dark(#d8f3dd, #163c21); --special: light-dark(#8a1a8a, #ee9bee); }
+h3 { margin: 0; } .warn { font-weight: 600; }
+.pack { border: 1px solid var(--line); border-radius: 6px; background: var(--code); }
+.pack > section + section { border-top: 3px double var(--faint); }
+.pack h3 { padding: .3rem .8rem 0; }
+.tokens { padding: .6rem .8rem; font: 14px/1.75 ui-monospace, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.t { color: var(--faint); padding: .1em 0; } .t.b { background: var(--tint); }
+.s { color: var(--text); font-weight: 650; background: var(--green); border-bottom: 2px solid var(--edge); }
+.s.b { background: var(--green2); } .x { color: var(--special); font-style: italic; }
+.m { opacity: .6; font-weight: 400; font-style: normal; }
+.w { font: 600 .75em system-ui, sans-serif; border: 1px solid var(--edge); border-radius: 3px; padding: 0 .25em; }
+.i { display: none; font: .7em ui-monospace, monospace; color: var(--faint); padding: 0 .3em 0 .1em; }
+.i::before { content: "\\2060"; } /* a word joiner: ids stay on the line of their token */
+body:has(#ids:checked) .i { display: inline; }
+.legend { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line); padding: .5rem 0; }
+.legend > label { margin-right: 1.2rem; }
+"""
+
+LEGEND = """<p class="legend">
+<span><span class="t s">super</span><span class="t s b">vised</span></span>
+<span><span class="t">not super</span><span class="t b">vised</span></span>
+<span><span class="t x">special</span></span>
+<span><span class="m">⏎</span> newline, <span class="m">·</span> space, <span class="m">⇥</span> tab</span>
+<span><span class="w">&times;0.5</span> weight</span>
+<label><input type="checkbox" id="ids"{checked}> token ids</label>
+</p>
+<p>Shades tell neighbouring tokens apart. Nothing predicts the first token of a document, so it is never trained on.</p>
+"""
+
+
+def page(title: str, about: Sequence[tuple[str, str]], rows: Sequence[InspectedRow], *, ids: bool = False) -> str:
+    """The whole page. `about` are labels and values for its head; `ids` shows token ids from the start.
+
+    Supervision is shown three times over (colour, weight of the letters, a line below), so that it needs no colour
+    vision.
+    """
+    parts = [f"<h1>{escape(title)}</h1>\n", facts(about), LEGEND.format(checked=" checked" if ids else "")]
+    for row in rows:
+        parts += _row(row)
+    return whole_page(title, parts, STYLE)
+
+
+def _row(row: InspectedRow) -> Iterator[str]:
+    packed = len(row.documents) > 1
+    lacks_end = not packed and not row.documents[0].ends
+    yield f'<h2>{escape(row.title)} {_summary(row.summary(), lacks_end)}</h2>\n<div class="pack">\n'
+    for number, document in enumerate(row.documents, start=1):
+        heading = f"document {number} of {len(row.documents)} {_summary(document.summary(), not document.ends)}"
+        yield f"<section>{f'<h3>{heading}</h3>' if packed else ''}"
+        yield from _document(document)
+        yield "</section>\n"
+    yield "</div>\n"
+
+
+def _summary(text: str, warn: bool) -> str:
+    attribute = ' class="warn"' if warn else ""
+    return f"<small{attribute}>{escape(text)}</small>"
+
+
+def _document(document: Document) -> Iterator[str]:
+    yield '<div class="tokens">'
+    last_weight = 0.0
+    for number, (piece, parts) in enumerate(shown(document.pieces)):
+        if piece.weight not in (0, 1, last_weight):
+            yield f'<span class="w">&times;{piece.weight:g}</span>'
+        last_weight = piece.weight
+        classes = " ".join(["t", *["s"] * piece.supervised, *["x"] * piece.special, *["b"] * (number % 2)])
+        # The ids of a newline stay on its line.
+        line_break = "\n" if parts[-1][0].endswith("\n") else ""
+        parts[-1] = (parts[-1][0].removesuffix("\n"), parts[-1][1])
+        text = "".join(f'<span class="m">{escape(part)}</span>' if mark else escape(part) for part, mark in parts)
+        yield f'<span class="{classes}" title="{escape(_title(piece))}">{text}</span>'
+        yield f'<span class="i">{",".join(map(str, piece.ids))}</span>{line_break}'
+    yield "</div>"
+
+
+def _title(piece: Piece) -> str:
+    """What the pointer shows over a piece."""
+    ids = ", ".join(map(str, piece.ids))
+    shared = f" ({len(piece.ids)} tokens share a character)" if len(piece.ids) > 1 else ""
+    weight = "not supervised" if not piece.supervised else f"supervised, weight {piece.weight:g}"
+    return f"id {ids}{shared}: {weight}"

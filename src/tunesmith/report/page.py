@@ -1,10 +1,9 @@
 """The parts of a page about runs: no script, nothing loaded from elsewhere, light and dark, on screen and on paper."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from tunesmith.report.plots import SERIES, swatch
-from tunesmith.report.run_data import Buckets
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -78,10 +77,10 @@ HEAD = """<!doctype html>
 BORDERS = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """The whole page of `parts`, which are HTML."""
+def whole_page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """The whole page of `parts`, which are HTML; `style` is CSS of its own."""
     series = "".join(f".s{i} {{ border-color: var(--s{i}); }}\n" for i in range(SERIES))
-    return HEAD.format(title=escape(title), style=STYLE, series=series) + "".join(parts) + "</body>\n</html>\n"
+    return HEAD.format(title=escape(title), style=STYLE + style, series=series) + "".join(parts) + "</body>\n</html>\n"
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
@@ -100,26 +99,21 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence
     """Cells that begin with a digit stand to the right under their heading. `best` says which cell of a row is to be
     seen first."""
     body = [list(row) for row in rows]
-    right = {i for i in range(1, len(headings)) if body and all(_is_number(row[i]) for row in body)}
-    head = "".join(f"<th{_class('n' if i in right else '')}>{escape(name)}</th>" for i, name in enumerate(headings))
-    lines = [f"<tr>{head}</tr>\n"]
-    for number, row in enumerate(body):
-        chosen = best[number] if number < len(best) else None
-        cells = [
-            f"<td{_class('n' if i in right else '', 'best' if i == chosen else '')}>{escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>\n")
+    right = {
+        i
+        for i in range(1, len(headings))
+        if body and all(row[i] in ("", MISSING) or row[i].lstrip("-")[:1].isdigit() for row in body)
+    }
+
+    def line(tag: str, cells: Sequence[str], chosen: int | None) -> str:
+        names = [" ".join(["n"] * (i in right) + ["best"] * (i == chosen)) for i in range(len(cells))]
+        marks = [f' class="{name}"' if name else "" for name in names]
+        inner = (f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+        return f"<tr>{''.join(inner)}</tr>\n"
+
+    lines = [line("th", headings, None)]
+    lines += [line("td", row, best[i] if i < len(best) else None) for i, row in enumerate(body)]
     return f'<div class="wide"><table>\n{"".join(lines)}</table></div>\n'
-
-
-def _is_number(cell: str) -> bool:
-    return cell in ("", MISSING) or cell.lstrip("-")[:1].isdigit()
-
-
-def _class(*names: str) -> str:
-    found = " ".join(name for name in names if name)
-    return f' class="{found}"' if found else ""
 
 
 def bars(title: str, rows: Sequence[tuple[str, int]], unit: str) -> str:
@@ -134,10 +128,6 @@ def bars(title: str, rows: Sequence[tuple[str, int]], unit: str) -> str:
     ]
     head = f'<tr><th>{escape(unit)}</th><th class="n">examples</th><th></th></tr>\n'
     return f"<div><h3>{escape(title)}</h3>\n<table>\n{head}{''.join(lines)}</table></div>\n"
-
-
-def ranges(buckets: Buckets) -> list[tuple[str, int]]:
-    return [(f"{low:,}" if low == high else f"{low:,} to {high:,}", count) for low, high, count in buckets]
 
 
 def legend(names: Iterable[tuple[int, str]]) -> str:
@@ -163,12 +153,6 @@ def text_box(title: str, text: str, *, same: bool = False) -> str:
     return f'<div class="text{mark}"><small>{escape(title)}</small><pre>{escape(text)}</pre></div>\n'
 
 
-def learned(parts: Iterable[tuple[str, bool]]) -> Iterator[str]:
-    """A text in pieces, those that are supervised marked."""
-    for text, supervised in parts:
-        yield f"<b>{escape(text)}</b>" if supervised else escape(text)
-
-
 # Values as text
 
 
@@ -181,22 +165,6 @@ def amount(value: float | None, digits: int = 4) -> str:
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
-
-
-def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min 5 s`, `3 h 20 min`, or nothing."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: float) -> str:
-    """`12.3 MB`, or of more than a thousand of them, GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def cut(text: str, longest: int) -> str:

@@ -70,7 +70,8 @@ def svg(curves: Sequence[Curve], *, label: str, marks: Sequence[int] = (), wide:
             axes.axvline(step, color=WARN, linewidth=0.8, linestyle=(0, (2, 2)))
         for curve in curves:
             _draw(axes, curve)
-        if _spans_much(curves):
+        values = np.array([value for curve in curves for _, value in curve.points if value is not None])
+        if values.min() > 0 and values.max() > 30 * np.median(values):  # which would press all others to the ground
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -87,19 +88,15 @@ def _draw(axes: Any, curve: Curve) -> None:
     x = np.array([step for step, _ in curve.points], dtype=float)
     y = np.array([np.nan if value is None else value for _, value in curve.points], dtype=float)
     few = len(x) <= FEW_POINTS
-    look: dict[str, Any] = {"color": COLOURS[colour], "linestyle": dash}
-    if few or not curve.noisy:
-        x, y, _, _ = _thinned(x, y)
-        axes.plot(x, y, marker="o" if few else None, markersize=2.5, linewidth=1.6, **look)
-        return
-    course = smoothed(y)
     at, middle, low, high = _thinned(x, y)
-    if len(at) < len(x):
-        axes.fill_between(at, low, high, color=COLOURS[colour], alpha=0.18, linewidth=0)
-    else:
-        axes.plot(x, y, color=COLOURS[colour], alpha=0.3, linewidth=0.8)
-    _, middle, _, _ = _thinned(x, course)
-    axes.plot(at, middle, linewidth=1.8, **look)
+    if curve.noisy and not few:
+        if len(at) < len(x):
+            axes.fill_between(at, low, high, color=COLOURS[colour], alpha=0.18, linewidth=0)
+        else:
+            axes.plot(x, y, color=COLOURS[colour], alpha=0.3, linewidth=0.8)
+        _, middle, _, _ = _thinned(x, smoothed(y))
+    mark = "o" if few else None
+    axes.plot(at, middle, color=COLOURS[colour], linestyle=dash, marker=mark, markersize=2.5, linewidth=1.7)
 
 
 def smoothed(y: Any) -> Any:
@@ -126,12 +123,6 @@ def _thinned(x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
         rows.append((x[start:stop].mean(), *values))
     at, middle, low, high = np.array(rows).T
     return at, middle, low, high
-
-
-def _spans_much(curves: Sequence[Curve]) -> bool:
-    """Whether a few values would press all others to the ground."""
-    values = np.array([value for curve in curves for _, value in curve.points if value is not None])
-    return bool(values.min() > 0 and values.max() > 30 * np.median(values))
 
 
 def _inline(text: str, label: str) -> str:

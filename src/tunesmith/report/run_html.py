@@ -1,33 +1,34 @@
-"""A run as one HTML page: how it went, what it answered on the way, which rows were hard, and what it was made with."""
+"""Runs as HTML pages. One run: how it went, what it answered on the way, which rows were hard, and what it was made
+with. Several runs: what differs in their settings, where they ended, their curves over each other."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
+from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
+from tunesmith.errors import TunesmithError
 from tunesmith.report.page import (
+    MISSING,
     amount,
     bars,
     cut,
-    document,
-    duration,
     facts,
     figure,
-    learned,
     legend,
     numbers,
-    ranges,
-    size,
     table,
     text_box,
+    whole_page,
 )
 from tunesmith.report.plots import Curve, svg
-from tunesmith.report.run_data import Answer, ExampleLoss, RunData, Split, Step
-from tunesmith.runs.record import Method, Origin
+from tunesmith.report.run_data import Answer, ExampleLoss, RunData, Step, read_run
+from tunesmith.runs.files import COMPARISON, REPORT, loss_name, write_whole
+from tunesmith.runs.record import Origin, prompt_text, setting_text
 from tunesmith.secrets import known_secrets, scrub
-from tunesmith.ship.card_page import spoken
-from tunesmith.ship.curves import curve_name
+from tunesmith.text import duration, size
 
 SHOWN_ANSWERS = 6
 """Of one prompt side by side; of more, the first, the last, and some between."""
@@ -43,9 +44,31 @@ PANELS: tuple[tuple[str, str, str, bool], ...] = (
     ("learning_rate", "Learning rate", "learning rate", False),
     ("tokens_per_second", "Speed", "tokens/s", True),
     ("grad_norm", "Gradient norm", "gradient norm", True),
-    ("memory", "Memory", "MiB", False),
+    ("memory_mb", "Memory", "MiB", False),
 )
 """Field of a step, title, label of the axis, whether it is noisy."""
+
+
+def write_report(runs: list[str], output: str | None = None) -> Path:
+    """Writes the page about one run, or about several, and returns its path. Raises TunesmithError."""
+    read = [read_run(run) for run in runs]
+    path = Path(output).expanduser() if output else _own_folder(runs[0], read[0]) / (COMPARISON if read[1:] else REPORT)
+    if path.is_dir():
+        raise TunesmithError(f"--output {output} is a folder; give the file to write, such as {path / REPORT}")
+    if not path.parent.is_dir():
+        raise TunesmithError(f"--output {output}: there is no folder {path.parent}; make it first")
+    text = comparison(read) if read[1:] else page(read[0])
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise TunesmithError(f"{path} can't be written: {error.strerror}") from error
+    return path
+
+
+def _own_folder(name: str, run: RunData) -> Path:
+    """The folder of `run`, spelt as the user did who named it or a checkpoint in it."""
+    named = Path(name).expanduser()
+    return next((path for path in (named, named.parent) if path.resolve() == run.folder), run.folder)
 
 
 def page(run: RunData) -> str:
@@ -61,7 +84,7 @@ def page(run: RunData) -> str:
         *_settings(run),
         *_checkpoints(run),
     ]
-    return scrub(document(f"{run.name}: report of a run", parts), known_secrets())
+    return scrub(whole_page(f"{run.name}: report of a run", parts), known_secrets())
 
 
 # How it went
@@ -75,8 +98,8 @@ def final_loss(steps: Sequence[Step]) -> float | None:
 
 def speed(steps: Sequence[Step]) -> float | None:
     """The median of the steps' tokens a second."""
-    found = [step.tokens_per_second for step in steps if step.tokens_per_second is not None]
-    return median(found) if found else None
+    speeds = [step.tokens_per_second for step in steps if step.tokens_per_second is not None]
+    return median(speeds) if speeds else None
 
 
 def seconds(run: RunData) -> float | None:
@@ -87,28 +110,28 @@ def seconds(run: RunData) -> float | None:
 
 def peak_memory(steps: Sequence[Step]) -> float | None:
     """In bytes."""
-    return max((step.memory * 2**20 for step in steps if step.memory is not None), default=None)
+    return max((step.memory_mb * 2**20 for step in steps if step.memory_mb is not None), default=None)
 
 
 def eval_losses(run: RunData) -> list[tuple[str, Sequence[tuple[int, float]]]]:
     """The names of the evaluated data sets with the loss at each evaluation."""
     return [
-        ((curve_name(name) or name).removeprefix("evaluation: "), points)
-        for name, points in run.evaluations.items()
-        if curve_name(name)
+        (name.removeprefix("evaluation: "), points)
+        for metric, points in run.evaluations.items()
+        if (name := loss_name(metric))
     ]
 
 
 def _summary(run: RunData) -> Iterator[str]:
     tokens = sum(step.tokens or 0 for step in run.steps)
-    memory = peak_memory(run.steps)
+    memory, taken = peak_memory(run.steps), seconds(run)
     ends = [(f"{name} loss, at the end", amount(points[-1][1])) for name, points in eval_losses(run)]
     yield numbers(
         [
             ("steps", _steps(run)),
             ("training loss, at the end", amount(final_loss(run.steps))),
             *ends[:3],
-            ("time", duration(seconds(run))),
+            ("time", "" if taken is None else duration(taken)),
             ("tokens a second", amount(speed(run.steps), 3)),
             ("most memory", size(memory) if memory else ""),
         ]
@@ -117,14 +140,13 @@ def _summary(run: RunData) -> Iterator[str]:
     if record is None:
         yield '<p class="warn">The run was not saved: there is no run.json in its folder.</p>\n'
         return
-    trained = f"{record.trainable_parameters:,} of {record.total_parameters:,}"
     if record.ended in UNFINISHED:
         yield f'<p class="warn">{UNFINISHED[record.ended]} at step {_steps(run)}.</p>\n'
     yield facts(
         [
             ("base model", named(record.base_model)),
-            ("trained", method(record.method)),
-            ("parameters", f"{trained} ({record.trainable_parameters / max(1, record.total_parameters):.2%})"),
+            ("trained", str(record.method)),
+            ("parameters", record.trained_share),
             ("device", record.device),
             ("tokens read", amount(tokens) if tokens else ""),
         ]
@@ -141,41 +163,38 @@ def _steps(run: RunData) -> str:
 
 
 def named(origin: Origin) -> str:
-    kinds = {"hub": "", "demo": "", "folder": " (a folder)", "file": " (a file)", "memory": ""}
-    return f"{origin.name}{kinds[origin.kind]}"
-
-
-def method(found: Method) -> str:
-    """`lora, rank 16, alpha 32, on q_proj, v_proj; base model in 4 bits`."""
-    parts = ["all weights" if found.kind == "full" else found.kind]
-    parts += [f"{name} {value:g}" for name, value in (("rank", found.rank), ("alpha", found.alpha)) if value]
-    parts += [f"dropout {found.dropout:g}"] if found.dropout else []
-    parts += [f"on {' '.join(found.targets)}"] if found.targets else []
-    return ", ".join(parts) + (f"; base model in {found.bits} bits" if found.bits else "")
+    return f"{origin.name} (a {origin.kind})" if origin.kind in ("folder", "file") else origin.name
 
 
 def _curves(run: RunData) -> Iterator[str]:
     marks = [step for step, _ in run.events]
     evaluated = [Curve(points=points, number=number) for number, (_, points) in enumerate(eval_losses(run), start=1)]
-    course = Curve(points=[(step.step, step.loss) for step in run.steps], noisy=True)
-    picture = svg([course, *evaluated], label="loss", marks=marks, wide=True)
-    found = [figure(picture, "Loss", "nats a supervised token")]
-    for name, title, label, noisy in PANELS:
-        points = [(step.step, getattr(step, name)) for step in run.steps]
-        found.append(figure(svg([Curve(points=points, noisy=noisy)], label=label, marks=marks), title, ""))
-    if not any(found):
+    picture = svg([_curve(run, "loss", noisy=True), *evaluated], label="loss", marks=marks, wide=True)
+    figures = [figure(picture, "Loss", "nats a supervised token")]
+    figures += _panels([run], marks)
+    if not any(figures):
         return
     yield "<h2>Curves</h2>\n"
-    names = [(0, "training"), *((i, name) for i, (name, _) in enumerate(eval_losses(run), start=1))]
-    yield legend(names)
+    yield legend(enumerate(["training", *(name for name, _ in eval_losses(run))]))
     if marks:
         yield '<p class="faint">Dashed vertical lines: something odd happened, listed below.</p>\n'
-    yield f'<div class="curves">\n{"".join(found)}</div>\n'
-    others = [(name, points[-1]) for name, points in run.evaluations.items() if not curve_name(name)]
+    yield f'<div class="curves">\n{"".join(figures)}</div>\n'
+    others = [(name, points[-1]) for name, points in run.evaluations.items() if not loss_name(name)]
     if others:
         yield "<h3>Other measures of the last evaluation</h3>\n"
         cells = [(name.removeprefix("eval_"), amount(value), f"{step:,}") for name, (step, value) in others]
         yield table(("measure", "value", "step"), cells)
+
+
+def _curve(run: RunData, field: str, *, number: int = 0, noisy: bool) -> Curve:
+    """A `field` of the run's steps."""
+    return Curve(points=[(step.step, getattr(step, field)) for step in run.steps], number=number, noisy=noisy)
+
+
+def _panels(runs: Sequence[RunData], marks: Sequence[int] = ()) -> Iterator[str]:
+    for field, title, label, noisy in PANELS:
+        curves = [_curve(run, field, number=i, noisy=noisy) for i, run in enumerate(runs)]
+        yield figure(svg(curves, label=label, marks=marks), title, "")
 
 
 def _events(run: RunData) -> Iterator[str]:
@@ -193,7 +212,7 @@ def _events(run: RunData) -> Iterator[str]:
 def _samples(run: RunData) -> Iterator[str]:
     by_prompt: dict[str, list[Answer]] = {}
     for answer in run.answers:
-        by_prompt.setdefault(repr(answer.asked), []).append(answer)
+        by_prompt.setdefault(repr(answer.prompt), []).append(answer)
     if not by_prompt:
         return
     yield "<h2>Samples <small>the likeliest answers, before training and on the way</small></h2>\n"
@@ -203,11 +222,13 @@ def _samples(run: RunData) -> Iterator[str]:
         first = answers[0]
         yield f"<h3>Prompt {number}</h3>\n"
         yield '<div class="answers two">\n'
-        yield text_box("asked", cut(spoken(first.asked), LONGEST))
+        yield text_box("asked", cut(prompt_text(first.prompt), LONGEST))
         if first.expected is not None:
             yield text_box("answer in the data", cut(first.expected, LONGEST))
         yield '</div>\n<div class="answers">\n'
-        for answer in _spread(sorted(answers, key=lambda item: item.step)):
+        answers.sort(key=lambda item: item.step)
+        parts = min(len(answers), SHOWN_ANSWERS) - 1
+        for answer in (answers[round(i * (len(answers) - 1) / max(parts, 1))] for i in range(parts + 1)):
             same = first.expected is not None and answer.answer.strip() == first.expected.strip()
             title = "before training" if answer.step == 0 else f"step {answer.step:,}"
             title += ", as in the data" if same else ""
@@ -215,31 +236,23 @@ def _samples(run: RunData) -> Iterator[str]:
         yield "</div>\n"
 
 
-def _spread(answers: Sequence[Answer]) -> list[Answer]:
-    if len(answers) <= SHOWN_ANSWERS:
-        return list(answers)
-    last = len(answers) - 1
-    return [answers[round(i * last / (SHOWN_ANSWERS - 1))] for i in range(SHOWN_ANSWERS)]
-
-
 # Rows and data
 
 
 def _rows(run: RunData) -> Iterator[str]:
-    found = run.examples
-    if found is None:
+    examples = run.examples
+    if examples is None:
         return
-    where = f"steps {found.first_step:,} to {found.last_step:,}"
-    yield f"<h2>Rows <small>losses of {found.rows:,} examples as they were trained on, {where}</small></h2>\n"
-    edges = [f"{edge:g}" for edge in found.edges]
+    where = f"steps {examples.first_step:,} to {examples.last_step:,}"
+    yield f"<h2>Rows <small>losses of {examples.rows:,} examples as they were trained on, {where}</small></h2>\n"
+    edges = [f"{edge:g}" for edge in examples.edges]
     names = [f"up to {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f"over {edges[-1]}"]
-    used = [i for i, count in enumerate(found.histogram) if count]
-    shown = list(zip(names, found.histogram, strict=True))[min(used) : max(used) + 1] if used else []
+    used = [i for i, count in enumerate(examples.histogram) if count]
+    shown = list(zip(names, examples.histogram, strict=True))[min(used) : max(used) + 1] if used else []
     yield bars("Mean loss of an example", shown, "nats a token")
-    yield from _ranked("Hardest rows", "furthest above what was usual at their step: odd, wrong, or new", found.hardest)
-    yield from _ranked(
-        "Easiest rows", "the lowest loss: known before, or learned; nothing more to gain", found.easiest[:SHOWN_EASIEST]
-    )
+    hardest, easiest = examples.hardest, examples.easiest[:SHOWN_EASIEST]
+    yield from _ranked("Hardest rows", "furthest above what was usual at their step: odd, wrong, or new", hardest)
+    yield from _ranked("Easiest rows", "the lowest loss: known before, or learned; nothing more to gain", easiest)
 
 
 def _ranked(title: str, about: str, rows: Sequence[ExampleLoss]) -> Iterator[str]:
@@ -247,11 +260,12 @@ def _ranked(title: str, about: str, rows: Sequence[ExampleLoss]) -> Iterator[str
         return
     yield f"<h3>{title} <small>{about}. Marked: supervised</small></h3>\n"
     for row in rows:
-        say = (
+        caption = (
             f"loss {amount(row.loss)}, usual then {amount(row.usual)}; step {row.step:,}; "
             f"{row.supervised:,} of {row.tokens:,} tokens supervised"
         )
-        yield f'<div class="text row"><small>{say}</small><pre>{"".join(learned(row.parts))}</pre></div>\n'
+        text = "".join(f"<b>{escape(part)}</b>" if supervised else escape(part) for part, supervised in row.parts)
+        yield f'<div class="text row"><small>{caption}</small><pre>{text}</pre></div>\n'
 
 
 def _data(run: RunData) -> Iterator[str]:
@@ -259,27 +273,29 @@ def _data(run: RunData) -> Iterator[str]:
         return
     yield "<h2>Data</h2>\n"
     if run.splits:
-        yield table(
-            ("split", "examples", "tokens", "supervised", "share", "longest"),
-            [_split_cells(split) for split in run.splits],
-        )
+        cells = [
+            (
+                split.name,
+                *(f"{count:,}" for count in (split.examples, split.tokens, split.supervised)),
+                f"{split.supervised / max(1, split.tokens):.1%}",
+                f"{split.longest:,}",
+            )
+            for split in run.splits
+        ]
+        yield table(("split", "examples", "tokens", "supervised", "share", "longest"), cells)
     for note in run.notes:
         yield f'<p class="warn">{escape(cut(note, 2000))}</p>\n'
     if run.record is not None and run.record.data:
-        sources = [(f"{item.split}: {item.source}", named(item.origin)) for item in run.record.data]
-        yield facts(sources)
+        yield facts((f"{item.split}: {item.source}", named(item.origin)) for item in run.record.data)
     for split in run.splits:
-        histograms = [
-            bars(f"{split.name}: length", ranges(split.lengths), "tokens"),
-            bars(f"{split.name}: supervised", ranges(split.supervised_lengths), "supervised tokens"),
-        ]
-        yield f'<div class="halves">\n{"".join(histograms)}</div>\n'
-
-
-def _split_cells(split: Split) -> tuple[str, ...]:
-    share = split.supervised / max(1, split.tokens)
-    counts = (split.examples, split.tokens, split.supervised)
-    return (split.name, *(f"{count:,}" for count in counts), f"{share:.1%}", f"{split.longest:,}")
+        yield '<div class="halves">\n'
+        for title, unit, lengths in (
+            ("length", "tokens", split.lengths),
+            ("supervised", "supervised tokens", split.supervised_lengths),
+        ):
+            rows = [(f"{low:,}" if low == high else f"{low:,} to {high:,}", count) for low, high, count in lengths]
+            yield bars(f"{split.name}: {title}", rows, unit)
+        yield "</div>\n"
 
 
 # What it was made with
@@ -289,7 +305,8 @@ def _settings(run: RunData) -> Iterator[str]:
     record = run.record
     if record is not None:
         yield '<h2>Settings and versions</h2>\n<div class="halves">\n<div>'
-        yield table(("setting", "value"), [(name, setting(value)) for name, value in record.settings.items()])
+        settings = [(name, cut(setting_text(value), 500)) for name, value in record.settings.items()]
+        yield table(("setting", "value"), settings)
         yield "</div>\n<div>"
         yield table(("library", "version"), list(record.versions.items()))
         yield "</div>\n</div>\n"
@@ -298,16 +315,135 @@ def _settings(run: RunData) -> Iterator[str]:
         yield text_box("recipe.yaml", cut(run.recipe, 20_000))
 
 
-def setting(value: Any) -> str:
-    """A value of the run's settings in short."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else cut(str(value), 500)
-
-
 def _checkpoints(run: RunData) -> Iterator[str]:
     if not run.checkpoints:
         return
     yield "<h2>Checkpoints</h2>\n"
     cells = [(item.name, f"{item.step:,}", size(item.size)) for item in run.checkpoints]
     yield table(("folder", "step", "size"), cells)
+
+
+# Several runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One row of the table of results: a value of each run, how it is written, and which is best."""
+
+    name: str
+    values: tuple[float | None, ...]
+    written: Callable[[float], str] = amount
+    better: Callable[[Sequence[float]], float] | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        return [MISSING if value is None else self.written(value) for value in self.values]
+
+    @property
+    def best(self) -> int | None:
+        if self.better is None or len({*self.cells} - {MISSING}) < 2:  # as far as a reader sees
+            return None
+        return self.values.index(self.better([value for value in self.values if value is not None]))
+
+
+def comparison(runs: Sequence[RunData]) -> str:
+    """The page of two runs or more, in their order; tokens and passwords that the environment knows are blacked out."""
+    names = distinct(runs)
+    title = f"{len(runs)} runs beside each other"
+    parts = [f"<h1>{title}</h1>\n", legend(enumerate(names))]
+    if results := outcomes(runs):
+        best = [None if row.best is None else row.best + 1 for row in results]
+        parts += ["<h2>Results</h2>\n", table(("", *names), [[row.name, *row.cells] for row in results], best)]
+    parts += [*_curves_of_all(runs), *_differences(runs, names)]
+    return scrub(whole_page(title, parts), known_secrets())
+
+
+def distinct(runs: Sequence[RunData]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    for depth in range(1, max(len(run.folder.parts) for run in runs) + 1):
+        names = ["/".join(run.folder.parts[-depth:]) for run in runs]
+        if len(set(names)) == len(runs):
+            return names
+    counts: Counter[str] = Counter()
+    names = []
+    for run in runs:  # one folder, given twice
+        counts[run.name] += 1
+        names.append(run.name if counts[run.name] == 1 else f"{run.name} ({counts[run.name]})")
+    return names
+
+
+def outcomes(runs: Sequence[RunData]) -> list[Outcome]:
+    """Where each run ended, and what it took."""
+    steps = [run.steps for run in runs]
+    rows = [
+        Outcome(name="steps", values=tuple(part[-1].step if part else None for part in steps)),
+        Outcome(name="training loss, at the end", values=tuple(map(final_loss, steps)), better=min),
+    ]
+    for name, curves in _eval_curves(runs).items():
+        losses = [[value for _, value in points] for points in curves]
+        last = tuple(values[-1] if values else None for values in losses)
+        lowest = tuple(min(values, default=None) for values in losses)
+        rows.append(Outcome(name=f"{name} loss, at the end", values=last, better=min))
+        rows.append(Outcome(name=f"{name} loss, lowest", values=lowest, better=min))
+    rows += [
+        Outcome(name="time", values=tuple(map(seconds, runs)), written=duration),
+        Outcome(name="tokens a second", values=tuple(map(speed, steps)), better=max),
+        Outcome(name="most memory", values=tuple(map(peak_memory, steps)), written=size, better=min),
+    ]
+    return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def _eval_curves(runs: Sequence[RunData]) -> dict[str, list[Sequence[tuple[int, float]]]]:
+    """The losses of each run, by the data set; empty where a run has none."""
+    by_run = [dict(eval_losses(run)) for run in runs]
+    return {name: [losses.get(name, ()) for losses in by_run] for name in dict.fromkeys(chain(*by_run))}
+
+
+def _curves_of_all(runs: Sequence[RunData]) -> Iterator[str]:
+    training = [_curve(run, "loss", number=i, noisy=True) for i, run in enumerate(runs)]
+    figures = [figure(svg(training, label="training loss", wide=True), "Training loss", "nats a supervised token")]
+    for name, losses in _eval_curves(runs).items():
+        evaluated = [Curve(points=points, number=i) for i, points in enumerate(losses)]
+        figures.append(figure(svg(evaluated, label=f"{name} loss"), f"Loss: {name}", "nats a supervised token"))
+    figures += _panels(runs)
+    if any(figures):
+        yield f'<h2>Curves</h2>\n<div class="curves">\n{"".join(figures)}</div>\n'
+
+
+def _differences(runs: Sequence[RunData], names: Sequence[str]) -> Iterator[str]:
+    origins = [_made_with(run) for run in runs]
+    rows = differences(origins)
+    yield "<h2>What differs</h2>\n"
+    if rows:
+        yield table(("", *names), rows)
+    else:
+        yield "<p>Nothing that the runs have written down.</p>\n"
+    same = len({key for values in origins for key in values}) - len(rows)
+    if rows and same:
+        yield f'<p class="faint">{same:,} other settings, counts and versions are the same in all.</p>\n'
+
+
+def differences(runs: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """The names whose values are not the same in all, with the value of each."""
+    rows = [[name, *(values.get(name, MISSING) for values in runs)] for name in dict.fromkeys(chain(*runs))]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _made_with(run: RunData) -> dict[str, str]:
+    """What a run was made with, by names that are comparable."""
+    record = run.record
+    if record is None:
+        return {}
+    values = {
+        "base model": named(record.base_model),
+        "trained": str(record.method),
+        "trained parameters": f"{record.trainable_parameters:,}",
+        "device": record.device,
+    }
+    for item in record.data:
+        where = f"{item.split} data" + ("" if item.source == item.split else f", {item.source}")
+        values[where] = (
+            f"{named(item.origin)}: {item.examples:,} examples, {item.supervised_tokens:,} tokens supervised"
+        )
+    values |= {name: setting_text(value) for name, value in record.settings.items()}
+    return values | {f"version of {name}": value for name, value in record.versions.items()}

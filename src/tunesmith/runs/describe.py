@@ -3,6 +3,7 @@
 import platform
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,32 +17,11 @@ from tunesmith.types import Conversation, Row, Text
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "bitsandbytes")
 SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "max_tokens_per_batch",
-    "gradient_accumulation_steps",
-    "max_length",
-    "overlong",
-    "packing",
-    "packing_strategy",
-    "precision",
-    "train_on",
-    "loss_type",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "gradient_checkpointing",
-    "seed",
-    "data_seed",
-    "world_size",
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_tokens_per_batch"),
+    *("gradient_accumulation_steps", "max_length", "overlong", "packing", "packing_strategy", "precision"),
+    *("train_on", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "gradient_checkpointing"),
+    *("seed", "data_seed", "world_size"),
 )
 """What a reader of the results wants to know even where it is the default."""
 UNSAID = re.compile(
@@ -59,28 +39,24 @@ UNSAID_OF_ADAPTERS = re.compile(
 
 def versions() -> dict[str, str]:
     """Of tunesmith, Python and the libraries that compute."""
-    found = {"tunesmith": __version__, "python": platform.python_version()}
+    numbers = {"tunesmith": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            numbers[name] = version(name)
+    return numbers
 
 
 def method_of(model: Any) -> Method:
     """What of `model`, as it was trained, was trained: its adapters, or everything."""
     bits = next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    if not configs:
+    config = _adapter_config(model)
+    if config is None:
         return Method(bits=bits)
-    config = next(iter(configs.values()))
-    kind = getattr(config.peft_type, "value", config.peft_type)
     targets = getattr(config, "target_modules", None) or ()
     # "all-linear" has become a list with a name for every layer by now; what differs is the last part.
     named = [targets] if isinstance(targets, str) else sorted({target.rsplit(".", 1)[-1] for target in targets})
     return Method(
-        kind=str(kind).lower(),
+        kind=_adapter_kind(config),
         rank=getattr(config, "r", None),
         alpha=getattr(config, "lora_alpha", None),
         dropout=getattr(config, "lora_dropout", None),
@@ -102,7 +78,7 @@ def settings_of(config: Any) -> dict[str, Any]:
         values["num_train_epochs"] = None
     else:
         values["max_steps"] = None
-    chosen = _chosen(config, UNSAID)
+    chosen = _not_as_by_default(config, UNSAID)
     others = {name: value for name, value in chosen.items() if name not in SETTINGS}
     others |= {name: "none" for name, value in chosen.items() if value is None}
     return {name: _shown(value) for name, value in (values | others).items() if value is not None}
@@ -111,24 +87,32 @@ def settings_of(config: Any) -> dict[str, Any]:
 def adapter_settings_of(model: Any) -> dict[str, Any]:
     """What of the adapters of `model`, if it has any, is not as `peft` has it by default and not in `method_of`; named
     `lora.use_dora`."""
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    config = next(iter(configs.values()), None)
+    config = _adapter_config(model)
     if config is None:
         return {}
-    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-    return {f"{kind}.{name}": _shown(value) for name, value in _chosen(config, UNSAID_OF_ADAPTERS).items()}
+    chosen = _not_as_by_default(config, UNSAID_OF_ADAPTERS)
+    return {f"{_adapter_kind(config)}.{name}": _shown(value) for name, value in chosen.items()}
 
 
-def _chosen(config: Any, unsaid: re.Pattern[str]) -> dict[str, Any]:
+def _adapter_config(model: Any) -> Any:
+    """That of the first adapters, None without any."""
+    return next(iter((getattr(model, "peft_config", None) or {}).values()), None)
+
+
+def _adapter_kind(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
+
+
+def _not_as_by_default(config: Any, unsaid: re.Pattern[str]) -> dict[str, Any]:
     """The fields of a dataclass that have another value than by default, but for those that are `unsaid`."""
-    found = {}
+    chosen = {}
     for item in fields(config) if is_dataclass(config) else ():
         value = getattr(config, item.name, None)
         default = item.default if item.default_factory is MISSING else item.default_factory()
         # One that was unset and is off or empty now is as it was.
         if value != default and (value or default) and not unsaid.fullmatch(item.name):
-            found[item.name] = value
-    return found
+            chosen[item.name] = value
+    return chosen
 
 
 def _shown(value: Any) -> Any:
@@ -147,35 +131,31 @@ def _shown(value: Any) -> Any:
 def counts_of(preflight: Preflight, origins: Mapping[str, Origin]) -> tuple[SourceCount, ...]:
     """Every source of every split. `origins` are by split as the preflight names them ("train", "train/chat", "eval"),
     or by the source's name alone; what has none came from a program."""
-    found = []
-    for split, report in preflight.splits.items():
-        source = split.split("/", 1)[-1]
-        counts = report.counts
-        found.append(
-            SourceCount(
-                split="train" if is_train(split) else split,
-                source=source,
-                origin=origins.get(split) or origins.get(source) or Origin.of_data(None),
-                examples=counts.examples,
-                tokens=counts.tokens,
-                supervised_tokens=counts.supervised,
-                dropped=sum(count for count, _ in counts.dropped.values()),
-            )
+    sources = {split: split.split("/", 1)[-1] for split in preflight.splits}
+    return tuple(
+        SourceCount(
+            split="train" if is_train(split) else split,
+            source=sources[split],
+            origin=origins.get(split) or origins.get(sources[split]) or Origin.of_data(None),
+            examples=report.counts.examples,
+            tokens=report.counts.tokens,
+            supervised_tokens=report.counts.supervised,
+            dropped=sum(count for count, _ in report.counts.dropped.values()),
         )
-    return tuple(found)
+        for split, report in preflight.splits.items()
+    )
 
 
 def prompts_of(rows: Iterable[Row], count: int) -> tuple[Prompt, ...]:
     """What the first rows ask, each with the answer in the data: the messages before the last of the assistant, or the
     prompt of a text. Rows without a question, or with more than text in it, are passed over."""
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for row in rows:
-        made = _prompt(row)
-        if made is not None:
-            found.setdefault(repr(made.prompt), made)
-        if len(found) == count:
+        if (prompt := _prompt(row)) is not None:
+            prompts.setdefault(repr(prompt.prompt), prompt)
+        if len(prompts) == count:
             break
-    return tuple(found.values())
+    return tuple(prompts.values())
 
 
 def _prompt(row: Row) -> Prompt | None:

@@ -1,34 +1,67 @@
-"""The files that a run writes about itself as it goes: their names, and lines of JSON that outlast a crash.
+"""The files that a run writes about itself as it goes: their names, and JSON that outlasts a crash.
 
 metrics.jsonl   a line for each optimizer step, each evaluation and each event, all with their `step`
 samples.jsonl   a line for each answer to one of the run's fixed prompts
 examples.json   the losses of single training examples: the easiest, the hardest, how they are spread
 preflight.json  what was found in the data before training
+report.html     the page about the run; comparison.html is about several
 """
 
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from uuid import uuid4
 
 from tunesmith.errors import TunesmithError
 
 METRICS, SAMPLES, EXAMPLES, PREFLIGHT = "metrics.jsonl", "samples.jsonl", "examples.json", "preflight.json"
+REPORT, COMPARISON = "report.html", "comparison.html"
+
+
+def loss_name(metric: str) -> str | None:
+    """What a loss in the metrics was taken of: `loss` -> "training", `eval_loss` -> "evaluation", `eval_math_loss` ->
+    "evaluation: math". Other metrics: None."""
+    if metric == "loss":
+        return "training"
+    if not (metric.startswith("eval_") and metric.endswith("_loss")):
+        return None
+    data_set = metric.removeprefix("eval_").removesuffix("loss").removesuffix("_")
+    return f"evaluation: {data_set}" if data_set else "evaluation"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of text, whole or not at all; readable for whom the umask says. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        # A lone surrogate, which JSON can name but UTF-8 can't hold, is written as JSON's escape.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """Adds one line, which is in the file when this returns. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(_text(entry) + "\n")
+        file.write(_line(entry))
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a file of JSON, whole or not at all."""
-    _replace(path, _text(value) + "\n")
+    write_whole(path, _line(value))
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(as_json(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def up_to(path: Path, step: int) -> list[dict[str, Any]]:
@@ -39,12 +72,12 @@ def up_to(path: Path, step: int) -> list[dict[str, Any]]:
 def keep_up_to(path: Path, step: int) -> list[dict[str, Any]]:
     """Takes out of a file of lines what came after `step`, and returns what is left; a run that starts anew, at step 0,
     keeps nothing. A last line that was cut off goes, too."""
-    kept = up_to(path, step)
-    if kept:
-        _replace(path, "".join(_text(entry) + "\n" for entry in kept))
+    entries = up_to(path, step)
+    if entries:
+        write_whole(path, "".join(map(_line, entries)))
     else:
         path.unlink(missing_ok=True)
-    return kept
+    return entries
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -54,21 +87,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    found = []
+    entries = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    whole = len(lines) - 1  # behind the last line break is what was cut off, or nothing
-    for number, line in enumerate(lines[:whole], start=1):
+    # Behind the last line break is what was cut off, or nothing.
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        if isinstance(entry, dict):
-            found.append(entry)
-        else:
+        if not isinstance(entry, dict):
             raise TunesmithError(
                 f"{path}, line {number} is no JSON object: {line[:60]!r}; delete the line, or the file"
             )
-    return found
+        entries.append(entry)
+    return entries
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -78,33 +110,70 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TunesmithError(f"{path} can't be read: {error}. Delete it to go on without it") from error
+        raise unreadable(path, error) from error
     if not isinstance(value, dict):
-        raise TunesmithError(f"{path} holds {type(value).__name__}, not an object. Delete it to go on without it")
+        raise unreadable(path, f"it holds {type(value).__name__}, not an object")
     return value
 
 
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+def unreadable(path: Path, why: object) -> TunesmithError:
+    return TunesmithError(f"{path} can't be read: {why}. Delete it to go on without it")
 
 
-def _finite(value: Any) -> Any:
+# Values as JSON, and back
+
+
+def as_json(value: Any) -> Any:
+    """Anything as JSON has it: numbers that are not finite are null, of a path there is the last part."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: as_json(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(item) for item in value]
+    if isinstance(value, Enum):
+        return as_json(value.value)
+    if isinstance(value, os.PathLike):
+        return last_part(os.fspath(value))
+    if not isinstance(value, str | int | float | NoneType):
+        scalar = getattr(value, "item", None)  # of numpy and torch
+        return as_json(scalar()) if callable(scalar) else str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        # A lone surrogate, which JSON can name but UTF-8 can't hold, is written as JSON's escape.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # a temporary file is its owner's alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def last_part(path: str) -> str:
+    """The name of a file or folder, whatever system the path is of."""
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "model"
+
+
+def from_json(value: Any, kind: Any, place: str = "") -> Any:
+    """`value`, from JSON, as the type `kind`. Raises ValueError that says at which `place` it is something else."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for member in arguments:
+            try:
+                return from_json(value, member, place)
+            except ValueError as error:
+                last = error
+        raise last
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        pairs = enumerate(zip(value, kinds, strict=True))
+        return tuple(from_json(item, member, f"{place}[{i}]") for i, (item, member) in pairs)
+    if origin is dict and isinstance(value, dict):
+        return {key: from_json(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        known = hints.keys() & value.keys()  # the others may be of a later version
+        make: Any = kind
+        try:
+            return make(**{name: from_json(value[name], hints[name], f"{place}.{name}".lstrip(".")) for name in known})
+        except TypeError as error:
+            raise ValueError(f"{place or 'it'} is incomplete: {error}") from error
+    if kind is Any or (kind is float and isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{place or 'it'} is {str(value)[:60]!r}")

@@ -1,28 +1,38 @@
 """What a run was: written beside its model as `run.json`, and read by whatever tells others of it."""
 
 import json
-import math
-import os
 import re
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from tunesmith.errors import TunesmithError
-from tunesmith.model.demo_model import DEMO, DEMO_FOLDER
+from tunesmith.home import DEMO, DEMO_FOLDER
+from tunesmith.runs.files import as_json, from_json, last_part, read, unreadable, write_whole
 from tunesmith.secrets import known_secrets, scrub
 
 RUN = "run.json"
 FORMAT = 1
 """Raise it with a change that an older version would read wrongly."""
+DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 Text = str | tuple[dict[str, Any], ...]
 """A text, or the messages of a conversation as dictionaries of `role` and `content`."""
+
+
+def prompt_text(prompt: Text) -> str:
+    """A prompt as text: a text as it is, messages with their roles, but a lone user's without."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = []
+    for message in prompt:
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+        contents.append(str(content))
+    if len(prompt) == 1 and prompt[0].get("role") == "user":
+        return contents[0]
+    return "\n\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, contents, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +45,7 @@ class Origin:
     @classmethod
     def of_model(cls, name: str) -> "Origin":
         """Of what `model` says in a recipe: a name on the hub, a folder, or demo, whose cache folder counts as it."""
-        last = _last_part(name)
+        last = last_part(name)
         if name == DEMO or DEMO_FOLDER.fullmatch(last):
             return cls(kind="demo", name=DEMO)
         local = Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name)
@@ -50,13 +60,17 @@ class Origin:
         hub_id, _, configuration = name.partition(":")
         on_hub = HUB_ID.fullmatch(hub_id) and re.fullmatch(r"[\w.-]*", configuration)
         is_file = Path(name).expanduser().exists() or Path(name).suffix.lower() in DATA_FILES
-        return cls(kind="file", name=_last_part(name)) if is_file or not on_hub else cls(kind="hub", name=name)
-
-
-DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
+        return cls(kind="file", name=last_part(name)) if is_file or not on_hub else cls(kind="hub", name=name)
 
 
 ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "loha": "LoHa", "lokr": "LoKr", "vera": "VeRA"}
+
+
+def setting_text(value: Any) -> str:
+    """A value of a run's settings, as a recipe has it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def adapters_of(kind: str) -> str:
@@ -75,6 +89,15 @@ class Method:
     dropout: float | None = None
     targets: tuple[str, ...] = ()
     bits: int | None = None
+
+    def __str__(self) -> str:
+        """`LoRA adapters, rank 16, alpha 32, on q_proj, v_proj, over a base model in 4 bits`."""
+        parts = ["full fine-tuning" if self.kind == "full" else adapters_of(self.kind)]
+        values = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout or None}
+        parts += [f"{name} {value:g}" for name, value in values.items() if value is not None]
+        parts += [f"on {', '.join(self.targets)}"] if self.targets else []
+        parts += [f"over a base model in {self.bits} bits"] if self.bits else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,101 +159,35 @@ class RunRecord:
     prompts: tuple[Prompt, ...] = ()
     samples: tuple[Sample, ...] = ()
 
+    @property
+    def trained_share(self) -> str:
+        """`1,000 of 100,000 (1.00%)` parameters."""
+        trained, total = self.trainable_parameters, self.total_parameters
+        return f"{trained:,} of {total:,} ({trained / max(1, total):.2%})"
+
     def to_json(self) -> str:
         """The text of the file."""
-        text = json.dumps({"format": FORMAT, **_plain(self)}, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({"format": FORMAT, **as_json(self)}, indent=1, ensure_ascii=False, allow_nan=False)
         return scrub(text, [json.dumps(secret, ensure_ascii=False)[1:-1] for secret in known_secrets()]) + "\n"
 
     def write(self, folder: Path | str) -> Path:
         """Writes `run.json` in `folder`, whole or not at all, and returns its path."""
         path = Path(folder) / RUN
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{RUN}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.chmod(name, 0o644)  # a temporary file is its owner's alone
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, self.to_json())
         return path
 
     @classmethod
     def read(cls, folder: Path | str) -> "RunRecord | None":
         """The record in `folder`, None without one. Raises TunesmithError for a file that is none."""
         path = Path(folder) / RUN
-        if not path.is_file():
+        values = read(path)
+        if values is None:
             return None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"it holds {type(values).__name__}, not an object")
-            written = values.pop("format", None)
-            if not isinstance(written, int) or written > FORMAT:
-                raise ValueError(f"its format is {written!r}, this version of tunesmith reads {FORMAT}")
-            record = _typed(values, cls, "")
-        except (OSError, ValueError, RecursionError) as error:
-            raise TunesmithError(f"{path} can't be read: {error}. Delete it to go on without it") from error
-        assert isinstance(record, cls)
-        return record
-
-
-def _last_part(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "model"
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, os.PathLike):
-        return _last_part(os.fspath(value))
-    if not isinstance(value, str | int | float | NoneType):
-        scalar = getattr(value, "item", None)  # of numpy and torch
-        return _plain(scalar()) if callable(scalar) else str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _typed(value: Any, kind: Any, place: str) -> Any:
-    """`value`, from JSON, as the type `kind`. Raises ValueError that says where it is something else."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return _one_of(value, arguments, place)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_typed(item, arguments[0], f"{place}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _typed(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _object(value, kind, place)
-    if kind is Any or (kind is float and isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ValueError(f"{place or 'it'} is {str(value)[:60]!r}")
-
-
-def _one_of(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
-    for kind in kinds:
-        try:
-            return _typed(value, kind, place)
+            version = values.pop("format", None)
+            if not isinstance(version, int) or version > FORMAT:
+                raise ValueError(f"its format is {version!r}, this version of tunesmith reads {FORMAT}")
+            record: RunRecord = from_json(values, cls)
         except ValueError as error:
-            last = error
-    raise last
-
-
-def _object(value: dict[str, Any], kind: Any, place: str) -> Any:
-    hints = get_type_hints(kind)
-    given = {name: item for name, item in value.items() if name in hints}  # the rest may be of a later version
-    try:
-        return kind(**{name: _typed(item, hints[name], f"{place}.{name}".lstrip(".")) for name, item in given.items()})
-    except TypeError as error:
-        raise ValueError(f"{place or 'it'} is incomplete: {error}") from error
+            raise unreadable(path, error) from error
+        return record

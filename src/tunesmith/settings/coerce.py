@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from tunesmith.errors import nearest
+from tunesmith.text import shorten
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _RANK = (NoneType, bool, int, float, Literal, Enum, dict, list, str)
@@ -20,8 +21,6 @@ _NAMES: dict[Any, str] = {
     str: "text",
     NoneType: "null",
 }
-
-
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -46,21 +45,17 @@ def coerce(value: Any, kind: Any) -> Any:
     """
     members = members_of(kind)
     for member in members:
-        if isinstance(value, str) and str in members and _is_word_of_its_own(value, member):
-            continue
+        if isinstance(value, str) and str in members:  # may be meant as text: `report_to: none`, a name with a comma
+            is_list = get_origin(member) is list and not value.lstrip().startswith("[")
+            if is_list or (member is NoneType and value == "none"):
+                continue
         try:
             return _as(value, member)
         except ValueError:
             continue
     quote = "; put it in quotes" if members[-1] is str and not isinstance(value, str | list | dict) else ""
     hint = nearest(value, _choices_of(kind)) if isinstance(value, str) else ""
-    raise ValueError(f"is {found(value)}, expected {expected(kind)}{quote}{hint}")
-
-
-def _is_word_of_its_own(value: str, member: Any) -> bool:
-    """Whether text that could be a `member` is meant as text: `report_to: none`, and a name with a comma."""
-    is_list = get_origin(member) is list and not value.lstrip().startswith("[")
-    return is_list or (member is NoneType and value == "none")
+    raise ValueError(f"is {described(value)}, expected {expected(kind)}{quote}{hint}")
 
 
 def expected(kind: Any) -> str:
@@ -77,12 +72,9 @@ def members_of(kind: Any) -> list[Any]:
     members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
     if any(_is_enum(member) for member in members):
         members = [member for member in members if member is not str]
-    return sorted(members, key=_rank)
-
-
-def _rank(member: Any) -> int:
-    origin = Enum if _is_enum(member) else get_origin(member) or member
-    return _RANK.index(origin) if origin in _RANK else len(_RANK)
+    origins = {member: Enum if _is_enum(member) else get_origin(member) or member for member in members}
+    ranks = {member: _RANK.index(origin) if origin in _RANK else len(_RANK) for member, origin in origins.items()}
+    return sorted(members, key=ranks.__getitem__)
 
 
 def _is_enum(member: Any) -> bool:
@@ -156,21 +148,16 @@ def _collection(value: Any, origin: type, kinds: tuple[Any, ...]) -> Any:
     return {coerce(key, kinds[0]): coerce(item, kinds[1]) for key, item in value.items()}
 
 
-def found(value: Any) -> str:
-    """A value as it was found, shortened, with its type in words."""
+def described(value: Any) -> str:
+    """A value as it was written, shortened, with its type in words."""
     kind = "an object" if isinstance(value, dict) else _NAMES.get(type(value), f"a {type(value).__name__}")
     return "null" if value is None else f"{shorten(repr(value))} ({kind})"
 
 
-def shorten(text: str, width: int = 80) -> str:
-    """`text` in at most `width` characters."""
-    return text if len(text) <= width else f"{text[: width - 3]}..."
-
-
 def byte_count(text: str) -> int:
     """Bytes of a size such as "2GB" (10^9), "1.5 GiB" (2^30) or "500MB". Raises ValueError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    size = 0 if found is None or found[2] not in UNITS else int(float(found[1]) * UNITS[found[2]])
-    if size < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    count = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if count < 1:
         raise ValueError(f"is {text!r}; write for example 2GB or 500MB")
-    return size
+    return count

@@ -1,12 +1,13 @@
 """SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
+# ruff: noqa: RUF009  (`_setting` is `dataclasses.field` with a line of help)
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
+import torch
 from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.precision import PrecisionName, decide, describe, measure, recorded
 from tunesmith.settings.coerce import byte_count
 from tunesmith.types import TrainOn
 
@@ -29,8 +30,8 @@ UNSUPPORTED = {
 """Settings of TRL and `transformers` that are refused, unless they are off, and why."""
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -38,7 +39,8 @@ class SFTConfig(TrainingArguments):
     """Settings of a supervised fine-tuning run.
 
     Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
-    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides, by measuring the device.
+    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides. With "auto", a trainer settles it by
+    measuring the device.
 
     A value that can't be what the user meant raises TunesmithError when the config is made.
     """
@@ -53,184 +55,136 @@ class SFTConfig(TrainingArguments):
 
     precision_note = ""  # how `precision: auto` was settled, for the run to print
 
-    learning_rate: float = field(default=2e-5, metadata=_help("Peak learning rate; LoRA wants about ten times more."))
-    logging_steps: float = field(default=10, metadata=_help("Log every so many steps; below 1, a share of the run."))
-    precision: Precision = field(default="auto", metadata=_help("auto measures the device | fp32 | bf16 | fp16."))
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata=_help("TRL's way to say precision: bf16 (true), or not (false).")
+    learning_rate: float = _setting(2e-5, "Peak learning rate; LoRA wants about ten times more.")
+    logging_steps: float = _setting(10, "Log every so many steps; below 1, a share of the run.")
+    precision: Precision = _setting("auto", "auto measures the device | fp32 | bf16 | fp16.")
+    bf16: bool | None = _setting(  # type: ignore[assignment]
+        None, "TRL's way to say precision: bf16 (true), or not (false)."
     )
 
     # The model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("Arguments of `from_pretrained`, for a model given by name.")
+    model_init_kwargs: dict[str, Any] | str | None = _setting(
+        None, "Arguments of `from_pretrained`, for a model given by name."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata=_help("Run Python code that comes with the model. Off: such a model is an error.")
+    trust_remote_code: bool = _setting(
+        False, "Run Python code that comes with the model. Off: such a model is an error."
     )
-    router_aux_loss_coef: float | None = field(
-        default=None, metadata=_help("Load-balancing loss of mixture-of-experts models: not supported, leave unset.")
+    router_aux_loss_coef: float | None = _setting(
+        None, "Load-balancing loss of mixture-of-experts models: not supported, leave unset."
     )
-    chat_template_path: str | None = field(
-        default=None,
-        metadata=_help(
-            "chatml | llama3 | zephyr | mistral | gemma | alpaca | plain, a .jinja file, or a model or folder whose "
-            "tokenizer has the chat template; its tokens are added where they lack."
-        ),
+    chat_template_path: str | None = _setting(
+        None,
+        "chatml | llama3 | zephyr | mistral | gemma | alpaca | plain, a .jinja file, or a model or folder whose "
+        "tokenizer has the chat template; missing tokens are added.",
     )
-    eos_token: str | None = field(default=None, metadata=_help("The token that ends a text; from the vocabulary."))
-    pad_token: str | None = field(default=None, metadata=_help("The padding token; from the vocabulary."))
+    eos_token: str | None = _setting(None, "The token that ends a text; from the vocabulary.")
+    pad_token: str | None = _setting(None, "The padding token; from the vocabulary.")
 
     # The data
-    dataset_text_field: str = field(default="text", metadata=_help("The column with plain text."))
-    columns: dict[str, str] | str | None = field(
-        default=None, metadata=_help("Our column names to the data's, e.g. {prompt: question, completion: answer}.")
+    dataset_text_field: str = _setting("text", "The column with plain text.")
+    columns: dict[str, str] | str | None = _setting(
+        None, "Our column names to the data's, e.g. {prompt: question, completion: answer}."
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("Arguments of the chat template for every row, e.g. {enable_thinking: false}.")
+    chat_template_kwargs: dict[str, Any] | str | None = _setting(
+        None, "Arguments of the chat template for every row, e.g. {enable_thinking: false}."
     )
-    dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("{skip_prepare_dataset: true} hands the data set to the collator as it is.")
+    dataset_kwargs: dict[str, Any] | str | None = _setting(
+        None, "{skip_prepare_dataset: true} hands the data set to the collator as it is."
     )
-    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that prepare the data; unset, one."))
-    max_length: int | None = field(
-        default=1024, metadata=_help("Most tokens of an example, and of a pack; null: no limit.")
+    dataset_num_proc: int | None = _setting(None, "Processes that prepare the data; unset, one.")
+    max_length: int | None = _setting(1024, "Most tokens of an example, and of a pack; null: no limit.")
+    on_bad_row: OnBadRow = _setting(
+        "error", "A row that can't be read or used: error | skip (counted, and kept in skipped_rows.jsonl)."
     )
-    on_bad_row: OnBadRow = field(
-        default="error",
-        metadata=_help("A row that can't be read or used: error | skip (counted, and kept in skipped_rows.jsonl)."),
-    )
-    overlong: Overlong = field(
-        default="truncate", metadata=_help("Examples over max_length: truncate | drop | split | error.")
-    )
-    truncate_prompt: bool = field(
-        default=False, metadata=_help("Shorten an overlong row's prompt from the left instead of its completion.")
-    )
-    truncation_mode: str = field(
-        default="keep_start", metadata=_help("Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
-    )
-    shuffle_dataset: bool = field(
-        default=False, metadata=_help("Shuffle the data set once, before packing, by `seed`.")
-    )
+    overlong: Overlong = _setting("truncate", "Examples over max_length: truncate | drop | split | error.")
+    truncate_prompt: bool = _setting(False, "Shorten an overlong row's prompt from the left instead of its completion.")
+    truncation_mode: str = _setting("keep_start", "Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
+    shuffle_dataset: bool = _setting(False, "Shuffle the data set once, before packing, by `seed`.")
 
     # What is trained on
-    train_on: TrainOn | None = field(
-        default=None,
-        metadata=_help(
-            "assistant | last_assistant | completion | all. Unset: the completion of prompt-completion rows, else all."
-        ),
+    train_on: TrainOn | None = _setting(
+        None,
+        "assistant | last_assistant | completion | all. Unset: the completion of prompt-completion rows, else all.",
     )
-    completion_only_loss: bool | None = field(
-        default=None, metadata=_help("TRL's name for train_on: completion (true) or all (false).")
-    )
-    assistant_only_loss: bool = field(default=False, metadata=_help("TRL's name for train_on: assistant."))
-    allow_no_eos: bool = field(
-        default=False, metadata=_help("Accept data in which no supervised token ends a text: the model won't stop.")
-    )
-    loss_type: LossType = field(
-        default="nll", metadata=_help("nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
-    )
+    completion_only_loss: bool | None = _setting(None, "TRL's name for train_on: completion (true) or all (false).")
+    assistant_only_loss: bool = _setting(False, "TRL's name for train_on: assistant.")
+    allow_no_eos: bool = _setting(False, "Accept data in which no supervised token ends a text: the model won't stop.")
+    loss_type: LossType = _setting("nll", "nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
 
     # Batches
-    packing: bool = field(default=False, metadata=_help("Fill rows of max_length tokens with several examples."))
-    packing_strategy: PackingStrategy = field(
-        default="bfd", metadata=_help("bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
+    packing: bool = _setting(False, "Fill rows of max_length tokens with several examples.")
+    packing_strategy: PackingStrategy = _setting("bfd", "bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
+    eval_packing: bool | None = _setting(None, "Pack the eval data too; unset, as `packing`.")
+    max_tokens_per_batch: int | None = _setting(
+        None,
+        "Micro-batches of as many examples as fit in so many tokens (padding counts), in place of "
+        "per_device_train_batch_size rows.",
     )
-    eval_packing: bool | None = field(default=None, metadata=_help("Pack the eval data too; unset, as `packing`."))
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata=_help(
-            "Micro-batches of as many examples as fit in so many tokens (padding counts), in place of "
-            "per_device_train_batch_size rows."
-        ),
+    share_prefix: SharePrefix = _setting(
+        "auto",
+        "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
+        "| off.",
     )
-    share_prefix: SharePrefix = field(
-        default="auto",
-        metadata=_help(
-            "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
-            "| off."
-        ),
+    padding_free: bool = _setting(True, "Batches without padding; false pads, for comparison or an odd model.")
+    pad_to_multiple_of: int | str | None = _setting(
+        None, "Pad rows to a multiple of this many tokens; needs padding_free: false."
     )
-    padding_free: bool = field(
-        default=True, metadata=_help("Batches without padding; false pads, for comparison or an odd model.")
+    activation_offloading: bool = _setting(
+        False, "Keep what the backward pass needs in main memory; saves GPU memory, and costs time."
     )
-    pad_to_multiple_of: int | str | None = field(
-        default=None, metadata=_help("Pad rows to a multiple of this many tokens; needs padding_free: false.")
+    self_test: SelfTestMode = _setting(
+        "auto",
+        "Before the first step, compare a few examples in one batch with each alone in the model's own forward: "
+        "auto (where that is possible) | always | off.",
     )
-    activation_offloading: bool = field(
-        default=False, metadata=_help("Keep what the backward needs in main memory; for GPUs, where it costs time.")
+    max_bad_steps: int = _setting(
+        5, "Stop after so many steps in a row without a finite gradient; a single one is skipped."
     )
-    self_test: SelfTestMode = field(
-        default="auto",
-        metadata=_help(
-            "Before the first step, compare a few examples in one batch with each alone in the model's own forward: "
-            "auto (where that is possible) | always | off."
-        ),
+    memory_limit: str | None = _setting(
+        None, "On a CPU: split micro-batches rather than hold more main memory than this, such as 12GB."
     )
-    max_bad_steps: int = field(
-        default=5, metadata=_help("Stop after so many steps in a row without a finite gradient; one is left out.")
+    rehearse: SelfTestMode = _setting(
+        "auto",
+        "Try the largest micro-batch before the first step, so that memory runs out at once or never: auto (in "
+        "runs of 50 steps or more, and with memory_limit) | always | off.",
     )
-    memory_limit: str | None = field(
-        default=None,
-        metadata=_help("On a CPU: split micro-batches rather than hold more main memory than this, such as 12GB."),
+    allow_pickle: bool = _setting(
+        False,
+        "Read weights (.bin) and checkpoints of other tools that are pickles; only plain data is taken from them.",
     )
-    rehearse: SelfTestMode = field(
-        default="auto",
-        metadata=_help(
-            "Try the largest micro-batch before the first step, so that memory runs out at once or never: auto (in "
-            "runs of 50 steps or more, and with memory_limit) | always | off."
-        ),
+    force_resume: bool = _setting(
+        False,
+        "Resume although data, settings or model have changed. What is in the optimizer's state (learning rate, "
+        "weight decay, betas) stays the checkpoint's.",
     )
-    allow_pickle: bool = field(
-        default=False,
-        metadata=_help(
-            "Read weights (.bin) and checkpoints of other tools that are pickles; only plain data is taken from them."
-        ),
+    async_save: bool = _setting(
+        False, "Write checkpoints in a thread, from a copy in main memory, while training goes on."
     )
-    force_resume: bool = field(
-        default=False,
-        metadata=_help(
-            "Resume although data, settings or model have changed. What is in the optimizer's state (learning rate, "
-            "weight decay, betas) stays the checkpoint's."
-        ),
+    sample_prompts: int | None = _setting(
+        None,
+        "So many prompts, held-out ones if there are any, are answered before training, with each evaluation "
+        "and at the end. Unset: 3 in `tunesmith train`, 0 in a program.",
     )
-    async_save: bool = field(
-        default=False,
-        metadata=_help("Write checkpoints in a thread, from a copy in main memory, while the training goes on."),
-    )
-    sample_prompts: int | None = field(
-        default=None,
-        metadata=_help(
-            "So many prompts, held-out ones if there are any, are answered before training, with each evaluation "
-            "and at the end. Unset: 3 in `tunesmith train`, 0 in a program."
-        ),
-    )
-    loraplus_lr_ratio: float | None = field(
-        default=None,
-        metadata=_help("LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."),
+    loraplus_lr_ratio: float | None = _setting(
+        None, "LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."
     )
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_supervision()
         self._check_batches()
-        self._settle_padding()
-        if self.memory_limit is not None:
-            try:
-                byte_count(self.memory_limit)
-            except ValueError as error:
-                raise TunesmithError(f"memory_limit {error}") from error
-        if self.max_bad_steps < 1:
-            raise TunesmithError(f"max_bad_steps is {self.max_bad_steps}; the run can stop after 1 at the earliest")
-        if self.sample_prompts is not None and self.sample_prompts < 0:
-            raise TunesmithError(f"sample_prompts is {self.sample_prompts}; write 0 for none, or how many")
-        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
-            raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
+        self._check_padding()
+        self._check_numbers()
         self._refuse_unsupported()
-        self._choose_precision()
+        self._resolve_precision()
         super().__post_init__()
         self._check_token_batches()
         self._check_compile()
-        self._check_offloading()
+        if self.activation_offloading and self.device.type in ("cpu", "mps"):
+            raise TunesmithError(
+                f"activation_offloading is True, but this run is on {self.device.type}, where activations are in main "
+                "memory already; leave it off, and use gradient_checkpointing to save memory"
+            )
         for name in ("columns", "chat_template_kwargs", "dataset_kwargs", "model_init_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
@@ -253,40 +207,44 @@ class SFTConfig(TrainingArguments):
     def _check_choices(self) -> None:
         if self.packing_strategy == "bfd-requeue":  # type: ignore[comparison-overlap]  # its name in TRL, once
             self.packing_strategy = "bfd_split"
-        choices: dict[str, Any] = {
-            "loss_type": LossType,
-            "packing_strategy": PackingStrategy,
-            "overlong": Overlong,
-            "train_on": TrainOn,
-            "precision": Precision,
-            "rehearse": SelfTestMode,
-            "self_test": SelfTestMode,
-            "share_prefix": SharePrefix,
-            "on_bad_row": OnBadRow,
-        }
-        for name, kind in choices.items():
-            value, allowed = getattr(self, name), get_args(kind)
-            if value is not None and value not in allowed:
-                raise TunesmithError(f"{name} is {value!r}; choose {' | '.join(allowed)}{nearest(str(value), allowed)}")
+        for item in fields(self):
+            members = (item.type, *get_args(item.type))
+            choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+            value = getattr(self, item.name)
+            if item.name in SFTConfig.__annotations__ and choices and value is not None and value not in choices:
+                hint = nearest(str(value), choices)
+                raise TunesmithError(f"{item.name} is {value!r}; choose {' | '.join(choices)}{hint}")
         if self.loss_type == "chunked_nll":
             self.loss_type = "nll"
 
-    def _settle_padding(self) -> None:
+    def _check_numbers(self) -> None:
+        if self.memory_limit is not None:
+            try:
+                byte_count(self.memory_limit)
+            except ValueError as error:
+                raise TunesmithError(f"memory_limit {error}") from error
+        if self.max_bad_steps < 1:
+            raise TunesmithError(f"max_bad_steps is {self.max_bad_steps}; the run can stop after 1 at the earliest")
+        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
+            raise TunesmithError(f"dataset_num_proc is {self.dataset_num_proc}; write 1 or more processes")
+        if self.sample_prompts is not None and self.sample_prompts < 0:
+            raise TunesmithError(f"sample_prompts is {self.sample_prompts}; write 0 for none, or how many")
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
+            raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
+
+    def _check_padding(self) -> None:
         """TRL takes text here, too: auto and none, and a number as its CLI gives it."""
         text = str(self.pad_to_multiple_of).lower()
+        self.pad_to_multiple_of, written = None, self.pad_to_multiple_of
         if text in ("auto", "none", "null"):
-            self.pad_to_multiple_of = None
             return
         if not text.isdecimal() or int(text) < 1:
-            raise TunesmithError(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of!r}; write a number of tokens from 1 on"
-            )
-        self.pad_to_multiple_of = int(text)
+            raise TunesmithError(f"pad_to_multiple_of is {written!r}; write a number of tokens from 1 on")
         if self.padding_free:
             raise TunesmithError(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches have no padding; "
-                "drop it, or set padding_free: false"
+                f"pad_to_multiple_of is {text}, but batches have no padding; drop it, or set padding_free: false"
             )
+        self.pad_to_multiple_of = int(text)
 
     def _check_supervision(self) -> None:
         named = {
@@ -296,9 +254,9 @@ class SFTConfig(TrainingArguments):
         }
         if self.completion_only_loss is False and self.train_on == "completion":
             named["completion_only_loss"] = "not completion"
-        said = {name: value for name, value in named.items() if value is not None}
-        if len(set(said.values())) > 1:
-            listed = " and ".join(f"{name} ({value})" for name, value in said.items())
+        choices = {name: value for name, value in named.items() if value is not None}
+        if len(set(choices.values())) > 1:
+            listed = " and ".join(f"{name} ({value})" for name, value in choices.items())
             raise TunesmithError(f"{listed} contradict each other; set only train_on")
 
     def _check_batches(self) -> None:
@@ -324,9 +282,10 @@ class SFTConfig(TrainingArguments):
         if self.max_tokens_per_batch is None:
             return
         if self.max_tokens_per_batch < 2:
-            found = self.max_tokens_per_batch
-            raise TunesmithError(f"max_tokens_per_batch is {found}; at least 2 tokens are needed to predict one")
-        dealt: Any = self.accelerator_config
+            raise TunesmithError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}; at least 2 tokens are needed to predict one"
+            )
+        accelerator: Any = self.accelerator_config
         others: dict[str, tuple[Any, Any]] = {  # what is set, and what would not contradict
             "per_device_train_batch_size": (self.per_device_train_batch_size, 8),
             "packing": (self.packing, False),
@@ -334,8 +293,8 @@ class SFTConfig(TrainingArguments):
             "train_sampling_strategy": (self.train_sampling_strategy, "random"),
             "auto_find_batch_size": (self.auto_find_batch_size, False),
             "dataloader_drop_last": (self.dataloader_drop_last, False),
-            "accelerator_config.split_batches": (dealt.split_batches, False),
-            "accelerator_config.dispatch_batches": (bool(dealt.dispatch_batches), False),
+            "accelerator_config.split_batches": (accelerator.split_batches, False),
+            "accelerator_config.dispatch_batches": (bool(accelerator.dispatch_batches), False),
         }
         for name, (value, neutral) in others.items():
             if value != neutral:
@@ -352,21 +311,12 @@ class SFTConfig(TrainingArguments):
                 f"torch_compile_mode is {self.torch_compile_mode!r}, which records a CUDA graph for each length, and "
                 f"every batch has another; choose {' | '.join(mode for mode in COMPILE_MODES if mode)}"
             )
-        others = {"gradient_checkpointing": self.activation_checkpointing, "deepspeed": self.deepspeed}
-        reasons = {
-            "gradient_checkpointing": "whose recomputed layers torch.compile leaves as they are",
-            "deepspeed": "which gathers weights inside the layers that are compiled",
-        }
-        for name, value in others.items():
+        for name, value, reason in (
+            ("gradient_checkpointing", self.activation_checkpointing, "whose recomputed layers it leaves as they are"),
+            ("deepspeed", self.deepspeed, "which gathers weights inside the layers that are compiled"),
+        ):
             if value:
-                raise TunesmithError(f"torch_compile is True, and so is {name}, {reasons[name]}; drop one")
-
-    def _check_offloading(self) -> None:
-        if self.activation_offloading and self.device.type in ("cpu", "mps"):
-            raise TunesmithError(
-                f"activation_offloading is True, but this run is on {self.device.type}, where activations are in main "
-                "memory already; leave it off, and use gradient_checkpointing to save memory"
-            )
+                raise TunesmithError(f"torch_compile is True, and so is {name}, {reason}; drop one")
 
     def _refuse_unsupported(self) -> None:
         for name, reason in UNSUPPORTED.items():
@@ -379,35 +329,21 @@ class SFTConfig(TrainingArguments):
                 "what others can use"
             )
 
-    def _choose_precision(self) -> None:
-        """Settle `precision`, and the flags `bf16` and `fp16` that `transformers` reads, on one format."""
-        flagged: PrecisionName | None = None
+    def _resolve_precision(self) -> None:
+        """Make `precision` and the flags `bf16` and `fp16` that `transformers` reads say the same. Where none of them
+        is given, all stay open until a run starts (`model.precision.settle_precision`)."""
+        flagged: Precision | None = None
         if self.bf16 is not None or self.fp16:
             flagged = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
         if self.precision == "auto":
-            self.precision = flagged or self._measured_precision()
+            self.precision = flagged or "auto"
         elif flagged not in (None, self.precision):
             raise TunesmithError(
                 f"precision is {self.precision!r}, but bf16 and fp16 say {flagged}; set only precision"
             )
-        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
-        if self._device_type() == "cpu":
+        if self.precision != "auto":
+            self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if not self.use_cpu and torch.accelerator.current_accelerator(check_available=True) is None:
             self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
+        if self.use_cpu:
             self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
-
-    def _device_type(self) -> str:
-        import torch
-
-        device = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if device is None else device.type
-
-    def _measured_precision(self) -> PrecisionName:
-        device_type = self._device_type()
-        before = recorded(self.output_dir, self.resume_from_checkpoint)
-        if before is not None:
-            self.precision_note = f"precision {before[0]}: as in {before[1]}, from which the run goes on"
-            return before[0]
-        speeds = measure(device_type)
-        choice = decide(speeds, device_type)
-        self.precision_note = describe(choice, speeds, device_type)
-        return choice

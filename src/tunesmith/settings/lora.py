@@ -51,8 +51,8 @@ def lora_config(spec: Mapping[str, Any] | str | bool) -> LoraConfig:
     """
     values: dict[str, Any] = {"r": 16, "alpha": 32, "dropout": 0.0, "target": ALL_LINEAR}
     short = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
-    for given, value in _given(spec).items():
-        name = short.get(given, given)
+    for written, value in _parsed(spec).items():
+        name = short.get(written, written)
         if name not in KEYS:
             hint = nearest(name, KEYS) or f"; the keys are {', '.join(KEYS)}"
             raise TunesmithError(f"lora: there is no {name!r}{hint}")
@@ -68,29 +68,31 @@ def lora_config(spec: Mapping[str, Any] | str | bool) -> LoraConfig:
         raise TunesmithError(f"lora: {error}") from error
 
 
-def _given(spec: Mapping[str, Any] | str | bool) -> Mapping[str, Any]:
+def _parsed(spec: Mapping[str, Any] | str | bool) -> Mapping[str, Any]:
+    """`r=16,target=q_proj,v_proj` to `{"r": "16", "target": ["q_proj", "v_proj"]}`: an item without a key belongs to
+    the list before it."""
     if isinstance(spec, Mapping):
         return spec
     if spec is True:
         return {}
     if not isinstance(spec, str):
         raise TunesmithError(f"lora is {spec!r}; write true, or {EXAMPLE}")
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in spec.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))
-        if equals and name in given:
+        if equals and name in values:
             raise TunesmithError(f"lora: {name!r} is given twice in {spec!r}")
         if equals:
-            given[name] = value
-        elif name and given and _is_listed(last := list(given)[-1]):  # one more item of the list
-            before = given[last]
-            given[last] = [*([before] if isinstance(before, str) else before), name]
+            values[name] = value
+        elif name and values and _takes_list(last := list(values)[-1]):
+            before = values[last]
+            values[last] = [*([before] if isinstance(before, str) else before), name]
         else:
             raise TunesmithError(f"lora is {spec!r}, in which {item!r} is no key=value; write for example {EXAMPLE}")
-    return given
+    return values
 
 
-def _is_listed(name: str) -> bool:
+def _takes_list(name: str) -> bool:
     name = next((ours for ours, theirs in PEFT_NAMES.items() if theirs == name), name)
     return "list" in str(KEYS.get(name))
 

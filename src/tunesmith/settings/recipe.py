@@ -14,7 +14,7 @@ import yaml
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.secrets import without_secrets
-from tunesmith.settings.coerce import BOOLEANS, UniqueKeyLoader, coerce, expected, found, members_of
+from tunesmith.settings.coerce import BOOLEANS, UniqueKeyLoader, coerce, described, expected, members_of
 from tunesmith.settings.helps import HELPS
 
 if TYPE_CHECKING:
@@ -130,17 +130,30 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises TunesmithError for an unreadable file, an unknown or repeated key, a value of the wrong type, a missing key,
     and for what SFTConfig refuses.
     """
+    from tunesmith.settings.config import SFTConfig
+
     written = {name: _Entry(value=value, place=_flag(name)) for name, value in overrides.items()}
     entries = _renamed({} if path is None else _read(path)) | _renamed(written)
-    given = {name: _coerced(name, entry) for name, entry in entries.items()}
+    given = {}
+    for name, entry in entries.items():
+        try:
+            given[name] = coerce(entry.value, all_settings()[name].kind)
+        except ValueError as error:
+            raise TunesmithError(f"{entry.place}: {name} {error}") from error
     for name, example in (("model", "demo"), ("data", "rows.jsonl"), ("output_dir", "runs/first")):
         if not given.get(name):
             key = "output" if name == "output_dir" else name
             raise TunesmithError(f"no {key}; write `{key}: {example}` in the recipe, or --{key} {example}")
     chosen = _choices(given)
     values = given | {name: value for name, (value, _) in chosen.items()}
+    try:
+        config = SFTConfig(**{name: value for name, value in values.items() if name not in KEYS})
+    except TunesmithError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, NotImplementedError, OSError) as error:  # transformers' own checks
+        raise TunesmithError(str(error)) from error
     return Recipe(
-        config=_config({name: value for name, value in values.items() if name not in KEYS}),
+        config=config,
         model=given["model"],
         data=() if isinstance(given["data"], dict) else _listed(given["data"]),
         sources=_sources(given["data"]) if isinstance(given["data"], dict) else {},
@@ -179,37 +192,22 @@ def _choices(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 def _sources(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Named sources under checked keys; a source may be just its path."""
     sources = {}
-    for name, given in data.items():
-        source = given if isinstance(given, dict) else {"path": given}
-        for key in source:
+    for name, written in data.items():
+        source = sources[str(name)] = dict(written) if isinstance(written, dict) else {"path": written}
+        for key, value in source.items():
             if key not in SOURCE_KEYS:
                 raise TunesmithError(f"data: source {name!r} has an unknown key {key!r}{nearest(key, SOURCE_KEYS)}")
+            try:
+                source[key] = coerce(value, SOURCE_KEYS[key])
+            except ValueError as error:
+                raise TunesmithError(f"data: {key} of source {name!r} {error}") from error
         if not source.get("path"):
             raise TunesmithError(f"data: source {name!r} has no path; write `{name}: {{path: rows.jsonl}}`")
-        sources[str(name)] = {key: _source_value(name, key, value) for key, value in source.items()}
     return sources
-
-
-def _source_value(name: str, key: str, value: Any) -> Any:
-    try:
-        return coerce(value, SOURCE_KEYS[key])
-    except ValueError as error:
-        raise TunesmithError(f"data: {key} of source {name!r} {error}") from error
 
 
 def _listed(value: str | list[str] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-def _config(values: dict[str, Any]) -> "SFTConfig":
-    from tunesmith.settings.config import SFTConfig
-
-    try:
-        return SFTConfig(**values)
-    except TunesmithError:
-        raise
-    except (ValueError, TypeError, ArithmeticError, NotImplementedError, OSError) as error:  # transformers' own checks
-        raise TunesmithError(str(error)) from error
 
 
 def _renamed(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
@@ -230,13 +228,6 @@ def _setting(name: str, place: str) -> Setting:
         hint = f"; did you mean {OTHER_NAMES[name]!r}?" if name in OTHER_NAMES else nearest(name, settings)
         raise TunesmithError(f"{place}: unknown setting {name!r}{hint} (`tunesmith train --fields` lists all)")
     return settings[name]
-
-
-def _coerced(name: str, entry: _Entry) -> Any:
-    try:
-        return coerce(entry.value, _setting(name, entry.place).kind)
-    except ValueError as error:
-        raise TunesmithError(f"{entry.place}: {name} {error}") from error
 
 
 @cache
@@ -262,13 +253,16 @@ def all_settings() -> dict[str, Setting]:
 
 
 def _read(path: str) -> dict[str, _Entry]:
+    """The top-level keys of a recipe. Raises TunesmithError with the line for whatever isn't an object of settings."""
     file = Path(path)
     if file.suffix not in SUFFIXES:
         raise TunesmithError(
             f"{path} is not a recipe, which ends in .yaml; to train on a data file write --data {path}"
         )
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        loader = UniqueKeyLoader(file.read_bytes().decode("utf-8-sig"))
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
     except FileNotFoundError:
         siblings = [item.name for item in file.parent.glob("*") if item.suffix in SUFFIXES]
         raise TunesmithError(f"no file {path}{nearest(file.name, siblings)}") from None
@@ -276,16 +270,6 @@ def _read(path: str) -> dict[str, _Entry]:
         raise TunesmithError(f"{path} is not UTF-8: byte {error.start} is wrong") from error
     except OSError as error:
         raise TunesmithError(f"{path} can't be read: {error.strerror}") from error
-    return _parsed(path, text)
-
-
-def _parsed(path: str, text: str) -> dict[str, _Entry]:
-    """The top-level keys of YAML text. Raises TunesmithError with the line for whatever isn't an object of settings."""
-    try:
-        loader = UniqueKeyLoader(text)
-        node = loader.get_single_node()
-        values = None if node is None else loader.construct_document(node)
-        keys = node.value if isinstance(node, yaml.MappingNode) else []
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -293,13 +277,11 @@ def _parsed(path: str, text: str) -> dict[str, _Entry]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise TunesmithError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        holds = "is empty" if values is None else f"holds {found(values)}"
+        holds = "is empty" if values is None else f"holds {described(values)}"
         raise TunesmithError(f"{path} {holds}; a recipe is lines of `key: value`, such as `model: demo`")
-    lines = {str(key.value): key.start_mark.line + 1 for key, _ in keys}
-    return {
-        str(name): _Entry(value=value, place=f"{path}, line {lines[str(name)]}" if str(name) in lines else path)
-        for name, value in values.items()
-    }
+    keys = node.value if isinstance(node, yaml.MappingNode) else []
+    lines = {str(key.value): f"{path}, line {key.start_mark.line + 1}" for key, _ in keys}
+    return {str(name): _Entry(value=value, place=lines.get(str(name), path)) for name, value in values.items()}
 
 
 # The command line

@@ -1,38 +1,61 @@
-"""The model card: a page that says what the model is, what it learned from, and how to load it."""
+"""The model card: a page that says what the model is, what it learned from, and how to load it.
 
+Every text in it that is not ours is shown as it is, and can't change the page.
+"""
+
+import io
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from tunesmith.runs.record import Origin, RunRecord, SourceCount, Text
-from tunesmith.ship.card_page import Page, page
-from tunesmith.ship.curves import curves
+from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import loss_name
+from tunesmith.runs.record import Origin, RunRecord, Sample, prompt_text, setting_text
 from tunesmith.ship.licence import Licence, licence_of
-from tunesmith.ship.markdown import shortened
+from tunesmith.text import duration, shorten
 
-CARD = "README.md"
-PICTURE = "curves.png"
+CARD, PICTURE = "README.md", "curves.png"
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WIDGET_LENGTH = 600
 """Characters of an example; the hub shows them in a small field."""
+SHOWN_SAMPLES = 5
+SHOWN_CHARACTERS = 1500
+"""Of a prompt or an answer."""
+ANSWER_TOKENS = 128
+"""The most of an answer that is asked for."""
+MANY_POINTS = 60
+"""Up to so many points of a curve, each is marked."""
 EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy)")
+SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""With those that turn the direction of what follows."""
 
+ADAPTER_CODE = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CardOptions:
-    """What the run itself doesn't know. `repo` is OWNER/NAME on the hub; `base_model` the hub's name of the base model
-    where the run names a folder, or None; `licence` an identifier of the hub's; `samples` says whether prompts and
-    answers may be shown."""
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}")
+"""
+CHAT_ANSWER = """messages = [{"role": "user", "content": "Hello! What can you do?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+"""
+TEXT_ANSWER = """inputs = tokenizer("Once upon a time", return_tensors="pt")
+"""
+GENERATE = """output = model.generate(**inputs.to(model.device), max_new_tokens=200, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+PIPELINE_CODE = """from transformers import pipeline
 
-    repo: str
-    base_model: str | None = None
-    licence: str | None = None
-    samples: bool = True
+generator = pipeline("text-generation", model="{repo}")
+"""
+CHAT_PIPELINE = """messages = [{"role": "user", "content": "Hello! What can you do?"}]
+print(generator(messages, max_new_tokens=200, do_sample=False)[0]["generated_text"][-1]["content"])"""
+TEXT_PIPELINE = """print(generator("Once upon a time", max_new_tokens=200, do_sample=False)[0]["generated_text"])"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,50 +68,97 @@ class ModelFolder:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelFolder":
-        adapter, settings = _json(folder / "adapter_config.json"), _json(folder / "tokenizer_config.json")
+        settings = read_settings(folder / "tokenizer_config.json")
         return cls(
-            adapter=adapter,
+            adapter=read_settings(folder / "adapter_config.json"),
             has_tokenizer=settings is not None,
             has_template=(folder / "chat_template.jinja").is_file() or bool((settings or {}).get("chat_template")),
         )
 
+    @property
+    def base_model(self) -> str | None:
+        """The name or folder that the adapters give."""
+        name = (self.adapter or {}).get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
 
-def model_card(folder: Path, record: RunRecord | None, options: CardOptions) -> dict[str, bytes]:
-    """The card of the run in `folder`, and the picture in it, by their names in the repository.
 
-    Without a `record` the card says what the files do. The same run gives the same bytes. Raises TunesmithError for a
-    licence that is no identifier.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What the card tells. `base_id` is the base model on the hub, None where it is nowhere but here; `results` are the
+    last evaluation's."""
+
+    repo: str
+    model: ModelFolder
+    record: RunRecord | None
+    base: Origin
+    base_id: str | None
+    licence: Licence
+    picture: bytes | None
+    results: "tuple[Result, ...]"
+    samples: tuple[Sample, ...]
+
+    @property
+    def base_link(self) -> str:
+        """The base model in Markdown."""
+        return _link(self.base_id, self.base_id) if self.base_id else inline(self.base.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """The value of a `metric` ("loss", "perplexity" or "accuracy of tokens") on a data set, which has a name on the hub
+    or None."""
+
+    dataset: str
+    hub_name: str | None
+    metric: str
+    value: float
+
+
+def model_card(
+    folder: Path,
+    record: RunRecord | None,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    samples: bool = True,
+) -> dict[str, bytes]:
+    """The card of the run in `folder` for `repo` (OWNER/NAME), and the picture in it, by their names in the repository.
+
+    `base_model` is the hub's name of the base model where the run names a folder, `licence` an identifier of the hub's;
+    `samples` says whether prompts and answers may be shown. Without a `record` the card says what the files do. The
+    same run gives the same bytes. Raises TunesmithError for a licence that is no identifier.
     """
     model = ModelFolder.read(folder)
     base = base_origin(model, record)
-    licence = licence_of(base, (model.adapter or {}).get("base_model_name_or_path"), options.licence)
-    base_id = options.base_model or hub_name(base)
-    picture = curves(record.history) if record else None
-    header = _header(model, record, options, base_id, licence)
-    text = page(
-        Page(
-            repo=options.repo,
-            base=base,
-            base_id=base_id,
-            is_adapter=model.adapter is not None,
-            tokenizer=options.repo if model.has_tokenizer else base_id or options.repo,
-            is_chat=model.has_template or _asked_by_messages(record),
-            licence=licence,
-            picture=PICTURE if picture else None,
-            results=results(record),
-            record=record,
-            samples=record.samples if record and options.samples else (),
-        )
+    card = Card(
+        repo=repo,
+        model=model,
+        record=record,
+        base=base,
+        base_id=base_model or hub_name(base),
+        licence=licence_of(base, model.base_model, licence),
+        picture=curves(record.history) if record else None,
+        results=tuple(_results(record)) if record else (),
+        samples=record.samples if record and samples else (),
     )
-    card = f"---\n{header.to_yaml()}\n---\n\n{text}"
-    return {CARD: card.encode()} | ({PICTURE: picture} if picture else {})
+    text = f"---\n{_header(card).to_yaml()}\n---\n\n{_page(card)}"
+    return {CARD: text.encode()} | ({PICTURE: card.picture} if card.picture else {})
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The object in a file of JSON; None without one, and for a file that is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def base_origin(model: ModelFolder, record: RunRecord | None) -> Origin:
     """Where the base model is from, after the adapters themselves, or else the record."""
-    named = (model.adapter or {}).get("base_model_name_or_path")
-    if isinstance(named, str) and named:
-        return Origin.of_model(named)
+    if model.base_model is not None:
+        return Origin.of_model(model.base_model)
     return record.base_model if record else Origin(kind="memory", name="an unnamed base model")
 
 
@@ -97,109 +167,281 @@ def hub_name(base: Origin) -> str | None:
     return {"hub": base.name, "demo": DEMO_BASE}.get(base.kind)
 
 
-def results(record: RunRecord | None) -> list[tuple[SourceCount | str, str, float]]:
-    """The last evaluation: the set that was evaluated, or its name where it wasn't counted, the metric ("loss",
-    "perplexity" or "accuracy", of tokens) and its value."""
-    found: list[tuple[SourceCount | str, str, float]] = []
-    if record is None:
-        return found
-    counted = {count.split: count for count in record.data if count.split != "train"}
+def with_samples(record: RunRecord, folder: Path, say: Callable[[str], None]) -> RunRecord:
+    """`record` with its prompts answered by the model in `folder` and by its base model. Without prompts, with samples
+    already, or where the base model can't be loaded, as it is; `say` is told why."""
+    if record.samples or not record.prompts:
+        return record
+    say(f"Answering {len(record.prompts)} prompts before and after training, for the card ...")
+    try:
+        return replace(record, samples=_answered(record, folder))
+    except TunesmithError as error:
+        say(f"note: the card shows no answers: {error}")
+        return record
+
+
+def _answered(record: RunRecord, folder: Path) -> tuple[Sample, ...]:
+    from peft import PeftModel  # which takes seconds
+
+    from tunesmith.model.generate import generate
+    from tunesmith.model.load import load_run
+
+    model, tokenizer = load_run(str(folder))
+    # A text is no question to who has learned conversations.
+    prompts = [item for item in record.prompts if not (isinstance(item.prompt, str) and tokenizer.chat_template)]
+    chats = [
+        [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else list(item.prompt)
+        for item in prompts
+    ]
+    after = generate(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            before = generate(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
+    elif record.base_model.kind in ("hub", "demo"):
+        del model
+        # With the tokenizer of the run: the same tokens are asked.
+        before = generate(load_run(record.base_model.name)[0], tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
+    else:
+        raise TunesmithError("the base model was a local folder")
+    return tuple(Sample(prompt=p, before=b, after=a) for p, b, a in zip(prompts, before, after, strict=True))
+
+
+# The header, which the hub sorts by
+
+
+def _header(card: Card) -> ModelCardData:
+    kind = str((card.model.adapter or {}).get("peft_type", "")).lower()
+    trained_on = [count.origin for count in card.record.data if count.split == "train"] if card.record else []
+    data = ModelCardData(
+        library_name="transformers" if card.model.adapter is None else "peft",
+        pipeline_tag="text-generation",
+        base_model=card.base_id,
+        license=card.licence.identifier,
+        license_name=card.licence.name,
+        license_link=card.licence.link,
+        tags=["tunesmith", "sft", *([kind] if kind else []), *(["conversational"] if card.model.has_template else [])],
+        datasets=list(dict.fromkeys(filter(None, map(_dataset_id, trained_on)))) or None,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=result.hub_name or re.sub(r"[^a-z0-9]+", "-", result.dataset.lower()).strip("-") or "eval",
+                dataset_name=result.dataset,
+                metric_type=result.metric.split()[0],
+                metric_name=result.metric.capitalize(),
+                metric_value=round(result.value, 6),
+            )
+            for result in card.results
+        ]
+        or None,
+        model_name=card.repo.split("/")[-1] if card.results else None,
+    )
+    if card.base_id is not None:
+        data["base_model_relation"] = "finetune" if card.model.adapter is None else "adapter"
+    if widget := _widget(card.samples):
+        data["widget"] = widget
+    return data
+
+
+def _dataset_id(origin: Origin) -> str | None:
+    """The hub's name of data; a file here has none."""
+    return origin.name.partition(":")[0] if origin.kind == "hub" else None
+
+
+def _results(record: RunRecord) -> Iterable[Result]:
+    counts = {count.split: count for count in record.data if count.split != "train"}
     for key, value in record.metrics.items():
         parts = EVALUATED.fullmatch(key)
         if parts is None or value is None:
             continue
         name = parts["name"] or "eval"
-        dataset = counted.get(name, name)
-        if parts["metric"] == "loss":
-            found += [(dataset, "loss", value)] + ([(dataset, "perplexity", math.exp(value))] if value < 50 else [])
-        else:
-            found.append((dataset, "accuracy", value))
-    return found
+        values = {"loss": value} if parts["metric"] == "loss" else {"accuracy of tokens": value}
+        if parts["metric"] == "loss" and value < 50:
+            values["perplexity"] = math.exp(value)
+        count = counts.get(name)
+        dataset, on_hub = (name, None) if count is None else (count.source, _dataset_id(count.origin))
+        yield from (Result(dataset=dataset, hub_name=on_hub, metric=m, value=v) for m, v in values.items())
 
 
-def _header(
-    model: ModelFolder, record: RunRecord | None, options: CardOptions, base_id: str | None, licence: Licence
-) -> ModelCardData:
-    kind = str((model.adapter or {}).get("peft_type", "")).lower()
-    evaluated = _eval_results(record)
-    chat = ["conversational"] if model.has_template else []
-    data = ModelCardData(
-        library_name="peft" if model.adapter is not None else "transformers",
-        pipeline_tag="text-generation",
-        base_model=base_id,
-        license=licence.identifier,
-        license_name=licence.name,
-        license_link=licence.link,
-        tags=["tunesmith", "sft", *([kind] if kind else []), *chat],
-        datasets=_datasets(record) or None,
-        eval_results=evaluated or None,
-        model_name=options.repo.split("/")[-1] if evaluated else None,
-    )
-    if base_id is not None:
-        data["base_model_relation"] = "finetune" if model.adapter is None else "adapter"
-    widget = _widget(record) if options.samples else []
-    if widget:
-        data["widget"] = widget
-    return data
-
-
-def _datasets(record: RunRecord | None) -> list[str]:
-    """The hub's names of what was trained on; a file here has none."""
-    used = [count.origin for count in record.data if count.split == "train"] if record else []
-    return list(dict.fromkeys(origin.name.partition(":")[0] for origin in used if origin.kind == "hub"))
-
-
-def _eval_results(record: RunRecord | None) -> list[EvalResult]:
-    names = {"loss": "Loss", "perplexity": "Perplexity", "accuracy": "Accuracy of tokens"}
-    found = []
-    for dataset, metric, value in results(record):
-        name = dataset if isinstance(dataset, str) else dataset.source
-        on_hub = not isinstance(dataset, str) and dataset.origin.kind == "hub"
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=dataset.origin.name.partition(":")[0] if on_hub else _slug(name),  # type: ignore[union-attr]
-                dataset_name=name,
-                metric_type=metric,
-                metric_name=names[metric],
-                metric_value=round(value, 6),
-            )
-        )
-    return found
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "eval"
-
-
-def _widget(record: RunRecord | None) -> list[dict[str, Any]]:
+def _widget(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """The first of the samples that is short enough, as the hub's page offers it to visitors."""
-    for sample in record.samples if record else ():
-        asked = sample.prompt.prompt
-        if len(_spoken(asked)) > WIDGET_LENGTH:
+    for sample in samples:
+        prompt, output = sample.prompt.prompt, {"text": shorten(sample.after, WIDGET_LENGTH)}
+        if len(prompt_text(prompt)) > WIDGET_LENGTH:
             continue
-        output = {"text": shortened(sample.after, WIDGET_LENGTH)}
-        if isinstance(asked, str):
-            return [{"text": asked, "output": output}]
-        if all(isinstance(message.get("content"), str) for message in asked):
-            messages = [{"role": str(message.get("role")), "content": message["content"]} for message in asked]
+        if isinstance(prompt, str):
+            return [{"text": prompt, "output": output}]
+        if all(isinstance(message.get("content"), str) for message in prompt):
+            messages = [{"role": str(message.get("role")), "content": message["content"]} for message in prompt]
             return [{"messages": messages, "output": output}]
     return []
 
 
-def _spoken(asked: Text) -> str:
-    return asked if isinstance(asked, str) else " ".join(str(message.get("content")) for message in asked)
+# The page
 
 
-def _asked_by_messages(record: RunRecord | None) -> bool:
-    """For adapters that were saved without their tokenizer: whether the base model's has a chat template."""
-    asked = [sample.prompt for sample in record.samples] + list(record.prompts) if record else []
-    return any(not isinstance(prompt.prompt, str) for prompt in asked)
+def _page(card: Card) -> str:
+    parts = [
+        f"# {inline(card.repo.split('/')[-1])}",
+        _summary(card),
+        "## Use",
+        block(_snippet(card), "python"),
+        *_results_section(card),
+        *_samples_section(card),
+        *(_data_section(card.record) if card.record and card.record.data else []),
+        *(_training_section(card, card.record) if card.record else []),
+        "## Licence",
+        _licence(card),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _summary(card: Card) -> str:
+    if card.model.adapter is not None:
+        model = f"Adapters for {card.base_link}"
+    elif card.record and card.record.method.kind != "full":
+        model = f"{card.base_link} with adapters merged into its weights"
+    else:
+        model = f"{card.base_link} with all of its weights tuned"
+    note = ""
+    if card.base.kind == "demo":
+        note = (
+            "\n\nThe base model was trained from its 4-bit (Q4_1) form, unpacked to float32. On the original weights, "
+            "which the name above stands for, answers may differ a little."
+        )
+    return f"{model}, by supervised fine-tuning with tunesmith.{note}"
+
+
+def _snippet(card: Card) -> str:
+    """Python that loads the model by its name on the hub, and lets it answer."""
+    record = card.record
+    # Adapters may be saved without their tokenizer; whether the base model's has a template, prompts tell.
+    prompts = [*(sample.prompt for sample in record.samples), *record.prompts] if record else []
+    is_chat = card.model.has_template or any(not isinstance(prompt.prompt, str) for prompt in prompts)
+    if card.model.adapter is None:
+        return PIPELINE_CODE.format(repo=card.repo) + (CHAT_PIPELINE if is_chat else TEXT_PIPELINE)
+    tokenizer = card.repo if card.model.has_tokenizer else card.base_id or card.repo
+    load = ADAPTER_CODE.format(tokenizer=tokenizer, repo=card.repo)
+    return load + (CHAT_ANSWER if is_chat else TEXT_ANSWER) + GENERATE
+
+
+def _results_section(card: Card) -> list[str]:
+    parts = []
+    if card.results:
+        rows = [[inline(result.dataset), result.metric, f"{result.value:.4f}"] for result in card.results]
+        parts.append(table(["evaluated on", "metric", "value"], rows))
+        parts.append("All are over the supervised tokens of the set, each predicted from the true text before it.")
+    if card.picture:
+        parts.append(f"![The loss over the steps of training.]({PICTURE})")
+    return ["## Results", *parts] if parts else []
+
+
+def _samples_section(card: Card) -> list[str]:
+    parts = ["## Before and after"]
+    for sample in card.samples[:SHOWN_SAMPLES]:
+        texts = {"Prompt": prompt_text(sample.prompt.prompt), "Before": sample.before, "After": sample.after}
+        if sample.prompt.expected is not None:
+            texts["In the data"] = sample.prompt.expected
+        for title, text in texts.items():
+            parts += [f"**{title}**", block(shorten(text, SHOWN_CHARACTERS))]
+        parts.append("---")
+    return parts[:-1]  # without a rule at the end, or without any sample nothing
+
+
+def _data_section(record: RunRecord) -> list[str]:
+    rows = []
+    for count in record.data:
+        name, on_hub = count.origin.name, _dataset_id(count.origin)
+        origin = inline(name) if on_hub is None else _link(name, f"datasets/{on_hub}")
+        numbers = (count.examples, count.tokens, count.supervised_tokens, count.dropped)
+        rows.append([inline(count.split), inline(count.source), origin, *(f"{number:,}" for number in numbers)])
+    head = ["split", "source", "from", "examples", "tokens", "supervised tokens", "rows dropped"]
+    return ["## Data", table(head, rows), "Only supervised tokens were learned; the others were read as their context."]
+
+
+def _training_section(card: Card, record: RunRecord) -> list[str]:
+    facts = {
+        "method": inline(str(record.method)),
+        "trained parameters": record.trained_share,
+        "base model": card.base_link + (f" at {inline(record.base_revision)}" if record.base_revision else ""),
+        "duration": duration(record.seconds) if record.seconds is not None else "",
+        "device": inline(record.device),
+    }
+    rows = [[name, value] for name, value in facts.items() if value]
+    rows += [[inline(name), inline(setting_text(value))] for name, value in record.settings.items()]
+    versions = ", ".join(f"{inline(name)} {inline(number)}" for name, number in record.versions.items())
+    return ["## Training", table(["", ""], rows), f"Versions: {versions}." if versions else ""]
+
+
+def _licence(card: Card) -> str:
+    licence = card.licence
+    if licence.identifier is None:
+        return (
+            f"Not stated. A tuned model is bound by the licence of {card.base_link}, and by those of its data: "
+            "look them up before you use or pass on this one."
+        )
+    name = f" ({inline(licence.name)})" if licence.name else ""
+    return f"{inline(licence.identifier)}{name}, {licence.source}."
+
+
+# Markdown
+
+
+def inline(text: str) -> str:
+    """`text` for a line, a heading or a cell."""
+    return SPECIAL.sub(r"\\\1", " ".join(CONTROL.sub(" ", text).split()))
+
+
+def block(text: str, language: str = "text") -> str:
+    """`text` in a fenced block, whose fence is longer than any run of backticks in it."""
+    text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the cells are Markdown already. All columns but the first that hold numbers only are aligned right."""
+    numbers = [bool(rows) and all(re.fullmatch(r"[\d.,%]*", row[i]) for row in rows) for i in range(len(head))]
+    rules = ["---:" if number and i else "---" for i, number in enumerate(numbers)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rules, *rows])
+
+
+def _link(text: str, path: str) -> str:
+    return f"[{inline(text)}](https://huggingface.co/{path})"
+
+
+# The picture
+
+
+def curves(history: Iterable[Mapping[str, Any]]) -> bytes | None:
+    """A PNG of the training loss, and of every evaluation's, over the steps; None where fewer than two were logged.
+
+    `history` is the trainer's `state.log_history`. The same history gives the same bytes.
+    """
+    by_name: dict[str, dict[float, float]] = {"training": {}}  # the last value of a step counts
+    for entry in history:
+        step = entry.get("step")
+        for key, value in entry.items():
+            if (name := loss_name(key)) and isinstance(step, int | float) and isinstance(value, int | float):
+                by_name.setdefault(name, {})[step] = value
+    lines = {name: sorted(points.items()) for name, points in by_name.items() if points}
+    if max((len(points) for points in lines.values()), default=0) < 2:
         return None
-    return values if isinstance(values, dict) else None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.0, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        mark = "o" if len(points) <= MANY_POINTS else None
+        label = name.replace("$", r"\$").lstrip("_")  # which matplotlib reads as mathematics, or as "no label"
+        axes.plot(*zip(*points, strict=True), marker=mark, markersize=3, linewidth=1.5, label=label)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -14,20 +14,21 @@ What neither can do as the tokenizer does it is refused by name.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 
 from tunesmith.errors import TunesmithError
+from tunesmith.text import shorten
 
 Pieces = list[tuple[str, str]]
 
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}"
-QWEN2_SPLIT = rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}"
+LLAMA3_SPLIT = rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}{{1,3}}|{REST}"
+QWEN2_SPLIT = rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}|{REST}"
 QWEN35_SPLIT = (
     rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,7 +52,7 @@ PROBE = "Xprobe answerX"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vocabulary:
+class TokenizerMetadata:
     """The `tokenizer.*` metadata of a file.
 
     `tokens` and `types` (`gguf.TokenType`) have a row for each of the model's embeddings. `scores` is for the model
@@ -73,6 +74,24 @@ class Vocabulary:
     chat_template: str | list[dict[str, str]] | None = None
     notes: tuple[str, ...] = ()
 
+    def add_to(self, writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        for role, number in self.special.items():
+            getattr(writer, f"add_{role}_token_id")(number)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        if self.add_space_prefix is not None:
+            writer.add_add_space_prefix(self.add_space_prefix)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Kind:
@@ -80,13 +99,13 @@ class _Kind:
 
     model: str
     pre: str
-    scores: Mapping[str, float] | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     merges: tuple[str, ...] = ()
     add_space_prefix: bool | None = None
     notes: tuple[str, ...] = ()
 
 
-def vocabulary(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> Vocabulary:
+def tokenizer_metadata(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> TokenizerMetadata:
     """The metadata of `tokenizer` for a model with `rows` embeddings.
 
     `ends` are the ids at which the model's generation settings end an answer; the tokenizer's own end token and the one
@@ -111,16 +130,20 @@ def vocabulary(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> Vocabular
     if adds_bos and starts is False:
         notes.append(f"the chat template writes no {tokenizer.bos_token}, so add_bos_token is false in the file")
     tokens = _rows(by_id, rows)
+    unmerged = min([UNMERGED, *(score - 1 for score in kind.scores.values())])
+    # llama.cpp looks for further tokens that end an answer at `eot` and `eom`.
+    roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "unk", "pad")}
+    roles |= dict(zip(("eos", "eot", "eom"), all_ends, strict=False))
     if more := ", ".join(tokens[number] for number in all_ends[3:]):
         notes.append(f"GGUF names three end tokens; {more} end an answer, too")
-    return Vocabulary(
+    return TokenizerMetadata(
         model=kind.model,
         pre=kind.pre,
         tokens=tokens,
         types=_types(tokenizer, by_id, rows, kind.model == "llama", all_ends),
-        scores=_scores(kind.scores, tokens),
+        scores=tuple(kind.scores.get(token, unmerged) for token in tokens) if kind.model == "llama" else (),
         merges=kind.merges,
-        special=_special(tokenizer, all_ends),
+        special={role: int(number) for role, number in roles.items() if number is not None},
         ends=all_ends,
         add_bos=adds_bos and starts is not False,
         add_eos=adds_eos,
@@ -131,6 +154,7 @@ def vocabulary(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> Vocabular
 
 
 def _kind(program: Mapping[str, Any]) -> _Kind:
+    """What of GGUF's two can be the tokenizer. Raises TunesmithError where neither can."""
     model = program["model"]
     if model["type"] == "BPE" and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
         return _sentencepiece(program) if model.get("byte_fallback") else _byte_level(program)
@@ -265,16 +289,9 @@ def _types(tokenizer: Any, by_id: Mapping[int, str], rows: int, pieces: bool, en
     return tuple(int(kind(number)) for number in range(rows))
 
 
-def _scores(scores: Mapping[str, float] | None, tokens: Sequence[str]) -> tuple[float, ...]:
-    if scores is None:
-        return ()
-    lowest = min([UNMERGED, *(score - 1 for score in scores.values())])
-    return tuple(scores.get(token, lowest) for token in tokens)
-
-
 def _ends(tokenizer: Any, of_model: Sequence[int]) -> tuple[int, ...]:
-    found = [tokenizer.eos_token_id, _end_of_turn(tokenizer), *of_model]
-    ends = tuple(dict.fromkeys(number for number in found if number is not None))
+    numbers = [tokenizer.eos_token_id, _end_of_turn(tokenizer), *of_model]
+    ends = tuple(dict.fromkeys(number for number in numbers if number is not None))
     if not ends:
         raise TunesmithError(
             "the model has no end token, so llama.cpp would take one of its own; name the tokenizer's eos_token"
@@ -294,13 +311,6 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     after = text.rpartition(PROBE)[2].lstrip()
     added = tokenizer.added_tokens_decoder.items()
     return next((number for number, token in added if token.special and after.startswith(token.content)), None)
-
-
-def _special(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
-    """Ids by role. `eot` and `eom` are where llama.cpp looks for further tokens that end an answer."""
-    roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "unk", "pad")}
-    roles |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
-    return {role: int(number) for role, number in roles.items() if number is not None}
 
 
 def _added_around(tokenizer: Any) -> tuple[bool, bool]:
@@ -337,5 +347,4 @@ def plain_jinja(template: str) -> str:
 
 
 def _short(part: Any) -> str:
-    text = json.dumps(part, ensure_ascii=False)
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return shorten(json.dumps(part, ensure_ascii=False), 300)

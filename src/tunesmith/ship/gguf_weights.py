@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import LlamaFileType, TensorNameMap
+from gguf import LlamaFileType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -102,8 +102,10 @@ def _unsupported(config: Any, family: Family) -> list[str]:
     scaling = rope.get("rope_type", "default")
     faults = []
     if scaling not in ("default", "llama3") or (scaling == "llama3" and not family.scaled_rope):
-        faults.append(f"its positions are scaled by {scaling!r} (of {family.name}, those not scaled can be exported")
-        faults[-1] += ", and by 'llama3')" if family.scaled_rope else ")"
+        also = ", and by 'llama3'" if family.scaled_rope else ""
+        faults.append(
+            f"its positions are scaled by {scaling!r} (of {family.name}, those not scaled can be exported{also})"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         faults.append(f"only {rope['partial_rotary_factor']} of each head is rotated")
     if config.hidden_act != "silu":
@@ -117,7 +119,7 @@ def _unsupported(config: Any, family: Family) -> list[str]:
     return faults
 
 
-def plan(folder: Path, config: PreTrainedConfig, family: Family, quant: str) -> list[Weight]:
+def plan_weights(folder: Path, config: PreTrainedConfig, family: Family, quant: str) -> list[Weight]:
     """The tensors of the file, in the order of the model. Reads the headers of the safetensors files only.
 
     Raises TunesmithError for tensors that are missing or have another shape than the settings say.
@@ -127,22 +129,28 @@ def plan(folder: Path, config: PreTrainedConfig, family: Family, quant: str) -> 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-    found = dict(_found(folder))
-    if missing := [name for name in expected if name not in found]:
+    there = dict(_tensors(folder))
+    if missing := [name for name in expected if name not in there]:
         raise TunesmithError(f"{folder} lacks {len(missing)} of {len(expected)} tensors: {', '.join(missing[:3])}, ...")
     names = gguf.get_tensor_name_map(family.architecture, config.num_hidden_layers)
     weights = []
     for source, shape in expected.items():
-        file, shape_found = found[source]
-        if shape_found != shape:
-            raise TunesmithError(f"{source} in {file} has the shape {shape_found}; config.json makes it {shape}")
-        heads = _heads(source, config) if family.interleaved else None
-        name, kind = _name(names, source), _stored(shape, quant)
+        file, stored_shape = there[source]
+        if stored_shape != shape:
+            raise TunesmithError(f"{source} in {file} has the shape {stored_shape}; config.json makes it {shape}")
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"gguf has no name for {source}"
+        heads = None
+        if family.interleaved and ".q_proj." in source:
+            heads = int(config.num_attention_heads)
+        elif family.interleaved and ".k_proj." in source:
+            heads = int(config.num_key_value_heads)
+        kind = _kind(shape, quant)
         weights.append(Weight(name=name, source=source, file=file, shape=shape, kind=kind, heads=heads))
     return weights
 
 
-def _found(folder: Path) -> Iterator[tuple[str, tuple[Path, tuple[int, ...]]]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[Path, tuple[int, ...]]]]:
     """The tensors in a folder's safetensors files: name, file and shape."""
     index = folder / INDEX
     if index.is_file():
@@ -167,13 +175,7 @@ def _opened(file: Path) -> Iterator[Any]:
         yield handle
 
 
-def _name(names: TensorNameMap, source: str) -> str:
-    name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-    assert name is not None, f"gguf has no name for {source}"
-    return name
-
-
-def _stored(shape: Sequence[int], quant: str) -> Kind:
+def _kind(shape: Sequence[int], quant: str) -> Kind:
     """Vectors stay exact: they cost nothing, and llama.cpp wants them so. Rows that blocks don't fill stay in f16."""
     if len(shape) == 1:
         return Kind.F32
@@ -182,19 +184,13 @@ def _stored(shape: Sequence[int], quant: str) -> Kind:
     return kind if shape[-1] % elements == 0 else Kind.F16
 
 
-def _heads(source: str, config: Any) -> int | None:
-    if ".q_proj." in source:
-        return int(config.num_attention_heads)
-    return int(config.num_key_value_heads) if ".k_proj." in source else None
-
-
 def interleave(values: np.ndarray, heads: int) -> np.ndarray:
     """The rows of each of `heads` heads from halves to pairs, for a matrix (O, I) or a bias (O)."""
     half = values.shape[0] // heads // 2
     return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def stored(weight: Weight, values: Tensor) -> np.ndarray:
+def stored_values(weight: Weight, values: Tensor) -> np.ndarray:
     """The tensor (O, I) or (O) as the file holds it. Raises TunesmithError for what its type can't hold."""
     exact = values.to(torch.float32).numpy()
     largest = float(np.abs(exact).max(initial=0.0))
@@ -207,7 +203,7 @@ def stored(weight: Weight, values: Tensor) -> np.ndarray:
     return np.ascontiguousarray(gguf.quants.quantize(exact, weight.kind))
 
 
-def read(weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+def read_weights(weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """The tensors of `weights`, one at a time in memory."""
     current: Path | None = None
     with ExitStack() as stack:

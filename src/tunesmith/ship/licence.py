@@ -28,28 +28,31 @@ class Licence:
     link: str | None = None
 
 
-def licence_of(base: Origin, base_folder: str | None, given: str | None) -> Licence:
-    """What was `given`, else what the base model's card says: the one in `base_folder`, or that in the hub's cache.
+def licence_of(base: Origin, base_folder: str | None, chosen: str | None) -> Licence:
+    """The `chosen` one, else what the base model's card says: the one in `base_folder`, or that in the hub's cache.
 
-    Raises TunesmithError when `given` is no identifier of the hub's.
+    Raises TunesmithError when `chosen` is no identifier of the hub's.
     """
-    if given is not None:
-        if not IDENTIFIER.fullmatch(given):
+    if chosen is not None:
+        if not IDENTIFIER.fullmatch(chosen):
             raise TunesmithError(
-                f"--license is {given!r}; write the hub's identifier, such as apache-2.0, mit or llama3.1 "
+                f"--license is {chosen!r}; write the hub's identifier, such as apache-2.0, mit or llama3.1 "
                 "(https://huggingface.co/docs/hub/repositories-licenses)"
             )
-        return Licence(identifier=given, source="as given")
+        return Licence(identifier=chosen, source="as given")
     if base.kind == "demo":
         return Licence(identifier=DEMO_LICENCE, source="that of the base model")
-    for card in _cards(base, base_folder):
-        header = _header(card)
-        found = header.get("license")
-        if isinstance(found, str) and IDENTIFIER.fullmatch(found.lower()):
+    cards: list[Any] = [Path(base_folder) / "README.md"] if base_folder and Path(base_folder).is_dir() else []
+    if base.kind == "hub":
+        cards.append(try_to_load_from_cache(base.name, "README.md"))
+    for card in cards:
+        header = card_header(Path(card)) if isinstance(card, str | Path) else {}
+        identifier = str(header.get("license")).lower()
+        if isinstance(header.get("license"), str) and IDENTIFIER.fullmatch(identifier):
             name, link = (header.get(key) for key in ("license_name", "license_link"))
-            other = found.lower() == "other"
+            other = identifier == "other"
             return Licence(
-                identifier=found.lower(),
+                identifier=identifier,
                 source="that of the base model",
                 name=str(name) if other and name else None,
                 # a link within the base model's repository leads nowhere in another
@@ -58,18 +61,11 @@ def licence_of(base: Origin, base_folder: str | None, given: str | None) -> Lice
     return Licence(identifier=None, source="not known here; that of the base model applies")
 
 
-def _cards(base: Origin, folder: str | None) -> list[Path]:
-    places: list[Any] = [Path(folder) / "README.md"] if folder and Path(folder).is_dir() else []
-    if base.kind == "hub":
-        places.append(try_to_load_from_cache(base.name, "README.md"))
-    return [Path(place) for place in places if isinstance(place, str | Path) and Path(place).is_file()]
-
-
-def _header(card: Path) -> Mapping[str, Any]:
-    """The YAML that a card begins with; empty where it can't be read, as somebody else wrote it."""
+def card_header(card: Path) -> Mapping[str, Any]:
+    """The YAML that a card begins with; empty where there is none, or none that can be read."""
     try:
-        found = HEADER.match(card.read_text(encoding="utf-8-sig"))
-        values = yaml.safe_load(found[1]) if found else None
+        header = HEADER.match(card.read_text(encoding="utf-8-sig"))
+        values = yaml.safe_load(header[1]) if header else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

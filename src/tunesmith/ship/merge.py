@@ -2,40 +2,67 @@
 
 The base model is read, merged and written a shard at a time, so that a model merges on a machine that could not load
 it. What was written is loaded and compared with the adapters on the base model before it gets its name.
+
+Shapes: T tokens of a prompt and its answer, V vocabulary.
 """
 
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.generate import stop_ids
+from tunesmith.model.devices import here
+from tunesmith.model.generate import prompt_ids, stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
-from tunesmith.precision import DTYPES, PrecisionName
+from tunesmith.model.precision import DTYPES, PrecisionName
 from tunesmith.settings.coerce import byte_count
-from tunesmith.ship.merge_base import Adapted, adapter_settings, empty_model, explained, rows_in_adapters, shared_names
-from tunesmith.ship.merge_check import PROMPTS, TOLERANCES, Drift, Source, compute_in, drift, load_with_adapters, traces
-from tunesmith.ship.merge_weights import Merged, grow, growing_names
-from tunesmith.ship.names import NamesInFiles, names_in_files
-from tunesmith.ship.shards import LoadedWeights, Piece, Weights, stored_weights, write_shards
+from tunesmith.ship.adapted import (
+    AdaptedModel,
+    MergedWeights,
+    adapter_settings,
+    empty_model,
+    explained,
+    grow,
+    growing_names,
+    rows_in_adapters,
+)
+from tunesmith.ship.shards import (
+    LoadedWeights,
+    NamesInFiles,
+    Piece,
+    Weights,
+    check_room,
+    names_in_files,
+    shared_names,
+    stored_weights,
+    workplace,
+    write_shards,
+)
 
 Progress = Callable[[str], None]
 SPARE = 64 * 2**20
 """Bytes for the tokenizer and the settings."""
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short e-mail that thanks a customer for an order.",
+)
+TOKENS = 32
+"""The longest answer to a prompt."""
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The largest difference of logits, relative to the largest logit, that rounding the merged weights may make."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +100,32 @@ class MergeOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Drift:
+    """How far a model is from the one that it should be like.
+
+    `absolute` is the largest difference of any logit, `relative` the same over the largest logit; `equal` of `tokens`
+    likeliest next tokens are the same, in the answers that the other model gives, and `ties` of the others as likely.
+    """
+
+    absolute: float
+    relative: float
+    tolerance: float
+    equal: int
+    ties: int
+    tokens: int
+
+    @property
+    def within(self) -> bool:
+        return self.relative <= self.tolerance  # not so for NaN
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of logits {self.absolute:.3g} ({self.relative:.2g} of the largest logit, tolerance "
+            f"{self.tolerance:.2g}), {self.equal} of {self.tokens} greedy tokens equal"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
     """What was merged and written. `size` is in bytes; `in_memory` says why the whole base model was loaded, if it was;
     `drift` is None where nothing was compared."""
@@ -91,16 +144,19 @@ class MergeReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """A run and its base model, read as far as is needed to know what will be written."""
+    """A run and its base model, read as far as is needed to know what will be written. `rows` are those of the
+    embeddings that the adapters fit onto; `loaded` is the base model in memory, where its files can't be used."""
 
-    source: Source
+    folder: Path
+    base: str
+    revision: dict[str, Any]
+    rows: int
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
-    adapted: Adapted
-    merged: Merged
+    adapted: AdaptedModel
+    merged: MergedWeights
     loaded: LoadedWeights | None
     names: NamesInFiles
-    in_memory: str | None
     dtype: torch.dtype
 
 
@@ -119,30 +175,37 @@ def merge(
     model that says something else than the adapters; then nothing is left behind.
     """
     options, say = options or MergeOptions(), progress or (lambda text: None)
-    target = _free_target(Path(output).expanduser())
+    target = Path(output).expanduser().resolve()
+    if target.is_dir() and any(target.iterdir()):
+        raise TunesmithError(f"{target} exists and has files in it; name a folder that doesn't exist yet")
+    if target.exists() and not target.is_dir():
+        raise TunesmithError(f"{target} is a file; name a folder that doesn't exist yet")
     job = _prepare(_adapter_folder(Path(run).expanduser(), options.adapter), options, progress)
     size = sum(piece.size for piece in job.merged.pieces)
-    _check_room(target, size)
-    if job.in_memory is not None:
-        say(f"The whole base model is loaded: {job.in_memory}.")
-    say(f"Merging the adapters of {len(job.adapted.layers)} layers with the weights of {job.source.base} ...")
-    with _staged(target) as folder:
+    check_room(target, size + SPARE)
+    if job.names.obstacle is not None:
+        say(f"The whole base model is loaded: {job.names.obstacle}.")
+    say(f"Merging the adapters of {len(job.adapted.layers)} layers with the weights of {job.base} ...")
+    with workplace(target) as folder:
         files = _write(job, folder, options)
-        found = None
+        drift = None
         if options.check:
             say("Comparing what was written with the adapters on their base model ...")
-            found = _compare(job, folder, options)
+            drift = _compare(job, folder, options)
+        if target.exists():
+            target.rmdir()  # it is empty
+        folder.rename(target)
     return MergeReport(
         folder=target,
-        base=job.source.base,
+        base=job.base,
         kind=PeftType(job.adapted.settings.peft_type).value,
         layers=len(job.adapted.layers),
         files=files,
         size=size,
         dtype=job.dtype,
         untied=job.merged.untied,
-        in_memory=job.in_memory,
-        drift=found,
+        in_memory=job.names.obstacle,
+        drift=drift,
     )
 
 
@@ -177,26 +240,28 @@ def _prepare(folder: Path, options: MergeOptions, progress: Progress | None) -> 
     grow(model, rows)
     with explained(f"the weights of the base model {base} can't be read"):
         stored = stored_weights(path, revision.get("revision"))
-        names, reason = names_in_files(model, list(stored.names()))
+        names = names_in_files(model, stored.names())
     shared, growing = shared_names(model), growing_names(model)
     loaded: LoadedWeights | None = None
     weights: Weights = stored.under(names.files)
-    if reason is not None:
+    if names.obstacle is not None:
         whole = load_model(base, dtype="auto", trust_remote_code=trust, **revision).requires_grad_(False)
         grow(whole, rows)
         loaded = weights = LoadedWeights(whole)
-    adapted = Adapted(model, folder, settings)
-    wanted = None if options.dtype is None else DTYPES[options.dtype]
-    merged = Merged(adapted, weights, dtype=wanted, shared=shared, growing=growing)
+    adapted = AdaptedModel(model, folder, settings)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    merged = MergedWeights(adapted, weights, dtype=dtype, shared=shared, growing=growing)
     return _Job(
-        source=Source(base=base, revision=revision, adapters=folder, rows=rows, trust_remote_code=trust),
+        folder=folder,
+        base=base,
+        revision=revision,
+        rows=rows,
         tokenizer=tokenizer,
         model=model if loaded is None else whole,
         adapted=adapted,
         merged=merged,
         loaded=loaded,
         names=names,
-        in_memory=reason,
         dtype=merged.dtype(growing[0]),
     )
 
@@ -213,7 +278,7 @@ def _refuse_quantized(config: PreTrainedConfig, base: str, folder: Path) -> None
 
 
 def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
-    """Everything but the comparison; returns the number of files with weights."""
+    """Writes the model, its settings and its tokenizer; returns the number of files with weights."""
     _settle(job)
     if job.loaded is None:
 
@@ -232,10 +297,13 @@ def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
         files = len(list(folder.glob("*.safetensors")))
     generation = job.model.generation_config
     if generation is not None:
-        _write_generation(generation, folder)
+        # As it is in the base model: some that are published have a temperature and no sampling, which `transformers`
+        # reads, and refuses to write.
+        values = json.dumps(generation.to_diff_dict(), indent=2, sort_keys=True)
+        (folder / GENERATION_CONFIG_NAME).write_text(values + "\n", encoding="utf-8")
     job.tokenizer.save_pretrained(folder)
     if getattr(job.model.config, "auto_map", None):
-        for code in Path(resolve_model(job.source.base)).glob("*.py"):  # of a folder; the hub's are named in full
+        for code in Path(resolve_model(job.base)).glob("*.py"):  # of a folder; the hub's are named in full
             shutil.copy(code, folder)
     return files
 
@@ -252,10 +320,10 @@ def _settle(job: _Job) -> None:
             if getattr(tokenizer, role) is not None:
                 setattr(config, role, getattr(tokenizer, role))
     path = cached_file(
-        resolve_model(job.source.base),
+        resolve_model(job.base),
         GENERATION_CONFIG_NAME,
         _raise_exceptions_for_missing_entries=False,
-        **job.source.revision,
+        **job.revision,
     )
     if path is not None:
         model.generation_config = GenerationConfig.from_pretrained(Path(path).parent)
@@ -266,67 +334,105 @@ def _settle(job: _Job) -> None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _write_generation(generation: GenerationConfig, folder: Path) -> None:
-    """As it is in the base model: some that are published have a temperature and no sampling, which `transformers`
-    reads, and refuses to write."""
-    values: dict[str, Any] = generation.to_diff_dict()
-    (folder / GENERATION_CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+# Whether the merged model says the same
 
 
 def _compare(job: _Job, folder: Path, options: MergeOptions) -> Drift:
-    device, dtype = compute_in(job.dtype)
+    device = here()
+    dtype = torch.float32 if device.type == "cpu" else job.dtype  # which every CPU computes in natively
     tolerance = TOLERANCES[job.dtype] if options.tolerance is None else options.tolerance
+    trust = options.trust_remote_code
     try:
-        before: Any = load_with_adapters(job.source, dtype).to(device)
+        base = load_model(job.base, dtype=dtype, trust_remote_code=trust, **job.revision).requires_grad_(False)
+        grow(base, job.rows)
+        with explained(f"the adapters in {job.folder} could not be loaded"):
+            before: Any = PeftModel.from_pretrained(base, str(job.folder)).to(device).eval()
         expected = traces(before, job.tokenizer, options.prompts or PROMPTS)
-        del before
+        del before, base
         gc.collect()
-        after: Any = load_model(str(folder), dtype=dtype, trust_remote_code=options.trust_remote_code)
-        found = drift(after.to(device).eval(), expected, tolerance)
+        after: Any = load_model(str(folder), dtype=dtype, trust_remote_code=trust)
+        after.to(device).eval()
+        drift = drift_of([logits_of(after, trace.ids) for trace in expected], expected, tolerance)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise TunesmithError(
             "there is not enough memory to load and compare the models; leave the check out"
         ) from error
-    if not found.within:
+    if not drift.within:
         raise TunesmithError(
-            f"the merged model differs from the adapters on {job.source.base}: {found}. Nothing was written; a larger "
+            f"the merged model differs from the adapters on {job.base}: {drift}. Nothing was written; a larger "
             "tolerance, or dtype fp32, which rounds less, would let it pass"
         )
-    return found
+    return drift
 
 
-def _free_target(target: Path) -> Path:
-    target = target.resolve()
-    if target.is_dir() and any(target.iterdir()):
-        raise TunesmithError(f"{target} exists and has files in it; name a folder that doesn't exist yet")
-    if target.exists() and not target.is_dir():
-        raise TunesmithError(f"{target} is a file; name a folder that doesn't exist yet")
-    return target
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """What a model says to a prompt: the tokens of both (T), where the answer begins, and the logits (T, V)."""
+
+    ids: tuple[int, ...]
+    start: int
+    logits: Tensor
 
 
-def _check_room(target: Path, size: int) -> None:
-    place = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < size + SPARE:
-        raise TunesmithError(f"the merged model takes {size / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB free")
+@torch.inference_mode()
+def traces(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    tokens: int = TOKENS,
+    stop: bool = True,
+) -> list[Trace]:
+    """What `model` answers to each of `prompts`, greedily, and its logits: at most `tokens`, fewer where it says an end
+    token and shall `stop`. Raises TunesmithError for a prompt that has no tokens, or too many."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    stops = stop_ids(model, tokenizer) if stop else []
+    base.generation_config = GenerationConfig()  # or generate takes a repetition penalty, say, from it
+    room = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    answers = []
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
+        new = tokens if room is None else min(tokens, room - len(ids))
+        if new < 1:
+            raise TunesmithError(f"a prompt to compare with has {len(ids)} tokens, and the model has room for {room}")
+        ids_BT = torch.tensor([ids], device=base.device)
+        settings = GenerationConfig(
+            max_new_tokens=new, do_sample=False, eos_token_id=stops or None, pad_token_id=(stops or [0])[0]
+        )
+        output = base.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings)
+        whole = tuple(output[0].tolist())
+        answers.append(Trace(ids=whole, start=len(ids), logits=logits_of(model, whole)))
+    return answers
 
 
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, which gets its name at the end; whatever goes wrong, nothing stays."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    folder = target.parent / f".{target.name}-{uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if target.exists():
-            target.rmdir()  # it is empty
-        folder.rename(target)
-    except OSError as error:
-        raise TunesmithError(f"{target} can't be written: {error}") from error
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in made:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
+def drift_of(
+    found: Sequence[Tensor], expected: Sequence[Trace], tolerance: float, *, tie: float | None = None
+) -> Drift:
+    """How far the logits `found` (T, V) of a model are from those of the one that `expected` was taken of.
+
+    Another next token is a tie where the other model finds its own likelier by no more than `tie` of the largest logit.
+    """
+    largest = max((trace.logits.abs().max().item() for trace in expected), default=0.0)
+    scale = max(largest, 1e-30)
+    absolute = 0.0
+    equal = ties = tokens = 0
+    for logits, trace in zip(found, expected, strict=True):
+        width = min(logits.shape[-1], trace.logits.shape[-1])
+        difference = (logits[:, :width] - trace.logits[:, :width]).abs().max()
+        absolute = float("nan") if difference.isnan() else max(absolute, difference.item())
+        answer = slice(trace.start - 1, len(trace.ids) - 1)  # each from the position before it
+        own, other = trace.logits[answer].argmax(-1, keepdim=True), logits[answer].argmax(-1, keepdim=True)
+        gap = trace.logits[answer].gather(1, own) - trace.logits[answer].gather(1, other.clamp(max=width - 1))
+        equal += int((own == other).sum())
+        ties += int(((own != other) & (gap / scale <= tie)).sum()) if tie is not None else 0
+        tokens += len(own)
+    relative = absolute / scale
+    return Drift(absolute=absolute, relative=relative, tolerance=tolerance, equal=equal, ties=ties, tokens=tokens)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
+    """(T, V), in fp32 and main memory."""
+    ids_BT = torch.tensor([ids], device=model.device)
+    logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0].float().cpu()
+    return logits

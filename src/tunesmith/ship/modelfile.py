@@ -11,6 +11,7 @@ excepted, which may also be part of the first user message, or be given by defau
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,9 @@ def modelfile(tokenizer: Any, gguf_name: str, *, stops: Sequence[str], context: 
         notes = _notes(tokenizer, parts)
     held = min(context, CONTEXT)
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
+    for stop in stops:
+        quotes = '"""' if '"' in stop else '"'
+        lines.append(f"PARAMETER stop {quotes}{stop}{quotes}")
     if held < context:
         lines.append(f"# The model has room for {context} tokens; more take more memory.")
     lines.append(f"PARAMETER num_ctx {held}")
@@ -168,19 +171,19 @@ def _system(tokenizer: Any, user: Around, bos: str | None) -> tuple[Around | Non
 
 def _compare(tokenizer: Any, parts: Parts, bos: str | None) -> None:
     """Raises unless both templates write the same of conversations that they were not taken apart with."""
-    said = ("Hi", 'two\n\nlines, "quotes" and {{ braces }}', "x", "- a\n- b", "Why?")
+    contents = ("Hi", 'two\n\nlines, "quotes" and {{ braces }}', "x", "- a\n- b", "Why?")
     for system in (None, "Be brief.", "One.\nTwo."):
         if system is not None and parts.system is None:
             continue
         for count in (1, 3, 5):
-            turns = _turns(*said[:count], system=system)
-            expected, found = _render(tokenizer, turns, bos), parts.render(turns)
-            if expected != found:
-                at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
+            turns = _turns(*contents[:count], system=system)
+            expected, derived = _render(tokenizer, turns, bos), parts.render(turns)
+            if expected != derived:
+                at = next((i for i, (a, b) in enumerate(zip(expected, derived, strict=False)) if a != b), len(derived))
                 raise TunesmithError(
                     "the chat template does not write the same around every message, so no Modelfile can be derived: "
                     f"of {count} messages{'' if system is None else ' and a system message'} it makes "
-                    f"{expected[max(0, at - 40) : at + 40]!r} where {found[max(0, at - 40) : at + 40]!r} follows"
+                    f"{expected[max(0, at - 40) : at + 40]!r} where {derived[max(0, at - 40) : at + 40]!r} follows"
                 )
 
 
@@ -190,20 +193,12 @@ def _notes(tokenizer: Any, parts: Parts) -> list[str]:
         notes.append("the chat template takes no system message, so the Modelfile leaves it out")
     if "strftime_now" in tokenizer.get_chat_template():
         notes.append("the chat template writes the date; the Modelfile has that of today")
-    if _takes_tools(tokenizer):
-        notes.append("the Modelfile's template has no place for tools; that in the GGUF does")
-    return notes
-
-
-def _takes_tools(tokenizer: Any) -> bool:
-    turns = _turns(CONTENTS[0])
     function = {"name": "look_up", "description": "x", "parameters": {"type": "object", "properties": {}}}
     tool = {"type": "function", "function": function}
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tools=[tool], tokenize=False))
-    except Exception:  # what a template raises is its author's choice
-        return False
-    return "look_up" in text
+    with suppress(Exception):  # what a template raises is its author's choice
+        if "look_up" in str(tokenizer.apply_chat_template(_turns(CONTENTS[0]), tools=[tool], tokenize=False)):
+            notes.append("the Modelfile's template has no place for tools; that in the GGUF does")
+    return notes
 
 
 def _pieces(tokenizer: Any, contents: Sequence[str], bos: str | None) -> list[str]:
@@ -236,7 +231,3 @@ def _render(tokenizer: Any, turns: Turns, bos: str | None, *, ask: bool = True) 
 def _literal(text: str) -> str:
     """Text as it is in a Go template."""
     return text.replace("{{", '{{ "{{" }}')
-
-
-def _quoted(text: str) -> str:
-    return f'"""{text}"""' if '"' in text else f'"{text}"'

@@ -1,21 +1,26 @@
 """Weights on disk, one tensor at a time: those of a base model read, those of a merged one written shard by shard."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tunesmith.errors import TunesmithError
+from tunesmith.text import size
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,16 +35,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """The formats that unquantized models are stored in, by their names in safetensors."""
-
-
-class Weights(Protocol):
-    """The weights of a base model by their names in its state dict."""
-
-    def names(self) -> Iterable[str]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +97,14 @@ class LoadedWeights:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
+Weights = StoredWeights | LoadedWeights
+"""The weights of a base model by their names in its state dict."""
+
+
 def stored_weights(path: str, revision: str | None = None) -> StoredWeights:
     """The weights in a model's folder, or of a name on the hub, which is downloaded. Raises TunesmithError where there
     are none in safetensors, or they are in formats of less than 16 bits."""
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in _files(path, revision):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
@@ -115,8 +114,8 @@ def stored_weights(path: str, revision: str | None = None) -> StoredWeights:
                         f"the base model {path} is quantized: {name} is stored as {kind}. Adapters are merged into 16- "
                         "or 32-bit weights; name the original model as base_model_name_or_path in adapter_config.json"
                     )
-                found[name] = Stored(file=file, name=name, dtype=DTYPES[kind])
-    return StoredWeights(found)
+                stored[name] = Stored(file=file, name=name, dtype=DTYPES[kind])
+    return StoredWeights(stored)
 
 
 def _files(path: str, revision: str | None) -> list[str]:
@@ -136,6 +135,56 @@ def _files(path: str, revision: str | None) -> list[str]:
     return list(files)
 
 
+# Names in files: `transformers` renames some weights, and rearranges others, as it loads them
+
+
+def shared_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """The names of each weight that has several, such as the head's of tied embeddings; the embeddings' come first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamesInFiles:
+    """`files` has the name in the files for each weight by its name in the model; `kept` those of them that a file to
+    load needs. The others are of a bare decoder, without the part that a causal language model puts before them.
+    `obstacle` says why the files' tensors are not the model's, if so: then only `transformers` can load them."""
+
+    files: dict[str, str]
+    kept: dict[str, str]
+    obstacle: str | None = None
+
+
+def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFiles:
+    """What the weights of `model` are called in its files, which have the names `stored`."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    tensors = model.state_dict()
+    files: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for name in stored:
+        bare, converted = rename_source_key(name, renamings, converters)
+        own, _ = rename_source_key(name, renamings, converters, model.base_model_prefix or None, tensors)
+        if own not in tensors:
+            continue  # transformers leaves it out, too
+        if converted is not None:
+            obstacle = f"its files hold {own} in another arrangement than the model"
+            return NamesInFiles(files={}, kept={}, obstacle=obstacle)
+        files[own] = name
+        if own == bare:
+            kept[own] = name
+    aliases = {name: group for group in shared_names(model) for name in group}
+    missing = [name for name in tensors if not files.keys() & set(aliases.get(name, (name,)))]
+    lacking = f"its files have no weight that becomes {missing[0]}" if missing else None
+    return NamesInFiles(files=files, kept=kept, obstacle=lacking)
+
+
+# Writing
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
     """What is merged at once: the names of its tensors, and their bytes together."""
@@ -151,7 +200,11 @@ def write_shards(
 
     No more than one file's tensors are in memory. Returns the names of the files.
     """
-    shards = _shards(pieces, limit)
+    shards: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if shards[-1] and sum(other.size for other in shards[-1]) + piece.size > limit:
+            shards.append([])
+        shards[-1].append(piece)
     count = len(shards)
     files = [SAFE_WEIGHTS_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     places: dict[str, str] = {}
@@ -170,13 +223,29 @@ def write_shards(
     return files
 
 
-def _shards(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        if shards[-1] and size + piece.size > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += piece.size
-    return shards
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, which is gone in the end, whatever happens. So is a folder that was made for the
+    target, if nothing came of it. Raises TunesmithError where nothing can be written there."""
+    parents = [folder for folder in target.parents if not folder.exists()]
+    folder = target.parent / f".{target.name}-{uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if error.errno is None:  # one of transformers, about something else
+            raise
+        raise TunesmithError(f"{target} can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # something is in it
+            for parent in parents:
+                parent.rmdir()
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raises TunesmithError where fewer than `needed` bytes are free for `target`."""
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise TunesmithError(f"{target.name} takes {size(needed)}, but only {size(free)} are free in {place}")

@@ -1,24 +1,22 @@
 """Numbers that go wrong: steps without a finite loss and gradient are left out, and said to be."""
 
 import json
-import logging
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
-from tunesmith.data.batches import rows_of
+from tunesmith.data.batches import Batch
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import newest_checkpoint
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.recovery import RecoveringTrainer
 
-logger = logging.getLogger(__name__)
 BAD_BATCHES = "bad_batches.jsonl"
 REMEMBERED = 20
 """Logged losses that a new one is compared with."""
@@ -44,84 +42,82 @@ class Losses:
         return None
 
 
-class GuardedTrainer(RecoveringTrainer):
+class Guard:
     """A step whose gradient is not finite changes nothing: not the weights, not the optimizer. Its rows are written to
-    `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run. `events` has what was odd, with the step."""
+    `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run. `tell` hears of each, with the step."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.events: list[tuple[int, str]] = []
-        self.bad_steps = 0
-        self._bad_in_a_row = 0
+    def __init__(self, trainer: Trainer, tell: Callable[[int, str], None]) -> None:
+        self._trainer, self._tell = trainer, tell
+        self.bad_steps = self._in_a_row = 0
         self._losses = Losses()
-        self._step_batches: list[tuple[Mapping[str, Any], Tensor]] = []
-        super().__init__(*args, **kwargs)
+        self._batches: list[tuple[Mapping[str, Any] | Batch, Tensor]] = []
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step_batches.append((inputs, loss))
-        return loss
+    def state(self) -> dict[str, int]:
+        return {"bad_steps": self.bad_steps, "in_a_row": self._in_a_row}
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called once a step, when its gradients are whole and not yet used."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        batches, self._step_batches = self._step_batches, []
+    def restore(self, state: Mapping[str, int]) -> None:
+        self.bad_steps, self._in_a_row = state["bad_steps"], state["in_a_row"]
+
+    def note(self, batch: Mapping[str, Any] | Batch, loss: Tensor) -> None:
+        """A micro-batch of the step, and its loss."""
+        self._batches.append((batch, loss))
+
+    def check(self, model: nn.Module, norm: Any) -> None:
+        """When the gradients of a step are whole and not yet used; `norm` is their norm, before clipping."""
+        batches, self._batches = self._batches, []
         # Every process has the same gradients, so all decide alike; a loss is its own process's.
-        scaled = self.accelerator.scaler is not None  # fp16's scaler leaves out steps of its own, to find its scale
+        scaled = (
+            self._trainer.accelerator.scaler is not None
+        )  # fp16's scaler leaves out steps of its own, to find its scale
         losses = torch.stack([loss.float() for _, loss in batches])
-        bad = not bool(losses.isfinite().all()) if scaled else not math.isfinite(float(norm))
-        if not bad:
-            self._bad_in_a_row = 0
-            return norm
+        if bool(losses.isfinite().all()) if scaled else math.isfinite(float(norm)):
+            self._in_a_row = 0
+            return
         if not scaled:
             for parameter in model.parameters():
                 parameter.grad = None
         self._note_bad(batches, float(norm))
-        return norm
 
-    def _note_bad(self, batches: list[tuple[Mapping[str, Any], Tensor]], norm: float) -> None:
+    def judge(self, loss: float) -> None:
+        """A loss that is logged."""
+        if self._in_a_row:  # of a step that was left out, the log has a 0
+            return
+        odd = self._losses.judge(loss)
+        if odd is not None:
+            self._tell(self._trainer.state.global_step, odd)
+
+    def _note_bad(self, batches: list[tuple[Mapping[str, Any] | Batch, Tensor]], norm: float) -> None:
         self.bad_steps += 1
-        self._bad_in_a_row += 1
-        step, folder = self.state.global_step + 1, Path(str(self.args.output_dir))
+        self._in_a_row += 1
+        args = cast(SFTConfig, self._trainer.args)
+        step, folder = self._trainer.state.global_step + 1, Path(str(args.output_dir))
         losses = [float(loss) for _, loss in batches]
         suspects = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(batches)))
-        kept = f"its rows are in {folder / BAD_BATCHES}"
-        if self.args.process_index == 0:
+        where = f"its rows are in {folder / BAD_BATCHES}"
+        if args.process_index == 0:
             lines = [json.dumps(self._described(step, batches[i][0], losses[i], norm)) for i in suspects]
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with (folder / BAD_BATCHES).open("a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines)
             except OSError as error:  # a disk that is full costs the lines, not the run
-                kept = f"its rows can't be written down: {error}"
+                where = f"its rows can't be written down: {error}"
         what = f"loss {losses[suspects[0]]}" if not all(map(math.isfinite, losses)) else f"gradient norm {norm}"
-        self._event(step, f"{what}: the step was left out, {kept}")
-        most = cast(SFTConfig, self.args).max_bad_steps
-        if self._bad_in_a_row >= most:
+        self._tell(step, f"{what}: the step was left out, {where}")
+        most = args.max_bad_steps
+        if self._in_a_row >= most:
             good = newest_checkpoint(folder)
-            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise TunesmithError(
-                f"{most} steps in a row had no finite gradient, up to step {step}; {where}. Look at the rows in "
+                f"{most} steps in a row had no finite gradient, up to step {step}; {last}. Look at the rows in "
                 f"{folder / BAD_BATCHES}, lower learning_rate, or set precision: fp32"
             )
 
-    def _described(self, step: int, batch: Mapping[str, Any], loss: float, norm: float) -> dict[str, Any]:
-        decode = getattr(self.processing_class, "decode", None)
-        rows = [
-            {"input_ids": row["input_ids"]} | ({"text": decode(row["input_ids"])} if decode else {})
-            for row in (rows_of(batch) if {"input_ids", "labels"} <= batch.keys() else ())
-        ]
+    def _described(self, step: int, batch: Mapping[str, Any] | Batch, loss: float, norm: float) -> dict[str, Any]:
+        decode = getattr(self._trainer.processing_class, "decode", None)
+        if isinstance(batch, Batch) and batch.groups:
+            documents = [example.input_ids for example in batch.documents]
+        else:  # of a collator of the user's
+            documents = batch["input_ids"].tolist() if "input_ids" in batch else []
+        rows = [{"input_ids": ids} | ({"text": decode(ids)} if decode else {}) for ids in documents]
         return {"step": step, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
-
-    def _event(self, step: int, text: str) -> None:
-        self.events.append((step, text))
-        if self.is_world_process_zero():
-            logger.warning("Step %d: %s.", step, text)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and not self._bad_in_a_row:  # of a step that was left out, the log has a 0
-            odd = self._losses.judge(logs["loss"])
-            if odd is not None:
-                self._event(self.state.global_step, odd)
-        super().log(logs, start_time)

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
+from tunesmith.model.adapters import Model, base_model
 from tunesmith.runs.checkpoints import Identity
 from tunesmith.runs.record import Origin
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.setup import Model, base_model
 
 LOOKED_AT = 64
 """Of a stream, whose content nobody knows before it is read, so many examples stand for all."""
@@ -64,6 +64,15 @@ VOLATILE_CONFIG = {
     "architectures",  # which saving writes into the settings of a model that was made from them
 }
 VOLATILE_PEFT = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+
+
+def model_origin(model: Model) -> Origin:
+    """Where the base model comes from."""
+    base = base_model(model)
+    name = base.config.name_or_path
+    if isinstance(model, PeftModel):
+        name = model.active_peft_config.base_model_name_or_path or name
+    return Origin.of_model(name) if name else Origin(kind="memory", name=type(base).__name__)
 
 
 def identity_of(args: SFTConfig, dataset: Any, model: Model, processes: int) -> Identity:
@@ -144,16 +153,12 @@ def _model(model: Model) -> dict[str, Any]:
     found = {
         f"config.{name}": _plain(value) for name, value in base.config.to_dict().items() if name not in VOLATILE_CONFIG
     }
-    name = base.config.name_or_path
     if isinstance(model, PeftModel):
-        adapter = model.active_peft_config
-        name = adapter.base_model_name_or_path or name
-        settings = adapter.to_dict()
+        settings = model.active_peft_config.to_dict()
         found |= {f"adapters.{key}": _plain(value) for key, value in settings.items() if key not in VOLATILE_PEFT}
     trained = [(name, list(weight.shape)) for name, weight in model.named_parameters() if weight.requires_grad]
-    origin = Origin.of_model(name) if name else Origin(kind="memory", name=type(base).__name__)
     return found | {
-        "name": origin.name,
+        "name": model_origin(model).name,
         "revision": getattr(base.config, "_commit_hash", None),
         "trained weights": len(trained),
         "their names and shapes": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],

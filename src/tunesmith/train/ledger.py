@@ -5,7 +5,7 @@ Shapes: S supervised positions of a batch, T tokens of a flat row, B padded rows
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.types import IGNORE_INDEX
+from tunesmith.data.batches import Batch
+from tunesmith.types import IGNORE_INDEX, Example
 
 KEPT = 12
 """So many of the easiest and of the hardest examples are kept."""
@@ -92,12 +93,12 @@ class Ledger:
     when the step is over and nothing has to wait for it."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Mapping[str, Any], Tensor]] = []
+        self._pending: list[tuple[Batch, Tensor]] = []
         self._recent: deque[float] = deque(maxlen=NEIGHBOURS)
         self._current, self._whole = Pass(), Pass()
 
-    def add(self, batch: Mapping[str, Any], nll_S: Tensor) -> None:
-        """A batch that `data.batches` made, and the loss of each supervised position."""
+    def add(self, batch: Batch, nll_S: Tensor) -> None:
+        """A batch, and the loss of each supervised position."""
         self._pending.append((batch, nll_S.detach()))
 
     def forget_step(self) -> None:
@@ -106,12 +107,20 @@ class Ledger:
 
     def end_step(self, step: int) -> None:
         pending, self._pending = self._pending, []
-        found = [item for batch, nll in pending for item in losses_of(batch, nll)]
-        self._recent = deque([*self._recent, *(loss for loss, _, _ in found)], maxlen=max(NEIGHBOURS, len(found)))
+        losses = [item for batch, nll in pending for item in losses_of(batch, nll)]
+        self._recent = deque([*self._recent, *(loss for loss, _ in losses)], maxlen=max(NEIGHBOURS, len(losses)))
         usual = median(self._recent) if self._recent else 0.0
-        for loss, ids, labels in found:
-            supervised = int((labels != IGNORE_INDEX).sum())
-            self._current.add(Entry(loss=loss, usual=usual, step=step, supervised=supervised, ids=ids, labels=labels))
+        for loss, example in losses:
+            self._current.add(
+                Entry(
+                    loss=loss,
+                    usual=usual,
+                    step=step,
+                    supervised=example.target_count,
+                    ids=np.array(example.input_ids, np.int64),
+                    labels=np.array(example.labels, np.int64),
+                )
+            )
 
     def end_pass(self) -> None:
         """The data begin anew. A pass that broke off early does not stand in for a whole one before it."""
@@ -136,33 +145,19 @@ class Ledger:
         }
 
 
-def losses_of(batch: Mapping[str, Any], nll_S: Tensor) -> Iterator[tuple[float, Ints, Ints]]:
-    """The mean loss of each document of a batch with its ids and labels, both (T,); those without a finite loss, or
-    without supervision, are left out.
+def losses_of(batch: Batch, nll_S: Tensor) -> Iterator[tuple[float, Example]]:
+    """The mean loss of each document of a batch; those without a finite loss, or without supervision, are left out.
 
     The supervised positions are in the order of the documents, in flat rows with shared prefixes, too.
     """
     nll = nll_S.float().cpu().numpy().astype(np.float64)
     start = 0
-    for ids, labels in _documents(batch):
-        stop = start + int((labels[1:] != IGNORE_INDEX).sum())
+    for example in batch.documents:
+        stop = start + example.target_count
         if stop > start and np.isfinite(loss := float(nll[start:stop].mean())):
-            yield loss, ids, labels
+            yield loss, example
         start = stop
     assert start == len(nll)
-
-
-def _documents(batch: Mapping[str, Any]) -> Iterator[tuple[Ints, Ints]]:
-    ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
-    if "attention_mask" in batch:
-        for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-            yield ids[row, :size], labels[row, :size]
-        return
-    positions = batch["position_ids"][0].cpu().numpy()
-    places = batch["places"].cpu().numpy() if "places" in batch else slice(None)
-    ids, positions = ids[0][places], positions[places]
-    starts = np.flatnonzero(positions == 0)[1:]
-    yield from zip(np.split(ids, starts), np.split(labels[0], starts), strict=True)
 
 
 def _as_json(entry: Entry, decode: Decode) -> dict[str, Any]:

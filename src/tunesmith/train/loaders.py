@@ -1,91 +1,121 @@
 """The trainer's batches: flat or padded, by rows or by tokens, row by row where logits are asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from tunesmith.data.dataset import COLUMNS, evened
+from tunesmith.data.batches import Collator
+from tunesmith.data.dataset import COLUMNS
 from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
     fitting_lengths,
     lengths_of,
-    reached,
+    register_sampler,
     token_loader,
+    with_blank_rows,
 )
 from tunesmith.settings.config import SFTConfig
 
 
-class BatchingTrainer(Trainer):
-    """`transformers.Trainer` with loaders of our own. Whoever extends it says, before its constructor runs, whether
-    batches are flat, whether rows of like length share one, how rows are padded, and whose collator it is."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """How a run's rows become batches.
 
-    _flat: bool
-    _grouped: bool
-    _padded: Callable[..., Any]
-    _custom_collator: bool
-    _rows_per_batch: float | None = None
+    `collator` makes those that are trained and evaluated on; any callable, where it is the user's. `by_row` makes those
+    whose logits are wanted: padded rows, in order. `padded`: batches cost rows x longest row. `grouped`: rows of like
+    length share a batch. `columns` of a data set reach the collator.
+    """
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = cast(Any, COLUMNS)
+    collator: Collator | Callable[[list[dict[str, Any]]], Any]
+    by_row: Collator
+    padded: bool = False
+    grouped: bool = False
+    columns: Sequence[str] = tuple(COLUMNS)
 
-    def _get_dataloader(  # type: ignore[override]
-        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
-    ) -> Any:
-        """Metrics and predictions want logits by row, in order, so their batches are padded; the rest take the run's
-        collator, and may be batches by tokens or of rows grouped by length."""
-        training = bool(kwargs.get("is_training"))
-        by_row = description == "test" or (self.compute_metrics is not None and not training)
-        by_tokens = cast(SFTConfig, self.args).max_tokens_per_batch is not None and not by_row
-        if self.args.world_size > 1 and isinstance(dataset, Dataset) and not training:
-            dataset = evened(dataset, self.args.world_size * (1 if by_tokens else batch_size))
+    @property
+    def is_custom(self) -> bool:
+        """Whether the collator is the user's; how much it pads is not known."""
+        return not isinstance(self.collator, Collator)
+
+
+class Loaders:
+    """Makes the loaders of a `trainer`, through `transformers` as far as it can."""
+
+    def __init__(self, trainer: Trainer, batching: Batching) -> None:
+        self._trainer, self.batching = trainer, batching
+        self._mean_rows: float | None = None
+
+    @property
+    def _args(self) -> SFTConfig:
+        return cast(SFTConfig, self._trainer.args)
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of a micro-batch on all devices of this process."""
+        return int(self._trainer._train_batch_size)
+
+    @property
+    def _seed(self) -> int:
+        return self._args.seed if self._args.data_seed is None else self._args.data_seed
+
+    def loader(self, plain: Callable[..., Any], dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
+        """The loader that `plain`, that of `transformers`, makes of the arguments; but metrics and predictions want
+        logits by row, in order, so their batches are padded; the rest may be batches by tokens, or of rows grouped by
+        length."""
+        training, world_size = bool(kwargs.get("is_training")), self._args.world_size
+        by_row = description == "test" or (self._trainer.compute_metrics is not None and not training)
+        by_tokens = self._args.max_tokens_per_batch is not None and not by_row
+        if world_size > 1 and isinstance(dataset, Dataset) and not training:
+            dataset = with_blank_rows(dataset, world_size * (1 if by_tokens else batch_size))
         if by_tokens:
             return self._token_loader(dataset, training)
-        if self._grouped and isinstance(dataset, Dataset):
-            size = batch_size * self.args.world_size
-            kwargs["sampler_fn"] = SequentialSampler if by_row else partial(self._length_groups, batch_size=size)
-        collator = self.data_collator
-        if by_row and not self._custom_collator:
-            self.data_collator = self._padded
-        try:
-            return reached(super()._get_dataloader(dataset, description, batch_size, **kwargs))
-        finally:
-            self.data_collator = collator
+        if self.batching.grouped and isinstance(dataset, Dataset):
+            grouped = partial(self._length_groups, batch_size=batch_size * world_size)
+            kwargs["sampler_fn"] = SequentialSampler if by_row else grouped
+        with self._collating_by(self.batching.by_row if by_row and not self.batching.is_custom else None):
+            return register_sampler(plain(dataset, description, batch_size, **kwargs))
 
-    def _token_batches(self, dataset: Any, training: bool) -> TokenBatches:
-        args = cast(SFTConfig, self.args)
+    @contextmanager
+    def _collating_by(self, collator: Collator | None) -> Iterator[None]:
+        before = self._trainer.data_collator
+        self._trainer.data_collator = cast(Any, collator or before)
+        try:
+            yield
+        finally:
+            self._trainer.data_collator = before
+
+    def token_batches(self, dataset: Any, training: bool) -> TokenBatches:
+        """The batches by tokens of a data set."""
+        args = self._args
         assert args.max_tokens_per_batch is not None
         split, multiple = "train" if training else "eval", int(args.pad_to_multiple_of or 1)
         return TokenBatches(
             fitting_lengths(dataset, split, args.max_tokens_per_batch, multiple),
             args.max_tokens_per_batch,
-            seed=self._data_seed if training else None,
-            # How much a collator of the user's pads is not known: no more than that.
-            padded=not self._flat or self._custom_collator,
+            seed=self._seed if training else None,
+            padded=self.batching.padded or self.batching.is_custom,
             multiple_of=args.world_size,
         )
 
     def _token_loader(self, dataset: Any, training: bool) -> Any:
-        args = cast(SFTConfig, self.args)
-        batches = self._token_batches(dataset, training)
+        batches = self.token_batches(dataset, training)
         if training:
-            self._rows_per_batch = len(dataset) / len(batches)
-        dataset = self._remove_unused_columns(dataset, description="train" if training else "eval")
-        return reached(self.accelerator.prepare(token_loader(dataset, batches, self.data_collator, args)))
+            self._mean_rows = len(dataset) / len(batches)
+        names = [name for name in dataset.column_names if name in self.batching.columns]
+        dataset = dataset.select_columns(names) if self._args.remove_unused_columns else dataset
+        loader = token_loader(dataset, batches, self._trainer.data_collator, self._args)
+        return register_sampler(self._trainer.accelerator.prepare(loader))
 
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The rows of a step, from which rows per second are reported; of batches by tokens, the mean."""
-        rows = super().get_total_train_batch_size(args)
-        mean = self._rows_per_batch
-        return rows if mean is None else round(rows / self._train_batch_size * mean)
+    def rows_of_step(self, rows: int) -> int:
+        """The rows of a step, of which `transformers` counts `rows`; of batches by tokens, the mean."""
+        return rows if self._mean_rows is None else round(rows / self.rows_per_batch * self._mean_rows)
 
     def _length_groups(self, dataset: Dataset, batch_size: int) -> LengthGroups:
-        return LengthGroups(lengths_of(dataset), batch_size, self._data_seed)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroups(lengths_of(dataset), batch_size, self._seed)

@@ -1,65 +1,89 @@
-"""Sums over supervised tokens, from which a run's numbers are made."""
+"""Sums over batches, from which a run's numbers are made."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunesmith.model.head import Targets
-from tunesmith.objectives.supervised import Supervised
+from tunesmith.data.batches import Batch
 
-_SUMS = ("tokens", "loss", "weight", "entropy", "mean_token_accuracy", "count")
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLoss:
+    """What an objective makes of a batch.
+
+    `loss` is a sum, with its graph, and `weight` what it is a sum over: supervised tokens times their weights, or
+    pairs. `sums` are further sums over `count` tokens or pairs, by the names under which their means are logged. `nll`
+    (S,) is the loss of each supervised token, where there is such a thing. `outputs` are the model's, if they were
+    asked for.
+    """
+
+    loss: Tensor
+    weight: Tensor | float
+    count: int
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    nll: Tensor | None = None
+    outputs: Any = None
 
 
 class Meter:
-    """Sums since the last report, kept on the device: reading them would wait for it."""
+    """Sums since the last report, kept on the device: reading them would wait for it. `means` names
+    `BatchLoss.sums`."""
 
-    def __init__(self) -> None:
+    def __init__(self, means: Sequence[str]) -> None:
+        self._means = tuple(means)
+        self._names = ("tokens", "loss", "weight", *self._means, "count")
         self._tokens = 0
         self.reset()
 
     def reset(self) -> None:
+        self.documents = 0
         self._sums: dict[str, Any] = defaultdict(float)
 
     def state(self) -> list[float]:
         """What `restore` goes on from, of this process: the tokens since the start, and the sums."""
-        return [float(self._tokens), *(float(self._sums[name]) for name in _SUMS)]
+        return [float(self._tokens), *(float(self._sums[name]) for name in self._names)]
 
-    def restore(self, state: list[float]) -> None:
+    def restore(self, state: Sequence[float]) -> None:
         """Go on where `state` was taken."""
         self._tokens = round(state[0])
-        self._sums = defaultdict(float, zip(_SUMS, state[1:], strict=True))
+        self._sums = defaultdict(float, zip(self._names, state[1:], strict=True))
 
-    def read(self, batch: Mapping[str, Any]) -> None:
+    def snapshot(self) -> Any:
+        """What `rewind` goes back to; nothing waits for the device."""
+        return self._tokens, self.documents, deepcopy(self._sums)
+
+    def rewind(self, snapshot: Any) -> None:
+        self._tokens, self.documents, sums = snapshot
+        self._sums = deepcopy(sums)
+
+    def read(self, batch: Batch) -> None:
         """Count the tokens of a batch, padding left out."""
-        mask = batch.get("attention_mask")
-        # Labels are there for each token of the rows, also where they share their beginning.
-        self._sums["tokens"] += batch.get("labels", batch["input_ids"]).numel() if mask is None else mask.sum()
+        self._sums["tokens"] += batch.tokens
+        self.documents += sum(map(len, batch.groups))
 
-    def add(self, result: Supervised, targets: Targets) -> None:
+    def add(self, outcome: BatchLoss) -> None:
         """Add the outcome of a batch."""
-        weights = targets.weights
-        self._sums["loss"] += result.loss.detach()
-        self._sums["weight"] += len(targets.tokens) if weights is None else weights.sum()
-        self._sums["entropy"] += result.entropy.sum()
-        self._sums["mean_token_accuracy"] += result.correct.sum()
-        self._sums["count"] += len(targets.tokens)
+        self._sums["loss"] += outcome.loss.detach()
+        self._sums["weight"] += outcome.weight
+        self._sums["count"] += outcome.count
+        for name, value in outcome.sums.items():
+            self._sums[name] += value
 
     def report(self, accelerator: Any) -> tuple[int, dict[str, float]]:
-        """How many tokens were read since the start, and `loss` (weighted), `entropy` and `mean_token_accuracy` over
-        the supervised tokens since the last report (empty when there were none); over all processes, which all must
-        call this. Starts the sums anew."""
-        local = torch.stack([_as_float32(self._sums[name], accelerator.device) for name in _SUMS])
-        total = dict(zip(_SUMS, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
+        """How many tokens were read since the start, and the means since the last report: `loss` by weight, the others
+        by count (empty when there were none); over all processes, which all must call this. Starts the sums anew."""
+        local = torch.stack(
+            [torch.as_tensor(self._sums[name], dtype=torch.float32, device=accelerator.device) for name in self._names]
+        )
+        total = dict(zip(self._names, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
         self.reset()
         self._tokens += round(total["tokens"])
         if not total["count"] or not total["weight"]:
             return self._tokens, {}
-        means = {name: total[name] / total["count"] for name in ("entropy", "mean_token_accuracy")}
+        means = {name: total[name] / total["count"] for name in self._means}
         return self._tokens, means | {"loss": total["loss"] / total["weight"]}
-
-
-def _as_float32(value: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=device)

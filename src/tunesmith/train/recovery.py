@@ -1,31 +1,31 @@
-"""Out of memory: found out in the first minute by a rehearsal, and mended by smaller micro-batches.
+"""Out of memory: noticed in the first minute by a rehearsal, and answered by smaller micro-batches.
 
 A micro-batch that does not fit is split, and the whole step done again from the random numbers that it began with: the
-loss is a sum over tokens divided by what the step has, so the gradient is the same. When one document alone does not
-fit, gradient checkpointing is turned on. Only then the run stops.
+loss is a sum divided by what the whole step has, so the gradient is the same. Documents of one group are never
+separated. When one group alone does not fit, gradient checkpointing is turned on. Only then the run stops.
 """
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import Trainer
 
-from tunesmith.data.batches import rows_of
+from tunesmith.data.batches import Batch, Collator
 from tunesmith.data.samplers import lengths_of
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import Model, base_model
 from tunesmith.settings.coerce import byte_count
 from tunesmith.settings.config import SFTConfig
+from tunesmith.train.loaders import Loaders
 from tunesmith.train.memory import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.meter import Meter
-from tunesmith.train.publishing import PublishingTrainer
-from tunesmith.train.setup import Model, base_model
 
 logger = logging.getLogger(__name__)
 WORTH_IT = 50
@@ -33,56 +33,77 @@ WORTH_IT = 50
 PROBE = 8192
 """Values of the parameter on which the size of an optimizer's state is found out; 8-bit ones need at least 4,096."""
 
+PlainStep = Callable[[nn.Module, Any, Any], Tensor]
+"""(model, batch, items of the step) to the loss, when its gradients are there: the step of `transformers`."""
 
-class RecoveringTrainer(PublishingTrainer):
-    """Whoever extends it sets `_meters` before its constructor, and tells what is odd with `_event`."""
 
-    _meters: dict[str, Meter]
+class Recovery:
+    """Takes micro-batches through a step, in smaller parts where memory asks for that.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    `loaders` says how batches are made, `meter` what a step that begins again must count anew; `forget` is called then,
+    for what else has noted the step, and `tell` hears what was changed.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loaders: Loaders,
+        meter: Meter,
+        *,
+        forget: Callable[[], None],
+        tell: Callable[[int, str], None],
+    ) -> None:
+        self._trainer, self._loaders, self._meter = trainer, loaders, meter
+        self._forget, self._tell = forget, tell
         self._most_tokens: int | None = None
         self._step = -1
         self._rehearsed = False
-        super().__init__(*args, **kwargs)
-        rehearsable = self._recovers() and isinstance(self.train_dataset, Dataset)
-        if cast(SFTConfig, self.args).rehearse == "always" and not rehearsable:
+        args = self._args
+        if args.rehearse == "always" and not (self.enabled and isinstance(trainer.train_dataset, Dataset)):
             raise TunesmithError(
                 "rehearse is 'always', but what the largest micro-batch is can't be told of a stream, of a "
                 "data_collator of yours, or over several processes; set rehearse: auto"
             )
-        limit = cast(SFTConfig, self.args).memory_limit
-        if limit is not None:
-            limit_memory(base_model(cast(Model, self.model)), byte_count(limit))
+        if args.memory_limit is not None:
+            limit_memory(base_model(cast(Model, trainer.model)), byte_count(args.memory_limit))
 
-    def _event(self, step: int, text: str) -> None:
-        raise NotImplementedError
+    def state(self) -> dict[str, int | None]:
+        return {"most_tokens": self._most_tokens}
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        if not self._recovers():
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not self._rehearsed:
-            self._rehearse(model)
-        if self._step != self.state.global_step:
-            self._step, self._begin, self._micro = self.state.global_step, self._snapshot(), []
-        self._micro.append(inputs)
-        return self._fitting(model, self._micro, num_items_in_batch, again=[inputs])
+    def restore(self, state: Mapping[str, int | None]) -> None:
+        self._most_tokens = state["most_tokens"]
 
-    def _recovers(self) -> bool:
+    @property
+    def _args(self) -> SFTConfig:
+        return cast(SFTConfig, self._trainer.args)
+
+    @property
+    def enabled(self) -> bool:
         """Whether a step can be done again: processes that wait for each other's gradients would wait for ever."""
-        return self.args.world_size == 1 and not self._custom_collator and not self.is_deepspeed_enabled
+        ours = isinstance(self._loaders.batching.collator, Collator)
+        return self._args.world_size == 1 and ours and not self._trainer.is_deepspeed_enabled
+
+    def step(self, plain: PlainStep, model: nn.Module, batch: Any, items: Any) -> Tensor:
+        """The loss of a micro-batch, when its gradients are there, by the `plain` step."""
+        if not self.enabled:
+            return plain(model, batch, items)
+        if not self._rehearsed:
+            self._rehearse(plain, model)
+        if self._step != self._trainer.state.global_step:
+            self._step, self._begin, self._batches = self._trainer.state.global_step, self._snapshot(), list[Batch]()
+        self._batches.append(batch)
+        return self._fitting(plain, model, self._batches, items, again=[batch])
 
     def _fitting(
-        self, model: nn.Module, step: Sequence[dict[str, Any]], items: Any, *, again: Sequence[dict[str, Any]]
+        self, plain: PlainStep, model: nn.Module, step: Sequence[Batch], items: Any, *, again: Sequence[Batch]
     ) -> Tensor:
         """The loss of the last of `again`, after the gradients of all of them; when memory is out, after those of all
         micro-batches of the `step` so far, in smaller parts."""
         while True:
             try:
-                for inputs in again:
-                    loss = self._in_parts(model, inputs, items)
-                return loss
+                for batch in again:
+                    losses = [plain(model, part, items) for part in self._parts(batch)]
+                return torch.stack(losses).sum()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -90,109 +111,85 @@ class RecoveringTrainer(PublishingTrainer):
             # Behind the handler: its traceback holds on to what the step had made.
             model.zero_grad(set_to_none=True)
             give_back()
-            self._restore(self._begin)
+            self._rewind()
             self._shrink(again[-1], reason)
             again = step
 
-    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> Tensor:
-        losses = [super(RecoveringTrainer, self).training_step(model, part, items) for part in self._split(inputs)]
-        return torch.stack(losses).sum()
+    def _parts(self, batch: Batch) -> list[Batch]:
+        if self._most_tokens is None:
+            return [batch]
+        return cast(Collator, self._loaders.batching.collator).split(batch, self._most_tokens)
 
-    def _split(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        if self._most_tokens is None or _tokens(inputs) <= self._most_tokens:
-            return [inputs]
-        collate, parts = self._collate(), [[]]  # type: ignore[var-annotated]
-        for row in rows_of(inputs):
-            candidate = [*parts[-1], row]
-            if parts[-1] and _cost(candidate, padded=not self._flat) > self._most_tokens:
-                parts.append([row])
-            else:
-                parts[-1] = candidate
-        return [collate(part) for part in parts]
-
-    def _collate(self) -> Any:
-        return self.data_collator
-
-    def _shrink(self, inputs: dict[str, Any], reason: MemoryLimit | None) -> None:
-        """Make room for the largest part of `inputs`, which did not fit."""
-        parts = self._split(inputs)
-        largest = max(parts, key=_tokens)
-        tokens, step = _tokens(largest), self.state.global_step + 1
-        said = f"out of memory in a micro-batch of {tokens:,} tokens" + (f" ({reason})" if reason else "")
-        documents = rows_of(largest)
-        if len(documents) > 1:
-            longest = max(len(row["input_ids"]) for row in documents)
+    def _shrink(self, batch: Batch, reason: MemoryLimit | None) -> None:
+        """Make room for the largest part of `batch`, which did not fit."""
+        largest = max(self._parts(batch), key=lambda part: part.computed_tokens)
+        tokens, step = largest.computed_tokens, self._trainer.state.global_step + 1
+        problem = f"out of memory in a micro-batch of {tokens:,} tokens" + (f" ({reason})" if reason else "")
+        args = self._args
+        if len(largest.groups) > 1:
+            collator = cast(Collator, self._loaders.batching.collator)
+            longest = max(collator.cost([group]) for group in largest.groups)
             self._most_tokens = max(longest, tokens // 2)
-            self._event(step, f"{said}: larger ones than {self._most_tokens:,} are split from now on, same gradients")
-        elif not self.args.gradient_checkpointing and not self.args.torch_compile:
-            self.args.gradient_checkpointing = True
-            base_model(cast(Model, self.model)).gradient_checkpointing_enable({"use_reentrant": False})
-            self._event(step, f"{said}, which is one example: gradient checkpointing is on from now on")
+            self._tell(step, f"{problem}: larger ones than {self._most_tokens:,} are split from now on, same gradients")
+        elif not args.gradient_checkpointing and not args.torch_compile:
+            args.gradient_checkpointing = True
+            base_model(cast(Model, self._trainer.model)).gradient_checkpointing_enable({"use_reentrant": False})
+            self._tell(step, f"{problem}, which is one example: gradient checkpointing is on from now on")
         else:
             raise TunesmithError(
-                f"{said}, which is one example, with gradient checkpointing on. Lower max_length, train with lora, or "
-                "quantize the base model (`tunesmith plan` says what fits)"
+                f"{problem}, which is one example, with gradient checkpointing on. Lower max_length, train with lora, "
+                "or quantize the base model (`tunesmith plan` says what fits)"
             )
 
     # What a step begins with
 
     def _snapshot(self) -> Any:
-        return torch.get_rng_state(), _device_rng(self.args.device), deepcopy(self._meters["train"])
+        device = self._args.device
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return torch.get_rng_state(), on_device, self._meter.snapshot()
 
-    def _restore(self, begin: Any) -> None:
-        cpu, device, meter = begin
+    def _rewind(self) -> None:
+        cpu, on_device, meter = self._begin
         torch.set_rng_state(cpu)
-        if device is not None:
-            torch.cuda.set_rng_state(device, self.args.device)
-        self._meters["train"] = deepcopy(meter)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, self._args.device)
+        self._meter.rewind(meter)
+        self._forget()
 
     # Rehearsal
 
-    def _rehearse(self, model: nn.Module) -> None:
+    def _rehearse(self, plain: PlainStep, model: nn.Module) -> None:
         """Send the largest micro-batch that the run can have through forward and backward, make room for the
         optimizer's state, and forget all of it: neither weights nor random numbers change."""
         self._rehearsed = True
-        args = cast(SFTConfig, self.args)
+        args, trainer = self._args, self._trainer
         wanted = args.rehearse == "always" or (
-            args.rehearse == "auto" and (self.state.max_steps >= WORTH_IT or args.memory_limit is not None)
+            args.rehearse == "auto" and (trainer.state.max_steps >= WORTH_IT or args.memory_limit is not None)
         )
-        batch = self._largest_batch() if wanted and isinstance(self.train_dataset, Dataset) else None
+        batch = self._largest_batch() if wanted and isinstance(trainer.train_dataset, Dataset) else None
         if batch is None:
             return
         self._begin = self._snapshot()
-        self._fitting(model, [batch], torch.tensor(1), again=[batch])
-        with _room_for_state(self.optimizer):
+        self._fitting(plain, model, [batch], torch.tensor(1), again=[batch])
+        with _room_for_state(trainer.optimizer):
             pass
         model.zero_grad(set_to_none=True)
-        self._restore(self._begin)
-        logger.info("Rehearsed with a micro-batch of %s tokens.", f"{_tokens(batch):,}")
+        self._rewind()
+        logger.info("Rehearsed with a micro-batch of %s tokens.", f"{batch.computed_tokens:,}")
 
-    def _largest_batch(self) -> dict[str, Any] | None:
+    def _largest_batch(self) -> Batch | None:
         """As many of the longest rows as a micro-batch may hold."""
-        dataset, args = cast(Dataset, self.train_dataset), cast(SFTConfig, self.args)
+        dataset = cast(Dataset, self._trainer.train_dataset)
         if "input_ids" not in dataset.column_names or not len(dataset):
             return None
         lengths = lengths_of(dataset)
-        if args.max_tokens_per_batch is None:
-            chosen = np.argsort(-lengths, kind="stable")[: self._train_batch_size].tolist()
+        if self._args.max_tokens_per_batch is None:
+            chosen = np.argsort(-lengths, kind="stable")[: self._loaders.rows_per_batch].tolist()
         else:
-            chosen = max(self._token_batches(dataset, training=True), key=lambda rows: int(lengths[rows].sum()))
-        columns = [name for name in dataset.column_names if name in ("input_ids", "labels", "weights", "seq_lengths")]
-        return dict(self._collate()(list(dataset.select(chosen).select_columns(columns))))
-
-
-def _tokens(batch: Mapping[str, Any]) -> int:
-    """Those that are computed: padding is, and what documents share is once."""
-    return int(batch["input_ids"].numel())
-
-
-def _cost(rows: Sequence[Mapping[str, Any]], *, padded: bool) -> int:
-    lengths = [len(row["input_ids"]) for row in rows]
-    return len(lengths) * max(lengths) if padded else sum(lengths)
-
-
-def _device_rng(device: torch.device) -> Tensor | None:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            batches = self._loaders.token_batches(dataset, training=True)
+            chosen = max(batches, key=lambda rows: int(lengths[rows].sum()))
+        columns = [name for name in dataset.column_names if name in self._loaders.batching.columns]
+        return cast(Collator, self._loaders.batching.collator)(list(dataset.select(chosen).select_columns(columns)))
 
 
 @contextmanager

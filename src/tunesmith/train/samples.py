@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.sandbox import TooLong
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import Model
 from tunesmith.model.generate import Answer, Sampling, generate_from_ids, prompt_ids, room_of, text_ids
 from tunesmith.model.head import in_evaluation
 from tunesmith.runs.describe import prompts_of
 from tunesmith.runs.record import Prompt, Sample
 from tunesmith.runs.states import kept_random_states
-from tunesmith.train.setup import Model
 from tunesmith.types import Row
 
 LONGEST = 128

@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tunesmith.data.batches import documents, padded
-from tunesmith.data.batches import flat as side_by_side
+from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import has_virtual_tokens
+from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
-from tunesmith.model.head import in_evaluation, next_token_targets
-from tunesmith.precision import PrecisionName
+from tunesmith.model.head import in_evaluation
+from tunesmith.model.precision import PrecisionName
+from tunesmith.objectives.supervised import supervised_loss
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.setup import Model, base_model
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 4
@@ -123,12 +122,12 @@ def _impossible(model: Model, args: SFTConfig) -> str:
 def _examples(dataset: Any) -> list[list[int]]:
     """Ids of the first documents, at most LONGEST of each; a packed row has several."""
     rows = (row for row in islice(iter(dataset), EXAMPLES) if row.get("input_ids") is not None)
-    found = (ids[:LONGEST] for row in rows for ids, _, _ in documents([row]))
-    return list(islice((ids for ids in found if len(ids) > 1), EXAMPLES))
+    documents = (example.input_ids[:LONGEST] for row in rows for group in groups_of(row) for example in group)
+    return list(islice((ids for ids in documents if len(ids) > 1), EXAMPLES))
 
 
 def self_test(model: Model, rows: Sequence[list[int]], *, flat: bool, precision: PrecisionName) -> SelfTest:
-    """Compare `model` on `rows`, token ids of at least two each, with itself. It must have been taught `supervise`;
+    """Compare `model` on `rows`, token ids of at least two each, with itself. It must answer objectives;
     `flat` says whether its batches are flat or padded. Modes, gradients and random numbers stay as they are.
 
     Raises TunesmithError with the losses of each document when they differ, and when they are no numbers.
@@ -180,9 +179,8 @@ def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
 
 def _together(model: Model, rows: Sequence[list[int]], device: torch.device, *, flat: bool) -> tuple[float, Tensor]:
     """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training."""
-    batch: dict[str, Any] = (side_by_side if flat else padded)([{"input_ids": row} for row in rows])
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    result = model(supervise=next_token_targets(batch.pop("labels")), **batch)
+    batch = (FlatCollator() if flat else PaddedCollator())([{"input_ids": row} for row in rows]).to(device)
+    result, _ = model(**batch.inputs(), targets=batch.targets(), objective=supervised_loss)
     return float(result.loss.detach()), result.nll.float().cpu()
 
 

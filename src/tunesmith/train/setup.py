@@ -2,18 +2,21 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.adapters import adapt, has_virtual_tokens, trainable
+from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
-from tunesmith.model.head import teach
-from tunesmith.model.load import compute_dtype, holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.head import answer_objectives
+from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
 from tunesmith.settings.config import SFTConfig
@@ -23,17 +26,17 @@ ROWS_MULTIPLE = 64
 NO_ADAPTERS = "8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig() (--lora)"
 
 logger = logging.getLogger(__name__)
-Model = PreTrainedModel | PeftModel
 
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
-    """`args` as SFTConfig; without any, the output folder is named after the model."""
-    if isinstance(args, SFTConfig):
-        return args
+    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model."""
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
-        return SFTConfig(output_dir=f"{Path(name).name}-SFT")
-    return SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+        args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
+    elif not isinstance(args, SFTConfig):
+        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+    settle_precision(args)
+    return args
 
 
 def prepare_tokenizer(
@@ -81,8 +84,10 @@ def prepare_model(
     if isinstance(model, str):
         model = _load(model, args, peft_config, quantization_config)
     else:
-        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-        for name, value in given.items():
+        for name, value in (
+            ("model_init_kwargs", args.model_init_kwargs),
+            ("quantization_config", quantization_config),
+        ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
     if bits_of(base_model(model)):
@@ -91,13 +96,21 @@ def prepare_model(
     if peft_config is None:
         if new:
             resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
-        _check_trainable(model)
+        if bits_of(model) and not isinstance(model, PeftModel):
+            raise TunesmithError(NO_ADAPTERS)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TunesmithError(
+                "no parameter of the model requires a gradient, so nothing would be trained; "
+                "load adapters with is_trainable=True"
+            )
     else:
         model = _with_adapters(model, peft_config, tokenizer, new)
     if isinstance(model, PeftModel):
-        _check_folders(model)
-    if isinstance(model, PeftModel) and args.activation_checkpointing and not has_virtual_tokens(model):
-        model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+        for name in model.peft_config:
+            if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
+                raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+        if args.activation_checkpointing and not has_virtual_tokens(model):
+            model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
         raise TunesmithError(
             "loraplus_lr_ratio is set, but no LoRA adapters are trained; give a LoraConfig, or drop it"
@@ -106,37 +119,28 @@ def prepare_model(
     return model
 
 
-def _check_folders(model: PeftModel) -> None:
-    """Adapters are saved in folders of their names, which must not lead out of the run's."""
-    for name in model.peft_config:
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise TunesmithError(f"an adapter is named {name!r}; a name of letters, digits, - and _ becomes a folder")
-
-
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
         if "quantization_config" in init:
             raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
         init["quantization_config"] = quantization_config
-    if init.get("quantization_config") is not None:
+    quantized, adapters = init.get("quantization_config") is not None, holds_adapters(name)
+    if quantized:
         check_quantization(init["quantization_config"])
+        if peft_config is None and not adapters:
+            raise TunesmithError(NO_ADAPTERS)
+    if adapters and peft_config is not None:
+        raise TunesmithError(
+            f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
+            "leave peft_config out to go on training them"
+        )
+    if adapters or peft_config is not None:  # the base model is frozen
         init.setdefault("dtype", compute_dtype(args))
     trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
-    adapters = holds_adapters(name)
-    if init.get("quantization_config") is not None and peft_config is None and not adapters:
-        raise TunesmithError(NO_ADAPTERS)
     if adapters:
-        if peft_config is not None:
-            raise TunesmithError(
-                f"{name} holds adapters, and peft_config asks for new ones; merge them first (`tunesmith merge`), or "
-                "leave peft_config out to go on training them"
-            )
-        init.setdefault("dtype", compute_dtype(args))
         logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
         return load_adapted(name, is_trainable=True, **trusted, **init)
-    if peft_config is not None:
-        init.setdefault("dtype", compute_dtype(args))
     return load_model(name, **trusted, **init)
 
 
@@ -176,33 +180,16 @@ def _with_adapters(
     return adapted
 
 
-def _check_trainable(model: Model) -> None:
-    if bits_of(model) and not isinstance(model, PeftModel):
-        raise TunesmithError(NO_ADAPTERS)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TunesmithError(
-            "no parameter of the model requires a gradient, so nothing would be trained; "
-            "load adapters with is_trainable=True"
-        )
-
-
-def base_model(model: Model) -> PreTrainedModel:
-    """The causal language model inside the adapters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    return base
-
-
-def teach_model(model: Model, *, flat: bool, grouped: bool = False) -> bool:
-    """Give the model the `supervise` argument; returns whether it takes flat batches. Says so when it can't, and
-    whether rows will be `grouped` by length then."""
+def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False) -> bool:
+    """Let the model answer objectives; returns whether it takes flat batches. Says so when it can't, and whether rows
+    will be `grouped` by length then."""
     base = base_model(model)
     if base.get_output_embeddings() is None:
         raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
     if has_virtual_tokens(model):
         logger.warning("Batches are padded: the adapters put tokens of their own in front of each row.")
         return False
-    teach(base)
+    answer_objectives(base)
     if not flat:
         return False
     reason = supports_documents(base)
@@ -229,3 +216,30 @@ def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: set[int
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *known, *sorted(ends)]))
         generation.eos_token_id = stops[0] if len(stops) == 1 else stops
         generation.pad_token_id = tokenizer.pad_token_id
+
+
+# Trackers
+
+
+TRACKER_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "mlflow": "mlflow-skinny", "flyte": "flytekit"}
+"""What is installed for a tracker, where it has another name."""
+TRACKER_MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
+
+
+def check_trackers(report_to: str | Iterable[str] | None) -> None:
+    """Raises TunesmithError for a tracker that `transformers` does not know, and for one that is not installed."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    known = sorted([*INTEGRATION_TO_CALLBACK, "all", "none"])
+    listed = ", ".join(known)
+    for name in names:
+        if name not in known:
+            raise TunesmithError(f"report_to: no tracker is called {name!r}{nearest(name, known)}; there are {listed}")
+        if name in ("all", "none") or _installed(TRACKER_MODULES.get(name, name)):
+            continue
+        package = TRACKER_PACKAGES.get(name, name)
+        raise TunesmithError(f"report_to: {name} is not installed; run: pip install {package}")
+
+
+def _installed(module: str) -> bool:
+    # `transformers` takes either of the two.
+    return find_spec(module) is not None or (module == "tensorboard" and find_spec("tensorboardX") is not None)

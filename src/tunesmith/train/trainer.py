@@ -1,210 +1,209 @@
-"""SFTTrainer: `transformers.Trainer` on flat batches, with the loss on supervised positions."""
+"""A step of training, from top to bottom: `transformers.Trainer` and the parts that it owns here.
 
+The hooks of `transformers` stand in the order in which a run calls them, a few lines each. The parts do the work:
+
+    loaders    which documents share a batch                              train/loaders.py, data/samplers.py
+    recovery   a step again in smaller parts when memory is out           train/recovery.py
+    guard      a step without a finite gradient changes nothing           train/guard.py
+    meter      sums over batches, for the log                             train/meter.py
+    keeper     checkpoints, and the way back into a run                   train/keeper.py
+    journal    the files that a run writes of itself                      train/journal.py
+
+A trainer with another objective extends `BaseTrainer`: it says what becomes of a batch (`batch_loss`), by what that is
+divided (`batch_weight`), and how rows become batches (`Batching`). Everything else is the same for all.
+"""
+
+import json
+import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
+import transformers
 from accelerate.utils import TorchDynamoPlugin
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from tunesmith.data.batches import flat, padded
-from tunesmith.data.dataset import DataPreparer, Source
-from tunesmith.data.mixture import DataSource
-from tunesmith.data.samplers import check_fit
+from tunesmith.data.batches import Batch, Targets
+from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import has_virtual_tokens, starting_point
-from tunesmith.model.compile import compile_layers
-from tunesmith.model.devices import here
-from tunesmith.model.head import behind_virtual_tokens, next_token_targets
-from tunesmith.model.linear import speed_up
-from tunesmith.model.quantize import check_optimizer
-from tunesmith.objectives.supervised import LossOptions, Supervised
+from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
+from tunesmith.model.head import Objective, behind_virtual_tokens
 from tunesmith.runs.lock import only_run_in
-from tunesmith.runs.record import Origin
+from tunesmith.runs.record import Origin, RunRecord
+from tunesmith.runs.states import kept_random_states
+from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
-from tunesmith.train.checkpointing import CheckpointingTrainer
-from tunesmith.train.journal import JournalingTrainer
-from tunesmith.train.memory import keep_freed_memory
-from tunesmith.train.meter import Meter
-from tunesmith.train.metric_logits import check_logits
+from tunesmith.train import hooks
+from tunesmith.train.guard import Guard
+from tunesmith.train.journal import DataSeen, Journal, record_of
+from tunesmith.train.keeper import Keeper
+from tunesmith.train.loaders import Batching, Loaders
+from tunesmith.train.memory import check_logits, keep_freed_memory
+from tunesmith.train.meter import BatchLoss, Meter
 from tunesmith.train.offload import offloading
+from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
-from tunesmith.train.setup import (
-    Model,
-    align_tokens,
-    as_sft_config,
-    base_model,
-    prepare_model,
-    prepare_tokenizer,
-    teach_model,
-)
-from tunesmith.train.trackers import check_trackers
-from tunesmith.types import IGNORE_INDEX
 
-Sources: TypeAlias = Source | Mapping[str, Source]
+hooks.check()
+logger = logging.getLogger(__name__)
 
 
-class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
-    """Supervised fine-tuning with the arguments of TRL's trainer of the same name.
+class Publisher(Protocol):
+    """Sends what a trainer has trained to a hub; see `ship.publisher`."""
 
-    `model` is a name, a folder, "demo", or a loaded causal language model (with or without adapters). `train_dataset`
-    is a `datasets.Dataset`, an `IterableDataset` (then `args.max_steps` must be set), a list of rows, or a mixture of
-    them: named sources, each as it is or in a `DataSource` with its weight and held-out share, whose eval loss is
-    reported as `eval_NAME_loss`; `trainer.preflight` says what was found in the data, and `trainer.origins` may say
-    where it came from, by split or source, for the card. Afterwards
-    `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
-    `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches; the
-    latter must make them less where those of all rows would fill more than half of the memory that is free.
+    def begin(self, trainer: Any, token: str | None, private: bool | None) -> str: ...
 
-    The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
+    def send_checkpoint(self, trainer: Any, folder: str) -> None: ...
+
+    def push(self, trainer: Any, *, message: str | None, **arguments: Any) -> Any: ...
+
+
+class BaseTrainer(transformers.Trainer):
+    """What all trainers share.
+
+    `model` is ready to train (`train.setup`), `batching` says how rows of the data sets become batches. `data` and
+    `preflight` tell the journal of the rows, where something is known of them. The rest are arguments of
+    `transformers.Trainer`.
+
+    `events` has what was odd, with the step; `listeners` are told each line of `metrics.jsonl` on the main process.
+    `origins` may say where data came from, by split or source, for the card.
     """
 
-    _tag_names = ("tunesmith", "sft")
-    # The loss is divided by the tokens of the whole step, so accumulation needs no further division.
+    means: ClassVar[tuple[str, ...]] = ()
+    """The names in `BatchLoss.sums` whose means are logged."""
+    publisher: ClassVar[Any] = None
+    """A `Publisher`, where the trainer can send what it has trained."""
+    draw_page: ClassVar[Any] = None
+    """A function that draws the page about the run in a folder, and returns its file."""
+
+    # The loss is divided by the weight of the whole step, so accumulation needs no further division.
     loss_is_scaled_for_ga = True
+    hub_model_id: str | None = None  # type: ignore[assignment]
 
     def __init__(
         self,
-        model: str | Model,
-        args: SFTConfig | TrainingArguments | None = None,
-        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-        train_dataset: Source | Mapping[str, Source | DataSource] | None = None,
-        eval_dataset: Sources | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_loss_func: Callable[..., Tensor] | None = None,
-        compute_metrics: Callable[..., dict[str, Any]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        quantization_config: Any = None,
-        peft_config: PeftConfig | None = None,
-        formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+        model: Model,
+        args: SFTConfig,
+        batching: Batching,
+        *,
+        data: DataSeen | None = None,
+        preflight: Preflight | None = None,
+        starting_point: StartingPoint | None = None,
+        **arguments: Any,
     ) -> None:
-        args = as_sft_config(args, model)
-        _check_arguments(args, train_dataset, compute_loss_func)
-        if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
-            raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
-        tokenizer, added = prepare_tokenizer(processing_class, model, args)
-        self._prepare = DataPreparer(args, tokenizer, formatting_func)
-        train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, compute_metrics is not None)
-        set_seed(args.seed)  # adapters start from random numbers
-        model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
-        self._base_changed = starting_point(model)
-        self._choose_batches(model, args, compute_loss_func is None, isinstance(train_dataset, Dataset))
-        align_tokens(model, tokenizer, self._prepare.stops)
-        self._padded = partial(padded, pad_token_id=tokenizer.pad_token_id, multiple=int(args.pad_to_multiple_of or 1))
-        self._sharing = partial(flat, share_prefix=args.share_prefix == "auto")
-        self._loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
-        self._custom_collator = data_collator is not None
+        self.events: list[tuple[int, str]] = []
         self.origins: dict[str, Origin] = {}
-        self._meters = {mode: Meter() for mode in ("train", "eval")}
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or (self._sharing if self._flat else self._padded),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
+        self.preflight = preflight
+        self.data = data
+        self._starting_point = starting_point
+        self.meters = {mode: Meter(self.means) for mode in ("train", "eval")}
+        self.loaders = Loaders(self, batching)
+        super().__init__(model=model, args=args, data_collator=cast(Any, batching.collator), **arguments)
         if self.args.n_gpu > 1:
             raise TunesmithError(
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
-        model.add_model_tags(list(self._tag_names))
+        self.journal = Journal(
+            self,
+            data,
+            preflight,
+            tell=self.tell,
+            draw_page=type(self).draw_page,
+            write_record=lambda folder: self.record().write(folder),
+        )
+        self.guard = Guard(self, self.tell)
+        self.recovery = Recovery(
+            self, self.loaders, self.meters["train"], forget=self.journal.forget_step, tell=self.tell
+        )
+        self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
+        self.add_callback(_Moments(self.journal))
 
-    def _choose_batches(self, model: Model, args: SFTConfig, own_loss: bool, has_length: bool) -> None:
-        """Settle whether batches are flat, and whether rows of like length share one; and make the model's layers
-        faster for them."""
-        wanted = args.padding_free and own_loss and _unhooked(args)
-        grouped = not args.packing and args.train_sampling_strategy == "random" and has_length
-        self._flat = teach_model(model, flat=wanted, grouped=grouped)
-        by_length = args.train_sampling_strategy == "group_by_length"
-        self._grouped = by_length or (grouped and wanted and not self._flat)
-        # On a GPU, torch.compile makes layers faster by itself.
-        if not args.torch_compile or base_model(model).device.type == "cpu":
-            speed_up(model)
-        if args.torch_compile:
-            assert args.torch_compile_backend is not None
-            compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    # What another trainer says
 
-    # Data
+    @abstractmethod
+    def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
+        """The objective's sum over `batch`, through `predict_targets`."""
+        raise NotImplementedError
 
-    def _prepare_all(
-        self, train_dataset: Any, eval_dataset: Sources | None, args: SFTConfig, by_row: bool
+    def batch_weight(self, batch: Batch) -> Tensor:
+        """What a batch adds to the number by which the step's loss is divided: the weight of its supervised tokens."""
+        return batch.weight
+
+    def predict_targets(
+        self, model: nn.Module, batch: Batch, targets: Targets, objective: Objective, *, with_outputs: bool = False
     ) -> tuple[Any, Any]:
-        """Both data sets, and a look at them before any weight is loaded."""
-        prepared, prepared_eval = self._prepare.everything(train_dataset, eval_dataset, by_row=by_row)
-        self.preflight = self._prepare.preflight()
-        self.preflight.stop_on_problems()
-        self._prepare.save_skipped()
-        check_fit(args, prepared, None if by_row else prepared_eval)
-        return prepared, prepared_eval
+        """What `objective` makes of the model's predictions at the targets of a batch, and the model's outputs if they
+        are wanted."""
+        if has_virtual_tokens(cast(nn.Module, self.model)):
+            return behind_virtual_tokens(model, batch.inputs(), targets, objective)
+        outcome: tuple[Any, Any] = model(
+            **batch.inputs(), targets=targets, objective=objective, with_outputs=with_outputs
+        )
+        return outcome
 
-    def evaluate(
-        self,
-        eval_dataset: Sources | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As in `transformers`; a data set given here is prepared like the one of the constructor."""
-        if isinstance(eval_dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, source in eval_dataset.items():
-                metrics |= self.evaluate(source, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare.evaluated(eval_dataset, by_row=self.compute_metrics is not None)
-        return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
+    # A run begins
 
-    def predict(
-        self, test_dataset: Source, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
-    ) -> PredictionOutput:
-        """Logits (rows, T, V) and labels (rows, T), padded with -100, of rows like those of the constructor."""
-        prepared = self._prepare(test_dataset, metric_key_prefix, packing=False)
-        return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`. True goes on from the newest checkpoint in the output folder that verifies. A run that
+        an error ends, or Ctrl-C, has a report of the steps before it.
 
-    # Training
+        Raises:
+            TunesmithError: there is no checkpoint to go on from, or the given one does not verify or belongs to another
+                run; the disk is full.
+        """
+        self.journal.page = None
+        settings = cast(SFTConfig, self.args)
+        if settings.eval_strategy != "no":
+            check_logits(self, self.eval_dataset)
+        flat = not self.loaders.batching.padded
+        check_before_training(cast(Model, self.model), self.train_dataset, settings, flat=flat)
+        if settings.device.type == "cpu":
+            keep_freed_memory()
+        main = self.is_world_process_zero()
+        with only_run_in(Path(str(settings.output_dir))) if main else nullcontext():
+            checkpoint = self.keeper.begin(resume_from_checkpoint)
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except BaseException as error:
+                self.journal.break_off(error)
+                if isinstance(error, Exception):
+                    self.keeper.give_up()
+                raise
+            self.keeper.wait()
+        return output
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """As in `transformers`, but `accelerate` does not compile the whole model: its layers are compiled already."""
+        """`accelerate` does not compile the whole model: its layers are compiled already."""
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`, after the self-test that `args.self_test` asks for."""
-        self.report = None
-        if self.args.eval_strategy != "no":
-            check_logits(self, self.eval_dataset)
-        check_before_training(cast(Model, self.model), self.train_dataset, cast(SFTConfig, self.args), flat=self._flat)
-        held = only_run_in(Path(str(self.args.output_dir))) if self.is_world_process_zero() else nullcontext()
-        with held:
-            return super().train(*args, **kwargs)
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = cast(Any, list(self.loaders.batching.columns))
+
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
+    ) -> Any:
+        with self.keeper.noting_place(dataset, training=bool(kwargs.get("is_training"))):
+            return self.loaders.loader(super()._get_dataloader, dataset, description, batch_size, **kwargs)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.loaders.rows_of_step(super().get_total_train_batch_size(args))
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        return self.keeper.resume_at(self.keeper.own(resume), position)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in `transformers`; with `loraplus_lr_ratio`, LoRA's B matrices learn faster than its A matrices."""
+        """With `loraplus_lr_ratio`, LoRA's B matrices learn faster than its A matrices."""
         ratio = cast(SFTConfig, self.args).loraplus_lr_ratio
         if ratio is not None and self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
@@ -212,69 +211,138 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
             self.optimizer = create_loraplus_optimizer(cast(PeftModel, self.model), kind, **settings)
         return super().create_optimizer(model)
 
-    # Loss
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if (folder := self.keeper.own(checkpoint)) is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        self.keeper.load_optimizer(folder)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if (folder := self.keeper.own(checkpoint)) is None:
+            return super()._load_scaler(checkpoint)
+        self.keeper.load_scaler(folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if (folder := self.keeper.own(checkpoint)) is None:
+            return super()._load_rng_state(checkpoint)
+        self.keeper.load_random(str(checkpoint), folder)
+
+    # An epoch, and a step of it
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # `transformers` would take one more step
+            self.control.should_training_stop = True
+            return
+        position = {name: kwargs[name] for name in ("epoch", "epochs_trained", "steps_trained_in_current_epoch")}
+        with self.keeper.epoch(**position):
+            super()._run_epoch(*args, **kwargs)
+        # What a stream's last micro-batches would have made a step with is not mixed into the next epoch's first.
+        kwargs["model"].zero_grad()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """All micro-batches of a step, and the number that its loss is divided by."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.keeper.took(len(batches))
+        if self.keeper.late is not None:
+            self._load_rng_state(self.keeper.late)
+        return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The weight of all supervised tokens of a step: every micro-batch, and every process."""
+        """The weight of a whole step: every micro-batch, and every process."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        weight = sum(_weight(batch) for batch in batch_samples)
-        assert isinstance(weight, Tensor)
-        weight = weight.to(device)
+        weights = (self.batch_weight(as_batch(batch)) for batch in batch_samples)
+        weight = sum(weights, start=torch.tensor(0)).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum()
         return weight
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of a micro-batch, when its gradients are there."""
+        loss = self.recovery.step(super().training_step, model, inputs, num_items_in_batch)
+        self.guard.note(inputs, loss)
+        self.journal.note_batch(inputs, loss)
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum over supervised tokens / their weight in the whole step. With `return_outputs`, those of the model, too,
-        with the logits of all positions."""
-        if num_items_in_batch is None:
-            num_items_in_batch = _weight(inputs)
-        labels, weights = inputs["labels"], inputs.get("weights")
-        virtual = has_virtual_tokens(cast(nn.Module, self.model))
-        # `peft` counts the positions of virtual tokens itself.
-        ours = {"labels", "weights", "places", *(("position_ids",) if virtual else ())}
-        forward = {name: value for name, value in inputs.items() if name not in ours}
-        self._meter.read(inputs)
+        """The objective's sum over a batch / the weight of the whole step. With `return_outputs`, those of the model,
+        too, with the logits of all positions."""
+        batch = as_batch(inputs)
+        weight = self.batch_weight(batch) if num_items_in_batch is None else num_items_in_batch
+        meter = self.meters["train" if cast(nn.Module, self.model).training else "eval"]
+        meter.read(batch)
         if self.compute_loss_func is not None:
-            outputs = model(**forward, use_cache=False)
-            outputs.logits = outputs.logits[:, -labels.shape[1] :]  # without those of virtual tokens
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            inputs = batch.inputs()
+            if has_virtual_tokens(cast(nn.Module, self.model)):  # whose positions `peft` counts itself
+                del inputs["position_ids"]
+            outputs = model(**inputs, use_cache=False)
+            outputs.logits = outputs.logits[:, -batch.labels.shape[1] :]  # without those of virtual tokens
+            loss = self.compute_loss_func(outputs, batch.labels, num_items_in_batch=weight)
         else:
-            targets = next_token_targets(labels, weights, inputs.get("places"))
             with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
-                result: Supervised
-                if virtual:
-                    result = behind_virtual_tokens(
-                        model, forward, targets, self._loss_options, return_outputs=return_outputs
-                    )
-                else:
-                    result = model(
-                        **forward, supervise=targets, loss_options=self._loss_options, return_outputs=return_outputs
-                    )
-            outputs = result.outputs
-            self._meter.add(result, targets)
+                outcome = self.batch_loss(model, batch, with_outputs=return_outputs)
+            outputs = outcome.outputs
+            meter.add(outcome)
             if model.training:
-                self._note_losses(inputs, result)
+                self.journal.note_losses(batch, outcome.nll)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
-            total = torch.as_tensor(num_items_in_batch, device=result.loss.device)
-            loss = result.loss / torch.where(total > 0, total, torch.ones_like(total))
+            total = torch.as_tensor(weight, device=outcome.loss.device)
+            loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
         if model.training and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once a step, when its gradients are whole and not yet used."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check(model, norm)
+        return norm
+
+    # Behind a step: the log, evaluation, a checkpoint
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Called behind each step, and once more at the end of an epoch."""
+        self.keeper.note_epoch()
+        self.journal.note_step(grad_norm, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self.journal.start_clock()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the objective's means, and `num_tokens` (tokens read since the start)."""
+        if "loss" in logs:
+            tokens, measured = self.meters["train"].report(self.accelerator)
+            logs |= {name: measured[name] for name in self.means if measured}
+            logs["num_tokens"] = tokens
+            self.guard.judge(logs["loss"])
+        super().log(logs, start_time)
+
+    def evaluation_loop(  # type: ignore[override]
+        self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The eval loss is the mean over all that counts, not over batches of unequal size. An evaluation does not
+        change the random numbers of the training: a resumed run may not repeat it."""
+        if description != "Prediction":
+            check_logits(self, dataloader.dataset)
+        meter = self.meters["eval"]
+        meter.reset()
+        with kept_random_states(self.args.device):
+            output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
+        documents = meter.documents
+        _, measured = meter.report(self.accelerator)
+        metrics = cast(dict[str, float], output.metrics)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        return output if output.num_samples else output._replace(num_samples=documents)  # of a stream
+
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -283,51 +351,112 @@ class SFTTrainer(CheckpointingTrainer, JournalingTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), outputs.logits, inputs["labels"]
 
-    # What is reported
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.keeper.left_to_others:
+            return super()._save_checkpoint(model, trial)
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        folder = self.keeper.save(Path(self._get_output_dir(trial=trial)))
+        if self.args.push_to_hub:
+            self.keeper.wait()
+            self._push_from_checkpoint(str(folder))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The settings go with the model as JSON; `transformers` would pickle them, and a pickle is code."""
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if self._starting_point is not None and not is_checkpoint:
+            self._starting_point.save_for_the_base(cast(PeftModel, self.model), folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        settings = json.dumps(without_secrets(json.loads(self.args.to_json_string())), indent=2)
+        (folder / "training_args.json").write_text(f"{settings}\n", encoding="utf-8")
+        if not is_checkpoint:
+            self.record().write(folder)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.keeper.wait()  # the best model may be the last that is being written
+        return super()._finalize_training(*args, **kwargs)
+
+    # What a run tells
+
+    def tell(self, step: int, text: str) -> None:
+        """Something odd: an event of the run."""
+        self.events.append((step, text))
+        if self.is_world_process_zero():
+            logger.warning("Step %d: %s.", step, text)
+        self.journal.note_event(step, text)
+
+    def record(self) -> RunRecord:
+        """What this run is, as far as it has come; `run.json` beside a saved model."""
+        return record_of(self)
 
     @property
-    def _meter(self) -> Meter:
-        return self._meters["train" if cast(nn.Module, self.model).training else "eval"]
+    def listeners(self) -> list[Callable[[Mapping[str, Any]], None]]:
+        return self.journal.listeners
 
-    def evaluation_loop(  # type: ignore[override]
-        self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """The eval loss is the mean over supervised tokens, not over batches of unequal size."""
-        if description != "Prediction":
-            check_logits(self, dataloader.dataset)
-        self._meters["eval"].reset()
-        output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
-        _, measured = self._meters["eval"].report(self.accelerator)
-        metrics = cast(dict[str, float], output.metrics)
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        return output
+    @property
+    def report(self) -> Path | None:
+        """The page about the run, when `train` is over; None where it was not drawn, and on other processes."""
+        return self.journal.page
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds TRL's `entropy`, `mean_token_accuracy` and `num_tokens` (tokens read since the start)."""
-        if "loss" in logs:
-            tokens, measured = self._meters["train"].report(self.accelerator)
-            logs |= {name: measured[name] for name in ("entropy", "mean_token_accuracy") if measured}
-            logs["num_tokens"] = tokens
-        super().log(logs, start_time)
+    @property
+    def bad_steps(self) -> int:
+        """How many steps were left out because their gradient was not finite."""
+        return self.guard.bad_steps
 
+    @property
+    def trainable(self) -> Trainable:
+        """How much of the model is trained."""
+        return trainable(cast(nn.Module, self.model))
 
-def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any) -> None:
-    if train_dataset is None:
-        raise TunesmithError("train_dataset is missing: give a Dataset, an IterableDataset or a list of rows")
-    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
-    if args.loss_type == "dft" and compute_loss_func is not None:
-        raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
-    check_trackers(args.report_to)
-    check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
+    @property
+    def has_adapters(self) -> bool:
+        return isinstance(self.model, PeftModel)
 
+    # The hub, as far as the public trainer brings a publisher
 
-def _unhooked(args: SFTConfig) -> bool:
-    # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
-    return args.neftune_noise_alpha is None
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `push_to_hub`: the repository is made at the start, so that what is wrong with it shows then."""
+        if self.publisher is None:
+            super().init_hf_repo(token)
+        elif self.is_world_process_zero():
+            self.hub_model_id = self.publisher.begin(self, token, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.publisher is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self.publisher.send_checkpoint(self, checkpoint_folder)
 
 
-def _weight(batch: Mapping[str, Any]) -> Tensor:
-    supervised = batch["labels"][..., 1:] != IGNORE_INDEX
-    weights = batch.get("weights")
-    return supervised.sum() if weights is None else (weights[..., 1:] * supervised).sum()
+def as_batch(inputs: Any) -> Batch:
+    """What a collator made, ours or a user's."""
+    return inputs if isinstance(inputs, Batch) else Batch.of(inputs)
+
+
+class _Moments(TrainerCallback):
+    """Tells a journal where the run is."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._journal.begin()
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self._journal.start_clock()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self._journal.end_pass()
+
+    def on_evaluate(self, *_: Any, metrics: Mapping[str, Any] | None = None, **__: Any) -> None:
+        if metrics:
+            self._journal.note_evaluation(metrics)
+        self._journal.answer()
+
+    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self._journal.answer()
+        self._journal.end("finished" if state.global_step >= state.max_steps else "stopped")

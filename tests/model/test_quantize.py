@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.nn import modules
 from torch import Tensor
 
-from tunesmith.model.bnb import problem
+from tunesmith.model.quantize import problem
 
 
 def without_numbers(y: Tensor) -> Tensor:

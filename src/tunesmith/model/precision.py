@@ -4,15 +4,19 @@ A default can't know: a product in bfloat16 takes nine times as long as in fp32 
 a Zen 4; a T4 only emulates it, and is fast in fp16. A short timed matrix product tells.
 """
 
-import json
-import re
 import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+
+from tunesmith.errors import TunesmithError
+from tunesmith.runs.checkpoints import Manifest, checkpoints
+
+if TYPE_CHECKING:
+    from tunesmith.settings.config import SFTConfig
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +26,48 @@ NEARLY = 0.8
 """bfloat16 is preferred over fp16 from this share of its speed on: its range needs no loss scaling."""
 ROUNDS = 8
 SIZES = {"cpu": 768, "cuda": 4096, "mps": 2048}
+
+
+def settle_precision(config: "SFTConfig") -> str:
+    """Settle `precision: auto` for a run that starts, and return the line to print about it; empty where the config
+    named a precision itself. A second call changes nothing and returns the same line.
+
+    A run that is resumed goes on in the precision of its checkpoint; any other one takes what is fastest here.
+    """
+    if config.precision == "auto":
+        checkpoint = _recorded(config)
+        if checkpoint is not None:
+            choice, folder = checkpoint
+            note = f"precision {choice}: as in {folder}, from which the run goes on"
+        else:
+            speeds = measure(config.device.type)
+            choice = decide(speeds, config.device.type)
+            note = describe(choice, speeds, config.device.type)
+        config.precision, config.precision_note = choice, note
+        config.__post_init__()  # `transformers` derives other settings from the flags of a precision
+    return config.precision_note
+
+
+def _recorded(config: "SFTConfig") -> tuple[PrecisionName, Path] | None:
+    """The precision of the checkpoint that the run goes on from, and its folder; None where there is none to follow."""
+    resume: str | bool | None = config.resume_from_checkpoint
+    if not resume:
+        return None
+    for folder in [Path(resume)] if isinstance(resume, str) else reversed(checkpoints(Path(str(config.output_dir)))):
+        try:
+            name = Manifest.read(folder).precision
+        except TunesmithError:  # written by another tool, or damaged: resuming says so
+            continue
+        for known in get_args(PrecisionName):
+            if name == known:
+                return known, folder
+    return None
+
+
+def compute_dtype(config: "SFTConfig") -> torch.dtype:
+    """What a run computes in, and its frozen weights are kept in. The precision must be settled."""
+    assert config.precision != "auto"
+    return DTYPES[config.precision]
 
 
 def decide(speeds: Mapping[PrecisionName, float], device_type: str) -> PrecisionName:
@@ -54,38 +100,17 @@ def describe(choice: PrecisionName, speeds: Mapping[PrecisionName, float], devic
     return f"precision {choice}: matrix products on this {device_type} in GFLOP/s: {figures}"
 
 
-def recorded(output: str | None, resume: Any) -> tuple[PrecisionName, Path] | None:
-    """The precision that a run was trained in so far, and the checkpoint that says so: the folder `resume`, or if that
-    is True the newest in `output` with a manifest. A run that goes on must not measure again, and choose another."""
-    if not resume:
-        return None
-    folders = [Path(resume)] if isinstance(resume, str) else list(Path(output or ".").glob("checkpoint-*"))
-    steps = {folder: re.search(r"checkpoint-(\d+)$", folder.name) for folder in folders}
-    for folder in sorted(folders, key=lambda item: int(found[1]) if (found := steps[item]) else -1, reverse=True):
-        try:
-            name = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["precision"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if name in get_args(PrecisionName):
-            return name, folder
-    return None
-
-
 def _seconds(device: torch.device, dtype: torch.dtype, size: int) -> float | None:
     """The time of one product, None where the device has none in this format."""
     if dtype == torch.float16 and device.type == "cpu":
         return None  # never chosen there, and slow enough to matter
     try:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        _product(a, b)  # the first one also loads and tunes libraries
-        started = time.perf_counter()
-        _product(a, b)
+        for _ in range(2):  # the first product also loads and tunes libraries
+            started = time.perf_counter()
+            _ = a @ b
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
     except (RuntimeError, TypeError):
         return None
     return time.perf_counter() - started
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> None:
-    _ = a @ b
-    if a.device.type != "cpu":
-        torch.accelerator.synchronize(a.device)

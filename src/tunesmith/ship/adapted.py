@@ -1,5 +1,7 @@
 """A base model without weights, with adapters that have theirs: what of the base changes, and into what.
 
+    names in the base model's state dict -> MergedWeights.pieces -> AdaptedModel.merge, a layer at a time -> tensors
+
 `peft` builds its layers around a model on the meta device, and merges them with its own code, one at a time: a layer's
 base weights are read, merged, handed out, and dropped.
 
@@ -10,7 +12,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import ADAPTER_WEIGHTS, ADAPTERS
+from tunesmith.ship.shards import Piece, Weights
 
 NAME = "default"
 """What `peft` calls the adapters here, however they were called in training."""
@@ -49,7 +52,13 @@ def adapter_settings(folder: Path) -> PeftConfig:
             raise TunesmithError(f"{folder} has no {file}: the folder of a run that trained adapters is needed")
     with explained(f"the adapters in {folder} can't be read"):
         start = json.loads((folder / ADAPTERS).read_text(encoding="utf-8")).get("init_lora_weights")
-        _refuse_lost(start, folder)  # before peft wants what it needs to start them
+        if isinstance(start, str) and start.startswith(LOST):  # before peft wants what it needs to start them
+            raise TunesmithError(
+                f"{folder}: these adapters were started with init_lora_weights={start!r}, which changed the base "
+                "model's weights, and the change was not saved. Convert them to plain LoRA where they were trained: "
+                "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...), see the peft "
+                "documentation"
+            )
         settings = PeftConfig.from_pretrained(str(folder))
     kind = PeftType(settings.peft_type).value
     if settings.is_prompt_learning or settings.is_adaption_prompt:
@@ -60,19 +69,9 @@ def adapter_settings(folder: Path) -> PeftConfig:
     return settings
 
 
-def _refuse_lost(start: Any, folder: Path) -> None:
-    if isinstance(start, str) and start.startswith(LOST):
-        raise TunesmithError(
-            f"{folder}: these adapters were started with init_lora_weights={start!r}, which changed the base model's "
-            "weights, and the change was not saved. Convert them to plain LoRA where they were trained: "
-            "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...), see the peft documentation"
-        )
-
-
 def rows_in_adapters(folder: Path, base: PreTrainedModel) -> int:
     """The rows (R) of the embeddings that the adapters in `folder` fit onto; 0 where they don't say."""
-    layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    paths = [name for name, module in base.named_modules() if module in layers]
+    paths = _token_layers(base)
     rows = 0
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
@@ -85,6 +84,12 @@ def rows_in_adapters(folder: Path, base: PreTrainedModel) -> int:
     return rows
 
 
+def _token_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that have a row for each token: the input embeddings, and the head."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {path: module for path, module in model.named_modules() if module in layers}
+
+
 def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of `config` on the meta device: its layers and their shapes, and no weights."""
     with torch.device("meta"), explained("the base model can't be built"):
@@ -93,15 +98,7 @@ def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
     return model
 
 
-def shared_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
-    """The names of each weight that has several, such as the head's of tied embeddings; the embeddings' come first."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [tuple(names) for names in groups.values() if len(names) > 1]
-
-
-class Adapted:
+class AdaptedModel:
     """The adapters in `folder` around `base`, a model on the meta device, which is changed.
 
     `shapes` has the shape of every tensor in the base model's state dict by its name there, `own` those tensors that
@@ -118,8 +115,10 @@ class Adapted:
         with explained(f"the adapters in {folder} don't fit their base model"):
             model = get_peft_model(base, plain, adapter_name=NAME, low_cpu_mem_usage=True)
             _load(model, folder)
-        self._adapters = {name: module for name, module in base.named_modules() if _replaces(module)}
-        self.layers = {name: module for name, module in self._adapters.items() if not self._inside(name)}
+        self.layers: dict[str, nn.Module] = {}
+        for name, module in base.named_modules():  # those outside come first
+            if _replaces(module) and self.layer_of(f"{name}.") is None:
+                self.layers[name] = module
         tensors = get_base_model_state_dict(model)
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.own = {
@@ -128,17 +127,13 @@ class Adapted:
         if not self.layers:
             raise TunesmithError(f"the adapters in {folder} adapt no layer of {type(base).__name__}")
 
-    def _inside(self, name: str) -> bool:
-        parents = name.split(".")[:-1]
-        return any(".".join(parents[:depth]) in self._adapters for depth in range(1, len(parents) + 1))
-
     def layer_of(self, name: str) -> str | None:
         """The adapted layer that the base model's tensor `name` belongs to, or None."""
         parts = name.split(".")[:-1]
         paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
         return next((path for path in paths if path in self.layers), None)
 
-    def merged(self, path: str, read: Read) -> dict[str, Tensor]:
+    def merge(self, path: str, read: Read) -> dict[str, Tensor]:
         """The tensors of the layer `path` after merging, in fp32, by the base model's names.
 
         `read` gives the base model's. Raises TunesmithError where `peft` can't merge the layer.
@@ -154,15 +149,21 @@ class Adapted:
                 }
                 base.load_state_dict(needed, assign=True)
             _repeat_start(layer, self.settings)
-            module = _merge(layer)
-            found = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-        lacking = [name for name, tensor in found.items() if tensor.is_meta]
+            if hasattr(layer, "unload_and_optionally_merge_module"):  # as in peft's merge_and_unload
+                module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            else:
+                layer.merge(safe_merge=True)
+                module = layer.get_base_layer()
+            tensors = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        lacking = [name for name, tensor in tensors.items() if tensor.is_meta]
         if lacking:
             raise TunesmithError(f"the adapters hold no weights for {lacking[0]}; were they saved whole?")
-        if base is not None:
+        if base is not None:  # the layer can be merged again
             base.load_state_dict(before, assign=True)
-            _forget(layer)
-        return found
+            for module in layer.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.merged_adapters.clear()
+        return tensors
 
 
 def _load(model: PeftModel, folder: Path) -> None:
@@ -239,22 +240,128 @@ def _repeat_start(layer: Any, settings: PeftConfig) -> None:
     layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data = trained
 
 
-def _merge(layer: Any) -> nn.Module:
-    """As `peft`'s `merge_and_unload` does for each layer."""
-    module: nn.Module
-    if hasattr(layer, "unload_and_optionally_merge_module"):
-        module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-    else:
-        layer.merge(safe_merge=True)
-        module = layer.get_base_layer()
-    return module
+class MergedWeights:
+    """What to write: `pieces`, in the base model's order, and by `tensors` what each holds.
+
+    `shared` are the names that share one weight in the base model, and `growing` those that have a row for each token
+    and may have fewer in the base model's files. Weights that adapters made different are written under each of their
+    names, and `untied` says so. `dtype` None keeps the format of each tensor in the base model's files.
+
+    Merging is done in fp32. Raises TunesmithError for weights that are not there or don't fit.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        weights: Weights,
+        *,
+        dtype: torch.dtype | None,
+        shared: Sequence[tuple[str, ...]],
+        growing: Iterable[str],
+    ) -> None:
+        self._adapted, self._weights, self._dtype = adapted, weights, dtype
+        self._growing = set(growing)
+        self._there = set(weights.names())
+        self._source = {name: self._alias(name, shared) for name in adapted.shapes}
+        self._dropped: set[str] = set()
+        self.untied = False
+        for group in shared:
+            self._decide(group)
+        self.pieces = self._pieces()
+
+    def tensors(self, piece: Piece) -> dict[str, Tensor]:
+        """The tensors of a piece, contiguous, in the format that they are written in."""
+        layer = self._adapted.layer_of(piece.names[0])
+        if layer is not None:
+            tensors = self._adapted.merge(layer, self._read)
+        else:
+            own, shapes = self._adapted.own, self._adapted.shapes
+            tensors = {name: own[name] if name in own else self._stored(name, shapes[name]) for name in piece.names}
+        return {name: self._cast(name, tensors[name]) for name in piece.names}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The format that the tensor `name` is written in."""
+        stored = self._weights.dtype(self._source[name])
+        return self._dtype if self._dtype is not None and stored.is_floating_point else stored
+
+    def _alias(self, name: str, shared: Sequence[tuple[str, ...]]) -> str:
+        """`name`, or the name under which the base model's files have its weight."""
+        group: tuple[str, ...] = next((group for group in shared if name in group), ())
+        return next((other for other in (name, *group) if other in self._there), name)
+
+    def _decide(self, group: tuple[str, ...]) -> None:
+        """Whether the weight of `group` is still one. Where the names' layers are merged apart, the numbers say it."""
+        touched = any(self._adapted.layer_of(name) is not None or name in self._adapted.own for name in group)
+        apart = sum(name in self._there for name in group) > 1
+        if touched or apart:
+            first, *others = (self.tensors(Piece(names=(name,), size=0))[name] for name in group)
+            if not all(torch.equal(first, other) for other in others):
+                if not self._growing.issuperset(group):
+                    raise TunesmithError(
+                        f"the adapters make {' and '.join(group)} different, which are one weight in the base model"
+                    )
+                self.untied = True
+                return
+        self._dropped.update(group[1:])
+
+    def _pieces(self) -> list[Piece]:
+        names: dict[str, list[str]] = {}
+        for name in self._adapted.shapes:
+            if name not in self._dropped:
+                names.setdefault(self._adapted.layer_of(name) or name, []).append(name)
+        sizes = {name: shape.numel() * self.dtype(name).itemsize for name, shape in self._adapted.shapes.items()}
+        return [Piece(names=tuple(own), size=sum(sizes[name] for name in own)) for own in names.values()]
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = self._stored(name, shape)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def _stored(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = self._weights.tensor(self._source[name])
+        if name in self._growing:
+            tensor = with_rows(tensor, shape[0])
+        if tensor.shape != shape:
+            raise TunesmithError(
+                f"{name} has the shape {list(tensor.shape)} in the base model, and the adapters are for "
+                f"{list(shape)}: they were trained on another model"
+            )
+        return tensor
+
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
+        cast = tensor.to(self.dtype(name)).contiguous()
+        if cast.dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+            raise TunesmithError(f"{name} has values up to {tensor.abs().max():.3g}, too large for fp16; take bf16")
+        # Of its own: a view of a larger tensor would be written whole, or refused.
+        return cast if cast.untyped_storage().nbytes() == cast.nbytes else cast.clone()
 
 
-def _forget(layer: nn.Module) -> None:
-    """Lets the layer be merged again: its base weights are as before."""
-    for module in layer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merged_adapters.clear()
+def with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """`tensor` (R, ...) with as many rows, or as it is where it has them. New rows are the mean of the others, as where
+    training adds tokens: https://nlp.stanford.edu/~johnhew/vocab-expansion.html."""
+    missing = rows - tensor.shape[0]
+    if missing <= 0:
+        return tensor
+    mean = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(missing, *tensor.shape[1:])])
+
+
+def growing_names(model: PreTrainedModel) -> list[str]:
+    """The names of the weights that have a row for each token: the input embeddings', and the head's with its bias."""
+    layers = _token_layers(model).items()
+    return [f"{path}.{name}" for path, module in layers for name, _ in module.named_parameters(recurse=False)]
+
+
+def grow(model: PreTrainedModel, rows: int) -> None:
+    """Gives `model` embeddings with as many rows, those of new ones as `with_rows` has them."""
+    before: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for name in growing_names(model):
+            parameter = model.get_parameter(name)
+            if not parameter.is_meta:
+                parameter.copy_(with_rows(parameter[:before].clone(), rows))
 
 
 @contextmanager
@@ -271,5 +378,5 @@ def explained(problem: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError, ImportError) as error:
         first, *more = str(error).splitlines() or [type(error).__name__]  # one for every layer, sometimes
-        said = " ".join([first, *(line.strip() for line in more[:1])]) + (" ..." if more[1:] else "")
-        raise TunesmithError(f"{problem}: {said}") from error
+        cause = " ".join([first, *(line.strip() for line in more[:1])]) + (" ..." if more[1:] else "")
+        raise TunesmithError(f"{problem}: {cause}") from error

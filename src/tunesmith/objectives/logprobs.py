@@ -1,0 +1,188 @@
+"""Log-probabilities of the tokens that follow at S positions, in chunks: no (S, V) logits are ever held at once.
+
+Every objective is a function of these. `token_logprobs` is for those that weigh tokens only when the forward is over (a
+preference, a policy): its backward makes the logits of a chunk once more and takes a weight for each token. Supervised
+loss (`objectives.supervised`) is built from the same parts, and has its gradient ready when the forward ends.
+
+Shapes: S positions, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.model.head import LogitForm, Predictions, head_logits
+from tunesmith.model.linear import product
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of one chunk's fp32 logits. Larger chunks were no faster on a CPU, and the peak memory follows them."""
+FINITE = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogProbs:
+    """`logprobs` (S,) fp32, in nats, with their graph; without one, `entropy` (S,) of each prediction, and `correct`
+    (S,), whether its most likely token is the one that follows."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+def token_logprobs(predictions: Predictions) -> TokenLogProbs:
+    """The log-probability of each of the S tokens. With S = 0 it is empty and keeps its graph, so that a micro-batch
+    without targets still takes part in distributed training."""
+    logprobs, entropy, correct = _TokenLogProbs.apply(
+        predictions.hidden, predictions.weight, predictions.bias, predictions.tokens, predictions.form
+    )
+    return TokenLogProbs(logprobs=logprobs, entropy=entropy, correct=correct)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, tokens: Tensor, form: LogitForm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outcome = Outcome.empty(tokens)
+        for part in chunks(hidden, weight):
+            chunk = Chunk.of(hidden[part], weight, bias, tokens[part], form)
+            outcome.take(part, chunk)
+        ctx.save_for_backward(hidden, weight, bias, tokens)
+        ctx.form = form
+        ctx.mark_non_differentiable(outcome.entropy, outcome.correct)
+        return outcome.nll.neg(), outcome.entropy, outcome.correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens = ctx.saved_tensors
+        gradients = Gradients.empty(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for part in chunks(hidden, weight):
+            chunk = Chunk.of(hidden[part], weight, bias, tokens[part], ctx.form)
+            gradients.add(part, chunk.gradient(-grad[part].float()), hidden, weight)
+        return *gradients.of_inputs(), None, None
+
+
+# The parts, which supervised loss is made of, too
+
+
+def chunks(hidden: Tensor, weight: Tensor | None) -> Iterator[slice]:
+    """Parts of the S positions whose logits fill a chunk."""
+    vocabulary = hidden.shape[-1] if weight is None else weight.shape[0]
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    for start in range(0, hidden.shape[0], rows):
+        yield slice(start, min(start + rows, hidden.shape[0]))
+
+
+class Chunk:
+    """The predictions of some positions in numbers: `p` (S, V), and of each position `nll`, `entropy`, `correct`, and
+    with `with_mean` the mean nll of all words, which label smoothing wants."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, form: LogitForm, *, with_mean: bool = False) -> None:
+        self._tokens, self._form = tokens, form
+        self.p = torch.softmax(logits, dim=-1)
+        top, own = logits.amax(dim=-1), logits.gather(-1, tokens[:, None])[:, 0]
+        # At its largest logit, p is 1 over the sum that it was divided by.
+        log_sum = -self.p.amax(dim=-1).log()
+        self.nll = top - own + log_sum
+        self.correct = own == top
+        self.mean = top + log_sum - logits.mean(dim=-1) if with_mean else None
+        # The derivative of the soft cap, before the logits are overwritten.
+        self._slope = None if form.softcap is None else 1 - (logits / form.softcap).square_()
+        self.entropy = top + log_sum - logits.mul_(self.p).sum(dim=-1)
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tokens: Tensor,
+        form: LogitForm,
+        *,
+        with_mean: bool = False,
+    ) -> "Chunk":
+        """Of hidden states (S, H), or of logits (S, V) where there is no `weight`."""
+        logits = head_logits(hidden, weight, bias, form)
+        if bias is not None or weight is None:
+            logits.clamp_(min=FINITE)  # -inf times its probability 0 would be nan
+        return cls(logits, tokens, form, with_mean=with_mean)
+
+    def gradient(self, weights: Tensor | None, smoothing: float = 0.0) -> Tensor:
+        """(S, V): the gradient of the sum of weights * nll by the head's product, before scale and softcap; with
+        `smoothing`, of the smoothed nll. Overwrites `p`."""
+        d, rows = self.p, torch.arange(len(self._tokens), device=self.p.device)
+        if smoothing:
+            d -= smoothing / d.shape[-1]
+        d[rows, self._tokens] -= 1 - smoothing
+        if weights is not None:
+            d *= weights[:, None]
+        if self._slope is not None:
+            d *= self._slope
+        if self._form.scale != 1.0:
+            d *= self._form.scale
+        return d
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What is known of all S positions: `nll`, `entropy` and `correct`, each (S,)."""
+
+    nll: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+    @classmethod
+    def empty(cls, tokens: Tensor) -> "Outcome":
+        nll, entropy = (torch.empty(len(tokens), dtype=torch.float32, device=tokens.device) for _ in range(2))
+        return cls(nll=nll, entropy=entropy, correct=torch.empty(len(tokens), dtype=torch.bool, device=tokens.device))
+
+    def take(self, part: slice, chunk: Chunk) -> None:
+        self.nll[part], self.entropy[part], self.correct[part] = chunk.nll, chunk.entropy, chunk.correct
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradients:
+    """The gradients of hidden states, head and bias, as far as they are needed: the head's are summed in fp32."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dtypes: tuple[torch.dtype | None, ...]
+
+    @classmethod
+    def empty(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, needed: Any) -> "Gradients":
+        need_hidden, need_weight, need_bias = needed
+        return cls(
+            hidden=torch.empty_like(hidden) if need_hidden else None,
+            weight=torch.zeros_like(weight, dtype=torch.float32) if need_weight and weight is not None else None,
+            bias=torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None,
+            dtypes=tuple(None if x is None else x.dtype for x in (hidden, weight, bias)),
+        )
+
+    @property
+    def wanted(self) -> bool:
+        return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
+
+    def add(self, part: slice, dlogits: Tensor, hidden: Tensor, weight: Tensor | None) -> None:
+        """Add what the chunk `part` contributes; `dlogits` is the gradient by the head's product."""
+        if weight is None:
+            if self.hidden is not None:
+                self.hidden[part] = dlogits
+            return
+        d = dlogits.to(weight.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = product(d, weight.t())
+        if self.weight is not None:
+            self.weight.add_(product(d.t(), hidden[part].to(weight.dtype).t()))
+        if self.bias is not None:
+            self.bias.add_(dlogits.sum(dim=0))
+
+    def of_inputs(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """In the dtypes of the inputs, times `factor`."""
+        return tuple(
+            None if gradient is None else (gradient if factor is None else gradient * factor).to(dtype)
+            for gradient, dtype in zip((self.hidden, self.weight, self.bias), self.dtypes, strict=True)
+        )

@@ -1,0 +1,58 @@
+"""The public trainers: training, and what becomes of a run when it is over: a page, a merged model, the hub."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tunesmith.report.run_html import write_report
+from tunesmith.runs.files import REPORT
+from tunesmith.ship.hub import PushReport
+from tunesmith.ship.merge import MergeOptions, MergeReport, merge
+from tunesmith.ship.publisher import HubPublisher
+from tunesmith.train import sft
+from tunesmith.train.trainer import BaseTrainer
+
+
+def draw_page(folder: Path) -> Path:
+    """`report.html` of the run in `folder`."""
+    return write_report([str(folder)], str(folder / REPORT))
+
+
+class Published(BaseTrainer):
+    """What each public trainer can do beyond training."""
+
+    publisher: ClassVar[Any] = HubPublisher()
+    draw_page: ClassVar[Any] = staticmethod(draw_page)
+
+    def merge_and_save(self, output: str | Path, options: MergeOptions | None = None) -> MergeReport | None:
+        """Save a whole model to `output`: adapters merged into the base model's own files, read a shard at a time, and
+        compared with what was trained (see `tunesmith.ship.merge`). Without adapters, the model as it is."""
+        if not self.has_adapters:
+            self.save_model(str(output))
+            return None
+        self.save_model(_internal_call=True)
+        return merge(str(self.args.output_dir), output, options) if self.is_world_process_zero() else None
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        dataset_name: str | None = None,
+        base_model: str | None = None,
+    ) -> PushReport | None:
+        """Save the model, and upload it with a card to `hub_model_id`, or a repository of the output folder's name.
+
+        `dataset_name` is the hub's name of the training data, `base_model` that of the base model, where adapters were
+        trained on a folder. The token is `hub_token`, or that of the environment or
+        the hub's login. Returns what was sent, on the main process. Raises TunesmithError.
+        """
+        arguments: dict[str, Any] = {"token": token, "revision": revision, "private": private, "license": license}
+        arguments |= {"dataset_name": dataset_name, "base_model": base_model}
+        sent: PushReport | None = self.publisher.push(self, message=commit_message, **arguments)
+        return sent
+
+
+class SFTTrainer(sft.SFTTrainer, Published):
+    __doc__ = sft.SFTTrainer.__doc__
