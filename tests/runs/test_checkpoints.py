@@ -85,6 +85,15 @@ def test_a_state_comes_back_with_its_types_tensors_and_shared_memory(tmp_path: P
     assert read_state(tmp_path, "nothing") is None
 
 
+def test_a_state_that_was_read_does_not_follow_its_file(tmp_path: Path) -> None:
+    packed({"values": torch.arange(1000)}, "optimizer").write(tmp_path, "optimizer")
+    found = read_state(tmp_path, "optimizer")["values"]
+    file = tmp_path / "optimizer.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert torch.equal(found, torch.arange(1000))
+
+
 def test_what_only_pickle_could_write_is_named() -> None:
     with pytest.raises(TunesmithError, match=r"can't hold scheduler\.lambdas\.0, a function"):
         packed({"lambdas": [lambda step: step]}, "scheduler")
