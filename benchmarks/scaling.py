@@ -70,7 +70,7 @@ def steps(data: Path, sizes: list[int], rounds: int) -> dict[int, float]:
             batch = made[size]
             targets = batch.targets()
             started = time.perf_counter()
-            adapted(**batch.inputs(), targets=targets, objective=supervised_loss)[0].loss.backward()
+            adapted(**batch.inputs(), targets=targets, objective=supervised_loss).outcome.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if not warm:

@@ -119,5 +119,5 @@ def padded(rows: list[dict[str, Any]], pad_token_id: int = 0, multiple: int = 1)
 def supervised(model: Any, batch: Batch, options: LossOptions | None = None) -> Supervised:
     """What a model that answers objectives makes of a batch."""
     objective = partial(supervised_loss, options=options)
-    result: Supervised = model(**batch.inputs(), targets=batch.targets(), objective=objective)[0]
+    result: Supervised = model(**batch.inputs(), targets=batch.targets(), objective=objective).outcome
     return result

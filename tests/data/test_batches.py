@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.models import flat, padded
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, one_group_of
+from tunesmith.errors import TunesmithError
 from tunesmith.types import Example
 
 ROWS: list[dict[str, Any]] = [
@@ -228,3 +229,28 @@ def test_a_group_is_never_divided(collator: Any) -> None:
 def test_the_targets_of_an_example_leave_its_first_token_out() -> None:
     example = Example(input_ids=[5, 6, 7], labels=[5, 6, -100])
     assert (example.supervised, example.target_count) == (2, 1)
+
+
+def test_a_document_without_tokens_shifts_nothing_behind_it() -> None:
+    batch = flat([{"input_ids": []}, {"input_ids": [5, 6]}])
+    assert (batch.labels.tolist(), batch.lengths) == ([[-100, 6]], [0, 2])
+    assert (batch.targets().positions.tolist(), batch.targets().tokens.tolist()) == ([0], [6])
+
+
+def test_padding_to_a_multiple_is_part_of_what_a_batch_costs() -> None:
+    collator = PaddedCollator(multiple=64)
+    batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    assert collator.cost(batch.groups) == batch.computed_tokens == 128
+    assert [part.computed_tokens for part in collator.split(batch, 64)] == [64, 64]
+
+
+def test_a_collator_that_makes_no_batch_is_named_with_what_it_made() -> None:
+    with pytest.raises(TunesmithError, match="data_collator returned pixels, labels, without input_ids; a batch needs"):
+        Batch.of({"pixels": torch.ones(1), "labels": torch.ones(1, 2)})
+
+
+def test_batches_are_told_apart_by_identity() -> None:
+    batch = flat(ROWS)
+    assert batch == batch
+    assert batch != flat(ROWS)
+    assert len({batch, flat(ROWS)}) == 2

@@ -72,7 +72,7 @@ def test_examples_are_counted_over_all_batches(tmp_path: Path) -> None:
 
 def test_a_part_of_a_data_set_is_counted_as_if_it_stood_alone(tmp_path: Path) -> None:
     ids = [[7, 7, 7], [BOS, BOS, 7], [BOS, 5, 6], [BOS, BOS], [9]]
-    weights = [[1.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 2, [1.0]]
+    weights: list[list[float] | None] = [[1.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 2, [1.0]]
     part = dataset(tmp_path / "whole", ids, weights).select(range(1, 5))
     assert examine(part, counted(4), BOS) == examine(dataset(tmp_path / "a", ids[1:], weights[1:]), counted(4), BOS)
 

@@ -102,8 +102,9 @@ def test_through_a_model_the_gradients_of_every_kind_of_head_are_the_models_own(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     theirs = torch.autograd.grad((expected * weights).sum(), parameters)
     answer_objectives(model)
-    scored, outputs = model(**batch.inputs(), targets=targets, objective=token_logprobs)
-    assert outputs is None
+    answer = model(**batch.inputs(), targets=targets, objective=token_logprobs)
+    assert answer.outputs is None
+    scored = answer.outcome
     torch.testing.assert_close(scored.logprobs, expected, rtol=1e-5, atol=1e-6)
     ours = torch.autograd.grad((scored.logprobs * weights).sum(), parameters)
     for mine, other in zip(ours, theirs, strict=True):

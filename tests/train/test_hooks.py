@@ -1,6 +1,7 @@
 """Every private name of other libraries that the source uses is listed, is there, and is missed by name."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,13 @@ def private(name: str) -> bool:
 
 
 def of_ourselves(trees: list[ast.Module]) -> set[str]:
-    """Private names that our own code defines: functions, classes, attributes that it sets, fields."""
+    """Private names that our own code defines: functions, classes, fields, and attributes that objects set on
+    themselves."""
     names: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             names.add(node.attr)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
@@ -36,7 +38,7 @@ def of_ourselves(trees: list[ast.Module]) -> set[str]:
 def used_of_others() -> dict[str, str]:
     """Private names that the source takes from other libraries, each with a place."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
-    own = of_ourselves(list(trees.values())) - {item.name for item in HOOKS}
+    own = of_ourselves(list(trees.values())) - {item.name for item in (*HOOKS, *ATTRIBUTES)}
     uses: dict[str, str] = {}
     for path, tree in trees.items():
         for node in ast.walk(tree):
@@ -67,7 +69,8 @@ def test_every_private_name_that_the_source_uses_is_listed_with_its_reason() -> 
 def test_everything_that_is_listed_is_used() -> None:
     """A name that nothing uses any more would keep a new version of a library out for nothing."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py") if path.name != "hooks.py")
-    unused = [name for name in (*(item.name for item in ATTRIBUTES), *OPTIONAL) if name not in text]
+    words = set(re.findall(r"\w+", text))
+    unused = [name for name in (*(item.name for item in (*HOOKS, *ATTRIBUTES)), *OPTIONAL) if name not in words]
     assert unused == ["add_hook_to_module"]  # which sets the name that is used
 
 
@@ -85,7 +88,15 @@ def test_every_hook_that_the_trainer_overrides_is_checked() -> None:
 
 
 def test_the_installed_versions_have_all_of_it() -> None:
+    hooks.check(training=False)
+
+
+def test_what_only_a_plan_or_a_view_needs_stops_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = Name(owner="rich.live.Live", name="_gone", why="the view", training=False)
+    monkeypatch.setattr(hooks, "ATTRIBUTES", (*ATTRIBUTES, gone))
     hooks.check()
+    with pytest.raises(TunesmithError, match=r"rich.live.Live has no _gone \(the view\)"):
+        hooks.check(training=False)
 
 
 @pytest.mark.parametrize("name", ["_get_grad_norm", "_get_num_items_in_batch", "training_step"])

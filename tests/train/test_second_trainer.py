@@ -19,6 +19,7 @@ from torch import nn
 from tests.models import tiny
 from tests.train.runs import largest_difference, weights_of
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, one_group_of
+from tunesmith.data.samplers import with_blank_rows
 from tunesmith.objectives.logprobs import TokenLogProbs, token_logprobs
 from tunesmith.runs.files import METRICS, read_lines
 from tunesmith.settings.config import SFTConfig
@@ -34,21 +35,24 @@ class PairTrainer(BaseTrainer):
     means = ("margin", "accuracy")
 
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
-        scored: TokenLogProbs
-        scored, outputs = self.predict_targets(model, batch, batch.targets(), token_logprobs, with_outputs=with_outputs)
+        answer = self.predict_targets(model, batch, batch.targets(), token_logprobs, with_outputs=with_outputs)
+        scored: TokenLogProbs = answer.outcome
         sums = torch.stack([values.sum() for values in batch.by_document(scored.logprobs)])
-        margins = sums[0::2] - sums[1::2]
+        margins = (sums[0::2] - sums[1::2])[self.are_pairs(batch)]
         return BatchLoss(
             loss=-nn.functional.logsigmoid(0.1 * margins).sum(),
-            weight=len(margins),
             count=len(margins),
             sums={"margin": margins.detach().sum(), "accuracy": (margins > 0).sum()},
             nll=-scored.logprobs.detach(),
-            outputs=outputs,
+            outputs=answer.outputs,
         )
 
     def batch_weight(self, batch: Batch) -> torch.Tensor:
-        return torch.tensor(len(batch.groups))
+        return self.are_pairs(batch).sum()
+
+    def are_pairs(self, batch: Batch) -> torch.Tensor:
+        """(groups,): blank ones, which even out processes, have no targets."""
+        return torch.tensor([any(example.target_count for example in group) for group in batch.groups])
 
 
 def pairs(count: int = 12) -> Dataset:
@@ -66,28 +70,21 @@ def pairs(count: int = 12) -> Dataset:
 
 
 def trainer_in(folder: Path, *, flat: bool = True, **settings: Any) -> PairTrainer:
-    common: dict[str, Any] = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "save_steps": 2,
-    }
-    common |= {
-        "optim": "sgd",
-        "report_to": "none",
-        "use_cpu": True,
-        "precision": "fp32",
-        "logging_steps": 2,
-        "self_test": "off",
-    }
+    common: dict[str, Any] = {"max_steps": 6, "learning_rate": 0.05, "save_steps": 2, "logging_steps": 2}
+    common |= {"optim": "sgd", "report_to": "none", "use_cpu": True, "precision": "fp32", "self_test": "off"}
+    if "max_tokens_per_batch" not in settings:
+        common["per_device_train_batch_size"] = 3
     model = tiny("llama", attention_dropout=0.1).train()
     ready_for_batches(model, flat=flat)
     padded = PaddedCollator(read=one_group_of)
-    batching = Batching(
-        collator=FlatCollator(read=one_group_of, share_prefix=True) if flat else padded, by_row=padded, padded=not flat
+    batching = Batching(collator=FlatCollator(read=one_group_of, share_prefix=True) if flat else padded, by_row=padded)
+    return PairTrainer(
+        model,
+        SFTConfig(output_dir=str(folder), **common | settings),
+        batching,
+        train_dataset=pairs(),
+        eval_dataset=pairs(5),
     )
-    return PairTrainer(model, SFTConfig(output_dir=str(folder), **common | settings), batching, train_dataset=pairs())
 
 
 def test_it_uses_no_private_name_of_ours() -> None:
@@ -193,3 +190,59 @@ def test_the_states_of_parts_come_back(tmp_path: Path) -> None:
     again = trainer_in(tmp_path, max_steps=8)
     again.train(resume_from_checkpoint=True)
     assert (again.bad_steps, again.recovery.state()) == (2, {"most_tokens": 64})
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
+def test_an_evaluation_is_the_mean_over_pairs_however_they_are_batched(flat: bool, tmp_path: Path) -> None:
+    losses = []
+    for size in (1, 2, 5):
+        trainer = trainer_in(tmp_path, flat=flat, per_device_eval_batch_size=size)
+        metrics = trainer.evaluate()
+        losses.append(metrics["eval_loss"])
+        assert {"eval_margin", "eval_accuracy"} <= metrics.keys()
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    stream = trainer.evaluate(pairs(5).to_iterable_dataset())
+    assert stream["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert stream["eval_samples_per_second"] > 0
+
+
+def test_blank_rows_that_even_out_processes_weigh_nothing(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    model: Any = trainer.model.eval()  # type: ignore[union-attr]
+    collator: Any = trainer.loaders.batching.collator
+    rows = list(with_blank_rows(pairs(3), 4))
+    without, with_blank = collator(rows[:3]), collator(rows)
+    assert [len(group) for group in with_blank.groups] == [2, 2, 2, 2]
+    assert (int(trainer.batch_weight(without)), int(trainer.batch_weight(with_blank))) == (3, 3)
+    losses = [float(trainer.compute_loss(model, batch)) for batch in (without, with_blank)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
+def test_batches_by_tokens_hold_what_they_compute_within_the_budget(flat: bool, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, flat=flat, max_tokens_per_batch=60, rehearse="always")
+    batches = list(trainer.get_train_dataloader())
+    assert sum(len(batch.groups) for batch in batches) == len(pairs())
+    assert all(batch.computed_tokens <= 60 for batch in batches)
+    trainer.train()
+
+
+def test_a_run_that_broke_off_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "twice", gradient_accumulation_steps=2, save_strategy="no")
+    right = trainer.batch_loss
+    calls = iter(range(100))
+
+    def breaking(*arguments: Any, **more: Any) -> BatchLoss:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return right(*arguments, **more)
+
+    trainer.batch_loss = breaking  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    once = trainer_in(tmp_path / "once", gradient_accumulation_steps=2, save_strategy="no")
+    once.train()
+    counts = [[entry["num_tokens"] for entry in each.state.log_history if "loss" in entry] for each in (trainer, once)]
+    assert counts[0] == counts[1]
+    assert not trainer.events

@@ -10,12 +10,13 @@ does.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.data.prefix import share_prefixes
+from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example
 
 Row: TypeAlias = Mapping[str, Any]
@@ -23,7 +24,7 @@ Group: TypeAlias = tuple[Example, ...]
 """Documents that belong together: one example alone, a pair, the answers to one prompt. A group is never divided."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Targets:
     """Where predictions are wanted: indices (S,) into the B*T flattened positions, the tokens that follow there (S,),
     and their weights (S,), None for ones."""
@@ -33,7 +34,7 @@ class Targets:
     weights: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
     """A micro-batch: what the model reads, and which documents it is made of.
 
@@ -64,7 +65,16 @@ class Batch:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any]) -> "Batch":
-        """The batch that a collator of the user's returned as a dictionary with `input_ids` and `labels`."""
+        """The batch that a collator of the user's returned as a dictionary with `input_ids` and `labels`.
+
+        Raises:
+            TunesmithError: one of them is missing.
+        """
+        if missing := [name for name in ("input_ids", "labels") if name not in tensors]:
+            raise TunesmithError(
+                f"data_collator returned {', '.join(tensors) or 'nothing'}, without {' and '.join(missing)}; a batch "
+                "needs input_ids and labels, both of shape (rows, tokens)"
+            )
         known = {item.name for item in fields(cls)} - {"more", "groups"}
         return cls(
             **{name: value for name, value in tensors.items() if name in known},
@@ -74,9 +84,9 @@ class Batch:
     # What it is made of
 
     @property
-    def documents(self) -> Iterator[Example]:
+    def documents(self) -> tuple[Example, ...]:
         """Its D documents, in the order of the supervised positions."""
-        return chain.from_iterable(self.groups)
+        return tuple(chain.from_iterable(self.groups))
 
     @property
     def computed_tokens(self) -> int:
@@ -84,23 +94,26 @@ class Batch:
         return self.input_ids.numel()
 
     @property
-    def tokens(self) -> Tensor:
-        """The tokens of all documents, without padding, where the batch is (a scalar)."""
-        if self.attention_mask is not None:
-            return self.attention_mask.sum()
-        return self.labels.new_tensor(self.labels.numel())
+    def tokens(self) -> Tensor | int:
+        """The tokens of all documents, without padding; a scalar where only the device knows."""
+        return self.labels.numel() if self.attention_mask is None else self.attention_mask.sum()
 
     @property
     def supervised(self) -> Tensor:
         """How many tokens are supervised (a scalar)."""
-        return (self.labels[..., 1:] != IGNORE_INDEX).sum()
+        return self._learned.sum()
+
+    @property
+    def _learned(self) -> Tensor:
+        """Which positions but the first of a row have a label."""
+        return self.labels[..., 1:] != IGNORE_INDEX
 
     @property
     def weight(self) -> Tensor:
         """The weight of all supervised tokens (a scalar): their number, where none has a weight of its own."""
         if self.weights is None:
             return self.supervised
-        return (self.weights[..., 1:] * (self.labels[..., 1:] != IGNORE_INDEX)).sum()
+        return (self.weights[..., 1:] * self._learned).sum()
 
     def targets(self) -> Targets:
         """Where the loss is taken. Position t predicts the label of t + 1; the first label of a row is never a target,
@@ -157,8 +170,8 @@ class Batch:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors())
 
-    def __len__(self) -> int:
-        return len(self.tensors())
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        return self.tensors().items()
 
 
 # Rows to documents
@@ -177,7 +190,7 @@ def groups_of(row: Row) -> list[Group]:
             Example(
                 input_ids=ids[start:stop],
                 # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
-                labels=[IGNORE_INDEX, *labels[start + 1 : stop]],
+                labels=[IGNORE_INDEX, *labels[start + 1 : stop]][: stop - start],
                 weights=None if weights is None else weights[start:stop],
             ),
         )
@@ -203,6 +216,8 @@ class Collator:
     """Makes batches, as a data loader's `collate_fn`. `read` makes groups of documents of a prepared row."""
 
     read: Callable[[Row], Iterable[Group]] = groups_of
+    pads: ClassVar[bool] = False
+    """Whether a batch costs rows x longest row."""
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         return self.batch([group for row in rows for group in self.read(row)])
@@ -275,10 +290,11 @@ class PaddedCollator(Collator):
 
     pad_token_id: int = 0
     multiple: int = 1
+    pads = True
 
     def batch(self, groups: Sequence[Group]) -> Batch:
         documents = [example for group in groups for example in group]
-        size = -(-max(len(example.input_ids) for example in documents) // self.multiple) * self.multiple
+        size = self._size(documents)
 
         def padded(rows: Iterable[Sequence[float]], filler: float) -> Tensor:
             return torch.tensor([[*row, *[filler] * (size - len(row))] for row in rows])
@@ -295,8 +311,12 @@ class PaddedCollator(Collator):
         )
 
     def cost(self, groups: Sequence[Group]) -> int:
-        lengths = [len(example.input_ids) for group in groups for example in group]
-        return len(lengths) * max(lengths)
+        documents = [example for group in groups for example in group]
+        return len(documents) * self._size(documents)
+
+    def _size(self, documents: Sequence[Example]) -> int:
+        """The tokens of each row."""
+        return -(-max(len(example.input_ids) for example in documents) // self.multiple) * self.multiple
 
 
 def _row(documents: Iterable[Iterable[float]]) -> Tensor:

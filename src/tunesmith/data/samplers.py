@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
-from tunesmith.data.arrow import list_lengths
+from tunesmith.data.arrow import list_column, list_lengths
 from tunesmith.data.pack import pack, shuffled
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
@@ -95,8 +95,9 @@ class LengthGroups(Sampler[int]):
         yield from get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
 
 
-def lengths_of(dataset: Dataset) -> Ints:
-    """The tokens of each row (B,), from the offsets of the Arrow table: no row is read.
+def lengths_of(dataset: Dataset, *, padded: bool = False) -> Ints:
+    """The tokens that each row takes in a batch (B,), from the offsets of the Arrow table: no row is read. A `padded`
+    row of several documents takes as many times the longest of them.
 
     Raises:
         TunesmithError: there are no lists of tokens in `input_ids`.
@@ -105,10 +106,13 @@ def lengths_of(dataset: Dataset) -> Ints:
         columns = ", ".join(dataset.column_names)
         raise TunesmithError(f"batches by length need a column input_ids; the data set has {columns}")
     lengths: Ints = list_lengths(dataset.data, "input_ids")
+    if padded and "seq_lengths" in dataset.column_names:
+        offsets, sizes = list_column(dataset.data, "seq_lengths")
+        lengths = np.diff(offsets) * np.maximum.reduceat(sizes.astype(np.int64), offsets[:-1])
     return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
 
 
-def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1) -> Ints:
+def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1, *, padded: bool = False) -> Ints:
     """The tokens that each row takes in a batch (B,), padded to a multiple of `multiple`.
 
     Raises:
@@ -119,7 +123,7 @@ def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1
             f"{split} data: max_tokens_per_batch needs all lengths, which a stream does not tell; load the data, "
             "or set per_device_train_batch_size instead"
         )
-    lengths = -(-lengths_of(dataset) // multiple) * multiple
+    lengths = -(-lengths_of(dataset, padded=padded) // multiple) * multiple
     if len(lengths) and lengths.max() > max_tokens:
         row = int(lengths.argmax())
         raise TunesmithError(
@@ -194,7 +198,8 @@ def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
 
 
 def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
-    """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows.
+    """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows. They have as many documents
+    as the first row, of a token each: a pair stays a pair.
 
     Each process must get as many batches as the others. Left to itself, `accelerate` gives some rows twice, whose loss
     would count twice.
@@ -203,8 +208,9 @@ def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
     if not lacking:
         return dataset
     row = dataset.with_format(None)[0]
-    blank = {name: [IGNORE_INDEX] if name == "labels" else values and values[:1] for name, values in row.items()}
-    blank |= {"seq_lengths": [1]} if "seq_lengths" in row else {}
+    count = len(row.get("seq_lengths") or [0])
+    blank = {name: values and values[:1] * count for name, values in row.items()}
+    blank |= {"labels": [IGNORE_INDEX] * count} | ({"seq_lengths": [1] * count} if "seq_lengths" in row else {})
     longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
     longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
     return longer

@@ -67,6 +67,15 @@ class Predictions:
 Objective: TypeAlias = Callable[[Predictions], Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What an objective made of the predictions, and the model's own `outputs`, where they were wanted. Not a tuple, in
+    which `accelerate` would turn all logits into float32."""
+
+    outcome: Any
+    outputs: Any = None
+
+
 def head_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, form: LogitForm) -> Tensor:
     """fp32 logits (..., V) in new memory from hidden states (..., H), or from logits where there is no `weight`; scaled
     and soft-capped in place: not for autograd."""
@@ -90,9 +99,8 @@ class _Path:
 
 
 def answer_objectives(model: PreTrainedModel) -> None:
-    """Let `model(..., targets=Targets, objective=Objective)` return the objective's outcome and None, or with
-    `with_outputs=True` the model's own outputs in its place, logits of all positions among them. Other calls are
-    unchanged.
+    """Let `model(..., targets=Targets, objective=Objective)` return an `Answer`, with `with_outputs=True` with the
+    model's own outputs in it, logits of all positions among them. Other calls are unchanged.
 
     `lengths`, the token counts of the documents in a flat row, restricts attention to them; `parents` says which of
     them continue another (`document_map`).
@@ -116,7 +124,7 @@ def answer_objectives(model: PreTrainedModel) -> None:
 
 def _predicted(
     model: PreTrainedModel, original: Callable[..., Any], path: _Path, objective: Objective, batch: Mapping[str, Any]
-) -> tuple[Any, Any]:
+) -> Answer:
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if value is not None}
     targets: Targets = inputs.pop("targets")
     with_outputs = bool(inputs.pop("with_outputs", False))
@@ -129,8 +137,8 @@ def _predicted(
     if not path.fused or with_outputs or plain_head(model) is None:
         outputs = original(**inputs)
         outcome = objective(from_logits(outputs.logits, targets))
-        return outcome, outputs if with_outputs else None
-    return objective(from_hidden(model, inputs, targets)), None
+        return Answer(outcome=outcome, outputs=outputs if with_outputs else None)
+    return Answer(outcome=objective(from_hidden(model, inputs, targets)))
 
 
 def from_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Targets) -> Predictions:
@@ -157,15 +165,13 @@ def from_logits(logits_BTV: Tensor, targets: Targets) -> Predictions:
     return Predictions(hidden=logits, tokens=targets.tokens.to(logits.device), weights=weights)
 
 
-def behind_virtual_tokens(
-    model: nn.Module, inputs: Mapping[str, Any], targets: Targets, objective: Objective
-) -> tuple[Any, Any]:
-    """As a model that answers objectives, for one that puts virtual tokens in front of each padded row (B, T): `peft`
-    makes embeddings of both, so predictions are the logits of the last T positions, which are those of the outputs."""
+def outputs_behind_virtual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The outputs of a model that puts virtual tokens in front of each padded row (B, T), with the logits of the last T
+    positions. `peft` makes embeddings of both, so only the model's own logits can be had."""
     # `peft` counts the positions of virtual tokens itself.
     outputs = model(**{name: value for name, value in inputs.items() if name != "position_ids"}, use_cache=False)
     outputs.logits = outputs.logits[:, -inputs["input_ids"].shape[1] :]
-    return objective(from_logits(outputs.logits, targets)), outputs
+    return outputs
 
 
 def _check(

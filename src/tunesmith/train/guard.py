@@ -52,6 +52,10 @@ class Guard:
         self._losses = Losses()
         self._batches: list[tuple[Mapping[str, Any] | Batch, Tensor]] = []
 
+    def begin(self) -> None:
+        """A run begins: what an earlier one left of a step it did not finish is not its."""
+        self._in_a_row, self._batches = 0, []
+
     def state(self) -> dict[str, int]:
         return {"bad_steps": self.bad_steps, "in_a_row": self._in_a_row}
 
@@ -115,9 +119,10 @@ class Guard:
 
     def _described(self, step: int, batch: Mapping[str, Any] | Batch, loss: float, norm: float) -> dict[str, Any]:
         decode = getattr(self._trainer.processing_class, "decode", None)
-        if isinstance(batch, Batch) and batch.groups:
+        if isinstance(batch, Batch):
             documents = [example.input_ids for example in batch.documents]
         else:  # of a collator of the user's
-            documents = batch["input_ids"].tolist() if "input_ids" in batch else []
+            ids, mask = batch.get("input_ids", ()), batch.get("attention_mask")
+            documents = [row.tolist() if mask is None else row[mask[i] != 0].tolist() for i, row in enumerate(ids)]
         rows = [{"input_ids": ids} | ({"text": decode(ids)} if decode else {}) for ids in documents]
         return {"step": step, "loss": str(loss), "grad_norm": str(norm), "rows": rows}

@@ -1,7 +1,7 @@
 """Every name of other libraries that is not promised to stay and that this package relies on, with the reason.
 
-`check` looks for all of them when the trainer is imported, with the parameters that are needed: a new version of a
-library fails by name, and never silently. A hook that was renamed would otherwise just not be called any more: the
+`check` looks for those of training when the trainer is imported, with the parameters that are needed: a new version of
+a library fails by name, and never silently. A hook that was renamed would otherwise just not be called any more: the
 guard against NaN would stop guarding. A test looks for private names in the source that are missing here.
 """
 
@@ -18,12 +18,14 @@ from tunesmith.errors import TunesmithError
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Name:
     """`name` of `owner`, a module or a class in one ("transformers.Trainer"). `parameters` are those that we give or
-    receive by name or place; None: it is no function. An attribute that instances get in a method counts, too."""
+    receive by name or place; None: it is no function. An attribute that instances get in a method counts, too. What is
+    not for `training` is looked for by tests only: nobody's training stops because a plan could not be counted."""
 
     owner: str
     name: str
     why: str
     parameters: tuple[str, ...] | None = None
+    training: bool = True
 
     def problem(self) -> str:
         """What is wrong with it in the libraries that are installed; empty when it is as we need it."""
@@ -36,10 +38,7 @@ class Name:
             return "" if there else f"{self.owner} has no {self.name}"
         if value is None:
             return f"{self.owner} has no {self.name}"
-        known = inspect.signature(value).parameters
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
-            return ""
-        missing = [name for name in self.parameters if name not in known]
+        missing = [name for name in self.parameters if name not in inspect.signature(value).parameters]
         return f"{self.owner}.{self.name} takes no {', '.join(missing)}" if missing else ""
 
 
@@ -112,15 +111,26 @@ ATTRIBUTES = (
     Name(owner="accelerate.hooks", name="add_hook_to_module", why="sets the `_hf_hook` that keeps a layer's forward"),
     Name(owner="torch.nn.Module", name="_forward_hooks", why="layers that others watch keep their forward"),
     Name(owner="torch.nn.Module", name="_forward_pre_hooks", why="layers that others watch keep their forward"),
-    Name(owner="torch.nn.Module", name="_parameters", why="the plan makes fake weights"),
-    Name(owner="torch.nn.Module", name="_buffers", why="the plan makes fake weights"),
-    Name(owner="torch._subclasses.fake_tensor", name="FakeTensor", why="the plan counts memory without using it"),
-    Name(owner="torch._subclasses.fake_tensor", name="FakeTensorMode", why="the plan counts memory without using it"),
-    Name(owner="torch.utils._python_dispatch", name="TorchDispatchMode", why="the plan sees each tensor made"),
-    Name(owner="torch.utils._python_dispatch", name="_disable_current_modes", why="the plan reads a document map"),
-    Name(owner="torch.UntypedStorage", name="_cdata", why="the plan tells storages apart"),
-    Name(owner="rich.live.Live", name="_lock", why="the view is redrawn when the window changes"),
-    Name(owner="rich.live.Live", name="_live_render", why="the view is redrawn when the window changes"),
+    *(
+        Name(owner=owner, name=name, why="the plan counts the memory of a step on fake tensors", training=False)
+        for owner, name in (
+            ("torch.nn.Module", "_parameters"),
+            ("torch.nn.Module", "_buffers"),
+            ("torch._subclasses.fake_tensor", "FakeTensor"),
+            ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+            ("torch.utils._python_dispatch", "TorchDispatchMode"),
+            ("torch.utils._python_dispatch", "_disable_current_modes"),
+            ("torch.UntypedStorage", "_cdata"),
+        )
+    ),
+    *(
+        Name(owner=owner, name=name, why="the view is redrawn when the window changes", training=False)
+        for owner, name in (
+            ("rich.live.Live", "_lock"),
+            ("rich.live.Live", "_live_render"),
+            ("rich.live_render.LiveRender", "_shape"),
+        )
+    ),
 )
 OPTIONAL = {
     "_commit_hash": "the revision of a model from the hub, which `transformers` notes in a config that it downloaded",
@@ -132,9 +142,10 @@ OPTIONAL = {
 """Private names that may be missing: the code asks for them and goes on without."""
 
 
-def check() -> None:
-    """Raises TunesmithError that names what is missing, and what it is needed for."""
-    problems = [f"{problem} ({name.why})" for name in (*HOOKS, *ATTRIBUTES) if (problem := name.problem())]
+def check(*, training: bool = True) -> None:
+    """Raises TunesmithError that names what is missing, and what it is needed for; with `training`, what that needs."""
+    names = [name for name in (*HOOKS, *ATTRIBUTES) if name.training or not training]
+    problems = [f"{problem} ({name.why})" for name in names if (problem := name.problem())]
     if problems:
         installed = ", ".join(
             f"{library} {version(library)}" for library in ("transformers", "peft", "datasets", "torch")

@@ -306,7 +306,9 @@ def _counts(batch: Mapping[str, Any] | Batch, like: Tensor) -> Tensor:
         if not {"input_ids", "labels"} <= batch.keys():
             return like.new_zeros(2, dtype=torch.float32)
         batch = Batch.of(batch)
-    return torch.stack([batch.tokens, batch.supervised]).to(like.device, torch.float32)
+    tokens = batch.tokens
+    tokens = tokens if isinstance(tokens, Tensor) else like.new_full((), tokens)  # which waits for no copy
+    return torch.stack([tokens.to(like.device), batch.supervised.to(like.device)]).to(torch.float32)
 
 
 def _memory(device: torch.device) -> float | None:

@@ -1,7 +1,7 @@
 """A trainer's checkpoints: whole, without pickle, and enough to go on from as if the run had never stopped.
 
-On a CPU a resumed run reaches the same bits. FSDP and DeepSpeed write checkpoints in formats of their own, which
-`transformers` does as ever; nothing of this module applies to them.
+On a CPU a resumed run reaches the same bits. The checkpoints of FSDP and DeepSpeed are in formats of their own, and
+`transformers` writes and reads them.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ class Keeper:
         self._epoch = self._taken = self._taken_before = 0
         self._epoch_done = False
         self._place: StreamPlace | None = None
-        self._late: str | None = None
+        self._pending: Path | None = None
 
     @property
     def _args(self) -> SFTConfig:
@@ -234,13 +234,15 @@ class Keeper:
         if state is not None and scaler is not None:
             scaler.load_state_dict(state)
 
-    def load_random(self, checkpoint: str, folder: Path) -> None:
-        """Called when the loader stands where the run goes on, but for a stream whose place was set: its first batch is
-        read afterwards."""
-        if self._taken_before and self._late is None:
-            self._late = checkpoint
-            return
-        self._late = None
+    def load_random(self, folder: Path) -> None:
+        """Called when the loader stands where the run goes on. The first batch of a stream whose place was set is read
+        afterwards: then the random numbers wait for it."""
+        if self._taken_before:
+            self._pending = folder
+        else:
+            self._restore_random(folder)
+
+    def _restore_random(self, folder: Path) -> None:
         ranks = read_state(folder, RANDOM)
         if ranks is None:
             return
@@ -248,7 +250,8 @@ class Keeper:
         own = {name: states[min(rank, len(states) - 1)] for name, states in ranks.items()}
         loss, logged, *meter = own.pop("sums").tolist()
         trainer._tr_loss += loss
-        trainer._total_loss_scalar -= loss  # which is of steps before this start, over which its mean is not taken
+        # Which is of steps before this start, over which the mean at the end is not taken.
+        trainer._total_loss_scalar -= float(ranks["sums"][:, 0].mean())
         trainer._globalstep_last_logged = int(logged)
         self._meter.restore(meter)
         restore_random_states(own, self._args.device)
@@ -257,7 +260,7 @@ class Keeper:
         """The epoch and the micro-batches of it to go on after, which `transformers` takes to be `position`; parts go
         back to where they were. Of a stream nobody knows how many steps an epoch has, so the checkpoint says where it
         was."""
-        self._taken_before, self._late = 0, None
+        self._taken_before, self._pending = 0, None
         if folder is None:
             return position
         progress = read_state(folder, PROGRESS) or {}
@@ -289,9 +292,6 @@ class Keeper:
             yield
             return
         self._place = None
-        dealing = trainer.accelerator.dataloader_config
-        if self._args.world_size == 1 and dealing.dispatch_batches is None:
-            dealing.dispatch_batches = False  # `accelerate` would cut flat batches up, to deal them out to nobody
         if reason_to_skip(dataset, self._args) is not None:
             yield
             return
@@ -322,11 +322,9 @@ class Keeper:
         self._writer.check()
         self._taken += batches
         self._epoch_done = not batches
-
-    @property
-    def late(self) -> str | None:
-        """The checkpoint whose random numbers are to be loaded now that a first batch was read."""
-        return self._late
+        if self._pending is not None:
+            folder, self._pending = self._pending, None
+            self._restore_random(folder)
 
     def note_epoch(self) -> None:
         """`transformers` counts the part of an epoch from where the loader began."""

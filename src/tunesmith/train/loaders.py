@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from tunesmith.data.batches import Collator
+from tunesmith.data.batches import Batch, Collator
 from tunesmith.data.dataset import COLUMNS
 from tunesmith.data.samplers import (
     LengthGroups,
@@ -21,6 +21,7 @@ from tunesmith.data.samplers import (
     token_loader,
     with_blank_rows,
 )
+from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
 
 
@@ -29,13 +30,12 @@ class Batching:
     """How a run's rows become batches.
 
     `collator` makes those that are trained and evaluated on; any callable, where it is the user's. `by_row` makes those
-    whose logits are wanted: padded rows, in order. `padded`: batches cost rows x longest row. `grouped`: rows of like
-    length share a batch. `columns` of a data set reach the collator.
+    whose logits are wanted: padded rows, in order. `grouped`: rows of like length share a batch. `columns` of a data
+    set reach the collator.
     """
 
     collator: Collator | Callable[[list[dict[str, Any]]], Any]
     by_row: Collator
-    padded: bool = False
     grouped: bool = False
     columns: Sequence[str] = tuple(COLUMNS)
 
@@ -43,6 +43,11 @@ class Batching:
     def is_custom(self) -> bool:
         """Whether the collator is the user's; how much it pads is not known."""
         return not isinstance(self.collator, Collator)
+
+    @property
+    def padded(self) -> bool:
+        """Whether batches cost rows x longest row, as those of the user's collator may."""
+        return self.collator.pads if isinstance(self.collator, Collator) else True
 
 
 class Loaders:
@@ -74,18 +79,40 @@ class Loaders:
         by_tokens = self._args.max_tokens_per_batch is not None and not by_row
         if world_size > 1 and isinstance(dataset, Dataset) and not training:
             dataset = with_blank_rows(dataset, world_size * (1 if by_tokens else batch_size))
+        deals = self._settle_dealing()
         if by_tokens:
             return self._token_loader(dataset, training)
         if self.batching.grouped and isinstance(dataset, Dataset):
             grouped = partial(self._length_groups, batch_size=batch_size * world_size)
             kwargs["sampler_fn"] = SequentialSampler if by_row else grouped
-        with self._collating_by(self.batching.by_row if by_row and not self.batching.is_custom else None):
+        collator = self.batching.by_row if by_row and not self.batching.is_custom else None
+        with self._collating_by(collator, as_dictionary=deals):
             return register_sampler(plain(dataset, description, batch_size, **kwargs))
 
+    def _settle_dealing(self) -> bool:
+        """Whether one process reads and deals batches out to the others (`dispatch_batches`), which is only done where
+        it is asked for: each reads its own part of a stream.
+
+        Raises:
+            TunesmithError: it is asked for, and batches are flat, which can't be cut into parts.
+        """
+        settings = self._trainer.accelerator.dataloader_config
+        if self._args.world_size == 1 or settings.dispatch_batches is None:
+            settings.dispatch_batches = False
+        if settings.dispatch_batches and not self.batching.padded:
+            raise TunesmithError(
+                "accelerator_config: dispatch_batches deals the rows of a batch out to processes, and batches without "
+                "padding have one row; set it to false, or padding_free: false"
+            )
+        return bool(settings.dispatch_batches)
+
     @contextmanager
-    def _collating_by(self, collator: Collator | None) -> Iterator[None]:
-        before = self._trainer.data_collator
-        self._trainer.data_collator = cast(Any, collator or before)
+    def _collating_by(self, collator: Collator | None, *, as_dictionary: bool) -> Iterator[None]:
+        before: Any = self._trainer.data_collator
+        chosen: Any = collator or before
+        if as_dictionary:  # `accelerate` deals out tensors in dictionaries, and no documents
+            chosen = partial(_dictionary, chosen)
+        self._trainer.data_collator = chosen
         try:
             yield
         finally:
@@ -97,10 +124,10 @@ class Loaders:
         assert args.max_tokens_per_batch is not None
         split, multiple = "train" if training else "eval", int(args.pad_to_multiple_of or 1)
         return TokenBatches(
-            fitting_lengths(dataset, split, args.max_tokens_per_batch, multiple),
+            fitting_lengths(dataset, split, args.max_tokens_per_batch, multiple, padded=self.batching.padded),
             args.max_tokens_per_batch,
             seed=self._seed if training else None,
-            padded=self.batching.padded or self.batching.is_custom,
+            padded=self.batching.padded,
             multiple_of=args.world_size,
         )
 
@@ -118,4 +145,9 @@ class Loaders:
         return rows if self._mean_rows is None else round(rows / self.rows_per_batch * self._mean_rows)
 
     def _length_groups(self, dataset: Dataset, batch_size: int) -> LengthGroups:
-        return LengthGroups(lengths_of(dataset), batch_size, self._seed)
+        return LengthGroups(lengths_of(dataset, padded=self.batching.padded), batch_size, self._seed)
+
+
+def _dictionary(collate: Callable[[list[dict[str, Any]]], Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = collate(rows)
+    return batch.tensors() if isinstance(batch, Batch) else batch

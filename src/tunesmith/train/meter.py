@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batches import Batch
+from tunesmith.errors import TunesmithError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchLoss:
     """What an objective makes of a batch.
 
-    `loss` is a sum, with its graph, and `weight` what it is a sum over: supervised tokens times their weights, or
-    pairs. `sums` are further sums over `count` tokens or pairs, by the names under which their means are logged. `nll`
-    (S,) is the loss of each supervised token, where there is such a thing. `outputs` are the model's, if they were
-    asked for.
+    `loss` is a sum, with its graph, which is divided by the trainer's `batch_weight`. `sums` are further sums over
+    `count` tokens or pairs, by the names under which their means are logged. `nll` (S,) is the loss of each supervised
+    token, where there is such a thing. `outputs` are the model's, if they were asked for.
     """
 
     loss: Tensor
-    weight: Tensor | float
     count: int
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     nll: Tensor | None = None
@@ -40,6 +39,11 @@ class Meter:
         self._tokens = 0
         self.reset()
 
+    def begin(self) -> None:
+        """A run begins."""
+        self._tokens = 0
+        self.reset()
+
     def reset(self) -> None:
         self.documents = 0
         self._sums: dict[str, Any] = defaultdict(float)
@@ -49,7 +53,12 @@ class Meter:
         return [float(self._tokens), *(float(self._sums[name]) for name in self._names)]
 
     def restore(self, state: Sequence[float]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken. Raises TunesmithError for that of a trainer with other means."""
+        if len(state) != 1 + len(self._names):
+            raise TunesmithError(
+                f"the checkpoint has {len(state) - 1} sums of a log, and this trainer keeps {len(self._names)}: it was "
+                "written by a trainer with another objective"
+            )
         self._tokens = round(state[0])
         self._sums = defaultdict(float, zip(self._names, state[1:], strict=True))
 
@@ -66,10 +75,10 @@ class Meter:
         self._sums["tokens"] += batch.tokens
         self.documents += sum(map(len, batch.groups))
 
-    def add(self, outcome: BatchLoss) -> None:
-        """Add the outcome of a batch."""
+    def add(self, outcome: BatchLoss, weight: Tensor) -> None:
+        """Add the outcome of a batch, whose loss is a sum over `weight`."""
         self._sums["loss"] += outcome.loss.detach()
-        self._sums["weight"] += outcome.weight
+        self._sums["weight"] += weight
         self._sums["count"] += outcome.count
         for name, value in outcome.sums.items():
             self._sums[name] += value

@@ -56,8 +56,8 @@ class Recovery:
         self._trainer, self._loaders, self._meter = trainer, loaders, meter
         self._forget, self._tell = forget, tell
         self._most_tokens: int | None = None
-        self._step = -1
         self._rehearsed = False
+        self.begin()
         args = self._args
         if args.rehearse == "always" and not (self.enabled and isinstance(trainer.train_dataset, Dataset)):
             raise TunesmithError(
@@ -66,6 +66,11 @@ class Recovery:
             )
         if args.memory_limit is not None:
             limit_memory(base_model(cast(Model, trainer.model)), byte_count(args.memory_limit))
+
+    def begin(self) -> None:
+        """A run begins: a step that an earlier one did not finish is not gone on with."""
+        self._step = -1
+        self._batches: list[Batch] = []
 
     def state(self) -> dict[str, int | None]:
         return {"most_tokens": self._most_tokens}
@@ -85,12 +90,12 @@ class Recovery:
 
     def step(self, plain: PlainStep, model: nn.Module, batch: Any, items: Any) -> Tensor:
         """The loss of a micro-batch, when its gradients are there, by the `plain` step."""
-        if not self.enabled:
+        if not self.enabled or not isinstance(batch, Batch):
             return plain(model, batch, items)
         if not self._rehearsed:
             self._rehearse(plain, model)
         if self._step != self._trainer.state.global_step:
-            self._step, self._begin, self._batches = self._trainer.state.global_step, self._snapshot(), list[Batch]()
+            self._step, self._begin, self._batches = self._trainer.state.global_step, self._snapshot(), []
         self._batches.append(batch)
         return self._fitting(plain, model, self._batches, items, again=[batch])
 
@@ -182,7 +187,7 @@ class Recovery:
         dataset = cast(Dataset, self._trainer.train_dataset)
         if "input_ids" not in dataset.column_names or not len(dataset):
             return None
-        lengths = lengths_of(dataset)
+        lengths = lengths_of(dataset, padded=self._loaders.batching.padded)
         if self._args.max_tokens_per_batch is None:
             chosen = np.argsort(-lengths, kind="stable")[: self._loaders.rows_per_batch].tolist()
         else:

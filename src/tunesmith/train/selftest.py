@@ -180,7 +180,7 @@ def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
 def _together(model: Model, rows: Sequence[list[int]], device: torch.device, *, flat: bool) -> tuple[float, Tensor]:
     """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training."""
     batch = (FlatCollator() if flat else PaddedCollator())([{"input_ids": row} for row in rows]).to(device)
-    result, _ = model(**batch.inputs(), targets=batch.targets(), objective=supervised_loss)
+    result = model(**batch.inputs(), targets=batch.targets(), objective=supervised_loss).outcome
     return float(result.loss.detach()), result.nll.float().cpu()
 
 

@@ -91,7 +91,7 @@ class SFTTrainer(BaseTrainer):
         set_seed(args.seed)  # adapters start from random numbers
         model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
         start = starting_point(model)
-        batching = _batching(
+        batching = _prepared_for_batches(
             model, args, tokenizer, data_collator, own_loss=compute_loss_func is None, sized=isinstance(train, Dataset)
         )
         align_tokens(model, tokenizer, data.stops)
@@ -119,15 +119,14 @@ class SFTTrainer(BaseTrainer):
         """The cross-entropy of the supervised tokens, times their weights."""
         targets = batch.targets()
         objective = partial(supervised_loss, options=self.loss_options)
-        result: Supervised
-        result, outputs = self.predict_targets(model, batch, targets, objective, with_outputs=with_outputs)
+        answer = self.predict_targets(model, batch, targets, objective, with_outputs=with_outputs)
+        result: Supervised = answer.outcome
         return BatchLoss(
             loss=result.loss,
-            weight=len(targets.tokens) if targets.weights is None else targets.weights.sum(),
             count=len(targets.tokens),
             sums={"entropy": result.entropy.sum(), "mean_token_accuracy": result.correct.sum()},
             nll=result.nll,
-            outputs=outputs,
+            outputs=answer.outputs,
         )
 
     def evaluate(
@@ -169,7 +168,7 @@ def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any
     check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
 
 
-def _batching(
+def _prepared_for_batches(
     model: Model,
     args: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -178,8 +177,8 @@ def _batching(
     own_loss: bool,
     sized: bool,
 ) -> Batching:
-    """Settle whether batches are flat, and whether rows of like length share one; and make the model's layers faster
-    for them."""
+    """How rows become batches: flat ones where the model takes them, else rows of like length together. The model's
+    forward is prepared for them: it answers objectives, and its layers take the faster or the compiled way."""
     # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
     wanted = args.padding_free and own_loss and args.neftune_noise_alpha is None
     grouped = not args.packing and args.train_sampling_strategy == "random" and sized
@@ -195,6 +194,5 @@ def _batching(
     return Batching(
         collator=data_collator or ours,
         by_row=padded,
-        padded=not flat,
         grouped=args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat),
     )

@@ -1,6 +1,6 @@
 """A step of training, from top to bottom: `transformers.Trainer` and the parts that it owns here.
 
-The hooks of `transformers` stand in the order in which a run calls them, a few lines each. The parts do the work:
+The hooks of `transformers` stand in the order in which they are called, a few lines each. The parts do the work:
 
     loaders    which documents share a batch                              train/loaders.py, data/samplers.py
     recovery   a step again in smaller parts when memory is out           train/recovery.py
@@ -15,9 +15,9 @@ divided (`batch_weight`), and how rows become batches (`Batching`). Everything e
 
 import json
 import logging
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -34,7 +34,7 @@ from tunesmith.data.batches import Batch, Targets
 from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
-from tunesmith.model.head import Objective, behind_virtual_tokens
+from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
 from tunesmith.runs.folder import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.runs.states import kept_random_states
@@ -126,12 +126,24 @@ class BaseTrainer(transformers.Trainer):
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.add_callback(_Moments(self.journal))
 
+    # Called by the constructor of `transformers`
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """`accelerate` does not compile the whole model: its layers are compiled already."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `push_to_hub`: the repository is made at the start, so that what is wrong with it shows then."""
+        if self.publisher is None:
+            super().init_hf_repo(token)
+        elif self.is_world_process_zero():
+            self.hub_model_id = self.publisher.begin(self, token, private)
+
     # What another trainer says
 
-    @abstractmethod
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
         """The objective's sum over `batch`, through `predict_targets`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define batch_loss")
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """What a batch adds to the number by which the step's loss is divided: the weight of its supervised tokens."""
@@ -139,15 +151,14 @@ class BaseTrainer(transformers.Trainer):
 
     def predict_targets(
         self, model: nn.Module, batch: Batch, targets: Targets, objective: Objective, *, with_outputs: bool = False
-    ) -> tuple[Any, Any]:
-        """What `objective` makes of the model's predictions at the targets of a batch, and the model's outputs if they
+    ) -> Answer:
+        """What `objective` makes of the model's predictions at the targets of a batch, with the model's outputs if they
         are wanted."""
         if has_virtual_tokens(cast(nn.Module, self.model)):
-            return behind_virtual_tokens(model, batch.inputs(), targets, objective)
-        outcome: tuple[Any, Any] = model(
-            **batch.inputs(), targets=targets, objective=objective, with_outputs=with_outputs
-        )
-        return outcome
+            outputs = outputs_behind_virtual_tokens(model, batch.inputs())
+            return Answer(outcome=objective(from_logits(outputs.logits, targets)), outputs=outputs)
+        answer: Answer = model(**batch.inputs(), targets=targets, objective=objective, with_outputs=with_outputs)
+        return answer
 
     # A run begins
 
@@ -170,6 +181,9 @@ class BaseTrainer(transformers.Trainer):
         main = self.is_world_process_zero()
         with only_run_in(Path(str(settings.output_dir))) if main else nullcontext():
             checkpoint = self.keeper.begin(resume_from_checkpoint)
+            self.meters["train"].begin()
+            self.guard.begin()
+            self.recovery.begin()
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             except BaseException as error:
@@ -179,10 +193,6 @@ class BaseTrainer(transformers.Trainer):
                 raise
             self.keeper.wait()
         return output
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """`accelerate` does not compile the whole model: its layers are compiled already."""
-        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = cast(Any, list(self.loaders.batching.columns))
@@ -224,7 +234,7 @@ class BaseTrainer(transformers.Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if (folder := self.keeper.own(checkpoint)) is None:
             return super()._load_rng_state(checkpoint)
-        self.keeper.load_random(str(checkpoint), folder)
+        self.keeper.load_random(folder)
 
     # An epoch, and a step of it
 
@@ -242,8 +252,6 @@ class BaseTrainer(transformers.Trainer):
         """All micro-batches of a step, and the number that its loss is divided by."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self.keeper.took(len(batches))
-        if self.keeper.late is not None:
-            self._load_rng_state(self.keeper.late)
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -280,17 +288,15 @@ class BaseTrainer(transformers.Trainer):
         meter = self.meters["train" if cast(nn.Module, self.model).training else "eval"]
         meter.read(batch)
         if self.compute_loss_func is not None:
-            inputs = batch.inputs()
-            if has_virtual_tokens(cast(nn.Module, self.model)):  # whose positions `peft` counts itself
-                del inputs["position_ids"]
-            outputs = model(**inputs, use_cache=False)
-            outputs.logits = outputs.logits[:, -batch.labels.shape[1] :]  # without those of virtual tokens
+            virtual = has_virtual_tokens(cast(nn.Module, self.model))
+            read = partial(outputs_behind_virtual_tokens, model) if virtual else partial(_own_outputs, model)
+            outputs = read(batch.inputs())
             loss = self.compute_loss_func(outputs, batch.labels, num_items_in_batch=weight)
         else:
             with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
                 outcome = self.batch_loss(model, batch, with_outputs=return_outputs)
             outputs = outcome.outputs
-            meter.add(outcome)
+            meter.add(outcome, self.batch_weight(batch))
             if model.training:
                 self.journal.note_losses(batch, outcome.nll)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
@@ -331,15 +337,19 @@ class BaseTrainer(transformers.Trainer):
         change the random numbers of the training: a resumed run may not repeat it."""
         if description != "Prediction":
             check_logits(self, dataloader.dataset)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         meter = self.meters["eval"]
         meter.reset()
         with kept_random_states(self.args.device):
             output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
-        documents = meter.documents
+        documents = torch.tensor(meter.documents, device=self.args.device)
         _, measured = meter.report(self.accelerator)
         metrics = cast(dict[str, float], output.metrics)
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        return output if output.num_samples else output._replace(num_samples=documents)  # of a stream
+        if not output.num_samples:  # of a stream, whose batches `transformers` can't count
+            output = output._replace(num_samples=int(self.accelerator.reduce(documents, reduction="sum")))
+        return output
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -418,18 +428,15 @@ class BaseTrainer(transformers.Trainer):
 
     # The hub, as far as the public trainer brings a publisher
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """With `push_to_hub`: the repository is made at the start, so that what is wrong with it shows then."""
-        if self.publisher is None:
-            super().init_hf_repo(token)
-        elif self.is_world_process_zero():
-            self.hub_model_id = self.publisher.begin(self, token, private)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.publisher is None:
             super()._push_from_checkpoint(checkpoint_folder)
         else:
             self.publisher.send_checkpoint(self, checkpoint_folder)
+
+
+def _own_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    return model(**inputs, use_cache=False)
 
 
 def as_batch(inputs: Any) -> Batch:
