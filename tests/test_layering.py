@@ -28,7 +28,7 @@ HEIGHT = {place: height for height, place in enumerate(LAYERS)}
 # Importing one of these (a folder stands for all its modules) must load none of HEAVY.
 TORCH_FREE = (
     *("errors", "types", "text", "home", "secrets", "terminal", "report", "init", "doctor", "cli"),
-    *("settings.coerce", "settings.helps", "settings.recipe", "demo.orders", "evaluate.scores", "evaluate.questions"),
+    *("settings.coerce", "settings.helps", "settings.recipe", "demo.orders", "evaluate"),
     *("data.read", "data.formats", "data.chat", "data.sandbox", "data.pack", "data.mixture", "data.cache"),
     "data.preflight",
 )

@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 
 from tunesmith.report.run_html import write_report
 from tunesmith.runs.files import REPORT
-from tunesmith.ship.hub import PushReport
+from tunesmith.ship.hub import HubPublisher, PushReport
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.ship.publisher import HubPublisher
 from tunesmith.train import sft
 from tunesmith.train.trainer import BaseTrainer
 

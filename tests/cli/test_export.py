@@ -31,7 +31,7 @@ def test_the_file_its_modelfile_and_what_was_compared(tmp_path: Path) -> None:
     assert lines[0].startswith("tokens equal: ")
     assert lines[1] == "tensors equal but for rounding: 21 of 21"
     assert lines[2].startswith("greedy tokens equal: ")
-    assert lines[3] == f"{output} ({output.stat().st_size / 1e6:,.1f} MB)"
+    assert lines[3] == f"{output} ({output.stat().st_size / 1e3:,.0f} kB)"
     modelfile = output.with_suffix(".Modelfile")
     assert lines[4:] == [f"{modelfile}: ollama create NAME -f {modelfile}"]
     assert "Writing tiny.gguf (q8_0)" in result.stderr

@@ -143,7 +143,7 @@ def test_too_little_memory_is_told_and_all_is_tried(
     labelled: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = devices.Device(name="small", memory=1_000, precision="fp32", one_kernel=False)
-    monkeypatch.setattr(devices, "device", lambda name, precision: small)
+    monkeypatch.setattr("tunesmith.plan.memory.device", lambda name, precision: small)
     done = tunesmith("init", "--data", labelled, "--model", tiny_model)
     assert done.exit_code == 0, done.output
     assert "is planned not to fit into small" in done.output

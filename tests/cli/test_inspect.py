@@ -12,9 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.models import flat
+from tunesmith.cli.data import training_rows
 from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
 from tunesmith.cli.main import Commands
-from tunesmith.cli.rows import training_rows
 from tunesmith.settings.recipe import resolve
 from tunesmith.trainers import SFTTrainer
 from tunesmith.types import IGNORE_INDEX

@@ -109,7 +109,7 @@ def test_a_mistake_stops_before_the_model_is_loaded(
 def test_an_output_that_can_not_be_written_stops_before_the_data_is_read(
     needed: list[str], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.cli.rows.training_rows", None)
+    monkeypatch.setattr("tunesmith.cli.data.training_rows", None)
     for output in (rows, rows / "run", Path("/proc/nope/run")):
         result = RUNNER.invoke(app, [*needed, "--output", str(output)])
         assert result.exit_code == 2

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.demo import order_words as orders_words
-from tunesmith.demo import orders
-from tunesmith.demo.order_words import HELD_OUT, QUANTITY_WORDS, TRAINING, Pool
+from tunesmith.demo import orders, pools
 from tunesmith.demo.orders import exact_match, export, held_out_rows, training_rows, valid_json
+from tunesmith.demo.pools import HELD_OUT, QUANTITY_WORDS, TRAINING, Pool
 from tunesmith.errors import TunesmithError
 
 GOOD = '{"customer":"Anna Baker","items":[{"name":"blue mugs","quantity":3}],"date":"2026-03-14","urgent":false}'
@@ -302,7 +301,7 @@ def test_export_writes_both_splits_as_json_lines_and_makes_the_folder(tmp_path: 
 
 
 def test_the_generator_needs_the_standard_library_only() -> None:
-    for module in (orders, orders_words):
+    for module in (orders, pools):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -202,7 +202,7 @@ def test_metrics_are_chosen_by_the_data_or_by_name() -> None:
 
 def test_metrics_and_questions_load_no_heavy_library() -> None:
     code = (
-        "import sys, tunesmith.evaluate.scores, tunesmith.evaluate.questions; "
+        "import sys, tunesmith.evaluate.scores, tunesmith.evaluate.evaluation; "
         "print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from tests.forked import event, finished, start
 from tests.train.children import Settings, log_in, run, trainer_of, weights_in
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
-from tunesmith.runs import disk
+from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import PARTIALS, checkpoints, reason_against
 
 KILLED = -signal.SIGKILL

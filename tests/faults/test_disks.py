@@ -20,7 +20,7 @@ from tests.faults.layer import Layer, do
 from tests.train.children import Settings, run, trainer_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model import linear
-from tunesmith.runs import disk
+from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import checkpoints
 
 pytestmark = pytest.mark.slow

@@ -23,8 +23,7 @@ from tunesmith.init.advice import (
     wanted_length,
 )
 from tunesmith.init.facts import Lengths, RowFacts
-from tunesmith.init.recipe_lines import heading, sections, source_name
-from tunesmith.init.recipe_text import Line, Section, values, write
+from tunesmith.init.recipe_text import Line, Section, heading, sections, source_name, values, write
 
 CHAT = RowFacts(rows=400, format="messages", kind="conversation", roles=("user", "assistant"), answers=3)
 PAIRS = RowFacts(rows=400, format="instruction", kind="conversation", separate=True, answers=1)

@@ -21,10 +21,8 @@ from tunesmith.model.devices import GPUS, Device, device
 from tunesmith.model.head import from_hidden
 from tunesmith.model.linear import speed_up
 from tunesmith.objectives.supervised import supervised_loss
-from tunesmith.plan.footprint import GRADIENTS, Batch, Count, timeline
-from tunesmith.plan.growth import growth
-from tunesmith.plan.memory import LIBRARIES, Run, count, largest, plan
-from tunesmith.plan.quantized import as_if_quantized
+from tunesmith.plan.footprint import GRADIENTS, Count, Shape, scaling, timeline
+from tunesmith.plan.memory import LIBRARIES, Run, as_if_quantized, count, largest, plan
 from tunesmith.settings.lora import lora_config
 
 LORA = {"r": 4}
@@ -51,7 +49,7 @@ class RealCount(Count):
     """Counts real tensors, as they are computed with."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.made(func(*args, **(kwargs or {})))
+        return self.counted(func(*args, **(kwargs or {})))
 
 
 def real_peak(model: PreTrainedModel, wrapped: Any, rows: int, length: int, autocast: torch.dtype | None = None) -> int:
@@ -86,7 +84,7 @@ def test_a_fake_step_has_the_peak_of_a_real_one(name: str, adapted: bool) -> Non
     expected = real_peak(model, wrapped, 3, 40)
     counted = count(run_of(model.config), "lora" if adapted else "full")
     assert len(counted.subject.layers) <= 3
-    found = timeline(counted.subject, Batch(rows=3, length=40)).peak.total()
+    found = timeline(counted.subject, Shape(rows=3, length=40)).peak.total()
     assert found == pytest.approx(expected, rel=0.05)
     assert not counted.is_estimate
 
@@ -97,7 +95,7 @@ def test_copies_of_weights_under_autocast_are_gone_before_the_backward() -> None
     model.activation_checkpointing_enable({"use_reentrant": False})
     expected = real_peak(model, model, 2, 16, torch.bfloat16)
     counted = count(run_of(config_of("llama", **sizes), precision="bf16", checkpoint_every=1), "full")
-    assert timeline(counted.subject, Batch(rows=2, length=16)).peak.total() == pytest.approx(expected, rel=0.05)
+    assert timeline(counted.subject, Shape(rows=2, length=16)).peak.total() == pytest.approx(expected, rel=0.05)
 
 
 def test_gradient_checkpointing_keeps_a_layers_input_alone() -> None:
@@ -144,7 +142,7 @@ def test_half_precision_halves_what_is_frozen() -> None:
     assert full.weights >= whole.weights  # the master weights stay in fp32
 
 
-def test_layers_of_few_bits_have_the_bytes_of_their_weights() -> None:
+def test_quantized_layers_have_the_bytes_of_their_weights() -> None:
     config = config_of("llama", hidden_size=128, intermediate_size=256, vocab_size=64, head_dim=32)
     kept = {name: plan(run_of(config, precision="bf16"), name).memory.weights for name in ("lora", "8bit", "4bit")}
     linear = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
@@ -157,9 +155,9 @@ def test_layers_of_few_bits_have_the_bytes_of_their_weights() -> None:
     assert model.transformer.h[0].mlp.c_fc.in_features == 32
 
 
-def test_growth_tells_of_other_batches() -> None:
+def test_three_steps_tell_of_other_batches() -> None:
     counted = count(run_of(config_of("llama", num_hidden_layers=5), rows=2, length=1024), "lora")
-    told = growth(counted._counted, 2, 1024)
+    told = scaling(counted._counted, 2, 1024)
     for rows, length in ((2, 700), (6, 512), (1, 3000)):
         expected = counted._counted(rows, length).peak.total()
         assert told.at(rows, length).peak.total() == pytest.approx(expected, rel=0.1)
@@ -169,7 +167,7 @@ def test_scores_grow_with_the_square_of_the_length() -> None:
     """Gemma 2 caps its scores, so that each layer makes all of them."""
     config = config_of("gemma2", sliding_window=4096)
     counted = count(run_of(config, rows=2, length=1024), "lora")
-    told = growth(counted._counted, 2, 1024)
+    told = scaling(counted._counted, 2, 1024)
     expected = counted._counted(2, 1536).peak.total()
     assert told.at(2, 1536).peak.total() == pytest.approx(expected, rel=0.1)
     assert expected > 1.9 * counted._counted(2, 1024).peak.total()
@@ -240,9 +238,9 @@ def test_a_config_of_no_language_model_is_named() -> None:
 
 def test_gradients_are_told_from_what_a_backward_makes() -> None:
     counted = count(run_of(config_of("llama")), "full")
-    moments = timeline(counted.subject, Batch(rows=1, length=16)).moments
+    moments = timeline(counted.subject, Shape(rows=1, length=16)).moments
     assert moments[0][GRADIENTS] == 0
-    assert 0.5 * counted.kept["gradients"] < moments[-1][GRADIENTS] <= counted.kept["gradients"]
+    assert 0.5 * counted.static["gradients"] < moments[-1][GRADIENTS] <= counted.static["gradients"]
 
 
 @pytest.mark.slow

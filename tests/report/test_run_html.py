@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.report.browser import look
-from tests.report.test_inspect_html import HOSTILE
-from tests.report.test_inspect_html import Reader as PageReader
+from tests.report.test_inspect import HOSTILE
+from tests.report.test_inspect import Reader as PageReader
 from tests.report.written import SCRIPT, write_run
 from tests.ship.runs import record
 from tunesmith.errors import TunesmithError
-from tunesmith.report.page import amount, cut, table
-from tunesmith.report.plots import MOST_POINTS, Curve, smoothed, svg
+from tunesmith.report.page import MOST_POINTS, Curve, amount, cut, smoothed, svg, table
 from tunesmith.report.run_data import RunData, read_run
 from tunesmith.report.run_html import (
     SHOWN_ANSWERS,

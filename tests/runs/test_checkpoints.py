@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 
 from tests.forked import finished, start
 from tunesmith.errors import TunesmithError
-from tunesmith.runs import disk
+from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import (
     MANIFEST,
     PARTIALS,
@@ -32,7 +32,7 @@ from tunesmith.runs.checkpoints import (
     rotate,
     verify,
 )
-from tunesmith.runs.disk import check_space, estimated_size, twice
+from tunesmith.runs.folder import check_space, estimated_size, twice
 from tunesmith.runs.states import packed, random_states, read_state, restore_random_states
 from tunesmith.train.identity import content_digest
 from tunesmith.train.keeper import Writer

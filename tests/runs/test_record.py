@@ -69,6 +69,14 @@ def test_who_may_read_a_file_says_the_umask(mask: int, tmp_path: Path) -> None:
     assert [item.name for item in path.parent.iterdir()] == ["page.html"]
 
 
+def test_a_link_is_written_through_and_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("before")
+    (tmp_path / "link").symlink_to("page.html")
+    write_whole(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page.html").read_text() == "after"
+
+
 def test_tokens_and_passwords_are_blacked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", 'a"quoted"key')
     token = "hf_" + "a1" * 17

@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tunesmith.model.generate import Sampling
-from tunesmith.serve.access import Access
-from tunesmith.serve.app import Service, Settings
-from tunesmith.serve.server import Server, bind, url_of
+from tunesmith.serve.server import Access, Server, Service, Settings, bind, url_of
 
 
 @contextmanager

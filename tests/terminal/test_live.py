@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from tunesmith.terminal.live import BARS, EVENTS_SHOWN, Curve, RunView, Snapshot, can_draw
-from tunesmith.terminal.remarks import Remarks
+from tunesmith.terminal.noise import Remarks
 from tunesmith.train.progress import TrainingProgress
 
 
@@ -59,8 +59,8 @@ def test_the_view_fits_any_width_and_says_all_numbers(width: int) -> None:
     now.events += [f"event {i} " + "long " * 30 for i in range(9)]
     lines = drawn(now, width)
     assert all(len(line) < width for line in lines)
-    told = ("50/200", "loss 1.2500", "eval loss 1.5000", "tokens/s 1,234", "supervised 41%", "memory 900 MiB")
-    more = ("peak 2.0 GiB", "grad norm 0.5", "lr 2.00e-04", "left 1:15", "output runs/first", "event 8")
+    told = ("50/200", "loss 1.2500", "eval loss 1.5000", "tokens/s 1,234", "supervised 41%", "memory 944 MB")
+    more = ("peak 2.1 GB", "grad norm 0.5", "lr 2.00e-04", "left 1:15", "output runs/first", "event 8")
     if width >= 40:
         assert all(text in "\n".join(lines) for text in told + more)
     assert sum("event " in line for line in lines) == EVENTS_SHOWN

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, weights_of
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
-from tunesmith.runs import disk
+from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import PICKLES, checkpoints, verify
 from tunesmith.runs.states import read_state
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.complete import runs
+from tunesmith.cli.complete import RUN, TRUST
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish, mode
 from tunesmith.terminal.output import note as _say
@@ -17,16 +17,13 @@ COMMANDS = "/reset starts anew, /exit or Ctrl-D leaves"
 
 
 def chat(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs),
-    ],
+    run: RUN,
     prompt: Annotated[str | None, typer.Option(help="Answer this, and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token. Higher: freer.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TRUST = False,
 ) -> None:
     """Talk to a run, to a model, or to the demo model.
 
@@ -66,13 +63,13 @@ class Conversation:
         leaves the conversation as it was."""
         from tunesmith.model.generate import stream
 
-        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = stream(self._model, self._tokenizer, asked, _write, self._sampling)
+            answer = stream(self._model, self._tokenizer, messages, _write, self._sampling)
         finally:
             _write("\n")
         if self.has_roles:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
 
@@ -95,16 +92,12 @@ def _talk(run: str, conversation: Conversation) -> None:
         elif text.startswith("/"):
             _say(f"unknown command {text.split()[0]}: {COMMANDS}")
         elif text:
-            _answer(conversation, text)
-
-
-def _answer(conversation: Conversation, text: str) -> None:
-    try:
-        conversation.answer(text)
-    except KeyboardInterrupt:
-        _say("stopped; this turn is forgotten")
-    except TunesmithError as error:  # the conversation has become too long, say: it can go on after a /reset
-        _say(f"error: {error} ({COMMANDS})")
+            try:
+                conversation.answer(text)
+            except KeyboardInterrupt:
+                _say("stopped; this turn is forgotten")
+            except TunesmithError as error:  # the conversation has become too long, say: it can go on after a /reset
+                _say(f"error: {error} ({COMMANDS})")
 
 
 def _write(text: str) -> None:

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tunesmith.cli.data import data_recipe, eval_rows, preparer_of, training_rows
 from tunesmith.errors import TunesmithError
-from tunesmith.terminal.output import finish, note
+from tunesmith.terminal.output import finish
+from tunesmith.text import counted
 
 if TYPE_CHECKING:
     from tunesmith.data.preflight import Preflight, SplitReport
@@ -22,31 +24,19 @@ BAR = 30
 
 
 def check(ctx: typer.Context) -> None:
-    """Look at the data as training would, and say what is odd or wrong with it."""
-    from tunesmith.cli.inspect import SAME_DATA
-    from tunesmith.settings.recipe import parse_options, resolve
-
-    path, overrides = parse_options(ctx.args)
-    for alias in ("output", "output_dir"):
-        overrides.pop(alias, None)
-    preflight = examined(resolve(path, overrides | SAME_DATA))
-    finish(preflight.as_json(), lambda: show(preflight))
+    """Look at the data as training would."""
+    preflight = _examined(data_recipe(ctx.args))
+    finish(preflight.as_json(), lambda: _show(preflight))
     if preflight.problems:
         raise typer.Exit(2)
 
 
-def examined(recipe: "Recipe") -> "Preflight":
+def _examined(recipe: "Recipe") -> "Preflight":
     """All of a recipe's data, prepared and looked at as `SFTTrainer` does."""
-    from tunesmith.cli.rows import eval_rows, training_rows
-    from tunesmith.data.dataset import DataPreparer
     from tunesmith.data.samplers import check_fit
-    from tunesmith.model.load import resolve_model
-    from tunesmith.train.setup import prepare_tokenizer
 
     rows, held_out = training_rows(recipe), eval_rows(recipe)
-    resolve_model(recipe.model, note)
-    tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    preparer = DataPreparer(recipe.config, tokenizer, None)
+    preparer = preparer_of(recipe)
     train, evaluated = preparer.everything(rows, held_out)
     preflight = preparer.preflight()
     try:
@@ -56,10 +46,10 @@ def examined(recipe: "Recipe") -> "Preflight":
     return preflight
 
 
-def show(preflight: "Preflight") -> None:
+def _show(preflight: "Preflight") -> None:
     """The report as text: what was read, lengths, then problems and notes."""
     for name, report in preflight.splits.items():
-        for line in lines(name, report):
+        for line in split_lines(name, report):
             typer.echo(line)
     for problem in preflight.problems:
         typer.secho(f"stop: {problem}", fg=typer.colors.RED)
@@ -69,18 +59,16 @@ def show(preflight: "Preflight") -> None:
         typer.echo("ready to train" + ("" if preflight.notes else "; nothing odd found"))
 
 
-def lines(name: str, report: "SplitReport") -> list[str]:
-    from tunesmith.text import counted
-
+def split_lines(name: str, report: "SplitReport") -> list[str]:
+    """The counts of a split, and its lengths as bars."""
     counts = report.counts
-    share = report.supervised_share
-    found = [
+    lines = [
         f"{name}: {counted(counts.rows, 'row')}, {counted(counts.examples, 'example')}, "
         f"{counted(counts.tokens, 'token')}, "
-        f"{counts.supervised:,} supervised ({share:.0%}), longest {report.longest:,}"
+        f"{counts.supervised:,} supervised ({report.supervised_share:.0%}), longest {report.longest:,}"
     ]
     most = max((count for _, _, count in report.lengths), default=1)
     for low, high, count in report.lengths:
         bar = "#" * max(1, round(BAR * count / most))
-        found.append(f"  {low:>6,} to {high:>6,} tokens  {bar:<{BAR}} {count:,}")
-    return found
+        lines.append(f"  {low:>6,} to {high:>6,} tokens  {bar:<{BAR}} {count:,}")
+    return lines

@@ -1,12 +1,14 @@
-"""What the shell completes: runs, recipe files, and settings. Nothing heavy is imported; read are folders,
-and a list of all settings, which `python -m tunesmith.cli.complete` writes."""
+"""Arguments that commands share, and what the shell completes: runs, recipe files, and settings.
+
+Nothing heavy is imported: settings come from a list that `python -m tunesmith.cli.complete` writes."""
 
 import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 RUNS = Path("runs")
@@ -15,6 +17,10 @@ MARKS = ("run.json", "adapter_config.json", "config.json", "recipe.yaml")
 SUFFIXES = (".yaml", ".yml")
 SETTINGS = Path(__file__).with_name("settings.txt")
 """The settings of a recipe, which otherwise only heavy imports tell: on each line a name, a tab, and its help."""
+
+
+TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+"""The option of every command that loads a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +34,16 @@ class Completion:
 
 def runs(incomplete: str) -> list[str]:
     """`demo`, the runs in runs/, and those in the folder that has been typed so far."""
-    typed = incomplete.rpartition("/")[0]
-    found = ["demo"]
-    for folder in dict.fromkeys((RUNS, Path(typed or "."))):
-        found += [str(path) for path in _listed(folder) if any((path / mark).is_file() for mark in MARKS)]
-    return [name for name in dict.fromkeys(found) if name.startswith(incomplete)]
+    names = ["demo"]
+    for folder in dict.fromkeys((RUNS, Path(incomplete.rpartition("/")[0] or "."))):
+        names += [str(path) for path in _listed(folder) if any((path / mark).is_file() for mark in MARKS)]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+RUN = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs)
+]
+"""The argument of every command that asks or ships a model."""
 
 
 def recipes(incomplete: str) -> list[str]:
@@ -75,13 +86,13 @@ class RecipeCommand(TyperCommand):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Its own options, settings, and recipes; behind a setting, whatever the shell completes."""
-        found = list(super().shell_complete(ctx, incomplete))
+        words = list(super().shell_complete(ctx, incomplete))
         if incomplete.startswith("--"):
-            own = {item.value for item in found}
-            return found + [option for option in settings(incomplete) if option.value not in own]
+            own = {item.value for item in words}
+            return words + [option for option in settings(incomplete) if option.value not in own]
         if incomplete.startswith("-") or (ctx.args and ctx.args[-1].startswith("--") and "=" not in ctx.args[-1]):
-            return found
-        return found + [Completion(value=name) for name in recipes(incomplete)]
+            return words
+        return words + [Completion(value=name) for name in recipes(incomplete)]
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.complete import runs
+from tunesmith.cli.complete import RUN
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.terminal.output import finish_lines, note
+from tunesmith.text import size
 
 FORMATS = ("gguf",)
 
 
 def export(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run's or model's folder, a name, or demo.", autocompletion=runs),
-    ],
+    run: RUN,
     output: Annotated[
         Path, typer.Option(metavar="FILE_OR_DIR", help="A file that ends in .gguf, or a folder for model.gguf.")
     ],
@@ -29,8 +27,9 @@ def export(
         bool, typer.Option("--check/--no-check", help="Read the file back, and compare it with the model.")
     ] = True,
 ) -> None:
-    """Write a run, adapters merged in, as a GGUF file with a Modelfile for Ollama.
+    """Write a run as a GGUF file, for llama.cpp and Ollama.
 
+    Adapters are merged in, and a Modelfile for Ollama is written beside it.
     Example: tunesmith export runs/first --output first.gguf --quant q8_0
     """
     if to not in FORMATS:
@@ -40,7 +39,7 @@ def export(
     done = export_gguf(run, output, quant=quant, check=check, progress=note)
     for text in done.notes:
         note(f"note: {text}")
-    lines = [*done.checked, f"{done.gguf} ({done.size / 1e6:,.1f} MB)"]
+    lines = [*done.checked, f"{done.gguf} ({size(done.size)})"]
     if done.modelfile is not None:
         lines.append(f"{done.modelfile}: ollama create NAME -f {done.modelfile}")
     finish_lines({field.name: getattr(done, field.name) for field in fields(done)}, lines)

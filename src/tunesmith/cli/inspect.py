@@ -8,27 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.data import data_recipe, preparer_of, training_rows
 from tunesmith.errors import TunesmithError
-from tunesmith.terminal.output import finish, note
+from tunesmith.terminal.output import finish
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from tunesmith.report.inspect import InspectedRow
     from tunesmith.settings.recipe import Recipe
 
 FIRST = 3
 """How many rows are shown when none are asked for."""
-SAME_DATA: dict[str, Any] = {
-    "output_dir": "unused",
-    "use_cpu": True,
-    "precision": "fp32",
-    "bf16": False,
-    "fp16": False,
-    "tf32": None,
-}
-"""Settings that a run has and its data doesn't depend on. So set, a recipe needs no output, the device is not measured,
-and a recipe for a GPU can be inspected where there is none."""
 USAGE = "[RECIPE.yaml] [--row N | --random K] [--html FILE] [--ids] [--SETTING VALUE]..."
 HELP = """Show the tokens of the batch, and which of them are trained on.
 
@@ -52,20 +41,20 @@ def inspect(
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids, too.")] = False,
 ) -> None:
-    """Show the tokens of the batch, and which of them are trained on."""
-    from tunesmith.settings.recipe import parse_options, resolve
-
+    """Show the tokens of the batch, and which are trained on."""
     if row is not None and random is not None:
         raise TunesmithError("--row and --random both say what to show; keep one")
     if random is not None and random < 1:
         raise TunesmithError(f"--random is {random}; show at least 1")
     _check_page(html)
-    path, overrides = parse_options(ctx.args)
-    for alias in ("output", "output_dir"):
-        overrides.pop(alias, None)
-    facts, rows = prepared(resolve(path, overrides | SAME_DATA), row, random)
+    facts, rows = prepared(data_recipe(ctx.args), row, random)
     if html is not None:
-        _write_page(facts, rows, html, ids=ids)
+        from tunesmith.report.inspect import page
+
+        try:
+            html.write_text(page("tunesmith inspect", facts, rows, ids=ids), encoding="utf-8")
+        except OSError as error:
+            raise TunesmithError(f"--html {html} can't be written: {error.strerror}") from error
     finish(_as_json(facts, rows, html), lambda: _show(facts, rows, html, ids=ids))
 
 
@@ -92,24 +81,18 @@ def prepared(
     recipe: "Recipe", row: int | None, random: int | None
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
-    from tunesmith.cli.rows import training_rows
     from tunesmith.data.batches import FlatCollator
-    from tunesmith.data.dataset import DataPreparer
-    from tunesmith.model.load import resolve_model
     from tunesmith.report.inspect import Vocabulary, count_facts, inspect_row
-    from tunesmith.train.setup import prepare_tokenizer
 
     source = training_rows(recipe)
-    resolve_model(recipe.model, note)
-    tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    preparer = DataPreparer(recipe.config, tokenizer, None)
+    preparer = preparer_of(recipe)
     packing = recipe.config.packing
     dataset: Any
     if isinstance(source, dict):
         dataset, _ = preparer.mixture(source, packing=packing, eval_packing=preparer.packs_eval)
     else:
         dataset = preparer(source, "train", packing=packing)
-    vocabulary, kind = Vocabulary.of(tokenizer), "pack" if recipe.config.packing else "example"
+    vocabulary, kind = Vocabulary.of(preparer.tokenizer), "pack" if recipe.config.packing else "example"
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
         batch = FlatCollator()([dataset[number - 1]])
@@ -122,7 +105,9 @@ def prepared(
         facts += [("split", split)] if len(preparer.counts) > 1 else []
         facts += count_facts(counts)
     if packing:
-        facts.append(_packs(dataset, recipe))
+        size: Any = recipe.config.max_length
+        full = sum(len(row) for row in dataset["input_ids"]) / (len(dataset) * size)
+        facts.append(("packs", f"{len(dataset):,} of up to {size:,} tokens, {full:.0%} full"))
     return facts, rows
 
 
@@ -147,22 +132,6 @@ def _settings(recipe: "Recipe") -> list[tuple[str, str]]:
         ("trained on", trained),
         ("max_length", f"{config.max_length} (overlong: {config.overlong}), packing: {packing}"),
     ]
-
-
-def _packs(dataset: "Dataset", recipe: "Recipe") -> tuple[str, str]:
-    size = recipe.config.max_length
-    assert size is not None
-    tokens = sum(len(row) for row in dataset["input_ids"])
-    return "packs", f"{len(dataset):,} of up to {size:,} tokens, {tokens / (len(dataset) * size):.0%} full"
-
-
-def _write_page(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path, *, ids: bool) -> None:
-    from tunesmith.report.inspect import page
-
-    try:
-        html.write_text(page("tunesmith inspect", facts, rows, ids=ids), encoding="utf-8")
-    except OSError as error:
-        raise TunesmithError(f"--html {html} can't be written: {error.strerror}") from error
 
 
 def _show(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path | None, *, ids: bool) -> None:

@@ -10,29 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli.chat import chat
-from tunesmith.cli.check import HELP as CHECK_HELP
-from tunesmith.cli.check import USAGE as CHECK_USAGE
-from tunesmith.cli.check import check
+from tunesmith.cli import chat, check, demo, doctor, export, init, inspect, merge, plan, push, report, serve, train
 from tunesmith.cli.complete import RecipeCommand
-from tunesmith.cli.demo import demo
-from tunesmith.cli.doctor import doctor
 from tunesmith.cli.eval import evaluate
-from tunesmith.cli.export import export
-from tunesmith.cli.init import init
-from tunesmith.cli.inspect import HELP as INSPECT_HELP
-from tunesmith.cli.inspect import USAGE as INSPECT_USAGE
-from tunesmith.cli.inspect import inspect
-from tunesmith.cli.merge import merge
-from tunesmith.cli.plan import HELP as PLAN_HELP
-from tunesmith.cli.plan import USAGE as PLAN_USAGE
-from tunesmith.cli.plan import plan
-from tunesmith.cli.push import push
-from tunesmith.cli.report import report
-from tunesmith.cli.serve import serve
-from tunesmith.cli.train import HELP as TRAIN_HELP
-from tunesmith.cli.train import USAGE as TRAIN_USAGE
-from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.noise import hide_noise
 from tunesmith.terminal.output import Application, fail
@@ -96,41 +76,31 @@ def options(
     hide_noise()
 
 
-SUMMARIES = {
-    "train": "Train a model, as a recipe says.",
-    "check": "Look at the data as training would.",
-    "inspect": "Show the tokens of the batch, and which are trained on.",
-    "plan": "Tell the memory of a run before any weight is loaded.",
-    "eval": "Score a run's answers beside those of its base model.",
-    "init": "Write a recipe that fits your rows and this machine.",
-    "chat": "Talk to a run, to a model, or to the demo model.",
-    "serve": "Answer programs that speak the OpenAI API.",
-    "demo": "Fine-tune the demo model, and compare before and after.",
-    "report": "Write a page about a run, or about several.",
-    "merge": "Merge the adapters of a run into their base model.",
-    "export": "Write a run as a GGUF file, for llama.cpp and Ollama.",
-    "push": "Upload a run to the Hugging Face hub, with a card.",
-    "doctor": "Say whether training works here.",
-}
-"""One line each in the list of commands; what is not named here has the first sentence of its help."""
+def summary(command: Any) -> str:
+    """The line about it in the list of commands: the first of its docstring."""
+    return str(command.__doc__).partition("\n")[0]
+
 
 # These sort out their options themselves: every key of a recipe is one.
 for command, text, usage in (
-    (train, TRAIN_HELP, TRAIN_USAGE),
-    (check, CHECK_HELP, CHECK_USAGE),
-    (inspect, INSPECT_HELP, INSPECT_USAGE),
-    (plan, PLAN_HELP, PLAN_USAGE),
+    (train.train, train.HELP, train.USAGE),
+    (check.check, check.HELP, check.USAGE),
+    (inspect.inspect, inspect.HELP, inspect.USAGE),
+    (plan.plan, plan.HELP, plan.USAGE),
 ):
     app.command(
         cls=RecipeCommand,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         help=text,
-        short_help=SUMMARIES[command.__name__],
+        short_help=summary(command),
         options_metavar=usage,
     )(command)
-app.command("eval", short_help=SUMMARIES["eval"])(evaluate)
-for plain in (init, chat, serve, demo, report, merge, export, push, doctor):
-    app.command(short_help=SUMMARIES.get(plain.__name__))(plain)
+app.command("eval", short_help=summary(evaluate))(evaluate)
+for other in (
+    *(init.init, chat.chat, serve.serve, demo.demo, report.report),
+    *(merge.merge, export.export, push.push, doctor.doctor),
+):
+    app.command(short_help=summary(other))(other)
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.complete import runs
-from tunesmith.terminal.output import finish_lines, note, size
+from tunesmith.cli.complete import TRUST, runs
+from tunesmith.terminal.output import finish_lines, note
+from tunesmith.text import counted, size
 
 if TYPE_CHECKING:
     from tunesmith.ship.merge import MergeReport
@@ -31,7 +32,7 @@ def merge(
         bool, typer.Option("--check/--no-check", help="Compare what was written with the adapters.")
     ] = True,
     adapter: Annotated[str | None, typer.Option(help="The subfolder of RUN that holds the adapters.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TRUST = False,
 ) -> None:
     """Merge the adapters of a run into their base model.
 
@@ -60,16 +61,15 @@ def lines(report: "MergeReport", output: Path) -> list[str]:
     """What is said at the end; `output` is the folder as the user named it."""
     from tunesmith.runs.record import adapters_of
 
-    count = f"{report.files} file{'' if report.files == 1 else 's'}"
     dtype = str(report.dtype).removeprefix("torch.")
-    found = [
+    summary = [
         f"{output}: {report.layers} layers merged ({adapters_of(report.kind)}), {size(report.size)} of weights in "
-        f"{dtype}, {count}"
+        f"{dtype}, {counted(report.files, 'file')}"
     ]
     if report.untied:
-        found.append("The input embeddings and the head are no longer one weight: the adapters made them different.")
+        summary.append("The input embeddings and the head are no longer one weight: the adapters made them different.")
     if report.drift is None:
-        found.append("Not compared with the adapters on the base model.")
+        summary.append("Not compared with the adapters on the base model.")
     else:
-        found.append(f"Compared with the adapters on the base model: {report.drift}")
-    return found
+        summary.append(f"Compared with the adapters on the base model: {report.drift}")
+    return summary

@@ -27,7 +27,7 @@ def push(
     no_samples: Annotated[bool, typer.Option("--no-samples", help="Show no prompts and answers.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and ask nobody.")] = False,
 ) -> None:
-    """Upload a run to the Hugging Face hub, with a card that says what it is.
+    """Upload a run to the Hugging Face hub, with a card.
 
     Goes on where an interrupted upload stopped. Log in first: `hf auth login`, or set HF_TOKEN.
     Example: tunesmith push runs/first --repo me/first --private

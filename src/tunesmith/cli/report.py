@@ -6,7 +6,8 @@ import typer
 
 from tunesmith.cli.complete import runs as runs_here
 from tunesmith.runs.files import COMPARISON, REPORT
-from tunesmith.terminal.output import finish_lines, size
+from tunesmith.terminal.output import finish_lines
+from tunesmith.text import size
 
 
 def report(
@@ -21,8 +22,9 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one HTML page about a run, or about several beside each other. It needs nothing from elsewhere.
+    """Write a page about a run, or about several.
 
+    One HTML file, which needs nothing from elsewhere.
     Example: tunesmith report runs/first runs/second --output both.html
     """
     from tunesmith.report.run_html import write_report  # with NumPy

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli import data
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish_lines, progress_console, say
 
@@ -47,9 +48,19 @@ The settings used most:
 
 
 def _list_settings(wanted: bool) -> None:
-    if wanted:
-        _print_settings()
-        raise typer.Exit
+    """Prints every setting with its type, default and help."""
+    if not wanted:
+        return
+    from dataclasses import MISSING
+
+    from tunesmith.settings.coerce import expected
+    from tunesmith.settings.recipe import all_settings
+
+    for name, setting in all_settings().items():
+        default = getattr(setting.default, "value", setting.default)
+        typer.echo(f"{name}: {expected(setting.kind)}" + ("" if default is MISSING else f" (default: {default!r})"))
+        typer.echo(textwrap.fill(setting.help, 100, initial_indent="    ", subsequent_indent="    ") + "\n")
+    raise typer.Exit
 
 
 def train(
@@ -59,20 +70,15 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, as a recipe says."""
+    from tunesmith.secrets import scrub
     from tunesmith.settings.recipe import parse_options, resolve
 
     path, overrides = parse_options(ctx.args)
     recipe = resolve(path, overrides)
-    _hide_tokens(recipe)
+    # Trackers keep the command line that a run was started with.
+    tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
+    sys.argv = [scrub(word, tokens) for word in sys.argv]
     run(recipe)
-
-
-def _hide_tokens(recipe: "Recipe") -> None:
-    """Trackers keep the command line that a run was started with."""
-    from tunesmith.secrets import scrub
-
-    secrets = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
-    sys.argv = [scrub(word, secrets) for word in sys.argv]
 
 
 def run(recipe: "Recipe") -> None:
@@ -80,14 +86,15 @@ def run(recipe: "Recipe") -> None:
     with 143."""
     from tunesmith.model.load import resolve_model
     from tunesmith.model.precision import settle_precision
-    from tunesmith.runs.lock import check_writable
+    from tunesmith.runs.folder import check_writable
     from tunesmith.train.setup import check_trackers
 
+    output = Path(str(recipe.config.output_dir))
     check_trackers(recipe.config.report_to)
-    _check_resume(recipe)
+    _check_resume(recipe.config.resume_from_checkpoint, output)
     if _is_main():
-        check_writable(Path(str(recipe.config.output_dir)))
-    opened = _open(recipe)
+        check_writable(output)
+    train_rows, eval_rows = data.training_rows(recipe), data.eval_rows(recipe)
     for name, (value, reason) in recipe.chosen.items():
         _say(f"{name}: {value} ({reason})")
     if note := settle_precision(recipe.config):
@@ -96,16 +103,33 @@ def run(recipe: "Recipe") -> None:
     if recipe.config.sample_prompts is None:
         recipe.config.sample_prompts = SAMPLE_PROMPTS
 
+    from tunesmith.model.precision import compute_dtype
+    from tunesmith.model.quantize import quantization
+    from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
+    from tunesmith.trainers import SFTTrainer
 
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
-        trainer = _trainer(recipe, opened | {"callbacks": [stop]})
-        _save_recipe(recipe, trainer)
+        trainer = SFTTrainer(
+            model=recipe.model,
+            args=recipe.config,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            callbacks=[stop],
+            peft_config=lora_config(recipe.lora) if recipe.lora not in (None, False) else None,
+            quantization_config=quantization(recipe.quantize, compute_dtype(recipe.config))
+            if recipe.quantize
+            else None,
+        )
+        trainer.origins |= data.origins(recipe)
+        if trainer.is_world_process_zero():
+            output.mkdir(parents=True, exist_ok=True)
+            (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         _say_preflight(trainer)
         _say(trainer.trainable)
         view.follow(trainer)
-        with _telling_what_is_kept(trainer):
+        with _reporting(trainer, output):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
         if not stop.stopped:
             trainer.save_model()
@@ -113,27 +137,6 @@ def run(recipe: "Recipe") -> None:
     _finish(trainer, stopped=stop.stopped)
     if stop.stopped:
         raise typer.Exit(stop.exit_code)
-
-
-def _open(recipe: "Recipe") -> dict[str, Any]:
-    """What a trainer is given besides the model, read as far as is needed to know that it is there."""
-    from tunesmith.cli.rows import eval_rows, training_rows
-    from tunesmith.settings.lora import lora_config
-
-    adapters = lora_config(recipe.lora) if recipe.lora not in (None, False) else None
-    return {"peft_config": adapters, "train_dataset": training_rows(recipe), "eval_dataset": eval_rows(recipe)}
-
-
-def _trainer(recipe: "Recipe", given: dict[str, Any]) -> "SFTTrainer":
-    from tunesmith.cli.rows import origins
-    from tunesmith.model.precision import compute_dtype
-    from tunesmith.model.quantize import quantization
-    from tunesmith.trainers import SFTTrainer
-
-    quantized = quantization(recipe.quantize, compute_dtype(recipe.config)) if recipe.quantize else None
-    trainer = SFTTrainer(model=recipe.model, args=recipe.config, quantization_config=quantized, **given)
-    trainer.origins |= origins(recipe)
-    return trainer
 
 
 def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
@@ -154,9 +157,8 @@ def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
 
 def _result(trainer: "SFTTrainer") -> dict[str, Any]:
     """The numbers of a run: the last of each, and what was odd."""
-    history = trainer.state.log_history
     last: dict[str, Any] = {}
-    for entry in history:
+    for entry in trainer.state.log_history:
         last |= entry
     return {
         "output": str(trainer.args.output_dir),
@@ -176,9 +178,9 @@ def _result(trainer: "SFTTrainer") -> dict[str, Any]:
 
 
 @contextmanager
-def _telling_what_is_kept(trainer: "SFTTrainer") -> Iterator[None]:
+def _reporting(trainer: "SFTTrainer", output: Path) -> Iterator[None]:
     """An error leaves a report. A second Ctrl-C leaves at once; what was saved before stays."""
-    from tunesmith.model.load import newest_checkpoint
+    from tunesmith.runs.checkpoints import checkpoints
 
     try:
         yield
@@ -186,10 +188,9 @@ def _telling_what_is_kept(trainer: "SFTTrainer") -> Iterator[None]:
         _say_report(trainer)
         raise
     except KeyboardInterrupt:
-        newest = newest_checkpoint(Path(str(trainer.args.output_dir)))
-        typer.echo(
-            f"left at once; {f'the newest checkpoint is {newest}' if newest else 'no checkpoint was saved'}", err=True
-        )
+        saved = checkpoints(output)
+        newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
+        typer.echo(f"left at once; {newest}", err=True)
         raise
 
 
@@ -199,35 +200,26 @@ def _say_report(trainer: "SFTTrainer") -> None:
 
 
 def _say_preflight(trainer: "SFTTrainer") -> None:
-    from tunesmith.cli.check import lines
+    from tunesmith.cli.check import split_lines
 
     assert trainer.preflight is not None
     for name, report in trainer.preflight.splits.items():
-        for line in lines(name, report):
+        for line in split_lines(name, report):
             _say(line)
     for note in trainer.preflight.notes:
         _say(f"note: {note}")
 
 
-def _check_resume(recipe: "Recipe") -> None:
+def _check_resume(wanted: bool | str | None, output: Path) -> None:
     """Before anything is loaded: is there a checkpoint to go on from?"""
-    from tunesmith.model.load import newest_checkpoint
-    from tunesmith.runs.checkpoints import PARTIALS
+    from tunesmith.runs.checkpoints import PARTIALS, STATE, checkpoints
 
-    wanted, output = recipe.config.resume_from_checkpoint, Path(str(recipe.config.output_dir))
+    if isinstance(wanted, str):
+        if not (Path(wanted) / STATE).is_file():
+            raise TunesmithError(f"resume_from_checkpoint: {wanted} is no checkpoint: it has no {STATE}")
     # One that was cut short may lack nothing but its name, which the trainer sees.
-    none = newest_checkpoint(output) is None and not any(output.glob(PARTIALS))
-    if wanted and none and not isinstance(wanted, str):
+    elif wanted and not checkpoints(output) and not any(output.glob(PARTIALS)):
         raise TunesmithError(f"resume_from_checkpoint: there is no checkpoint in {output}; leave it out to start anew")
-    if isinstance(wanted, str) and not (Path(wanted) / "trainer_state.json").is_file():
-        raise TunesmithError(f"resume_from_checkpoint: {wanted} is no checkpoint: it has no trainer_state.json")
-
-
-def _save_recipe(recipe: "Recipe", trainer: "SFTTrainer") -> None:
-    if trainer.is_world_process_zero():
-        folder = Path(str(recipe.config.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def _is_main() -> bool:
@@ -238,16 +230,3 @@ def _say(text: object) -> None:
     """Once, however many processes train."""
     if _is_main():
         say(text)
-
-
-def _print_settings() -> None:
-    """Every setting with its type, default and help."""
-    from dataclasses import MISSING
-
-    from tunesmith.settings.coerce import expected
-    from tunesmith.settings.recipe import all_settings
-
-    for name, setting in all_settings().items():
-        default = getattr(setting.default, "value", setting.default)
-        typer.echo(f"{name}: {expected(setting.kind)}" + ("" if default is MISSING else f" (default: {default!r})"))
-        typer.echo(textwrap.fill(setting.help, 100, initial_indent="    ", subsequent_indent="    ") + "\n")

@@ -27,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tunesmith.demo.order_words import DATE_FORMS, HELD_OUT, MONTHS, QUANTITY_WORDS, TRAINING, Pool
+from tunesmith.demo.pools import DATE_FORMS, HELD_OUT, MONTHS, QUANTITY_WORDS, TRAINING, Pool
 from tunesmith.errors import TunesmithError
 
 TASK_SYSTEM = "Extract the order as JSON."
@@ -130,12 +130,7 @@ def _rows(pool: Pool, count: int, seed: int) -> list[Row]:
 
 
 def _row(pool: Pool, dice: Dice) -> Row:
-    order = Order(
-        customer=_customer(pool, dice),
-        items=_items(pool, dice),
-        day=_day(dice),
-        urgent=dice.chance(0.4),
-    )
+    order = Order(customer=_customer(pool, dice), items=_items(pool, dice), day=_day(dice), urgent=dice.chance(0.4))
     messages = [
         {"role": "system", "content": TASK_SYSTEM},
         {"role": "user", "content": _email(order, pool, dice)},
@@ -162,13 +157,11 @@ def _items(pool: Pool, dice: Dice) -> tuple[Item, ...]:
         noun = dice.pick(pool.nouns)
         if noun not in nouns:
             nouns.append(noun)
-    return tuple(_item(noun, pool, dice) for noun in nouns)
-
-
-def _item(noun: str, pool: Pool, dice: Dice) -> Item:
-    in_words = tuple(QUANTITY_WORDS.values())
-    quantity = dice.pick(in_words) if dice.chance(0.4) else 2 + dice.below(LAST_QUANTITY - 1)
-    return Item(name=f"{dice.pick(pool.adjectives)} {noun}s", quantity=quantity)
+    items, in_words = [], tuple(QUANTITY_WORDS.values())
+    for noun in nouns:
+        quantity = dice.pick(in_words) if dice.chance(0.4) else 2 + dice.below(LAST_QUANTITY - 1)
+        items.append(Item(name=f"{dice.pick(pool.adjectives)} {noun}s", quantity=quantity))
+    return tuple(items)
 
 
 def _email(order: Order, pool: Pool, dice: Dice) -> str:
@@ -178,12 +171,12 @@ def _email(order: Order, pool: Pool, dice: Dice) -> str:
         body.insert(dice.below(2), "{urgency}")
     if dice.chance(0.3):
         body.insert(dice.below(len(body) + 1), dice.pick(pool.strays))
-    parts = [" ".join(body), dice.pick(pool.closings)]
+    parts, day = [" ".join(body), dice.pick(pool.closings)], order.day
     if dice.chance(0.6):
         parts.insert(0, dice.pick(pool.greetings))
     return _spoiled("\n".join(parts), dice).format(
         items=_written_items(order.items, dice),
-        date=_written_date(order.day, dice),
+        date=dice.pick(DATE_FORMS).format(year=day.year, month=day.month, day=day.day, name=MONTHS[day.month - 1]),
         urgency=dice.pick(pool.urgent if order.urgent else pool.relaxed),
         clerk=dice.pick(pool.clerks),
         customer=order.customer,
@@ -192,22 +185,13 @@ def _email(order: Order, pool: Pool, dice: Dice) -> str:
 
 def _written_items(items: tuple[Item, ...], dice: Dice) -> str:
     """The items in one style: `3 mugs and a dozen towels`, `3 x mugs, 12 x towels`, `mugs (3) plus towels (12)`, ..."""
-    style = dice.pick(("{quantity} {name}",) * 5 + ("{quantity} x {name}", "{name} ({quantity})"))
-    words = style == "{quantity} {name}"
-    written = [style.format(quantity=_written_quantity(item, words, dice), name=item.name) for item in items]
+    style, written = dice.pick(("{quantity} {name}",) * 5 + ("{quantity} x {name}", "{name} ({quantity})")), []
+    for item in items:
+        words = [word for word, value in QUANTITY_WORDS.items() if value == item.quantity]
+        in_words = bool(words) and style == "{quantity} {name}"
+        written.append(style.format(quantity=dice.pick(words) if in_words else item.quantity, name=item.name))
     last_joint = dice.pick((" and ", " and ", " plus ", ", "))
     return last_joint.join([", ".join(written[:-1]), written[-1]] if len(written) > 1 else written)
-
-
-def _written_quantity(item: Item, words: bool, dice: Dice) -> str:
-    if not words:
-        return str(item.quantity)
-    names = [word for word, value in QUANTITY_WORDS.items() if value == item.quantity]
-    return dice.pick(names) if names else str(item.quantity)
-
-
-def _written_date(day: date, dice: Dice) -> str:
-    return dice.pick(DATE_FORMS).format(year=day.year, month=day.month, day=day.day, name=MONTHS[day.month - 1])
 
 
 def _spoiled(text: str, dice: Dice) -> str:

@@ -7,7 +7,7 @@ Its value is the mean, with a 95% interval.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import sqrt
 from typing import Any
@@ -18,7 +18,7 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.text import shorten
 
 Z = 1.959964
-"""Of the normal distribution, 95% lie within so many standard deviations."""
+"""95% of a normal distribution lie within this many standard deviations."""
 RESAMPLES = 2000
 MARK = "####"
 """In front of the result in answers of GSM8K (Cobbe et al. 2021, arXiv:2110.14168)."""
@@ -94,16 +94,15 @@ def _canonical(text: str) -> str | None:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
+    def number(digits: str) -> float | int:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
+
     try:
-        value = json.loads(text, parse_float=_float, parse_constant=refuse)
+        value = json.loads(text, parse_float=number, parse_constant=refuse)
         return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else None
     except (ValueError, RecursionError):
         return None
-
-
-def _float(text: str) -> float | int:
-    value = float(text)
-    return int(value) if value.is_integer() else value
 
 
 def number(answer: str, expected: str) -> float | None:
@@ -120,15 +119,13 @@ def result_of(text: str) -> Decimal | None:
     part of a word, as in `H2O`, are none.
     """
     _, mark, behind = text.partition(MARK)
-    found = list(NUMBER.finditer(behind)) if mark else []
-    found = found[:1] or list(NUMBER.finditer(text))[-1:]
-    return _decimal(found[0]) if found else None
-
-
-def _decimal(found: re.Match[str]) -> Decimal:
-    digits = re.sub(r"[^0-9]", "", found["digits"])
-    sign = "-" if (found["before"] or found["after"] or "") in ("-", "\u2212") else ""
-    return Decimal(f"{sign}{digits}{found['rest']}")
+    matches = list(NUMBER.finditer(behind))[:1] if mark else []
+    matches = matches or list(NUMBER.finditer(text))[-1:]
+    if not matches:
+        return None
+    [number] = matches
+    sign = "-" if (number["before"] or number["after"] or "") in ("-", "\u2212") else ""
+    return Decimal(f"{sign}{re.sub(r'[^0-9]', '', number['digits'])}{number['rest']}")
 
 
 def rouge(answer: str, expected: str) -> float | None:
@@ -205,24 +202,19 @@ def scored(
     """`metric` of the answers, and where there are those of a base model, of these and of the difference. Raises as
     `refuse_unfit` does."""
     refuse_unfit([metric], expected)
-    pairs = [(metric.score(answer, wanted), i) for i, (answer, wanted) in enumerate(zip(tuned, expected, strict=True))]
-    kept = [i for score, i in pairs if score is not None]
-    mine = np.array([score for score, _ in pairs if score is not None])
-    found = Result(metric=metric, count=len(kept), tuned=_estimate(metric, mine, seed))
+
+    def estimate(scores: Any) -> Estimate:
+        return wilson(int(scores.sum()), len(scores)) if metric.is_share else bootstrap(scores, seed)
+
+    scores = [metric.score(answer, wanted) for answer, wanted in zip(tuned, expected, strict=True)]
+    comparable = [i for i, score in enumerate(scores) if score is not None]
+    mine = np.array([scores[i] for i in comparable], dtype=float)
+    result = Result(metric=metric, count=len(comparable), tuned=estimate(mine))
     if base is None:
-        return found
-    theirs = np.array([metric.score(base[i], expected[i]) for i in kept], dtype=float)
-    return Result(
-        metric=metric,
-        count=len(kept),
-        tuned=found.tuned,
-        base=_estimate(metric, theirs, seed),
-        difference=_paired(mine, theirs) if metric.is_share else bootstrap(mine - theirs, seed),
-    )
-
-
-def _estimate(metric: Metric, scores: Any, seed: int) -> Estimate:
-    return wilson(int(scores.sum()), len(scores)) if metric.is_share else bootstrap(scores, seed)
+        return result
+    theirs = np.array([metric.score(base[i], expected[i]) for i in comparable], dtype=float)
+    difference = _paired(mine, theirs) if metric.is_share else bootstrap(mine - theirs, seed)
+    return replace(result, base=estimate(theirs), difference=difference)
 
 
 def wilson(right: int, count: int) -> Estimate:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from tunesmith.errors import TunesmithError
 from tunesmith.init.facts import Lengths, RowFacts
+from tunesmith.text import counted, verb
 from tunesmith.types import TrainOn
 
 Goal = Literal["chat", "instruct", "classify", "tools", "json", "continue"]
@@ -34,20 +35,20 @@ SHORTEST = 64
 FEW_LABELS, LABEL_WORDS = 50, 6
 MOSTLY = 0.9
 STEP_ROWS = ((500, 4), (2_000, 8), (20_000, 16), (100_000, 32))
-"""Rows of a step for up to so many rows of data: small data needs steps, large data can have quieter gradients."""
+"""Up to this many rows of data, this many rows a step: small data needs steps, large data allows quieter gradients."""
 MOST_STEP_ROWS = 64
 EPOCHS = ((300, 5), (2_000, 3), (20_000, 2))
 HELD_OUT = ((49, 0.0), (200, 0.1), (10_000, 0.05))
 MOST_HELD_OUT = 500
 PACK, PACK_ROWS = 1024, 1_000
-"""Packs have at least so many tokens, and pay from so many rows on that are short beside them."""
+"""The least tokens of a pack, and the number of rows, short beside it, from which packing pays."""
 SHORT, LEAST_PACKS = 4, 4
 LEAST_STEPS = 20
-"""An epoch of packs is to have at least so many steps, if it can."""
+"""An epoch of packs has at least this many steps, if it can."""
 
 
 Room = Callable[[int, int], bool]
-"""Whether memory has room for micro-batches of so many rows of so many tokens."""
+"""Of rows and tokens: whether memory has room for micro-batches of that many rows of that many tokens."""
 Planner = Callable[[Method, bool], Room]
 """The room beside a model by this method, with or without gradient checkpointing."""
 
@@ -132,10 +133,10 @@ def guess_goal(rows: RowFacts) -> tuple[Goal, str]:
 
 def _few_labels(rows: RowFacts) -> int:
     """How many labels there are, if the answers look like labels: few, short, each used several times."""
-    found = len(rows.labels)
-    if not 2 <= found <= min(FEW_LABELS, rows.rows // 4):
+    count = len(rows.labels)
+    if not 2 <= count <= min(FEW_LABELS, rows.rows // 4):
         return 0
-    return found if all(len(label.split()) <= LABEL_WORDS and len(label) <= 60 for label, _ in rows.labels) else 0
+    return count if all(len(label.split()) <= LABEL_WORDS and len(label) <= 60 for label, _ in rows.labels) else 0
 
 
 def check_goal(goal: Goal, rows: RowFacts) -> None:
@@ -213,15 +214,10 @@ def _longest(room: Room, length: int) -> int:
     return SHORTEST * low
 
 
-def methods_to_try(asked: Method | None) -> tuple[Method, ...]:
-    """What to plan for: what was asked for, or LoRA and then what takes less."""
-    return (asked,) if asked else ("lora", "8bit", "4bit")
-
-
 def schedule(facts: Facts) -> Schedule:
     """Steps and epochs for so many rows."""
     total, lengths, length = facts.rows.rows, facts.lengths, facts.fit.length
-    share = _held_out(total)
+    share = next((share for most, share in HELD_OUT if total <= most), float(f"{MOST_HELD_OUT / total:.1g}"))
     train = total - round(share * total)
     epochs = next((count for most, count in EPOCHS if train <= most), 1)
     packing, units, size = packs(facts), train, step_rows(train)
@@ -262,6 +258,20 @@ def packs(facts: Facts) -> bool:
     return wanted is not None and facts.lengths.longest <= length and facts.lengths.mean * SHORT <= length
 
 
-def _held_out(rows: int) -> float:
-    share = next((share for most, share in HELD_OUT if rows <= most), 0.0)
-    return share if rows <= HELD_OUT[-1][0] else float(f"{MOST_HELD_OUT / rows:.1g}")
+def notes_on(facts: Facts) -> list[str]:
+    """What somebody should know before they train."""
+    rows, lengths, notes = facts.rows, facts.lengths, []
+    if rows.duplicates:
+        copies = verb(rows.duplicates, "is an exact copy of another", "are exact copies of others")
+        notes.append(f"{counted(rows.duplicates, 'row')} {copies}; what is held out may be among them")
+    if facts.wanted.goal == "classify" and rows.labels:
+        most = ", ".join(f"{label or '(empty)'} {count / rows.rows:.0%}" for label, count in rows.labels[:6])
+        notes.append(f"{len(rows.labels):,} labels: {most}{', ...' if len(rows.labels) > 6 else ''}")
+    if lengths.sampled:
+        notes.append(f"lengths are those of {len(lengths.sizes):,} rows drawn at random; `tunesmith check` takes all")
+    if not facts.fit.fits:
+        notes.append(
+            f"{facts.model.name} is planned not to fit into {facts.device}, even by {facts.fit.method}; take a smaller "
+            "model, or another machine (`tunesmith plan` tells)"
+        )
+    return notes

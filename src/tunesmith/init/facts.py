@@ -22,7 +22,7 @@ from tunesmith.types import Conversation, Row, Text, TrainOn
 Kind = Literal["conversation", "pair", "text", "tokens"]
 SAMPLE = 5_000
 MOST_LABELS = 200
-"""With more different answers than that, nobody counts them."""
+"""With more different answers than that, they are not counted."""
 
 QUESTIONS = (
     *("instruction", "question", "query", "prompt", "user", "human", "request", "problem", "source", "input", "text"),
@@ -87,12 +87,12 @@ class Lengths:
 
     def over(self, length: int) -> int:
         """How many rows have more tokens than `length`; of a sample, about so many."""
-        found = len(self.sizes) - bisect_right(self.sizes, length)
-        return round(found * self.rows / len(self.sizes))
+        longer = len(self.sizes) - bisect_right(self.sizes, length)
+        return round(longer * self.rows / len(self.sizes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Looked:
+class Survey:
     """What is known of the rows, and a random sample of them with their places."""
 
     facts: RowFacts
@@ -125,14 +125,14 @@ class _Tally:
             self.labels = None if len(self.labels) > MOST_LABELS else self.labels
 
 
-def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Looked:
+def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Survey:
     """Reads all of `rows`, (place, row) pairs. Raises TunesmithError, with the place, for one that can't be trained on
     or has another shape than the first."""
     options = FormatOptions(columns=columns, arrow=False)
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
-    for place, row in parse_rows(_named(rows, options, names), options):
+    for place, row in parse_rows(_with_format(rows, options, names), options):
         tally.add(row)
         if len(sample) < SAMPLE:
             sample.append((place, row))
@@ -141,11 +141,17 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
     if not sample:
         raise TunesmithError("the data set is empty")
     first = sample[0][1]
+    prompt = (
+        first.prompt_length if isinstance(first, Conversation) else first.prompt if isinstance(first, Text) else None
+    )
+    kind: Kind = "conversation" if isinstance(first, Conversation) else "tokens"
+    if isinstance(first, Text):
+        kind = "text" if first.prompt is None else "pair"
     facts = RowFacts(
         rows=tally.rows,
         format=names[0],
-        kind=_kind(first),
-        separate=isinstance(first, Conversation | Text) and _separate(first),
+        kind=kind,
+        separate=prompt is not None,
         roles=tuple(tally.roles),
         answers=tally.answers,
         duplicates=tally.rows - len(tally.seen),
@@ -153,22 +159,22 @@ def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, st
         json_answers=tally.json_answers / tally.rows,
         labels=tuple(tally.labels.most_common()) if tally.labels is not None else (),
     )
-    return Looked(facts=facts, sample=sample)
+    return Survey(facts=facts, sample=sample)
 
 
-def measure(looked: Looked, tokenizer: Any, train_on: TrainOn | None, template_kwargs: Mapping[str, Any]) -> Lengths:
+def measure(survey: Survey, tokenizer: Any, train_on: TrainOn | None, template_kwargs: Mapping[str, Any]) -> Lengths:
     """The lengths of the sampled rows under the tokenizer's chat template. Raises TunesmithError, with the place, for a
     row that the template refuses."""
     options = EncodeOptions(train_on=train_on, max_length=None, template_kwargs=template_kwargs)
     encoder, counts, sizes = Encoder(tokenizer, options), Counts(), list[int]()
-    rest = iter(looked.sample)
+    rest = iter(survey.sample)
     while part := list(islice(rest, BATCH_ROWS)):
         sizes += [len(example.input_ids) for example in encoder.encode(part, counts)]
     if not sizes:
         reason, (count, places) = next(iter(counts.dropped.items()))
         raise TunesmithError(f"no example is left of {counts.rows} rows ({reason}: {count}, {places[0]}...)")
     share = counts.supervised / max(1, counts.tokens)
-    return Lengths(sizes=tuple(sorted(sizes)), rows=looked.facts.rows, supervised=share)
+    return Lengths(sizes=tuple(sorted(sizes)), rows=survey.facts.rows, supervised=share)
 
 
 def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str] | None:
@@ -203,9 +209,8 @@ def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, st
 def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:
     """The `columns` setting for rows whose column `question` is answered by `answer`."""
     ours = ("instruction", "output") if templated else ("prompt", "completion")
-    return {
-        name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs
-    }  # a name that is ours already needs no line
+    # A name that is ours already needs no line.
+    return {name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs}
 
 
 def _pair(row: Mapping[str, Any], question: str, answer: str, templated: bool) -> dict[str, str]:
@@ -222,7 +227,7 @@ def _named_column(row: Mapping[str, Any], names: Sequence[str], but: str | None 
     return next((name for name in there if name != but and row[name] not in (None, "")), None)
 
 
-def _named(
+def _with_format(
     rows: Iterable[tuple[str, Mapping[str, Any]]], options: FormatOptions, names: list[str]
 ) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """`rows`, and into `names` the format of the first."""
@@ -233,18 +238,6 @@ def _named(
             except TunesmithError as error:
                 raise TunesmithError(f"{place}: {error}") from error
         yield place, row
-
-
-def _kind(row: Row) -> Kind:
-    if isinstance(row, Conversation):
-        return "conversation"
-    if isinstance(row, Text):
-        return "text" if row.prompt is None else "pair"
-    return "tokens"
-
-
-def _separate(row: Conversation | Text) -> bool:
-    return (row.prompt_length if isinstance(row, Conversation) else row.prompt) is not None
 
 
 def _answer(row: Row) -> str:

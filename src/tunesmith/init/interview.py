@@ -1,18 +1,28 @@
-"""What `tunesmith init` asks where somebody is there to answer, and what it takes where nobody is."""
+"""From rows to all that a recipe is decided by: looked at, asked for, or taken where nobody is there to ask."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from tunesmith.errors import TunesmithError
-from tunesmith.terminal.output import say
+from tunesmith.terminal.output import note, say
+from tunesmith.text import counted, size
 
 if TYPE_CHECKING:
     from tunesmith.data.read import Rows
-    from tunesmith.init.advice import Goal, Method
+    from tunesmith.init.advice import Facts, Fit, Goal, Method, ModelFacts, Room
+    from tunesmith.init.facts import Lengths, RowFacts
+    from tunesmith.plan.memory import Run
+
+ROOM = 0.9
+"""The share of the memory that is planned with: the rest is for what else runs."""
+JOINED = (
+    "'prompt' and 'completion' are texts, which are joined as they are, without the chat template; to train on turns "
+    "write --columns instruction=prompt,output=completion"
+)
 
 DEMO_NOTE = (
     "SmolLM2-135M-Instruct, small and here without a network, to try things out; for better answers write a name on "
@@ -23,7 +33,7 @@ T = TypeVar("T", bound=str)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What was said on the command line; None and empty for what was left out. `asks`: somebody is there to ask."""
+    """The command line; None and empty for what was left out. `asks`: somebody is there to ask."""
 
     recipe: Path
     model: str | None
@@ -36,17 +46,144 @@ class Options:
     asks: bool
 
 
+def facts_of(options: Options) -> tuple["Facts", list[str]]:
+    """All that the recipe is decided by, and what is worth a note."""
+    from tunesmith.init.advice import Facts, Wanted, check_goal, guess_goal, notes_on, train_on
+    from tunesmith.init.facts import look, measure
+
+    names, rows = _data(options)
+    name, template = options.model or _asked_model(options), options.template
+    tokenizer, run = _model(name, template)
+    columns = _chosen_columns(options, rows, tokenizer.chat_template is not None)
+    survey = look(rows, columns)
+    about = survey.facts
+    if about.kind == "conversation" and tokenizer.chat_template is None:
+        template = "chatml"
+        tokenizer, run = _model(name, template)
+    roles = f" of {', '.join(about.roles)}" if about.roles else ""
+    separate = "; the prompt is separate" if about.separate else ""
+    say(f"{counted(about.rows, 'row')}, format {about.format}{roles}{separate}")
+    goal: Goal = options.goal or _asked_goal(options, *guess_goal(about))  # type: ignore[assignment]
+    check_goal(goal, about)
+    output = options.output or f"runs/{Path(names[0].split(':')[0]).stem or 'first'}"
+    if options.asks and not options.output:
+        output = str(ask("The folder of the run", default=output))
+    wanted = Wanted(
+        data=names,
+        output=output,
+        goal=goal,
+        method=options.method or _asked_method(options),  # type: ignore[arg-type]
+        columns=columns,
+    )
+    try:
+        lengths = measure(survey, tokenizer, train_on(goal, about)[0], {})
+    except TunesmithError as error:
+        if "does not show tool calls" not in str(error):
+            raise
+        raise TunesmithError(
+            f"{error}: --chat-template-path FILE.jinja here, or take a model that calls tools, such as "
+            "--model Qwen/Qwen3-0.6B"
+        ) from error
+    model = _model_facts(name, run, template)
+    facts = Facts(
+        wanted=wanted,
+        rows=about,
+        lengths=lengths,
+        model=model,
+        device=f"{run.device.name} with {size(run.device.memory)}",
+        fit=_fit(run, wanted.goal, wanted.method, model, about, lengths),
+    )
+    joined = about.kind == "pair" and tokenizer.chat_template is not None
+    return facts, [*([JOINED] if joined else []), *notes_on(facts)]
+
+
+# The data and the model
+
+
+def _data(options: Options) -> tuple[tuple[str, ...], "Rows"]:
+    """The names of the data and their rows, opened. At a terminal, a name that is none is asked for again."""
+    from tunesmith.data.read import joined, read_rows
+
+    if options.data:
+        return options.data, joined([read_rows(name) for name in options.data])
+    if not options.asks:
+        raise TunesmithError("no data; write --data rows.jsonl: a file, or a name on the hub")
+    while True:
+        name = ask("Your rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub")
+        try:
+            return (name,), read_rows(name)
+        except TunesmithError as error:
+            typer.secho(f"error: {error}", fg=typer.colors.RED)
+
+
+def _model(name: str, template: str | None) -> tuple[Any, "Run"]:
+    """The tokenizer as a run would have it, and what is planned for, by LoRA of the usual rank."""
+    from tunesmith.model.load import resolve_model
+    from tunesmith.plan.memory import NO_NEED, run_of
+    from tunesmith.settings.recipe import resolve
+    from tunesmith.train.setup import prepare_tokenizer
+
+    resolve_model(name, note)
+    more = {} if template is None else {"chat_template_path": template}
+    recipe = resolve(None, {"model": name, "data": "unused", "lora": True, **more, **NO_NEED})
+    try:
+        run = run_of(recipe, None)
+        tokenizer, _ = prepare_tokenizer(None, name, recipe.config)
+    except TunesmithError as error:
+        if Path(name).expanduser().is_dir():
+            raise
+        raise TunesmithError(f"{error}\n`--model demo` is here without a network") from error
+    return tokenizer, run
+
+
+def _model_facts(name: str, run: "Run", template: str | None) -> "ModelFacts":
+    from tunesmith.home import DEMO
+    from tunesmith.init.advice import ModelFacts
+    from tunesmith.plan.memory import count
+
+    parameters = count(run, "full").static["weights"] // 4
+    context = getattr(run.config.get_text_config(), "max_position_embeddings", None)
+    about = DEMO_NOTE if name == DEMO else f"{parameters / 1e6:,.0f} million parameters"
+    return ModelFacts(name=name, parameters=parameters, context=context, note=about, template=template)
+
+
+def _fit(
+    run: "Run", goal: "Goal", method: "Method | None", model: "ModelFacts", rows: "RowFacts", lengths: "Lengths"
+) -> "Fit":
+    """The first way to train that this machine has room for."""
+    from tunesmith.init.advice import fit, pack_length, step_rows, wanted_length
+    from tunesmith.plan.memory import count
+
+    methods: tuple[Method, ...] = (method,) if method else ("lora", "8bit", "4bit")
+    packed, alone = pack_length(goal, rows, lengths, model), wanted_length(goal, rows, lengths, model)
+    most, capacity = step_rows(rows.rows), int(ROOM * run.device.memory)
+
+    def first_that_fits(length: int) -> "Fit":
+        def room(method: "Method", checkpointing: bool) -> "Room":
+            model = count(replace(run, rows=most, length=length, checkpoint_every=int(checkpointing)), method)
+            # What is too large by its weights alone needs no step to be counted.
+            too_large = sum(model.static.values()) >= capacity
+            return lambda rows, length: not too_large and model.memory(rows, length).total <= capacity
+
+        return fit(room, methods, length, most)
+
+    choice = first_that_fits(packed or alone)
+    if packed and goal != "continue" and (choice.length < packed or not choice.fits or choice.method != methods[0]):
+        return first_that_fits(alone)  # packs are not worth that
+    return choice
+
+
 # Columns
 
 
-def chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str, str]:
-    """The `columns` setting: as was said, as the names of the columns suggest, or as somebody answers."""
+def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str, str]:
+    """The `columns` setting: as given, as the names of the columns suggest, or as somebody answers."""
     from tunesmith.data.formats import FormatOptions, detect
     from tunesmith.init.facts import proposed_columns
 
     place, first = next(iter(rows))
     if options.columns is not None:
-        return _said_columns(options.columns)
+        return _parsed_columns(options.columns)
     try:
         proposed = proposed_columns(first, templated=templated)
     except TunesmithError as error:
@@ -57,15 +194,15 @@ def chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str,
         except TunesmithError as error:
             raise TunesmithError(f"{place}: {error}\nHere: --columns instruction=question,output=answer") from error
     if proposed:
-        said = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in proposed.items())
+        named = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in proposed.items())
         tell = typer.echo if options.asks else say  # who is asked whether that is right has to see it
-        tell(f"the columns are {', '.join(map(str, first))}; taken are {said}")
+        tell(f"the columns are {', '.join(map(str, first))}; taken are {named}")
         if options.asks and not confirm("Is that right?"):
             proposed = None
     return _asked_columns(first, templated) if proposed is None else proposed
 
 
-def _said_columns(text: str) -> dict[str, str]:
+def _parsed_columns(text: str) -> dict[str, str]:
     """`ours=yours,...`, or an object as in a recipe, as a `columns` setting."""
     from tunesmith.settings.coerce import coerce
 
@@ -99,6 +236,7 @@ def _asked_columns(row: Mapping[str, Any], templated: bool) -> dict[str, str]:
 
 
 def ask(question: str, choices: Sequence[T] | None = None, default: T | None = None) -> Any:
+    """The answer, one of `choices` if there are any, asked for until there is one."""
     from rich.prompt import Prompt
     from rich.text import Text
 
@@ -116,7 +254,7 @@ def confirm(question: str) -> bool:
     return bool(ask(question, ("y", "n"), "y") == "y")
 
 
-def asked_model(options: Options) -> str:
+def _asked_model(options: Options) -> str:
     from tunesmith.home import DEMO
 
     if not options.asks:
@@ -126,7 +264,7 @@ def asked_model(options: Options) -> str:
     return str(ask("Which model: a name on the hub, a folder, or demo", default=DEMO))
 
 
-def asked_goal(options: Options, guessed: "Goal", why: str) -> "Goal":
+def _asked_goal(options: Options, guessed: "Goal", why: str) -> "Goal":
     from tunesmith.init.advice import GOALS
 
     if not options.asks:
@@ -138,7 +276,7 @@ def asked_goal(options: Options, guessed: "Goal", why: str) -> "Goal":
     return answer
 
 
-def asked_method(options: Options) -> "Method | None":
+def _asked_method(options: Options) -> "Method | None":
     """None: LoRA, or what takes less memory if it must."""
     from tunesmith.init.advice import METHODS
 
@@ -148,8 +286,3 @@ def asked_method(options: Options) -> "Method | None":
         typer.echo(f"  {name:<9} {text}")
     answer = ask("What is trained (auto: adapters, in 8 or 4 bits where memory is short)", ("auto", *METHODS), "auto")
     return None if answer == "auto" else answer
-
-
-def asked_output(options: Options, data: str) -> str:
-    default = f"runs/{Path(data.split(':')[0]).stem or 'first'}"
-    return str(ask("The folder of the run", default=default)) if options.asks else default

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -32,10 +33,15 @@ ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 
 Bytes = Counter[str]
 """Bytes of each kind: ACTIVATIONS, LOSS and GRADIENTS. May be negative in a difference."""
+Polynomial = tuple[float, float, float]
+"""The `a`, `b` and `c` of a + rows * (b * length + c * length^2)."""
+
+LEAST, MOST = 1024, 4096
+"""The longest of the three lengths: below, the loss takes less than a whole chunk; above, counting takes long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+class Shape:
     """`rows` documents of `length` tokens, of which all but the first are supervised: side by side in one row, or
     padded rows (`flat` False). `accumulated`: gradients of earlier micro-batches are there already."""
 
@@ -47,10 +53,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """A part of the step: the bytes at its peak, and at its end, less those at its start."""
+    """A part of the step: how many more bytes there are at its peak, and at its end, than at its start."""
 
     peak: Bytes
-    growth: Bytes
+    change: Bytes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,11 +80,11 @@ def subject(base: PreTrainedModel, wrapped: nn.Module, autocast: torch.dtype | N
     repeats = _repeats(layers, getattr(base.config.get_text_config(), "layer_types", None))
     if repeats:
         del layers[max(repeats) + 1 :]
-    made = Subject(base=base, wrapped=wrapped, autocast=autocast, layers=list(layers), repeats=repeats)
-    with made.fakes:
-        _fake(wrapped)
+    fake = Subject(base=base, wrapped=wrapped, autocast=autocast, layers=list(layers), repeats=repeats)
+    with fake.fakes:
+        _make_fake(wrapped)
     wrapped.train()
-    return made
+    return fake
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +100,7 @@ class Timeline:
         return max(self.moments, key=Bytes.total)
 
 
-def timeline(subject: Subject, batch: Batch) -> Timeline:
+def timeline(subject: Subject, shape: Shape) -> Timeline:
     """The bytes of forward, loss and backward, beside those of weights and of optimizer states.
 
     Accumulated gradients are not counted. Raises what the model's forward raises, where it asks for the values of
@@ -102,15 +108,15 @@ def timeline(subject: Subject, batch: Batch) -> Timeline:
     """
     # Its own measurement, of tensors that are none, would be remembered.
     onednn_is_faster()
-    count = _run(subject, batch)
+    count = _run(subject, shape)
     segments = count.segments
     order = ["embeddings", *(f"forward {i}" for i in subject.repeats), "head"]
     order += [f"backward {i}" for i in reversed(subject.repeats)]
     parts = [segments[name] for name in order]
     for i in subject.repeats[len(subject.layers) :]:  # layers that were not run
         head = parts[len(subject.repeats) + 1]
-        parts[len(subject.repeats) + 1] = replace(head, growth=_less(head.growth, count.released(i)))
-    starts = accumulate((part.growth for part in parts), _sum, initial=Bytes())
+        parts[len(subject.repeats) + 1] = replace(head, change=_less(head.change, count.released(i)))
+    starts = accumulate((part.change for part in parts), _sum, initial=Bytes())
     # The first one's makes the gradient of the embeddings, too.
     layers = (segments[f"backward {i}"].peak for i in set(subject.repeats) - {0})
     return Timeline(
@@ -137,27 +143,27 @@ def _repeats(layers: nn.ModuleList, kinds: Sequence[str] | None) -> list[int]:
     """For each layer the one that stands for it: of the same parameters and kind. The first stands for itself alone:
     where embeddings are frozen, less of it is needed in the backward."""
     first: dict[Any, int] = {}
-    found = []
+    repeats = []
     for i, layer in enumerate(layers):
         shapes = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
         kind = kinds[i] if kinds is not None and len(kinds) == len(layers) else None
         signature = (shapes, kind, getattr(layer, "gradient_checkpointing", False), i == 0)
-        found.append(first.setdefault(signature, i))
-    return found
+        repeats.append(first.setdefault(signature, i))
+    return repeats
 
 
-def _fake(model: nn.Module) -> None:
-    made: dict[int, Tensor] = {}  # tied weights stay one
+def _make_fake(model: nn.Module) -> None:
+    fakes: dict[int, Tensor] = {}  # tied weights stay one
     for module in model.modules():
         for owned in (module._parameters, module._buffers):
             for name, value in owned.items():
                 if value is None:
                     continue
-                if id(value) not in made:
+                if id(value) not in fakes:
                     fake = torch.empty(value.shape, dtype=value.dtype)
                     trained = value.requires_grad
-                    made[id(value)] = nn.Parameter(fake, trained) if isinstance(value, nn.Parameter) else fake
-                owned[name] = made[id(value)]  # type: ignore[assignment]
+                    fakes[id(value)] = nn.Parameter(fake, trained) if isinstance(value, nn.Parameter) else fake
+                owned[name] = fakes[id(value)]  # type: ignore[assignment]
 
 
 # The step
@@ -183,9 +189,9 @@ class Count(TorchDispatchMode):
         if args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
             with _disable_current_modes():  # the document map, whose numbers are read
                 return func(*args, **(kwargs or {}))
-        return self.made(func(*args, **(kwargs or {})))
+        return self.counted(func(*args, **(kwargs or {})))
 
-    def made(self, output: Any) -> Any:
+    def counted(self, output: Any) -> Any:
         """Count the tensors of `output`, which is returned."""
         for value in output if isinstance(output, list | tuple) else (output,):
             if isinstance(value, Tensor):
@@ -230,7 +236,7 @@ class Count(TorchDispatchMode):
 
     def end(self, name: str) -> None:
         """What was counted since the last call was the segment `name`."""
-        self.segments[name] = Segment(peak=_less(self._peak, self._start), growth=_less(self._live, self._start))
+        self.segments[name] = Segment(peak=_less(self._peak, self._start), change=_less(self._live, self._start))
         self._start, self._peak, self._highest = self._live.copy(), self._live.copy(), self._total
 
 
@@ -238,16 +244,17 @@ def _less(a: Bytes, b: Bytes) -> Bytes:
     return Bytes({kind: a[kind] - b[kind] for kind in a.keys() | b.keys()})
 
 
-def _run(subject: Subject, batch: Batch) -> Count:
+def _run(subject: Subject, shape: Shape) -> Count:
     parameters = list(subject.wrapped.parameters())
-    documents = document_map([batch.length] * batch.rows) if batch.flat else None
+    documents = document_map([shape.length] * shape.rows) if shape.flat else None
     with subject.fakes:
-        inputs = _inputs(batch)
+        size = (1, shape.rows * shape.length) if shape.flat else (shape.rows, shape.length)
+        inputs = {name: torch.empty(size, dtype=torch.int64) for name in ("input_ids", "position_ids")}
         for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter) if batch.accumulated and parameter.requires_grad else None
-        kept = [*parameters, *subject.wrapped.buffers(), *inputs.values()]
-        count = Count([*kept, *(p.grad for p in parameters if p.grad is not None)])
-        mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool) if documents is None else None
+            parameter.grad = torch.empty_like(parameter) if shape.accumulated and parameter.requires_grad else None
+        existing = [*parameters, *subject.wrapped.buffers(), *inputs.values()]
+        count = Count([*existing, *(p.grad for p in parameters if p.grad is not None)])
+        mask = torch.ones(shape.rows, 1, shape.length, shape.length, dtype=torch.bool) if documents is None else None
         with _marks(subject, count), count:
             loss = _loss(subject, inputs, documents if mask is None else mask, count)
             count.kind = ACTIVATIONS
@@ -255,13 +262,8 @@ def _run(subject: Subject, batch: Batch) -> Count:
             count.end("backward 0" if subject.layers else "head")
         for parameter in parameters:
             parameter.grad = None
-    count.segments.setdefault("embeddings", Segment(peak=Bytes(), growth=Bytes()))
+    count.segments.setdefault("embeddings", Segment(peak=Bytes(), change=Bytes()))
     return count
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    shape = (1, batch.rows * batch.length) if batch.flat else (batch.rows, batch.length)
-    return {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "position_ids")}
 
 
 def _loss(subject: Subject, inputs: dict[str, Tensor], mask: Tensor | None, count: Count) -> Tensor:
@@ -283,34 +285,28 @@ def _loss(subject: Subject, inputs: dict[str, Tensor], mask: Tensor | None, coun
 def _marks(subject: Subject, count: Count) -> Iterator[None]:
     """Ends a segment where a layer begins, and where its backward does; and tells gradients from what else a backward
     makes."""
-    layers = subject.layers
-    backward: set[int] = set()
+    last, backward = len(subject.layers) - 1, set[int]()
 
-    def begins(i: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if not backward:  # not where gradient checkpointing runs a layer again
-                count.end("embeddings" if i == 0 else f"forward {i - 1}")
+    def begins(i: int, _layer: nn.Module, _args: Any) -> None:
+        if not backward:  # not where gradient checkpointing runs a layer again
+            count.end("embeddings" if i == 0 else f"forward {i - 1}")
 
-        return hook
-
-    def ends(i: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if backward:
-                return
-            if i == len(layers) - 1:
-                count.end(f"forward {i}")
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda _: starts_backward(i))
-
-        return hook
+    def ends(i: int, _layer: nn.Module, _args: Any, output: Any) -> None:
+        if backward:
+            return
+        if i == last:
+            count.end(f"forward {i}")
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.register_hook(lambda _: starts_backward(i))
 
     def starts_backward(i: int) -> None:
         count.end("head" if not backward else f"backward {i + 1}")
         backward.add(i)
 
     handles: list[Any] = []
-    for i, layer in enumerate(layers):
-        handles += [layer.register_forward_pre_hook(begins(i)), layer.register_forward_hook(ends(i))]
+    for i, layer in enumerate(subject.layers):
+        handles.append(layer.register_forward_pre_hook(partial(begins, i)))
+        handles.append(layer.register_forward_hook(partial(ends, i)))
     for parameter in subject.wrapped.parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(lambda p: count.rename(p.grad, GRADIENTS)))
@@ -319,3 +315,57 @@ def _marks(subject: Subject, count: Count) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+# Other batches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """How the memory of a step depends on the rows of a batch and their length: the polynomials of each kind of bytes
+    at each moment, and of a layer's backward."""
+
+    moments: Sequence[dict[str, Polynomial]]
+    layer: Polynomial
+
+    def at(self, rows: int, length: int) -> Timeline:
+        moments = [
+            Bytes({kind: int(_at(polynomial, rows, length)) for kind, polynomial in kinds.items()})
+            for kinds in self.moments
+        ]
+        return Timeline(moments=moments, layer=_at(self.layer, rows, length))
+
+
+def scaling(counted: Callable[[int, int], Timeline], rows: int, length: int) -> Scaling:
+    """The memory of other batches than those of `rows` and `length`, from three steps that `counted` counts.
+
+    Every tensor of a step has a size that does not depend on the batch, or is in proportion to its tokens, or, where
+    attention makes its scores, to the square of the length. So what is alive at each moment is
+    a + rows * (b * length + c * length^2), and the peak is the largest of these.
+    """
+    rows = min(rows, 2)  # more documents go the way of two
+    longest = min(max(length, LEAST), MOST)
+    lengths = (longest // 4, longest // 2, longest)
+    steps = [counted(rows, length) for length in lengths]
+    moments = []
+    for moment in zip(*(step.moments for step in steps), strict=True):
+        kinds = {kind for kinds in moment for kind in kinds}
+        moments.append({kind: _through([kinds[kind] for kinds in moment], rows, lengths) for kind in kinds})
+    return Scaling(moments=moments, layer=_through([step.layer for step in steps], rows, lengths))
+
+
+def _at(polynomial: Polynomial, rows: int, length: int) -> float:
+    a, b, c = polynomial
+    return max(0.0, a + rows * (b * length + c * length**2))
+
+
+def _through(sizes: Sequence[float], rows: int, lengths: Sequence[int]) -> Polynomial:
+    """The polynomial through three points."""
+    (x, y, z), (u, v, w) = lengths, sizes
+    first, second = (v - u) / (y - x), (w - v) / (z - y)
+    c = (second - first) / (z - x)
+    if abs(c) * z < 0.02 * abs(second):  # from sizes that are rounded to blocks, and chunks of the loss
+        c = 0.0
+        first = (w - v) / (z - y)
+    b = first - c * (x + y)
+    return w - b * z - c * z**2, b / rows, c / rows

@@ -1,4 +1,4 @@
-"""The memory that a training run will need, told from the model's config alone: no weights, no data.
+"""The memory that a training run will need, from the model's config alone: no weights, no data.
 
 Weights, adapters, gradients and optimizer states are counted on the meta device; activations and the loss are those of
 one step on fake tensors (`footprint`). What the allocator and the process add is measured on a CPU
@@ -7,27 +7,31 @@ one step on fake tensors (`footprint`). What the allocator and the process add i
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import adapt
 from tunesmith.model.attention import supports_documents, use_documents
-from tunesmith.model.devices import Device
+from tunesmith.model.devices import Device, device
 from tunesmith.model.linear import speed_up
-from tunesmith.model.precision import DTYPES, PrecisionName
+from tunesmith.model.load import base_of, holds_adapters, load_config, resolve_model
+from tunesmith.model.precision import DTYPES, PrecisionName, settle_precision
+from tunesmith.model.quantize import Bits
 from tunesmith.objectives.logprobs import CHUNK_BYTES
 from tunesmith.plan import footprint
-from tunesmith.plan.footprint import Batch, Bytes, Subject, Timeline, timeline
-from tunesmith.plan.growth import MOST, Growth, growth
-from tunesmith.plan.quantized import as_if_quantized
+from tunesmith.plan.footprint import MOST, Bytes, Scaling, Shape, Subject, Timeline, scaling, timeline
+from tunesmith.settings.lora import lora_config
+from tunesmith.settings.recipe import Recipe
+from tunesmith.text import size
 
 Method = Literal["full", "lora", "8bit", "4bit"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -60,15 +64,19 @@ CONTEXT = 500_000_000
 ROUNDING = 0.06
 """What a CUDA context takes, and what PyTorch's allocator adds by rounding and by holes: allowances, not measured."""
 
+BLOCK, OUTER_BLOCK = 64, 256
+"""Numbers that share a scale in NF4, and such scales that share one with double quantization (arXiv:2305.14314)."""
+NO_NEED: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "tf32": None, "activation_offloading": False}
+"""Settings of a recipe that don't decide about memory here, or need the device itself."""
 MOST_TOKENS, MOST_ROWS = 2**20, 4096
 MOST_ROWS_COUNTED = 16
-"""Larger batches are told from smaller ones (`growth`): attention goes document by document."""
+"""The memory of larger batches follows from that of smaller ones (`scaling`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """What decides about memory. `rows` documents of `length` tokens are a micro-batch; `flat` False pads them.
-    `checkpoint_every`: gradient checkpointing of each so-manieth layer; 0 for none."""
+    `checkpoint_every`: gradient checkpointing of every n-th layer; 0 for none."""
 
     config: PreTrainedConfig
     lora: LoraConfig
@@ -117,6 +125,45 @@ class MethodPlan:
     notes: tuple[str, ...] = ()
 
 
+def run_of(recipe: Recipe, gpu: str | None) -> Run:
+    """What of `recipe` decides about its memory on the device `gpu`. Raises TunesmithError for an unknown device and a
+    model whose config can't be had."""
+    config = recipe.config
+    measured_here = settle_precision(config) != ""
+    target = device(gpu, config.precision)  # type: ignore[arg-type]
+    name, settings = recipe.model, dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    revision = {"revision": settings["revision"]} if settings.get("revision") else {}
+    if holds_adapters(name):
+        name, revision = base_of(resolve_model(name))
+    rows, length = _batch(recipe)
+    more: dict[str, Any] = config.activation_checkpointing_kwargs or {}  # type: ignore[assignment]
+    return Run(
+        config=load_config(name, trust_remote_code=config.trust_remote_code, **revision),
+        lora=lora_config(recipe.lora if recipe.lora not in (None, False) else True),
+        device=target,
+        precision=target.precision if measured_here else config.precision,  # type: ignore[arg-type]
+        rows=rows,
+        length=length,
+        flat=config.padding_free,
+        checkpoint_every=int(more.get("every_n_layers", 1)) if config.activation_checkpointing else 0,
+        accumulation=config.gradient_accumulation_steps,
+        optimizer=str(getattr(config.optim, "value", config.optim)),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _batch(recipe: Recipe) -> tuple[int, int]:
+    """Documents of a micro-batch at its largest, and the tokens of each."""
+    config = recipe.config
+    tokens = config.max_tokens_per_batch
+    if config.max_length is None and tokens is None:
+        raise TunesmithError("max_length is None, so any batch may come; write the length to plan for, --max-length N")
+    if tokens is None:
+        return config.per_device_train_batch_size, int(config.max_length or 0)
+    length = min(config.max_length or tokens, tokens)
+    return tokens // length, length
+
+
 def plan(run: Run, method: Method) -> MethodPlan:
     """The memory of `run` by `method`, and the longest and the most rows that fit.
 
@@ -146,8 +193,8 @@ def largest(total: Callable[[int], int], capacity: int, start: int, most: int) -
     if known[1] > capacity:
         return 0
     for _ in range(12):
-        low = max(x for x, size in known.items() if size <= capacity)
-        high = min((x for x, size in known.items() if size > capacity), default=most + 1)
+        low = max(x for x, need in known.items() if need <= capacity)
+        high = min((x for x, need in known.items() if need > capacity), default=most + 1)
         if low >= most or high - low <= max(1, low // 100):
             break
         guess = _meets(known, capacity, low, high)
@@ -166,20 +213,50 @@ def _meets(known: Mapping[int, int], capacity: int, low: int, high: int) -> int:
     return min(max(straight, low + 1), far)
 
 
+def advice(run: Run, method: Method, plans: Mapping[Method, MethodPlan]) -> list[str]:
+    """Settings that would make `method` fit, or another one, with the memory that each takes."""
+    hints, best = [], plans[method]
+    if not run.checkpoint_every:
+        other = plan(replace(run, checkpoint_every=1), method)
+        hints.append(f"gradient_checkpointing: true   {_judged(other)}")
+        best = other if not best.most_rows and not best.longest else best
+    tail = "" if best is plans[method] else " with it"
+    if 0 < best.longest < run.length:
+        hints.append(f"max_length: {best.longest}   the most that fits{tail}, with {run.rows} rows")
+    if 0 < best.most_rows < run.rows:
+        steps = -(-run.rows * run.accumulation // best.most_rows)
+        hints.append(
+            f"per_device_train_batch_size: {best.most_rows}, gradient_accumulation_steps: {steps}   "
+            f"fits{tail}, in steps of as many rows"
+        )
+    settings = {"lora": "lora: true", "8bit": "lora: true, quantize: 8bit", "4bit": "lora: true, quantize: 4bit"}
+    for name, text in settings.items():
+        if name in plans and name != method:
+            other = plans[name]  # type: ignore[index]
+            hints.append(f"{text}   {_judged(other)}")
+    if not hints or not any("fits" in hint for hint in hints):
+        hints.append(f"a smaller model, or more memory than {run.device.name} has")
+    return hints
+
+
+def _judged(plan: MethodPlan) -> str:
+    return f"{size(plan.memory.total)}, {'fits' if plan.fits else 'still too much'}"
+
+
 # A model
 
 
 @dataclass(kw_only=True)
 class Counted:
-    """A model by one method. `kept` are the bytes of weights, adapters, and, of what is trained, gradients and
+    """A model by one method. `static` are the bytes of weights, adapters, and, of what is trained, gradients and
     optimizer states."""
 
     run: Run
-    kept: dict[str, int]
+    static: dict[str, int]
     subject: Subject
     notes: tuple[str, ...] = ()
     is_estimate: bool = False
-    _growth: Growth | None = None
+    _scaling: Scaling | None = None
 
     def memory(self, rows: int, length: int) -> Memory:
         """Of micro-batches of `rows` documents of `length` tokens."""
@@ -188,15 +265,15 @@ class Counted:
         moments = [
             self._memory(alive, step.layer if i < before_backward else 0.0) for i, alive in enumerate(step.moments)
         ]
-        updated = self._memory(Bytes({footprint.GRADIENTS: self.kept["gradients"]}), 0.0)  # the optimizer's step
+        updated = self._memory(Bytes({footprint.GRADIENTS: self.static["gradients"]}), 0.0)  # the optimizer's step
         return max([*moments, updated], key=lambda memory: memory.total)
 
     def _memory(self, alive: Bytes, layer: float) -> Memory:
         """At a moment when `alive` is; the backward of a layer, which is to come, has `layer` bytes."""
-        parts = {name: self.kept[name] for name in ("weights", "adapters", "optimizer")}
+        parts = {name: self.static[name] for name in ("weights", "adapters", "optimizer")}
         parts |= {name: alive[name] for name in (footprint.ACTIVATIONS, footprint.LOSS, footprint.GRADIENTS)}
         if self.run.accumulation > 1:
-            parts["gradients"] = self.kept["gradients"]
+            parts["gradients"] = self.static["gradients"]
         if not self.run.device.is_cpu:
             moving = sum(parts[name] for name in ("gradients", "activations", "loss"))
             return Memory(**parts, overhead=CONTEXT + int(ROUNDING * moving))
@@ -210,23 +287,23 @@ class Counted:
             rows, length = 1, rows * length  # one kernel makes no copies of each document's part
         if (rows, length) == (self.run.rows, self.run.length) and rows <= MOST_ROWS_COUNTED and rows * length <= MOST:
             return self._counted(rows, length)
-        if self._growth is None:
-            self._growth = growth(self._counted, rows, length)
-        return self._growth.at(rows, length)
+        if self._scaling is None:
+            self._scaling = scaling(self._counted, rows, length)
+        return self._scaling.at(rows, length)
 
     def _counted(self, rows: int, length: int) -> Timeline:
-        batch = Batch(rows=rows, length=length, flat=self.run.flat, accumulated=self.run.accumulation > 1)
+        shape = Shape(rows=rows, length=length, flat=self.run.flat, accumulated=self.run.accumulation > 1)
         if not self.is_estimate:
             try:
-                return timeline(self.subject, batch)
-            except Exception as error:  # whatever a model's own code does not stand
+                return timeline(self.subject, shape)
+            except Exception as error:  # whatever a model's own code raises
                 self.is_estimate = True
                 kind = type(self.subject.base).__name__
                 self.notes += (
                     f"activations are an estimate from the config's sizes: a step of {kind} can't be counted without "
                     f"weights ({type(error).__name__})",
                 )
-        return estimate(self.run, rows * length, 0 if batch.accumulated else self.kept["gradients"])
+        return estimate(self.run, rows * length, 0 if shape.accumulated else self.static["gradients"])
 
 
 def estimate(run: Run, tokens: int, gradients: int) -> Timeline:
@@ -240,8 +317,8 @@ def estimate(run: Run, tokens: int, gradients: int) -> Timeline:
     inner *= int(getattr(config, "num_experts_per_tok", None) or 1)
     number = 4 if run.precision == "fp32" else 2
     layer = tokens * number * (12 * hidden + 6 * inner)
-    kept = layers if not run.checkpoint_every else -(-layers * (run.checkpoint_every - 1) // run.checkpoint_every) + 1
-    activations = layer * kept + tokens * number * hidden * (layers if run.checkpoint_every else 0)
+    stored = layers if not run.checkpoint_every else -(-layers * (run.checkpoint_every - 1) // run.checkpoint_every) + 1
+    activations = layer * stored + tokens * number * hidden * (layers if run.checkpoint_every else 0)
     loss = 4 * min(CHUNK_BYTES, 4 * tokens * vocabulary)  # logits, their logarithms, exponentials and gradient
     alive = {footprint.ACTIVATIONS: activations, footprint.LOSS: loss, footprint.GRADIENTS: gradients}
     return Timeline(moments=[Bytes(alive)], layer=layer)
@@ -257,17 +334,18 @@ def count(run: Run, method: Method) -> Counted:
     documents = run.flat and not supports_documents(base)
     if documents:
         use_documents(base)
-    with _quiet():
+    with warnings.catch_warnings():  # of calls that this version of `transformers` and `peft` still needs
+        warnings.simplefilter("ignore")
         wrapped: nn.Module = base if method == "full" else adapt(base, run.lora)
         if run.checkpoint_every:
             _checkpoint(base, run.checkpoint_every)
             if method != "full":
                 base.enable_input_require_grads()
     speed_up(wrapped)
-    kept = _kept(wrapped, run.optimizer, adapted=method != "full")
+    static = _static(wrapped, run.optimizer, adapted=method != "full")
     autocast = None if run.precision == "fp32" else DTYPES[run.precision]
-    made = footprint.subject(base, wrapped, autocast)
-    return Counted(run=replace(run, flat=documents), kept=kept, subject=made, notes=notes)
+    subject = footprint.subject(base, wrapped, autocast)
+    return Counted(run=replace(run, flat=documents), static=static, subject=subject, notes=notes)
 
 
 def _base(run: Run, dtype: torch.dtype) -> PreTrainedModel:
@@ -285,7 +363,7 @@ def _base(run: Run, dtype: torch.dtype) -> PreTrainedModel:
 
 def _checkpoint(base: PreTrainedModel, every: int) -> None:
     try:
-        # The state of the random numbers takes no memory worth a word, and is not to be had of fake tensors.
+        # The state of the random numbers takes hardly any memory, and fake tensors have none.
         base.activation_checkpointing_enable(
             {"use_reentrant": False, "preserve_rng_state": False}, every_n_layers=every
         )
@@ -293,7 +371,7 @@ def _checkpoint(base: PreTrainedModel, every: int) -> None:
         raise TunesmithError(f"gradient_checkpointing is true, and {error} Drop it for this model") from error
 
 
-def _kept(model: nn.Module, optimizer: str, *, adapted: bool) -> dict[str, int]:
+def _static(model: nn.Module, optimizer: str, *, adapted: bool) -> dict[str, int]:
     """Bytes of all weights, apart from adapters, and of the gradients and optimizer states of what is trained."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -324,9 +402,58 @@ def _notes(run: Run, base: PreTrainedModel) -> tuple[str, ...]:
     return tuple(notes)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what `transformers` and `peft` warn of in calls that this version of them still needs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+# Quantized layers
+
+
+class _QuantizedLinear(nn.Linear):
+    """Takes the memory of an 8-bit or 4-bit linear layer, whose kernels of `bitsandbytes` need real weights. As there,
+    the weight is a buffer of bytes with its scales, here uint8 of shape (bytes,), every product makes it anew in the
+    precision of its input, forward and backward, and an 8-bit layer keeps its input."""
+
+    def __init__(self, inputs: int, outputs: int, bias: nn.Parameter | None, bits: Bits) -> None:
+        with torch.device("meta"):
+            super().__init__(inputs, outputs, bias=False)
+        count = _bytes(inputs, outputs, bits)
+        self.weight = nn.Parameter(torch.empty(count, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.bias = bias  # type: ignore[assignment]
+        self.bits = bits
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape = self.out_features, self.in_features
+        output: Tensor = _Product.apply(input, self.weight, shape, self.bits == "8bit")
+        return output if self.bias is None else output + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """x (..., I), the bytes of a weight (O, I) -> (..., O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: tuple[int, int], keeps_input: bool) -> Tensor:
+        ctx.save_for_backward(weight, *((x,) if keeps_input else ()))
+        ctx.shape = shape
+        return F.linear(x, x.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy @ dy.new_empty(ctx.shape), None, None, None
+
+
+def _bytes(inputs: int, outputs: int, bits: Bits) -> int:
+    numbers = inputs * outputs
+    if bits == "8bit":
+        return numbers + 4 * outputs  # a scale a row
+    scales = -(-numbers // BLOCK)
+    return numbers // 2 + scales + 4 * -(-scales // OUTER_BLOCK)
+
+
+def as_if_quantized(model: PreTrainedModel, bits: Bits) -> None:
+    """Puts layers of `bits` in the place of the linear ones of a model on the meta device, its head excepted, and
+    freezes it."""
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if child is head or not isinstance(child, nn.Linear | Conv1D):
+                continue
+            outputs, inputs = child.weight.shape if isinstance(child, nn.Linear) else reversed(child.weight.shape)
+            setattr(module, name, _QuantizedLinear(inputs, outputs, child.bias, bits))

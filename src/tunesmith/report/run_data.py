@@ -151,7 +151,7 @@ def read_run(run: str | Path) -> RunData:
 
 
 def _as_written(path: Path, make: Callable[[], T]) -> T:
-    """What `make` makes of the content of `path`."""
+    """`make()`, whose errors are about the content of `path`."""
     try:
         return make()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -161,7 +161,7 @@ def _as_written(path: Path, make: Callable[[], T]) -> T:
 
 
 def _logged(folder: Path, record: RunRecord | None) -> list[dict[str, Any]]:
-    """Of a run without a line for each step, what the trainer logged."""
+    """What the trainer logged, for a run without a line for each step."""
     if record is not None:
         return list(record.history)
     for checkpoint in reversed(checkpoints(folder)):

@@ -12,6 +12,7 @@ from statistics import fmean, median
 from tunesmith.errors import TunesmithError
 from tunesmith.report.page import (
     MISSING,
+    Curve,
     amount,
     bars,
     cut,
@@ -19,11 +20,11 @@ from tunesmith.report.page import (
     figure,
     legend,
     numbers,
+    svg,
     table,
     text_box,
     whole_page,
 )
-from tunesmith.report.plots import Curve, svg
 from tunesmith.report.run_data import Answer, ExampleLoss, RunData, Step, read_run
 from tunesmith.runs.files import COMPARISON, REPORT, loss_name, write_whole
 from tunesmith.runs.record import Origin, prompt_text, setting_text

@@ -23,14 +23,14 @@ SETTINGS = (
     *("train_on", "loss_type", "label_smoothing_factor", "neftune_noise_alpha", "gradient_checkpointing"),
     *("seed", "data_seed", "world_size"),
 )
-"""What a reader of the results wants to know even where it is the default."""
-UNSAID = re.compile(
+"""What a reader of the results wants to know, even if it is the default."""
+LEFT_OUT = re.compile(
     "output_dir|run_name|project|report_to|(hub|trackio)_.*|push_to_hub|log_.*|disable_tqdm|resume_from_checkpoint"
     "|local_rank|deepspeed|accelerator_config|dataloader_pin_memory|bf16|fp16|completion_only_loss|assistant_only_loss"
     "|activation_checkpointing(_kwargs)?|do_.*|debug|use_cpu"
 )
 """Paths of this machine, names of services, secrets, how a run shows itself, and what another setting says already."""
-UNSAID_OF_ADAPTERS = re.compile(
+LEFT_OUT_OF_ADAPTERS = re.compile(
     "r|lora_alpha|lora_dropout|target_modules|peft_type|task_type|peft_version|auto_mapping|base_model_name_or_path"
     "|revision|inference_mode|runtime_config"
 )
@@ -38,7 +38,7 @@ UNSAID_OF_ADAPTERS = re.compile(
 
 
 def versions() -> dict[str, str]:
-    """Of tunesmith, Python and the libraries that compute."""
+    """The versions of tunesmith, Python and the libraries that compute."""
     numbers = {"tunesmith": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def method_of(model: Any) -> Method:
-    """What of `model`, as it was trained, was trained: its adapters, or everything."""
+    """What was trained of `model`: its adapters, or all of its weights."""
     bits = next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
     config = _adapter_config(model)
     if config is None:
@@ -78,24 +78,24 @@ def settings_of(config: Any) -> dict[str, Any]:
         values["num_train_epochs"] = None
     else:
         values["max_steps"] = None
-    chosen = _not_as_by_default(config, UNSAID)
+    chosen = _not_as_by_default(config, LEFT_OUT)
     others = {name: value for name, value in chosen.items() if name not in SETTINGS}
     others |= {name: "none" for name, value in chosen.items() if value is None}
     return {name: _shown(value) for name, value in (values | others).items() if value is not None}
 
 
 def adapter_settings_of(model: Any) -> dict[str, Any]:
-    """What of the adapters of `model`, if it has any, is not as `peft` has it by default and not in `method_of`; named
-    `lora.use_dora`."""
+    """The settings of the adapters of `model` that differ from `peft`'s defaults and are not in `method_of`, by names
+    such as `lora.use_dora`."""
     config = _adapter_config(model)
     if config is None:
         return {}
-    chosen = _not_as_by_default(config, UNSAID_OF_ADAPTERS)
+    chosen = _not_as_by_default(config, LEFT_OUT_OF_ADAPTERS)
     return {f"{_adapter_kind(config)}.{name}": _shown(value) for name, value in chosen.items()}
 
 
 def _adapter_config(model: Any) -> Any:
-    """That of the first adapters, None without any."""
+    """The settings of the first adapters, None if there are none."""
     return next(iter((getattr(model, "peft_config", None) or {}).values()), None)
 
 
@@ -103,20 +103,20 @@ def _adapter_kind(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type)).lower()
 
 
-def _not_as_by_default(config: Any, unsaid: re.Pattern[str]) -> dict[str, Any]:
-    """The fields of a dataclass that have another value than by default, but for those that are `unsaid`."""
+def _not_as_by_default(config: Any, left_out: re.Pattern[str]) -> dict[str, Any]:
+    """The fields of a dataclass whose values are not the defaults, except for those that are `left_out`."""
     chosen = {}
     for item in fields(config) if is_dataclass(config) else ():
         value = getattr(config, item.name, None)
         default = item.default if item.default_factory is MISSING else item.default_factory()
-        # One that was unset and is off or empty now is as it was.
-        if value != default and (value or default) and not unsaid.fullmatch(item.name):
+        # Unset by default, and off or empty now, means the same.
+        if value != default and (value or default) and not left_out.fullmatch(item.name):
             chosen[item.name] = value
     return chosen
 
 
 def _shown(value: Any) -> Any:
-    """Without secrets, and of a path its last part; sets in an order."""
+    """A setting as it is recorded: without secrets, paths cut to their last part, sets sorted."""
     if isinstance(value, Mapping):
         return {str(key): _shown(item) for key, item in without_secrets(value).items()}
     if isinstance(value, set | frozenset):

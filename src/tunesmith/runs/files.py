@@ -36,12 +36,17 @@ def loss_name(metric: str) -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file of text, whole or not at all; readable for whom the umask says. Raises OSError."""
+    """Writes a text file atomically; the umask decides who may read it. A link, a pipe or a device, such as
+    `/dev/stdout`, is written to and not replaced. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A lone surrogate, which JSON can name but UTF-8 can't hold, is written as JSON's escape.
+    content = text.encode(errors="backslashreplace")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(content)
+        return
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        # A lone surrogate, which JSON can name but UTF-8 can't hold, is written as JSON's escape.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_bytes(content)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -56,7 +61,7 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file of JSON, whole or not at all."""
+    """Writes a file of JSON atomically."""
     write_whole(path, _line(value))
 
 
@@ -65,13 +70,13 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """What `keep_up_to` leaves; nothing is changed yet."""
+    """The lines that `keep_up_to` would keep; the file is not changed."""
     return [entry for entry in read_lines(path) if entry.get("step", 0) <= step] if step else []
 
 
 def keep_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """Takes out of a file of lines what came after `step`, and returns what is left; a run that starts anew, at step 0,
-    keeps nothing. A last line that was cut off goes, too."""
+    """Drops the lines after `step`, and a last line that was cut off; returns those that are kept. At step 0, where a
+    run starts anew, none are."""
     entries = up_to(path, step)
     if entries:
         write_whole(path, "".join(map(_line, entries)))
@@ -81,7 +86,8 @@ def keep_up_to(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines, none where there is no file. The last line may be cut off: the run was killed.
+    """The objects in a file of lines; none if there is no file. A last line that was cut off, when the run was killed,
+    is ignored.
 
     Raises TunesmithError for any other line that is no object.
     """
@@ -89,7 +95,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     entries = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    # Behind the last line break is what was cut off, or nothing.
+    # After the last line break comes a line that was cut off, or nothing.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
@@ -104,7 +110,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The object in a file of JSON, None without one. Raises TunesmithError for a file that is none."""
+    """The object in a file of JSON, None if there is no file. Raises TunesmithError if it holds something else."""
     if not path.is_file():
         return None
     try:
@@ -124,7 +130,7 @@ def unreadable(path: Path, why: object) -> TunesmithError:
 
 
 def as_json(value: Any) -> Any:
-    """Anything as JSON has it: numbers that are not finite are null, of a path there is the last part."""
+    """Any value as JSON: numbers that are not finite become null, paths their last part."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: as_json(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -142,12 +148,12 @@ def as_json(value: Any) -> Any:
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder, whatever system the path is of."""
+    """The name of a file or folder, from a path of any operating system."""
     return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "model"
 
 
 def from_json(value: Any, kind: Any, place: str = "") -> Any:
-    """`value`, from JSON, as the type `kind`. Raises ValueError that says at which `place` it is something else."""
+    """`value`, read from JSON, as the type `kind`. Raises ValueError that names the `place` of another type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for member in arguments:
@@ -166,7 +172,7 @@ def from_json(value: Any, kind: Any, place: str = "") -> Any:
         return {key: from_json(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
-        known = hints.keys() & value.keys()  # the others may be of a later version
+        known = [name for name in value if name in hints]  # the others may be of a later version
         make: Any = kind
         try:
             return make(**{name: from_json(value[name], hints[name], f"{place}.{name}".lstrip(".")) for name in known})

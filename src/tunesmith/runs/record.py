@@ -21,7 +21,7 @@ Text = str | tuple[dict[str, Any], ...]
 
 
 def prompt_text(prompt: Text) -> str:
-    """A prompt as text: a text as it is, messages with their roles, but a lone user's without."""
+    """A prompt as one text. Messages are written with their roles, except for a single message of a user."""
     if isinstance(prompt, str):
         return prompt
     contents = []
@@ -37,14 +37,14 @@ def prompt_text(prompt: Text) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where a model or data come from. Never a path of this machine: of a local file or folder there is the name."""
+    """Where a model or data come from. Local files and folders have only their name, never a path of this machine."""
 
     kind: Literal["hub", "folder", "file", "memory", "demo"]
     name: str
 
     @classmethod
     def of_model(cls, name: str) -> "Origin":
-        """Of what `model` says in a recipe: a name on the hub, a folder, or demo, whose cache folder counts as it."""
+        """From `model` in a recipe: a name on the hub, a folder, or the demo model, by its name or its cache folder."""
         last = last_part(name)
         if name == DEMO or DEMO_FOLDER.fullmatch(last):
             return cls(kind="demo", name=DEMO)
@@ -53,7 +53,7 @@ class Origin:
 
     @classmethod
     def of_data(cls, name: str | None) -> "Origin":
-        """Of what `data` says in a recipe: a file or a name on the hub, which may end in `:configuration`. None: rows
+        """From `data` in a recipe: a file, or a name on the hub, which may end in `:configuration`. None is for rows
         that a program made."""
         if name is None:
             return cls(kind="memory", name="rows made by a program")
@@ -74,7 +74,7 @@ def setting_text(value: Any) -> str:
 
 
 def adapters_of(kind: str) -> str:
-    """The kind of adapters that `peft` calls `kind`, in either case, as papers spell it."""
+    """Adapters of the `kind` that `peft` names, in upper or lower case, as papers spell it."""
     return f"{ADAPTERS.get(kind.lower(), kind.upper())} adapters"
 
 
@@ -171,14 +171,14 @@ class RunRecord:
         return scrub(text, [json.dumps(secret, ensure_ascii=False)[1:-1] for secret in known_secrets()]) + "\n"
 
     def write(self, folder: Path | str) -> Path:
-        """Writes `run.json` in `folder`, whole or not at all, and returns its path."""
+        """Writes `run.json` in `folder` atomically, and returns its path."""
         path = Path(folder) / RUN
         write_whole(path, self.to_json())
         return path
 
     @classmethod
     def read(cls, folder: Path | str) -> "RunRecord | None":
-        """The record in `folder`, None without one. Raises TunesmithError for a file that is none."""
+        """The record in `folder`, None if there is none. Raises TunesmithError for a file that can't be read."""
         path = Path(folder) / RUN
         values = read(path)
         if values is None:

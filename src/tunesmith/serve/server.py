@@ -1,35 +1,383 @@
-"""A service on a port of this machine."""
+"""The HTTP interface of a model: who may ask, the routes, and the way from a request to its answer."""
 
+import asyncio
+import copy
+import hmac
+import ipaddress
+import logging
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import TunesmithError
-from tunesmith.serve.app import Service
+from tunesmith.model.generate import Model, Sampling, prompt_ids, room_of, text_ids
+from tunesmith.serve import answer, protocol
+from tunesmith.serve.answer import Call, Cancelled, Finished, Job, Question
+from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, error, event
 
+KEY = "TUNESMITH_API_KEY"
+HEALTH = "/health"
+"""Needs no key."""
+LARGEST = 16 * 2**20
+"""Bytes of a request's body."""
+GONE = 499
+"""The status of an answer that nobody waits for, as nginx logs it."""
 GRACE = 5
 """Seconds for the last bytes of answers, once the server ends."""
-MOST = 256
+MOST_REQUESTS = 256
 """Connections and requests at a time; more are answered with 503."""
+ENDING = "the server is ending"
+FAILED = "the answer could not be generated; the server's log says why"
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+# Who may ask: programs of this machine, and whoever has the key; no web page that a browser shows
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own, and reached from nowhere else."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Access:
+    """`local`: requests must name this machine in their Host header. A page whose name an attacker lets point here
+    (DNS rebinding) names another. `api_key`: requests must bring it."""
+
+    local: bool = True
+    api_key: str | None = None
+
+
+def access_for(host: str, api_key: str | None, *, allow_remote: bool) -> Access:
+    """Who may ask a server on `host`. Raises TunesmithError for a key that no header can have, and where other machines
+    could ask although nobody allowed it, or without a key."""
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise TunesmithError(f"{KEY} is empty, or has characters that a header can't have; unset it, or set a key")
+    local = is_loopback(host)
+    if not local and not allow_remote:
+        raise TunesmithError(
+            f"host {host} lets other machines ask; keep to 127.0.0.1, or give --allow-remote and set {KEY}"
+        )
+    if not local and api_key is None:
+        raise TunesmithError(f"--allow-remote needs a key that clients send: set {KEY}")
+    return Access(local=local, api_key=api_key)
+
+
+class Guard:
+    """ASGI middleware that refuses requests by their headers."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        refused = self._refused(Headers(scope=scope), scope["path"])
+        return await (refused or self._app)(scope, receive, send)
+
+    def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
+        host = headers.get("host", "")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            name = ""
+        if self._access.local and not is_loopback(name):
+            return _refusal(403, f"the Host header is {host!r}; this server answers to localhost only", "wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            return _refusal(403, f"pages of {origin} may not ask this server", "wrong_origin")
+        key = self._access.api_key
+        if (
+            key is not None
+            and path != HEALTH
+            and not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {key}".encode())
+        ):
+            return _refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer", "invalid_api_key")
+        return None
+
+
+def _refusal(status: int, message: str, code: str) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse(error(message, status=status, code=code), status, headers)
+
+
+# The interface
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """`name` is the model's id, and the only one that is served. `defaults` are what a request leaves out."""
+
+    name: str
+    defaults: Sampling
+    access: Access
+
+
+class Service:
+    """A model behind the interface: `app` is its ASGI application. The model must be in evaluation mode."""
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self._settings = settings
+        self._worker = answer.Worker(model, tokenizer)
+        # A tokenizer is for one thread at a time: the worker decodes with the other one.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
+        self._room, self._vocabulary = room_of(model), len(tokenizer)
+        self._has_roles = tokenizer.chat_template is not None
+        self._has_tools = self._has_roles and answer.reads_tools(self._tokenizer)
+        self._finds_calls = self._has_tools and answer.writes_blocks(self._tokenizer)
+        self._started = int(time.time())
+        self.app = self._build()
+
+    def close(self) -> None:
+        """Ends the answers that are under way; those still asked for are refused."""
+        self._worker.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self) -> Starlette:
+        routes = [
+            Route(HEALTH, self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
+        ]
+        failures = (RequestError, HTTPException, Cancelled, ClientDisconnect, Exception)
+        handlers: dict[Any, Callable[[Request, Any], Any]] = dict.fromkeys(failures, _explained)
+        guard = Middleware(Guard, access=self._settings.access)
+        return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "unfinished": self._worker.unfinished})
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        card = {"id": self._settings.name, "object": "model", "created": self._started, "owned_by": "tunesmith"}
+        return card | {"max_model_len": self._room}
+
+    def _check_name(self, name: Any) -> None:
+        if name != self._settings.name:
+            raise RequestError(
+                f"there is no model {protocol.shown(name)} here; the one that is served is {self._settings.name!r}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The request's object, whose model is the one that is served; without a model, that one is meant."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # what a page may send without asking first is none
+            raise RequestError("send the body as Content-Type: application/json", status=415)
+        raw = bytearray()
+        async for part in request.stream():
+            raw += part
+            if len(raw) > LARGEST:
+                raise RequestError(f"the body is larger than {LARGEST} bytes", status=413)
+        body = protocol.parse_json(bytes(raw))
+        if body.get("model") is not None:
+            self._check_name(body["model"])
+        return body
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._body(request)
+        options = protocol.parse_options(body, protocol.CHAT, self._settings.defaults)
+        chat = protocol.parse_chat(body)
+        if not self._has_roles:
+            raise RequestError("this model has no chat template; ask /v1/completions to go on with a text")
+        if chat.functions and not self._has_tools:
+            raise RequestError("this model's chat template has no place for tools", param="tools")
+        ids = await self._in_reader(lambda: prompt_ids(self._tokenizer, chat.messages, chat.arguments), "messages")
+        calls = bool(chat.functions) and self._finds_calls
+        question = self._question(ids, options, "messages", answer.OPENING if calls else None)
+        reply = Reply(model=self._settings.name, is_chat=True, include_usage=options.include_usage)
+        return await self._answer(request, question, _Delivery(options=options, reply=reply, functions=chat.functions))
+
+    async def _completion(self, request: Request) -> Response:
+        body = await self._body(request)
+        options = protocol.parse_options(body, protocol.COMPLETION, self._settings.defaults)
+        prompt = protocol.parse_prompt(body, self._vocabulary)
+        ids = (
+            await self._in_reader(lambda: text_ids(self._tokenizer, prompt), "prompt")
+            if isinstance(prompt, str)
+            else prompt
+        )
+        question = self._question(ids, options, "prompt")
+        reply = Reply(model=self._settings.name, is_chat=False, include_usage=options.include_usage)
+        return await self._answer(request, question, _Delivery(options=options, reply=reply))
+
+    async def _in_reader(self, read: Callable[[], T], param: str) -> T:
+        """What `read` returns in the thread that may use the tokenizer. A template may raise anything on what it was
+        not made for, so that all of it is the request's mistake."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        except TunesmithError as mistake:
+            raise RequestError(str(mistake), param=param) from mistake
+        except Exception as failure:
+            raise RequestError(
+                f"the chat template does not take this: {failure or type(failure).__name__}", param=param
+            ) from failure
+
+    def _question(self, ids: list[int], options: Options, param: str, opening: str | None = None) -> Question:
+        if self._room is not None and len(ids) >= self._room:
+            raise RequestError(
+                f"this model's maximum context length is {self._room} tokens, answer included; the prompt has "
+                f"{len(ids)} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return Question(ids=ids, sampling=options.sampling, seed=options.seed, stops=options.stops, opening=opening)
+
+    async def _answer(self, request: Request, question: Question, delivery: "_Delivery") -> Response:
+        job = self._worker.ask(question)
+        if delivery.options.stream:
+            return _Events(job, _events(job, question, delivery))
+        finished = await _wait(request, job)
+        return JSONResponse(delivery.reply.whole(delivery.outcome(question, finished)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Delivery:
+    """How an answer goes back. `functions` are the tools that it may call."""
+
+    options: Options
+    reply: Reply
+    functions: frozenset[str] = frozenset()
+
+    def outcome(self, question: Question, finished: Finished) -> Outcome:
+        text, reason = finished.text, str(finished.reason)
+        # A call that was cut off is none.
+        calls: list[Call] = []
+        if question.opening is not None and finished.reason == "stop":
+            text, calls = answer.split_calls(text, self.functions)
+        return Outcome(
+            text=text,
+            rest=text[finished.sent :],
+            calls=calls,
+            reason="tool_calls" if calls else reason,
+            usage=protocol.usage(len(question.ids), finished.tokens),
+        )
+
+
+class _Events(StreamingResponse):
+    """Ends the answer when the client leaves, wherever the sending was."""
+
+    def __init__(self, job: Job, content: AsyncIterator[str]) -> None:
+        super().__init__(content, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
+
+
+async def _events(job: Job, question: Question, delivery: _Delivery) -> AsyncIterator[str]:
+    for value in delivery.reply.start():
+        yield event(value)
+    try:
+        async for piece in job.pieces():
+            yield event(delivery.reply.piece(piece))
+        finished = await job.result
+    except Cancelled:
+        yield event(error(ENDING, status=503))
+        return
+    except Exception:
+        logger.exception("an answer failed")
+        yield event(error(FAILED, status=500))
+        return
+    for value in delivery.reply.end(delivery.outcome(question, finished)):
+        yield event(value)
+    yield protocol.DONE
+
+
+async def _wait(request: Request, job: Job) -> Finished:
+    """The answer. Raises ClientDisconnect as soon as the client has left, and RequestError where generating fails."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone = asyncio.ensure_future(left())
+    either: set[asyncio.Future[Any]] = {job.result, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not job.result.done():
+            raise ClientDisconnect
+        return job.result.result()
+    except (Cancelled, ClientDisconnect):
+        raise
+    except Exception as failure:
+        # Left to the framework, it would close the connection, on which the client may have asked again already.
+        logger.exception("an answer failed")
+        raise RequestError(FAILED, status=500) from failure
+    finally:
+        gone.cancel()
+        job.cancel()
+
+
+def _explained(request: Request, failure: Exception) -> Response:
+    """The answer to a request that failed."""
+    if isinstance(failure, RequestError):
+        value = error(str(failure), status=failure.status, param=failure.param, code=failure.code)
+        return JSONResponse(value, failure.status)
+    if isinstance(failure, HTTPException):
+        message = f"{request.method} {request.url.path}: {failure.detail}"
+        return JSONResponse(error(message, status=failure.status_code), failure.status_code, failure.headers)
+    if isinstance(failure, ClientDisconnect):
+        return Response(status_code=GONE)
+    status, message = (503, ENDING) if isinstance(failure, Cancelled) else (500, FAILED)
+    return JSONResponse(error(message, status=status), status)
+
+
+# A port
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket on `port`, or on a free one for 0. It accepts nothing yet. Raises TunesmithError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
+        bound = socket.socket(family, kind, protocol)
     except OSError as error:
         raise TunesmithError(f"host {host} is no address of this machine: {error}") from error
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        made.close()
+        bound.close()
         raise TunesmithError(
             f"port {port} of {host} can't be used: {error.strerror}; give another --port, or 0 for a free one"
         ) from error
-    return made
+    return bound
 
 
 def url_of(bound: socket.socket) -> str:
@@ -52,7 +400,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                limit_concurrency=MOST,
+                limit_concurrency=MOST_REQUESTS,
                 timeout_graceful_shutdown=GRACE,
             )
         )

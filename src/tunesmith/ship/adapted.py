@@ -1,9 +1,9 @@
-"""A base model without weights, with adapters that have theirs: what of the base changes, and into what.
+"""The weights that a base model has after its adapters are merged into it, layer by layer.
 
     names in the base model's state dict -> MergedWeights.pieces -> AdaptedModel.merge, a layer at a time -> tensors
 
-`peft` builds its layers around a model on the meta device, and merges them with its own code, one at a time: a layer's
-base weights are read, merged, handed out, and dropped.
+The base model is on the meta device: it has layers and shapes, and no weights. `peft` builds its layers around it, and
+merges them with its own code, one at a time: a layer's base weights are read, merged, handed out, and dropped.
 
 Shapes: R rows of the embeddings, H hidden size.
 """
@@ -70,7 +70,7 @@ def adapter_settings(folder: Path) -> PeftConfig:
 
 
 def rows_in_adapters(folder: Path, base: PreTrainedModel) -> int:
-    """The rows (R) of the embeddings that the adapters in `folder` fit onto; 0 where they don't say."""
+    """The rows (R) of the embeddings that the adapters in `folder` were trained with; 0 if they don't tell."""
     paths = _token_layers(base)
     rows = 0
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -290,7 +290,8 @@ class MergedWeights:
         return next((other for other in (name, *group) if other in self._there), name)
 
     def _decide(self, group: tuple[str, ...]) -> None:
-        """Whether the weight of `group` is still one. Where the names' layers are merged apart, the numbers say it."""
+        """Finds out whether the names of `group` still share one weight. Where their layers are merged separately, the
+        values are compared."""
         touched = any(self._adapted.layer_of(name) is not None or name in self._adapted.own for name in group)
         apart = sum(name in self._there for name in group) > 1
         if touched or apart:
@@ -336,8 +337,8 @@ class MergedWeights:
 
 
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """`tensor` (R, ...) with as many rows, or as it is where it has them. New rows are the mean of the others, as where
-    training adds tokens: https://nlp.stanford.edu/~johnhew/vocab-expansion.html."""
+    """`tensor` (R, ...) with `rows` rows, unless it has more. New rows are the mean of the others, as in training with
+    new tokens: https://nlp.stanford.edu/~johnhew/vocab-expansion.html."""
     missing = rows - tensor.shape[0]
     if missing <= 0:
         return tensor
@@ -352,7 +353,7 @@ def growing_names(model: PreTrainedModel) -> list[str]:
 
 
 def grow(model: PreTrainedModel, rows: int) -> None:
-    """Gives `model` embeddings with as many rows, those of new ones as `with_rows` has them."""
+    """Gives the embeddings of `model` as many `rows`, as `with_rows` does."""
     before: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if rows <= before:
         return

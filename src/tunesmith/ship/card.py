@@ -1,6 +1,6 @@
 """The model card: a page that says what the model is, what it learned from, and how to load it.
 
-Every text in it that is not ours is shown as it is, and can't change the page.
+Texts of the data, names and answers are escaped: they are shown as they are, and can't change the page.
 """
 
 import io
@@ -28,13 +28,13 @@ SHOWN_SAMPLES = 5
 SHOWN_CHARACTERS = 1500
 """Of a prompt or an answer."""
 ANSWER_TOKENS = 128
-"""The most of an answer that is asked for."""
+"""New tokens of an answer, at most."""
 MANY_POINTS = 60
 """Up to so many points of a curve, each is marked."""
 EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy)")
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""With those that turn the direction of what follows."""
+"""Control characters, and those that change the direction of writing."""
 
 ADAPTER_CODE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -84,8 +84,8 @@ class ModelFolder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """What the card tells. `base_id` is the base model on the hub, None where it is nowhere but here; `results` are the
-    last evaluation's."""
+    """What the card tells. `base_id` is the base model's name on the hub, None if it is only on this machine; `results`
+    are those of the last evaluation."""
 
     repo: str
     model: ModelFolder
@@ -168,8 +168,11 @@ def hub_name(base: Origin) -> str | None:
 
 
 def with_samples(record: RunRecord, folder: Path, say: Callable[[str], None]) -> RunRecord:
-    """`record` with its prompts answered by the model in `folder` and by its base model. Without prompts, with samples
-    already, or where the base model can't be loaded, as it is; `say` is told why."""
+    """`record` with its prompts answered by the model in `folder` and by its base model.
+
+    A record without prompts, or with samples already, is returned unchanged. So is one whose base model can't be
+    loaded; `say` is told why.
+    """
     if record.samples or not record.prompts:
         return record
     say(f"Answering {len(record.prompts)} prompts before and after training, for the card ...")
@@ -187,7 +190,7 @@ def _answered(record: RunRecord, folder: Path) -> tuple[Sample, ...]:
     from tunesmith.model.load import load_run
 
     model, tokenizer = load_run(str(folder))
-    # A text is no question to who has learned conversations.
+    # A model that has learned conversations can't be asked with a plain text.
     prompts = [item for item in record.prompts if not (isinstance(item.prompt, str) and tokenizer.chat_template)]
     chats = [
         [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else list(item.prompt)
@@ -199,7 +202,7 @@ def _answered(record: RunRecord, folder: Path) -> tuple[Sample, ...]:
             before = generate(model, tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
     elif record.base_model.kind in ("hub", "demo"):
         del model
-        # With the tokenizer of the run: the same tokens are asked.
+        # The tokenizer of the run gives the same prompt tokens.
         before = generate(load_run(record.base_model.name)[0], tokenizer, chats, max_new_tokens=ANSWER_TOKENS)
     else:
         raise TunesmithError("the base model was a local folder")
@@ -243,7 +246,7 @@ def _header(card: Card) -> ModelCardData:
 
 
 def _dataset_id(origin: Origin) -> str | None:
-    """The hub's name of data; a file here has none."""
+    """The name of the data on the hub; None for a local file."""
     return origin.name.partition(":")[0] if origin.kind == "hub" else None
 
 
@@ -263,7 +266,7 @@ def _results(record: RunRecord) -> Iterable[Result]:
 
 
 def _widget(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """The first of the samples that is short enough, as the hub's page offers it to visitors."""
+    """The first sample that is short enough, as the hub's page offers it to visitors."""
     for sample in samples:
         prompt, output = sample.prompt.prompt, {"text": shorten(sample.after, WIDGET_LENGTH)}
         if len(prompt_text(prompt)) > WIDGET_LENGTH:
@@ -314,7 +317,7 @@ def _summary(card: Card) -> str:
 def _snippet(card: Card) -> str:
     """Python that loads the model by its name on the hub, and lets it answer."""
     record = card.record
-    # Adapters may be saved without their tokenizer; whether the base model's has a template, prompts tell.
+    # Adapters may be saved without a tokenizer; then prompts of messages tell that the base model has a template.
     prompts = [*(sample.prompt for sample in record.samples), *record.prompts] if record else []
     is_chat = card.model.has_template or any(not isinstance(prompt.prompt, str) for prompt in prompts)
     if card.model.adapter is None:

@@ -95,7 +95,7 @@ class TokenizerMetadata:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Kind:
-    """What sets one tokenizer model apart from the other in the file."""
+    """The part of the metadata in which the two tokenizer models differ."""
 
     model: str
     pre: str
@@ -154,7 +154,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> T
 
 
 def _kind(program: Mapping[str, Any]) -> _Kind:
-    """What of GGUF's two can be the tokenizer. Raises TunesmithError where neither can."""
+    """The one of the two that does what the tokenizer does. Raises TunesmithError if neither does."""
     model = program["model"]
     if model["type"] == "BPE" and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
         return _sentencepiece(program) if model.get("byte_fallback") else _byte_level(program)

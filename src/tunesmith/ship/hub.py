@@ -1,4 +1,4 @@
-"""A run to the hub, with its card: one commit, so that nobody ever loads half of a model."""
+"""Pushes a run to the hub with its card, in one commit, so that nobody ever loads half of a model."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import checkpoints
-from tunesmith.runs.record import RUN, RunRecord
+from tunesmith.runs.record import RUN, Origin, RunRecord
 from tunesmith.secrets import known_secrets, scrub
 from tunesmith.ship.card import CARD, ModelFolder, base_origin, hub_name, model_card, read_settings, with_samples
 
@@ -40,7 +40,7 @@ PATH_KEYS = ("_name_or_path", "name_or_path")
 MAIN = "main"
 MESSAGE = "Upload a model tuned with tunesmith"
 PLACEHOLDER = "more information needed"
-"""What the cards that libraries leave in a folder are full of."""
+"""Cards that libraries leave in a folder are full of this."""
 NO_TOKEN = (
     "the hub takes files only from who has logged in. Make a token that may write at "
     "https://huggingface.co/settings/tokens, then run `hf auth login`, or set the environment variable HF_TOKEN"
@@ -134,7 +134,7 @@ def plan(run: str | Path, repo: str, options: PushOptions | None = None) -> Plan
 
 
 def in_full(name: str, token: str | None = None) -> str:
-    """The repository `name` with its owner: the one the token belongs to, where none is named."""
+    """The repository `name` with its owner; if none is named, it is the one whom the token belongs to."""
     if "/" in name:
         return name
     with _client(name, token) as api:
@@ -159,9 +159,9 @@ def push(
     """Makes the repository `repo` (OWNER/NAME) if it is missing, and uploads the model of `run` with its card.
 
     A second run after an interruption sends what has not arrived. Without `token` it is the one of `HF_TOKEN`, or of
-    `hf auth login`; it is in no file and in no message. Prompts of the run that nobody has answered are, before and
-    after training, and the answers kept in `run.json`. `progress` is told, in sentences, what goes on. Raises
-    TunesmithError with what to do.
+    `hf auth login`; it is in no file and in no message. Prompts of the run that have no answers yet are
+    answered by the models before and after training, and the answers are kept in `run.json`. `progress` is told what
+    happens. Raises TunesmithError that says how to fix it.
     """
     options, say = options or PushOptions(), progress or (lambda text: None)
     plan(run, repo, options)  # what can't be pushed is refused before anything is asked
@@ -189,7 +189,7 @@ def push(
 
 
 def _check(repo: str, options: PushOptions) -> None:
-    """The names, before anything is read or sent."""
+    """Checks the names, before anything is read or sent."""
     for name, what in ((repo, "--repo"), (options.base_model, "--base-model")):
         try:
             validate_repo_id(name)
@@ -204,7 +204,7 @@ def _check(repo: str, options: PushOptions) -> None:
 
 
 def _make(api: HfApi, repo: str, options: PushOptions) -> None:
-    """The repository and the branch."""
+    """Makes the repository and the branch, where they are missing."""
     api.create_repo(repo, private=options.private or None, exist_ok=True)
     if options.private and not api.repo_info(repo).private:
         raise TunesmithError(
@@ -214,7 +214,7 @@ def _make(api: HfApi, repo: str, options: PushOptions) -> None:
         api.create_branch(repo, branch=options.revision, exist_ok=True)
 
 
-# Which files a stranger needs, and in which form: a list of what may go, not of what may not
+# Which files are sent, and in which form: a list of what may be sent, not of what may not
 
 
 def _finished_run(run: str | Path) -> Path:
@@ -275,7 +275,7 @@ def _weights(folder: Path) -> list[str]:
 
 
 def _published(folder: Path, name: str, base_model: str | None) -> Path | bytes:
-    """The file as it is, or its text where it names a place on this machine."""
+    """The file as it is, or without the paths of this machine that it names."""
     path = folder / name
     if not name.endswith(".json") or name in (INDEX, "tokenizer.json", "vocab.json"):
         return path
@@ -385,3 +385,54 @@ def _scrubbed_logs(secrets: list[str]) -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(blacken)
+
+
+class HubPublisher:
+    """Sends what a trainer (`train.trainer.BaseTrainer`) has trained, as its settings `hub_...` say."""
+
+    def begin(self, trainer: Any, token: str | None, private: bool | None) -> str:
+        """Makes the repository, so that what is wrong with it shows at the start; returns its full name."""
+        args = trainer.args
+        wanted = args.hub_private_repo if private is None else private
+        name = args.hub_model_id or Path(str(args.output_dir)).name
+        return make_repository(name, PushOptions(private=bool(wanted)), token or args.hub_token)
+
+    def send_checkpoint(self, trainer: Any, folder: str) -> None:
+        """A checkpoint's model, without what only this run needs."""
+        args, step = trainer.args, trainer.state.global_step
+        if trainer.is_world_process_zero() and str(getattr(args.hub_strategy, "value", args.hub_strategy)) != "end":
+            trainer.record().write(str(args.output_dir))
+            message = f"Training in progress, step {step}"
+            options = PushOptions(revision=args.hub_revision or MAIN, message=message, samples=False)
+            push(folder, in_full(trainer.hub_model_id or "", args.hub_token), options, token=args.hub_token)
+
+    def push(
+        self,
+        trainer: Any,
+        *,
+        message: str | None,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        dataset_name: str | None = None,
+        base_model: str | None = None,
+    ) -> PushReport | None:
+        """Save the model, and upload it with a card; see `Published.push_to_hub`."""
+        args = trainer.args
+        trainer.save_model(_internal_call=True)
+        if dataset_name is not None:
+            trainer.origins["train"] = Origin.of_data(dataset_name)
+        if not trainer.is_world_process_zero():
+            return None
+        trainer.record().write(str(args.output_dir))
+        options = PushOptions(
+            private=bool(args.hub_private_repo if private is None else private),
+            revision=revision or args.hub_revision or MAIN,
+            message=message or MESSAGE,
+            licence=license,
+            base_model=base_model,
+        )
+        token = token or args.hub_token
+        name = trainer.hub_model_id or args.hub_model_id or Path(str(args.output_dir)).name
+        return push(str(args.output_dir), in_full(name, token), options, token=token)

@@ -1,4 +1,4 @@
-"""Under which licence a tuned model may be passed on, as far as it can be known without asking anybody."""
+"""The licence of a tuned model, as far as files on this machine tell."""
 
 import re
 from collections.abc import Mapping

@@ -101,7 +101,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """How far a model is from the one that it should be like.
+    """How far a model is from the one that it should equal.
 
     `absolute` is the largest difference of any logit, `relative` the same over the largest logit; `equal` of `tokens`
     likeliest next tokens are the same, in the answers that the other model gives, and `ties` of the others as likely.
@@ -145,7 +145,7 @@ class MergeReport:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     """A run and its base model, read as far as is needed to know what will be written. `rows` are those of the
-    embeddings that the adapters fit onto; `loaded` is the base model in memory, where its files can't be used."""
+    embeddings in training; `loaded` is the base model in memory, if its files can't be merged a shard at a time."""
 
     folder: Path
     base: str
@@ -283,7 +283,7 @@ def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
     if job.loaded is None:
 
         def tensors(piece: Piece) -> dict[str, Tensor]:
-            return {job.names.kept.get(name, name): tensor for name, tensor in job.merged.tensors(piece).items()}
+            return {job.names.written.get(name, name): tensor for name, tensor in job.merged.tensors(piece).items()}
 
         files = len(write_shards(folder, job.merged.pieces, tensors, options.shard_bytes()))
         job.model.config.save_pretrained(folder)
@@ -309,7 +309,7 @@ def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
 
 
 def _settle(job: _Job) -> None:
-    """Makes the settings of the base model those of the merged one: format, embeddings, what ends and pads a text."""
+    """Adapts the settings of the base model: format, tied embeddings, the tokens that end and pad a text."""
     model, tokenizer = job.model, job.tokenizer
     model.config.architectures = [type(model).__name__]
     for config in (model.config, model.config.get_text_config()):

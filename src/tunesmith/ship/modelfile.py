@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: which file, which template, where an answer ends.
+"""An Ollama Modelfile: the file, the chat template, and the tokens that end an answer.
 
 Ollama's templates are Go's. Nothing is translated: what a chat template writes around each message is found by
 rendering conversations whose contents are known, and put into one Go template. Then both are compared on other
@@ -161,16 +161,16 @@ def _system(tokenizer: Any, user: Around, bos: str | None) -> tuple[Around | Non
         text = _render(tokenizer, turns, bos)
     except TunesmithError:
         return None, False
-    before, found, rest = text.partition(SYSTEM)
-    after = rest.partition(CONTENTS[0])[0]
-    if not found:
+    if SYSTEM not in text:
         return None, False
+    before, _, rest = text.partition(SYSTEM)
+    after = rest.partition(CONTENTS[0])[0]
     is_own = after.endswith(user.before)
     return Around(before=before, after=after.removesuffix(user.before) if is_own else after), not is_own
 
 
 def _compare(tokenizer: Any, parts: Parts, bos: str | None) -> None:
-    """Raises unless both templates write the same of conversations that they were not taken apart with."""
+    """Raises unless both templates write the same text for other conversations than the probes."""
     contents = ("Hi", 'two\n\nlines, "quotes" and {{ braces }}', "x", "- a\n- b", "Why?")
     for system in (None, "Be brief.", "One.\nTwo."):
         if system is not None and parts.system is None:
@@ -206,9 +206,9 @@ def _pieces(tokenizer: Any, contents: Sequence[str], bos: str | None) -> list[st
     text = _render(tokenizer, _turns(*contents), bos)
     pieces = []
     for content in contents:
-        before, found, text = text.partition(content)
-        if not found:
+        if content not in text:
             raise TunesmithError(f"the chat template does not write the message {content!r} as it is")
+        before, _, text = text.partition(content)
         pieces.append(before)
     return [*pieces, text]
 

@@ -1,4 +1,4 @@
-"""Weights on disk, one tensor at a time: those of a base model read, those of a merged one written shard by shard."""
+"""Weights on disk, a tensor at a time: a base model's are read, a merged model's are written shard by shard."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ class StoredWeights:
         return tensor
 
     def under(self, names: Mapping[str, str]) -> "StoredWeights":
-        """Those in `names`, which has the name here for each new one."""
+        """These weights by new names; `names` maps each new name to the one here."""
         return StoredWeights({new: self._stored[name] for new, name in names.items()})
 
 
@@ -90,7 +90,7 @@ class LoadedWeights:
         return tensor.detach()
 
     def replace(self, name: str, tensor: Tensor) -> None:
-        """Under this name alone, where the weight has several."""
+        """Under this name only, if the weight has several."""
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         is_parameter = leaf in dict(module.named_parameters(recurse=False))
@@ -148,12 +148,13 @@ def shared_names(model: PreTrainedModel) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamesInFiles:
-    """`files` has the name in the files for each weight by its name in the model; `kept` those of them that a file to
-    load needs. The others are of a bare decoder, without the part that a causal language model puts before them.
-    `obstacle` says why the files' tensors are not the model's, if so: then only `transformers` can load them."""
+    """`files` has the name in the files for each weight by its name in the model; `written` those of them that the
+    merged model's files have. The others are of a bare decoder, without the part that a causal language model puts
+    before them. `obstacle` says why the files' tensors are not the model's, if so: then only `transformers` can load
+    them."""
 
     files: dict[str, str]
-    kept: dict[str, str]
+    written: dict[str, str]
     obstacle: str | None = None
 
 
@@ -164,7 +165,7 @@ def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFile
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     tensors = model.state_dict()
     files: dict[str, str] = {}
-    kept: dict[str, str] = {}
+    written: dict[str, str] = {}
     for name in stored:
         bare, converted = rename_source_key(name, renamings, converters)
         own, _ = rename_source_key(name, renamings, converters, model.base_model_prefix or None, tensors)
@@ -172,14 +173,14 @@ def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFile
             continue  # transformers leaves it out, too
         if converted is not None:
             obstacle = f"its files hold {own} in another arrangement than the model"
-            return NamesInFiles(files={}, kept={}, obstacle=obstacle)
+            return NamesInFiles(files={}, written={}, obstacle=obstacle)
         files[own] = name
         if own == bare:
-            kept[own] = name
+            written[own] = name
     aliases = {name: group for group in shared_names(model) for name in group}
     missing = [name for name in tensors if not files.keys() & set(aliases.get(name, (name,)))]
     lacking = f"its files have no weight that becomes {missing[0]}" if missing else None
-    return NamesInFiles(files=files, kept=kept, obstacle=lacking)
+    return NamesInFiles(files=files, written=written, obstacle=lacking)
 
 
 # Writing
@@ -225,8 +226,8 @@ def write_shards(
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, which is gone in the end, whatever happens. So is a folder that was made for the
-    target, if nothing came of it. Raises TunesmithError where nothing can be written there."""
+    """An empty folder beside `target`, which is removed in the end, whatever happens. So are folders that were made for
+    the target, if they are still empty. Raises TunesmithError if nothing can be written there."""
     parents = [folder for folder in target.parents if not folder.exists()]
     folder = target.parent / f".{target.name}-{uuid4().hex[:8]}"
     try:

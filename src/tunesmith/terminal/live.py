@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,6 +17,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from tunesmith.text import clock, size
 
 BARS = "▁▂▃▄▅▆▇█"
 REFRESH_PER_SECOND = 2
@@ -28,7 +31,6 @@ WIDEST = 100
 SHORTEST_BAR = 8
 SMOOTHING = 0.9
 """How much of a speed or a share that is shown comes from the steps before."""
-GIB_IN_MIB = 1024
 
 
 def can_draw(console: Console) -> bool:
@@ -60,19 +62,14 @@ class Curve:
 
     def sparkline(self, width: int) -> str:
         """The curve in at most `width` characters, between its lowest and its highest value."""
-        values = list(_squeezed(self._means, width))
-        if not values:
+        if not self._means:
             return ""
+        count = min(len(self._means), max(width, 1))
+        edges = [i * len(self._means) // count for i in range(count + 1)]
+        values = [sum(self._means[i:j]) / (j - i) for i, j in pairwise(edges)]
         low, high = min(values), max(values)
         scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
         return "".join(BARS[round((value - low) * scale)] for value in values)
-
-
-def _squeezed(values: list[float], width: int) -> Iterator[float]:
-    count = min(len(values), max(width, 1))
-    for i in range(count):
-        part = values[i * len(values) // count : (i + 1) * len(values) // count]
-        yield sum(part) / len(part)
 
 
 @dataclass(kw_only=True)
@@ -114,18 +111,17 @@ class Snapshot:
 
     def numbers(self) -> list[tuple[str, str]]:
         """What is known, with its name."""
-        left = [] if self.over else [("left", _clock(self.left))]
+        sizes = {"memory": self.memory, "peak": self.peak}
         return [
             *((name, f"{value:.4f}") for name, value in self.eval_losses.items()),
             *([("best", f"{self.best:.4f}")] if self.best is not None else []),
             ("tokens/s", _number(self.speed, ",.0f")),
             ("supervised", _number(self.supervised, ".0%")),
-            ("memory", _size(self.memory)),
-            ("peak", _size(self.peak)),
+            *((name, "-" if mib is None else size(mib * 2**20)) for name, mib in sizes.items()),
             ("grad norm", _number(self.grad_norm, ".3g")),
             ("lr", _number(self.learning_rate, ".2e")),
-            ("elapsed", _clock(time.perf_counter() - self.began)),
-            *left,
+            ("elapsed", clock(time.perf_counter() - self.began)),
+            *([] if self.over else [("left", clock(self.left))]),
         ]
 
 
@@ -135,20 +131,6 @@ def _blended(before: float | None, value: float) -> float:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _size(mib: float | None) -> str:
-    if mib is None:
-        return "-"
-    return f"{mib:,.0f} MiB" if mib < GIB_IN_MIB else f"{mib / GIB_IN_MIB:.1f} GiB"
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class RunView:
@@ -161,8 +143,9 @@ class RunView:
         # A line that fills its row wraps when the window gets smaller, and its end would stay behind.
         width = min(options.max_width - 1, WIDEST)
         now = self.snapshot
+        loss = Text.assemble(("loss ", "dim"), (_number(now.loss, ".4f"), "bold"), " ")
         yield self._head(width)
-        yield from self._loss(width)
+        yield _line(loss.append(now.curve.sparkline(width - loss.cell_len), "cyan"), width)
         yield self._numbers(width)
         yield from self._events(width)
         yield _line(Text.assemble(("output ", "dim"), now.output), width)
@@ -185,20 +168,15 @@ class RunView:
             head.add_row(parts[0], bar, *parts[1:])
         return head
 
-    def _loss(self, width: int) -> Iterator[Text]:
-        now = self.snapshot
-        start = Text.assemble(("loss ", "dim"), (_number(now.loss, ".4f"), "bold"), " ")
-        yield _line(start.append(now.curve.sparkline(width - start.cell_len), "cyan"), width)
-
     def _numbers(self, width: int) -> Table:
-        found = self.snapshot.numbers()
+        numbers = self.snapshot.numbers()
         across = max(1, min(4, width // min(CELL, max(width // 2, 16))))
         table = Table.grid(padding=(0, 1))
         cell = (width - across) // across
         for _ in range(across):
             table.add_column(width=cell, no_wrap=True, overflow="ellipsis")
-        for i in range(0, len(found), across):
-            table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in found[i : i + across]))
+        for i in range(0, len(numbers), across):
+            table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in numbers[i : i + across]))
         return table
 
     def _events(self, width: int) -> Iterator[Text]:

@@ -1,8 +1,8 @@
-"""How commands speak: `--quiet` and `--json` of every command, in one place.
+"""What commands print: `--quiet` and `--json` of every command, in one place.
 
 | | stdout | stderr |
 | --- | --- | --- |
-| as it is | what happens, and the result | what is not for a pipe |
+| neither | what happens, and the result | what is not for a pipe |
 | `--quiet` | the result | errors |
 | `--json` | the result, one JSON object | everything else; an error is one JSON object, `{"error": {...}}` |
 
@@ -11,11 +11,8 @@ Exit codes are the same each way.
 
 import inspect
 import json
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import wraps
@@ -23,13 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.terminal.noise import silent_libraries
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mode:
-    """What the user asked to hear."""
+    """What the user asked to see."""
 
     quiet: bool = False
     as_json: bool = False
@@ -42,7 +41,7 @@ AS_JSON = Annotated[bool, typer.Option("--json", help="The result as JSON, on st
 
 
 def mode() -> Mode:
-    """That of the command that runs."""
+    """The mode of the command that runs."""
     return _mode.get()
 
 
@@ -69,13 +68,6 @@ def finish(value: Mapping[str, Any], show: Callable[[], None]) -> None:
 def finish_lines(value: Mapping[str, Any], lines: list[str]) -> None:
     """The result: `value` as JSON, or `lines`."""
     finish(value, lambda: typer.echo("\n".join(lines)))
-
-
-def size(count: float) -> str:
-    """Bytes, for people: `1.4 GB`, `270 MB`, `98 kB`."""
-    if count >= 1e9:
-        return f"{count / 1e9:,.1f} GB"
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
 
 
 def progress_console(*, stderr: bool = False) -> "Console":
@@ -115,15 +107,15 @@ class Application(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         register = super().command(name, **settings)
 
-        def heard(function: Callable[..., Any]) -> Callable[..., Any]:
+        def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
             register(with_modes(function))
             return function
 
-        return heard
+        return with_options
 
 
 def with_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the two options, in whose mode it runs. Those that it declares itself it is given."""
+    """`function` with the two options, run in their mode. It receives only those that it declares itself."""
     signature = inspect.signature(function, eval_str=True)
     own = set(signature.parameters)
     more = [
@@ -137,7 +129,7 @@ def with_modes(function: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= {name: value for name, value in (("quiet", quiet), ("as_json", as_json)) if name in own}
         token = _mode.set(Mode(quiet=quiet, as_json=as_json))
         try:
-            with _silent_libraries(bars=quiet or as_json, warned=quiet):
+            with silent_libraries(bars=quiet or as_json, warnings_too=quiet):
                 return function(*args, **kwargs)
         finally:
             _mode.reset(token)
@@ -146,26 +138,3 @@ def with_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
     return command
-
-
-@contextmanager
-def _silent_libraries(*, bars: bool, warned: bool) -> Iterator[None]:
-    """Without progress bars of libraries, also of those that are imported later and read the environment then; and
-    without warnings, which a run's journal keeps."""
-    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE") if bars else ()
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        if warned:
-            logging.disable(logging.WARNING)
-            warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value

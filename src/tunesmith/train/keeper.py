@@ -38,7 +38,7 @@ from tunesmith.runs.checkpoints import (
     rotate,
 )
 from tunesmith.runs.describe import versions
-from tunesmith.runs.disk import check_space, estimated_size, twice
+from tunesmith.runs.folder import check_space, estimated_size, twice
 from tunesmith.runs.states import (
     Packed,
     copied,

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from tunesmith.model.load import no_bars
 from tunesmith.terminal.live import ResizableLive, RunView, Snapshot, can_draw
-from tunesmith.terminal.remarks import Remarks
+from tunesmith.terminal.noise import Remarks
 
 
 class TrainingProgress(TrainerCallback):

@@ -35,7 +35,7 @@ from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
 from tunesmith.model.head import Objective, behind_virtual_tokens
-from tunesmith.runs.lock import only_run_in
+from tunesmith.runs.folder import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.runs.states import kept_random_states
 from tunesmith.secrets import without_secrets
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
-    """Sends what a trainer has trained to a hub; see `ship.publisher`."""
+    """Sends what a trainer has trained to a hub; see `ship.hub`."""
 
     def begin(self, trainer: Any, token: str | None, private: bool | None) -> str: ...
 

@@ -11,15 +11,13 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from tests.cli.doctor_cases import gpu, odd_libraries
+from tests.doctor.cases import gpu, odd_libraries
 from tests.ship.conftest import TOKEN, hub
 from tests.ship.hub_state import Hub
 from tunesmith.cli import doctor
 from tunesmith.cli.main import Commands
-from tunesmith.doctor import hub_access as doctor_hub
-from tunesmith.doctor import installed as doctor_installed
-from tunesmith.doctor import machine as doctor_machine
-from tunesmith.doctor.finding import Finding
+from tunesmith.doctor import checks
+from tunesmith.doctor.checks import Check, Finding
 from tunesmith.model.demo_model import INSTALL
 from tunesmith.terminal.output import Application
 
@@ -38,8 +36,8 @@ def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
-def with_checks(monkeypatch: pytest.MonkeyPatch, found: Mapping[str, doctor.Check]) -> None:
-    monkeypatch.setattr(doctor, "CHECKS", found)
+def with_checks(monkeypatch: pytest.MonkeyPatch, found: Mapping[str, Check]) -> None:
+    monkeypatch.setattr(checks, "CHECKS", found)
 
 
 def ok() -> Iterator[Finding]:
@@ -86,7 +84,7 @@ def test_a_problem_is_exit_code_1_with_what_it_means_and_how_to_mend_it(monkeypa
         ["ok", "one", "it", "is", "there.", "All", "works."],
         ["problem", "two", "it", "is", "not", "there"],
         ["Nothing", "works."],
-        ["mend:", "bring", "it"],
+        ["to", "fix", "it:", "bring", "it"],
         ["1", "problem", "keeps", "training", "from", "working."],
     ]
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -103,49 +101,49 @@ def test_a_check_that_fails_is_a_line_and_the_next_one_runs(monkeypatch: pytest.
 
 def test_libraries_are_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     odd_libraries(monkeypatch)
-    found = by_name(doctor_installed.libraries())
+    found = by_name(checks.libraries())
     assert found.keys() == {"torch", "no-such-package", "libraries"}
     assert (found["torch"].mark, found["torch"].mend) == ("problem", "pip install 'torch<1'")
     assert found["no-such-package"].found == "not installed; >=2 is needed"
     assert found["libraries"].found.startswith("numpy ")
-    assert doctor_installed.versions().keys() == {"numpy", "torch"}
+    assert checks.versions().keys() == {"numpy", "torch"}
 
 
 def test_without_the_network_the_hub_is_a_note(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    [found] = doctor_hub.hub()
+    [found] = checks.hub()
     assert (found.name, found.mark) == ("hub", "note")
     assert "http://127.0.0.1:1 does not answer: " in found.found
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    [found] = doctor_hub.hub()
+    [found] = checks.hub()
     assert "HF_HUB_OFFLINE" in found.found
 
 
 def test_a_hub_that_never_answers_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(checks, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        [found] = doctor_hub.hub()
+        [found] = checks.hub()
     assert found.mark == "note"
 
 
 def test_a_token_is_asked_for_its_owner_and_never_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.refuse["GET /api/whoami-v2"] = (401, "{authorization} is no token")
-    found = by_name(doctor_hub.hub())
+    found = by_name(checks.hub())
     assert found["hub token"].found == "the hub does not accept it"
     hub.refuse["GET /api/whoami-v2"] = (500, "{authorization} broke it")
-    found = by_name(doctor_hub.hub())
+    found = by_name(checks.hub())
     assert found["hub token"].found == "whose it is can't be asked: 500"
     monkeypatch.delenv("HF_TOKEN")
-    found = by_name(doctor_hub.hub())
+    found = by_name(checks.hub())
     assert (found["hub token"].mark, found["hub token"].found) == ("note", "none")
     assert TOKEN not in str(found)
 
 
 def test_a_full_disk_under_the_cache_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_HOME", str(home / "not" / "made"))
-    monkeypatch.setattr("tunesmith.doctor.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
-    found = by_name(doctor_machine.disks())
+    monkeypatch.setattr("tunesmith.doctor.checks.shutil.disk_usage", lambda _: SimpleNamespace(free=1e8))
+    found = by_name(checks.disks())
     assert found["cache folder"].mark == "problem"
     assert found["cache folder"].found == f"{home / 'not' / 'made'}: 100 MB free"
     assert "TUNESMITH_HOME" in found["cache folder"].mend
@@ -156,14 +154,14 @@ def test_a_full_disk_under_the_cache_is_a_problem(home: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("free", "mark"), [(5e8, "problem"), (3e9, "note"), (6e9, "ok")])
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch, free: float, mark: str) -> None:
     monkeypatch.setattr("tunesmith.model.devices.available", lambda: int(free))
-    [found] = doctor_machine.memory()
+    [found] = checks.memory()
     assert found.mark == mark
     assert f"{free / 1e9:.1f} GB available" in found.found or "500 MB available" in found.found
 
 
 def test_a_demo_model_that_is_missing_is_a_note_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_installed, "find_spec", lambda _: None)
-    [found] = doctor_installed.demo_model()
+    monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    [found] = checks.demo_model()
     assert (found.mark, found.mend) == ("note", INSTALL)
 
 
@@ -180,6 +178,6 @@ def test_a_gpu_that_torch_is_not_built_for_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, built: list[str], mark: str
 ) -> None:
     gpu(monkeypatch, built=built)
-    [found] = doctor_machine.accelerators()
+    [found] = checks.accelerators()
     assert found.mark == mark
     assert found.found == "NVIDIA A10G, compute capability 8.6, 23.6 GB of memory, 20.0 GB free"

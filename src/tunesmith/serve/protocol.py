@@ -1,21 +1,29 @@
-"""What a client asks for, from JSON to checked values. What can't be honoured is refused, never ignored."""
+"""The JSON of OpenAI's interface: requests become checked values, and answers become objects or server-sent events.
+
+What a request asks for and can't be honoured is refused, never ignored.
+"""
 
 import inspect
 import json
+import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import nearest
 from tunesmith.model.generate import Sampling
+from tunesmith.serve.answer import Call
+from tunesmith.text import shorten
 
 Body = Mapping[str, Any]
 GREEDY = 1e-5
 """Below this temperature, dividing by it would overflow; the likeliest token is certain already."""
-MOST_SHOWN = 80
 SEEDS = range(-(2**63), 2**64)
+
+DONE = "data: [DONE]\n\n"
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -76,16 +84,22 @@ class Chat:
     functions: frozenset[str]
 
 
+# Requests
+
+
 def shown(value: Any) -> str:
     """`value` in an error, which is no longer than a line, whatever was sent."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return shorten(repr(value))
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The object in a request's body. Raises RequestError."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = json.loads(raw, parse_constant=refuse)
         json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeEncodeError as error:
         raise RequestError("a text in the body has half a surrogate pair, such as \\ud83d alone") from error
@@ -106,10 +120,14 @@ def parse_options(body: Body, known: frozenset[str], defaults: Sampling) -> Opti
     unknown = sorted((extra or {}).keys() - {"include_usage", "include_obfuscation"})
     if unknown:
         raise RequestError(f"unknown field stream_options.{unknown[0]}", param="stream_options")
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise RequestError("stop must be a text, or a list of texts, none of them empty", param="stop")
     return Options(
         sampling=_sampling(body, defaults),
         seed=_whole(body, "seed", SEEDS),
-        stops=_stops(body.get("stop")),
+        stops=tuple(stops),
         stream=stream,
         include_usage=_flag(extra or {}, "include_usage"),
     )
@@ -148,10 +166,6 @@ def parse_chat(body: Body) -> Chat:
     )
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _refuse_unknown(body: Body, known: frozenset[str]) -> None:
     for name, value in body.items():
         if name in known or name in IGNORED or value is None:
@@ -184,13 +198,6 @@ def _sampling(body: Body, defaults: Sampling) -> Sampling:
     )
 
 
-def _stops(given: Any) -> tuple[str, ...]:
-    stops = [] if given is None else [given] if isinstance(given, str) else given
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise RequestError("stop must be a text, or a list of texts, none of them empty", param="stop")
-    return tuple(stops)
-
-
 def _flag(body: Body, name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
@@ -219,26 +226,25 @@ def _number(body: Body, name: str, most: float, default: float) -> float:
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RequestError(f"{place} must be an object with role and content", param=place)
-    given = {name: value for name, value in message.items() if value is not None}
-    role = given.get("role")
+    fields = {name: value for name, value in message.items() if value is not None}
+    role = fields.get("role")
     if role not in ROLES:
         raise RequestError(
             f"role of {place} is {shown(role)}; it must be one of {', '.join(ROLES)}", param=f"{place}.role"
         )
-    unknown = sorted(name for name, value in given.items() if name not in MESSAGE and value != [])
+    unknown = sorted(name for name, value in fields.items() if name not in MESSAGE and value != [])
     if unknown:
         raise RequestError(f"{place} has the unsupported field {unknown[0]}", param=f"{place}.{unknown[0]}")
-    made = {name: given[name] for name in ("name", "tool_call_id", "reasoning_content") if name in given}
-    for name, value in made.items():
+    texts = {name: fields[name] for name in ("name", "tool_call_id", "reasoning_content") if name in fields}
+    for name, value in texts.items():
         if not isinstance(value, str):
             raise RequestError(f"{name} of {place} must be a text", param=f"{place}.{name}")
-    calls = given.get("tool_calls") or []
+    calls = fields.get("tool_calls") or []
     if calls and role != "assistant":
         raise RequestError(f"{place} has tool_calls, but its role is {role}", param=f"{place}.tool_calls")
-    if calls:
-        made["tool_calls"] = _calls(calls, f"{place}.tool_calls")
-    # Chat templates know the role by its earlier name.
-    return {"role": "system" if role == "developer" else role, "content": _content(given, bool(calls), place)} | made
+    read = {"tool_calls": _read_calls(calls, f"{place}.tool_calls")} if calls else {}
+    role = "system" if role == "developer" else role  # as chat templates know it, by its earlier name
+    return {"role": role, "content": _content(fields, bool(calls), place)} | texts | read
 
 
 def _content(message: Body, may_lack: bool, place: str) -> str:
@@ -258,9 +264,9 @@ def _content(message: Body, may_lack: bool, place: str) -> str:
     raise RequestError(f"content of {place} must be a text, or a list of text parts", param=f"{place}.content")
 
 
-def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
+def _read_calls(calls: Any, place: str) -> list[dict[str, Any]]:
     """Calls as chat templates take them: arguments are an object, not the text of one."""
-    made = []
+    read = []
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function") if isinstance(call, dict) else None
         try:
@@ -273,8 +279,8 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
                 "the JSON text of an object",
                 param=place,
             ) from error
-        made.append({**call, "function": {**function, "arguments": arguments}})  # type: ignore[dict-item]
-    return made
+        read.append({**call, "function": {**function, "arguments": arguments}})  # type: ignore[dict-item]
+    return read
 
 
 def _tools(body: Body) -> list[dict[str, Any]]:
@@ -292,3 +298,88 @@ def _tools(body: Body) -> list[dict[str, Any]]:
     if choice not in (None, "auto", "none"):
         raise RequestError("tool_choice can be auto or none only: a model can't be made to call", param="tool_choice")
     return [] if choice == "none" else tools
+
+
+# Answers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A finished answer. `rest` is the end of its `text` that has not been streamed."""
+
+    text: str
+    rest: str
+    calls: list[Call]
+    reason: str
+    usage: dict[str, int]
+
+
+def usage(prompt: int, answer: int) -> dict[str, int]:
+    """Tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def error(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The interface's error object."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """The objects of one answer, which share an id: of `/v1/chat/completions`, or with `is_chat` False of
+    `/v1/completions`. With `include_usage`, its last event counts tokens."""
+
+    model: str
+    is_chat: bool
+    include_usage: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    number: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    def whole(self, outcome: Outcome) -> dict[str, Any]:
+        choice: dict[str, Any] = {"text": outcome.text}
+        if self.is_chat:
+            choice = {"message": {"role": "assistant", "content": outcome.text, "refusal": None}}
+        if outcome.calls:
+            content = outcome.text if outcome.text.strip() else None
+            choice["message"] |= {"content": content, "tool_calls": [_call(call) for call in outcome.calls]}
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._object(kind, choice, outcome.reason) | {"usage": outcome.usage}
+
+    def start(self) -> list[dict[str, Any]]:
+        """The events before the first piece."""
+        return [self._chunk({"role": "assistant", "content": ""})] if self.is_chat else []
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return self._chunk({"content": text} if self.is_chat else text)
+
+    def end(self, outcome: Outcome) -> list[dict[str, Any]]:
+        events = [self.piece(outcome.rest)] if outcome.rest else []
+        if outcome.calls:
+            calls = [{"index": i, **_call(call)} for i, call in enumerate(outcome.calls)]
+            events.append(self._chunk({"tool_calls": calls}))
+        last = self._chunk({} if self.is_chat else "", outcome.reason)
+        return [*events, last, *([last | {"choices": [], "usage": outcome.usage}] if self.include_usage else [])]
+
+    def _chunk(self, delta: dict[str, Any] | str, reason: str | None = None) -> dict[str, Any]:
+        kind, name = ("chat.completion.chunk", "delta") if self.is_chat else ("text_completion", "text")
+        value = self._object(kind, {name: delta}, reason)
+        return value | {"usage": None} if self.include_usage else value
+
+    def _object(self, kind: str, choice: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.number}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [{"index": 0, "logprobs": None, **choice, "finish_reason": reason}],
+        }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import TunesmithError
-from tunesmith.runs.lock import only_run_in
+from tunesmith.runs.folder import only_run_in
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tunesmith.runs.lock import only_run_in
+from tunesmith.runs.folder import only_run_in
 
 with only_run_in(Path(sys.argv[1])):
     print("held", flush=True)

@@ -1,18 +1,73 @@
-"""Whether the next checkpoint fits on the disk, and what to say where writing fails."""
+"""The folder of a run: held by one process, on a disk that has room, and what to say where writing fails."""
 
 import errno
 import logging
+import os
 import re
 import shutil
+import socket
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from torch import Tensor, nn
 
 from tunesmith.errors import TunesmithError
+from tunesmith.text import size
+
+LOCK, OWNER = ".lock", ".owner"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises TunesmithError when `folder` can't be made, or written to. Nothing of it is left behind: a run that ends
+    before it begins makes no folder."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=there))  # permissions alone don't tell, least of all root
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. The system lets go of the lock when the process ends, however it does, so none is
+    left behind. Raises TunesmithError that names the owner when another process has it."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        _sign(folder / OWNER)
+    except Timeout:
+        owner = folder / OWNER
+        named = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise TunesmithError(f"a run is writing to {folder} already: {named}. Wait, or take another output") from None
+    except OSError as error:
+        lock.release()
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone by now, which the run has said
+            (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> TunesmithError:
+    return TunesmithError(f"output {folder} can't be written: {error.strerror or error}; take another folder")
+
+
+def _sign(owner: Path) -> None:
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n", "utf-8")
+
+
+# Room for the next checkpoint
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PAUSE = 1.0
@@ -32,15 +87,15 @@ def estimated_size(model: nn.Module, optimizer: Any, optimizer_name: str, *, onl
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     saved = trained if isinstance(model, PeftModel) else list(model.parameters())
-    size = sum(map(_bytes, saved)) + MORE
+    weights = sum(map(_bytes, saved)) + MORE
     if only_model:
-        return size
+        return weights
     states = _tensors(getattr(optimizer, "state", {}))
     if states:
-        return size + sum(map(_bytes, states))
+        return weights + sum(map(_bytes, states))
     if any(word in optimizer_name for word in ("8bit", "4bit")):
-        return size + 2 * sum(weight.numel() for weight in trained)
-    return size + (1 if optimizer_name == "sgd" else 2) * sum(map(_bytes, trained))
+        return weights + 2 * sum(weight.numel() for weight in trained)
+    return weights + (1 if optimizer_name == "sgd" else 2) * sum(map(_bytes, trained))
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -49,8 +104,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise TunesmithError(
-            f"{folder}: the next checkpoint takes about {_size(needed)}, and {_size(free)} are free there. Free "
-            f"{_size(needed - free)} or more, write to another disk (output), or keep fewer checkpoints "
+            f"{folder}: the next checkpoint takes about {size(needed)}, and {size(free)} are free there. Free "
+            f"{size(needed - free)} or more, write to another disk (output), or keep fewer checkpoints "
             "(save_total_limit) or only the model (save_only_model: true)"
         )
 
@@ -85,8 +140,8 @@ def _explained(error: Exception, folder: Path, needed: int) -> TunesmithError:
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
         free = shutil.disk_usage(there).free
         return TunesmithError(
-            f"the disk of {folder} is full: the checkpoint takes about {_size(needed)}, and {_size(free)} are free. "
-            f"{kept}; free {_size(max(needed - free, MORE))} or more there, and go on with --resume-from-checkpoint"
+            f"the disk of {folder} is full: the checkpoint takes about {size(needed)}, and {size(free)} are free. "
+            f"{kept}; free {size(max(needed - free, MORE))} or more there, and go on with --resume-from-checkpoint"
         )
     return TunesmithError(
         f"no checkpoint can be written to {folder}: {error}. {kept}, if the folder is there; make it one that you can "
@@ -116,7 +171,3 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_eval import RUNNER, app
+from tests.evaluate.test_evaluation import RUNNER, app
 
 pytestmark = pytest.mark.slow
 COLUMNS = ("--columns", "{prompt: question, completion: answer}")

@@ -1,0 +1,87 @@
+"""What commands that take a recipe share: settings for looking at its data alone, and its data, opened, not read."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.terminal.output import note
+
+if TYPE_CHECKING:
+    from tunesmith.data.dataset import DataPreparer
+    from tunesmith.data.mixture import DataSource
+    from tunesmith.data.read import Rows
+    from tunesmith.runs.record import Origin
+    from tunesmith.settings.recipe import Recipe
+
+SAME_DATA: dict[str, Any] = {
+    "output_dir": "unused",
+    "use_cpu": True,
+    "precision": "fp32",
+    "bf16": False,
+    "fp16": False,
+    "tf32": None,
+}
+"""Settings that a run has and its data doesn't depend on. So set, a recipe needs no output, the device is not measured,
+and a recipe for a GPU can be inspected where there is none."""
+
+
+def data_recipe(arguments: list[str]) -> "Recipe":
+    """The recipe of a command that looks at its data alone."""
+    from tunesmith.settings.recipe import parse_options, resolve
+
+    path, overrides = parse_options(arguments)
+    for alias in ("output", "output_dir"):
+        overrides.pop(alias, None)
+    return resolve(path, overrides | SAME_DATA)
+
+
+def preparer_of(recipe: "Recipe") -> "DataPreparer":
+    """Prepares data as training does; only the tokenizer is loaded."""
+    from tunesmith.data.dataset import DataPreparer
+    from tunesmith.model.load import resolve_model
+    from tunesmith.train.setup import prepare_tokenizer
+
+    resolve_model(recipe.model, note)
+    tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
+    return DataPreparer(recipe.config, tokenizer, None)
+
+
+def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":
+    """The rows to train on, or the named sources to mix. Raises TunesmithError for a file that isn't there."""
+    from tunesmith.data.mixture import DataSource
+
+    if not recipe.sources:
+        return _opened(recipe.data, recipe.split, "train")
+    sources = {}
+    for name, source in recipe.sources.items():
+        options = dict(source)
+        path, split = options.pop("path"), options.pop("split", recipe.split)
+        paths = [path] if isinstance(path, str) else path
+        sources[name] = DataSource(rows=_opened(paths, split, "train"), **options)
+    return sources
+
+
+def eval_rows(recipe: "Recipe") -> "Rows | None":
+    """The rows of `eval_data`, None without any."""
+    return _opened(recipe.eval_data, recipe.eval_split, "test") if recipe.eval_data else None
+
+
+def origins(recipe: "Recipe") -> "dict[str, Origin]":
+    """Where the data come from, by split or by the name of the source."""
+    from tunesmith.runs.record import Origin
+
+    places: dict[str, Any] = {name: source["path"] for name, source in recipe.sources.items()}
+    places |= {"train": recipe.data, "eval": recipe.eval_data}
+    result: dict[str, Origin] = {}
+    for name, paths in places.items():
+        listed = [Origin.of_data(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        if len(listed) > 1:
+            listed = [Origin(kind="file", name=", ".join(origin.name for origin in listed))]
+        if listed:
+            result[name] = listed[0]
+    return result
+
+
+def _opened(paths: Sequence[str], split: str | None, default_split: str) -> Any:
+    from tunesmith.data.read import joined, read_rows
+
+    return joined([read_rows(path, split, default_split=default_split) for path in paths])
