@@ -1,7 +1,6 @@
 """Every command's help fits a screen and shows an example; shells complete commands, runs and recipes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -55,27 +54,51 @@ def test_every_command_has_quiet_and_json(command: str) -> None:
 
 # Completion
 
-
-def completed(line: str, folder: Path, shell: str = "bash") -> list[str]:
-    """What `shell` is told when TAB is pressed behind `line`, and that nothing heavy was loaded for it."""
-    program = """
-import json, sys
+SHELLS = ("bash", "zsh", "fish")
+HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "numpy"}
+PROGRAM = f"""
+import io, json, os, sys
 from tunesmith.cli.main import app
-try:
-    app(prog_name="tunesmith")
-finally:
-    heavy = {"accelerate", "datasets", "peft", "torch", "transformers", "numpy"}.intersection(sys.modules)
-    print(json.dumps(sorted(heavy)), file=sys.stderr)
+for line in sys.stdin:
+    os.environ.update(json.loads(line))
+    output, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        app(prog_name="tunesmith")
+    except SystemExit:
+        pass
+    print(json.dumps(sys.stdout.getvalue()), file=output)
+    sys.stdout = output
+print(json.dumps(sorted({HEAVY}.intersection(sys.modules))))
 """
-    words = line.split(" ")
-    env = os.environ | {"_TUNESMITH_COMPLETE": f"complete_{shell}", "COMP_WORDS": line}
-    env |= {"COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": line}
-    env |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    child = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=folder, check=False
-    )
-    assert json.loads(child.stderr.splitlines()[-1]) == []
-    return [re.split(r"[\t]|\":\"", part)[0].strip('"') for part in child.stdout.split("\n") if part]
+
+
+def run_by_shells(environments: list[dict[str, str]], folder: Path) -> list[str]:
+    """What the command prints in each of `environments`, for none of which anything heavy was loaded."""
+    lines = "".join(f"{json.dumps(environment)}\n" for environment in environments)
+    command = [sys.executable, "-c", PROGRAM]
+    child = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=folder, check=True)
+    *printed, heavy = map(json.loads, child.stdout.splitlines())
+    assert heavy == []
+    return printed
+
+
+def completed(lines: dict[str, str], folder: Path) -> dict[str, list[str]]:
+    """What the shell is told when TAB is pressed behind each line; `lines` has a shell for each."""
+    environments = [
+        {
+            "_TUNESMITH_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+            "_TYPER_COMPLETE_ARGS": line,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        for line, shell in lines.items()
+    ]
+    printed = run_by_shells(environments, folder)
+    return {
+        line: [re.split(r"[\t]|\":\"", part)[0].strip('"') for part in text.split("\n") if part]
+        for line, text in zip(lines, printed, strict=True)
+    }
 
 
 @pytest.fixture
@@ -89,48 +112,47 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_command_is_completed(shell: str, folder: Path) -> None:
-    assert any("train" in word for word in completed("tunesmith tr", folder, shell))
+def test_commands_and_settings_are_completed_in_every_shell(folder: Path) -> None:
+    for shell in SHELLS:
+        commands, settings = completed(
+            {"tunesmith tr": shell, "tunesmith train recipe.yaml --learn": shell}, folder
+        ).values()
+        assert any("train" in word for word in commands), shell
+        assert len(settings) == 1
+        assert "--learning-rate" in settings[0]
 
 
 def test_runs_recipes_and_options_are_completed(folder: Path) -> None:
-    assert completed("tunesmith chat ", folder) == ["demo", "runs/first", "runs/second"]
-    assert completed("tunesmith chat runs/s", folder) == ["runs/second"]
-    assert completed("tunesmith eval elsewhere/", folder) == ["elsewhere/third"]
-    assert completed("tunesmith report runs/first runs/s", folder) == ["runs/second"]
-    assert completed("tunesmith train re", folder) == ["recipe.yaml"]
-    assert completed("tunesmith train recipe.yaml --data ", folder) == []  # which the shell completes by itself
-    assert "--json" in completed("tunesmith check --j", folder)
+    expected = {
+        "tunesmith chat ": ["demo", "runs/first", "runs/second"],
+        "tunesmith chat runs/s": ["runs/second"],
+        "tunesmith eval elsewhere/": ["elsewhere/third"],
+        "tunesmith report runs/first runs/s": ["runs/second"],
+        "tunesmith train re": ["recipe.yaml"],
+        "tunesmith train recipe.yaml --data ": [],  # which the shell completes by itself
+        "tunesmith chat --learn": [],
+    }
+    assert completed(dict.fromkeys(expected, "bash"), folder) == expected
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_setting_is_completed(shell: str, folder: Path) -> None:
-    words = completed("tunesmith train recipe.yaml --learn", folder, shell)
-    assert len(words) == 1
-    assert "--learning-rate" in words[0]
-
-
-def test_settings_are_completed_where_a_command_takes_them(folder: Path) -> None:
-    for command in ("train", "check", "inspect", "plan"):
-        assert "--packing-strategy" in completed(f"tunesmith {command} --pack", folder)
-    found = completed("tunesmith train --", folder)
-    assert {"--fields", "--json", "--lora", "--output", "--gradient-checkpointing"} <= set(found)
-    assert len(found) == len(set(found))
-    assert completed("tunesmith chat --learn", folder) == []
+def test_options_and_settings_are_completed_where_a_command_takes_them(folder: Path) -> None:
+    lines = [f"tunesmith {command} --pack" for command in ("train", "check", "inspect", "plan")]
+    *packing, check, train = completed(
+        dict.fromkeys([*lines, "tunesmith check --j", "tunesmith train --"], "bash"), folder
+    ).values()
+    assert all("--packing-strategy" in words for words in packing)
+    assert "--json" in check
+    assert {"--fields", "--json", "--lora", "--output", "--gradient-checkpointing"} <= set(train)
+    assert len(train) == len(set(train))
 
 
 def test_the_list_of_settings_is_current() -> None:
     assert SETTINGS.read_text(encoding="utf-8") == settings_text(), "run: python -m tunesmith.cli.complete"
 
 
-@pytest.mark.parametrize(
-    ("shell", "mark"), [("bash", "complete -o"), ("zsh", "#compdef tunesmith"), ("fish", "complete")]
-)
-def test_the_script_for_a_shell_is_shown(shell: str, mark: str) -> None:
-    env = os.environ | {"_TUNESMITH_COMPLETE": f"source_{shell}"}
-    program = "from tunesmith.cli.main import app; app(prog_name='tunesmith')"
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
-    assert mark in child.stdout
-    assert "_TUNESMITH_COMPLETE" in child.stdout
+def test_the_script_for_a_shell_is_shown(tmp_path: Path) -> None:
+    scripts = run_by_shells([{"_TUNESMITH_COMPLETE": f"source_{shell}"} for shell in SHELLS], tmp_path)
+    for script, mark in zip(scripts, ("complete -o", "#compdef tunesmith", "complete"), strict=True):
+        assert mark in script
+        assert "_TUNESMITH_COMPLETE" in script
     assert "--show-completion" in help_of()

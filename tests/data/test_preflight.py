@@ -24,9 +24,17 @@ from tunesmith.errors import TunesmithError
 BOS = 1
 
 
-def dataset(folder: Path, ids: list[list[int]], weights: list[list[float] | None] | None = None) -> Any:
+def dataset(
+    folder: Path,
+    ids: list[list[int]],
+    weights: list[list[float] | None] | None = None,
+    labels: list[list[int]] | None = None,
+) -> Any:
     folder.mkdir()
-    columns = {"input_ids": pa.array(ids, pa.list_(pa.int32())), "labels": pa.array(ids, pa.list_(pa.int32()))}
+    columns = {
+        "input_ids": pa.array(ids, pa.list_(pa.int32())),
+        "labels": pa.array(labels or ids, pa.list_(pa.int32())),
+    }
     if weights is not None:
         columns["weights"] = pa.array(weights, pa.list_(pa.float32()))
     table = pa.table(columns)
@@ -62,9 +70,18 @@ def test_examples_are_counted_over_all_batches(tmp_path: Path) -> None:
     assert sum(count for _, _, count in found.lengths) == 5
 
 
+def test_a_part_of_a_data_set_is_counted_as_if_it_stood_alone(tmp_path: Path) -> None:
+    ids = [[7, 7, 7], [BOS, BOS, 7], [BOS, 5, 6], [BOS, BOS], [9]]
+    weights = [[1.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 2, [1.0]]
+    part = dataset(tmp_path / "whole", ids, weights).select(range(1, 5))
+    assert examine(part, counted(4), BOS) == examine(dataset(tmp_path / "a", ids[1:], weights[1:]), counted(4), BOS)
+
+
 def test_examples_whose_weights_are_all_zero_are_counted(tmp_path: Path) -> None:
     found = examine(dataset(tmp_path / "a", [[1, 2], [3, 4], [5]], [[0, 0], [0, 1], [0]]), counted(3), None)
     assert (found.weightless, found.double_bos) == (2, 0)
+    unsupervised = dataset(tmp_path / "b", [[1, 2], [3, 4]], [[1, 0], [1, 1]], labels=[[-100, 2], [-100, 4]])
+    assert examine(unsupervised, counted(2), None).weightless == 1
 
 
 def test_supervised_tokens_are_counted_by_example(tmp_path: Path) -> None:
@@ -92,6 +109,7 @@ def test_data_without_any_end_token_stops_the_run_unless_allowed() -> None:
     with pytest.raises(TunesmithError, match=r"no supervised token ends a text \(</s>\).*allow_no_eos"):
         judged({"train": endless}).stop_on_problems()
     assert not judged({"train": endless}, allow_no_eos=True).problems
+    assert judged({"train": endless, "eval": report()}).problems
     assert not judged({"train": report(), "eval": endless}).problems
     assert not judged({"train/a": endless, "train/b": report()}).problems
 

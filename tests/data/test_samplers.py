@@ -65,6 +65,14 @@ def test_an_epoch_has_batches_of_its_own_and_the_same_ones_every_time(padded: bo
     assert longest != sorted(longest, reverse=True), "the batches of an epoch are not shuffled"
 
 
+def test_long_batches_have_another_place_in_each_epoch() -> None:
+    lengths = np.repeat(np.arange(100, 900, 50), 20)
+    batches = TokenBatches(lengths, 2048, seed=3)
+    first, second = ([max(lengths[batch]) for batch in epoch_of(batches, epoch)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_without_a_seed_all_epochs_are_the_same() -> None:
     batches = TokenBatches(np.array([3, 9, 4, 4, 1]), 10, seed=None)
     assert epoch_of(batches, 0) == epoch_of(batches, 1) == [[1, 4], [2, 3], [0]]

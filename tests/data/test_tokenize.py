@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.styles import assistant, bytes_, conversation, system, user, words
-from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, token_range, untrimmed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example, Row, Text, Tokens
 
@@ -60,6 +60,13 @@ def test_a_token_that_straddles_the_end_of_the_prompt_is_not_supervised() -> Non
     assert marked(tokenizer, Text(text="a: b", prompt="a:")) == "a :Ġ (b) (</s>)"
     assert marked(tokenizer, Text(text="a: b", prompt="a: ")) == "a :Ġ (b) (</s>)"
     assert marked(tokenizer, Text(text="a: b", prompt="a")) == "a (:Ġ) (b) (</s>)"
+
+
+def test_a_token_that_straddles_the_end_of_a_span_is_not_in_it() -> None:
+    encoding = untrimmed(bytes_("", "</s>")).encode("a: b")
+    assert encoding.tokens == ["a", ":Ġ", "b"]
+    spans = ((0, 1), (0, 2), (0, 3), (2, 4))
+    assert [token_range(encoding, *span) for span in spans] == [(0, 1), (0, 1), (0, 2), (2, 3)]
 
 
 def test_the_ids_are_those_of_the_whole_text() -> None:
@@ -181,6 +188,9 @@ def test_no_end_is_put_behind_a_conversation_that_goes_on_or_whose_last_answer_i
         )
         assert tokenizer.eos_token_id not in example.input_ids
         assert counts.ends == counts.stops == {}
+    left_out = conversation([user("Hi"), assistant("Yes", weight=0)])
+    ((example,), counts) = encode(tokenizer, left_out, train_on="all")
+    assert tokenizer.eos_token_id not in example.input_ids
 
 
 def test_a_tokenizer_without_end_token_or_offsets_is_refused() -> None:
@@ -240,6 +250,11 @@ def test_rows_that_train_on_does_not_fit_are_refused(row: Row, train_on: Any, me
 
 
 def test_tokens_are_taken_as_they_are() -> None:
+    size = len(words("chatml", "<|im_end|>"))
+    (last,), _ = encode(words("chatml", "<|im_end|>"), Tokens(input_ids=[5, size - 1]))
+    assert last.input_ids == [5, size - 1]
+    with pytest.raises(TunesmithError, match=f"'input_ids' has {size}, but the tokenizer has {size}"):
+        encode(words("chatml", "<|im_end|>"), Tokens(input_ids=[5, size]))
     rows = [Tokens(input_ids=[5, 6]), Tokens(input_ids=[5, 6], labels=[-100, 6], weight=0.5)]
     examples, _ = encode(words("chatml", "<|im_end|>"), *rows)
     assert examples == [
@@ -286,6 +301,8 @@ def test_overlong_examples_are_cut_at_the_end() -> None:
     assert marked(tokenizer, LONG, max_length=9) == "0   1   2   3 ( ) (Yes)"
     _, counts = encode(tokenizer, LONG, max_length=9)
     assert (counts.truncated, counts.lost_tokens, counts.ends) == (1, 3, {})
+    for overlong in ("truncate", "drop", "split", "error"):  # just as long as it may be
+        assert marked(tokenizer, LONG, max_length=12, overlong=overlong) == marked(tokenizer, LONG)
     _, counts = encode(tokenizer, LONG, max_length=7)
     assert counts.dropped == {"no supervised token within max_length 7": (1, ["row 0"])}
     assert (counts.truncated, counts.lost_tokens) == (0, 0)
@@ -320,6 +337,13 @@ def test_a_prompt_is_shortened_from_the_left_and_keeps_its_bos() -> None:
     assert marked(llama(), begins, max_length=6, truncate_prompt=True) == "<s> : ▁a : (▁b) (</s>)"
     _, counts = encode(llama(), begins, max_length=6, truncate_prompt=True)
     assert (counts.truncated, counts.lost_tokens, counts.ends) == (1, 1, {EOS: 1})
+
+
+def test_a_prompt_with_a_bos_of_its_own_gives_way_alike() -> None:
+    texts = [Text(text=f"{bos}a a a b", prompt=f"{bos}a a a") for bos in ("", "<s>")]
+    for limit in range(2, 8):
+        plain, own = (encode(llama(), text, max_length=limit, truncate_prompt=True) for text in texts)
+        assert own == plain
 
 
 def test_a_prompt_that_is_too_short_to_give_way_stays() -> None:

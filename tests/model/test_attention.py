@@ -317,6 +317,9 @@ def test_a_window_that_a_layer_leaves_to_the_mask_is_an_error_for_longer_documen
         torch.testing.assert_close(short, apart(tiny("phimoe", **settings), (WINDOW, 3)), rtol=1e-5, atol=1e-5)
         with pytest.raises(TunesmithError, match=f"window of {WINDOW} tokens to the mask, and a document has 5"):
             model(**flat_inputs((5, 3)), use_cache=False)
+        continued = {"attention_mask": document_map([2, 3], parents=[-1, 0])}  # one document of 5, in two parts
+        with pytest.raises(TunesmithError, match=f"window of {WINDOW} tokens to the mask, and a document has 5"):
+            model(**flat_inputs((2, 3)) | continued, use_cache=False)
 
 
 def test_models_that_pass_the_mask_by_name_are_supported() -> None:

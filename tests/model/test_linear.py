@@ -75,6 +75,14 @@ def test_adapters_have_the_values_and_gradients_of_peft(library: bool, settings:
     assert_same(outcome(model), expected)
 
 
+def test_base_weights_that_are_trained_beside_adapters_have_their_gradients() -> None:
+    model = adapted().requires_grad_(True)
+    expected = outcome(model)
+    assert any("base_layer" in name for name in expected)
+    speed_up(model)
+    assert_same(outcome(model), expected)
+
+
 def test_layers_with_a_bias_and_several_tokens_per_row_are_adapted_alike(library: bool) -> None:
     torch.manual_seed(0)
     inside = nn.Sequential(nn.Linear(6, 5))

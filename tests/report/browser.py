@@ -55,10 +55,9 @@ def look(page: Path, folder: Path, *, size: str = "1200,2400", dark: bool = Fals
     _needs_browser()
     picture = folder / f"{page.stem}{'-dark' if dark else ''}.png"
     flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}", *_scheme(dark)]
-    dumped = _run([*flags, "--dump-dom", page.as_uri()])
-    shot = _run([*flags, f"--screenshot={picture}", page.as_uri()])
-    console = [line for line in (dumped.stderr + shot.stderr).splitlines() if re.search(r":CONSOLE[:(]", line)]
-    return Seen(dom=dumped.stdout, console=console, picture=picture)
+    seen = _run([*flags, "--dump-dom", f"--screenshot={picture}", page.as_uri()])
+    console = [line for line in seen.stderr.splitlines() if re.search(r":CONSOLE[:(]", line)]
+    return Seen(dom=seen.stdout, console=console, picture=picture)
 
 
 def measured(page: Path, folder: Path, *, width: int, dark: bool = False) -> Measured:

@@ -73,7 +73,7 @@ def test_no_text_breaks_out_of_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_is_small(tmp_path: Path) -> None:
-    html = page(read_run(write_run(tmp_path / "run", steps=30_000)))
+    html = page(read_run(write_run(tmp_path / "run", steps=6_000)))
     assert not [word for word in ("http:", "https:", "@import", "<script", "src=") if word in html]
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
     assert "default-src 'none'" in html

@@ -19,6 +19,7 @@ from tests.forked import finished, start
 from tunesmith.errors import TunesmithError
 from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import (
+    FORMAT,
     MANIFEST,
     PARTIALS,
     Identity,
@@ -60,9 +61,13 @@ def written(run: Path, step: int) -> Path:
 
 def test_a_state_comes_back_with_its_types_tensors_and_shared_memory(tmp_path: Path) -> None:
     shared = torch.arange(4, dtype=torch.uint8)
-    part = torch.arange(10.0)[2:5]
+    row = torch.arange(10.0)
+    part, other = row[2:5], row[4:7]
     state = {
-        "state": {0: {"step": torch.tensor(3.0), "qmap": shared}, 1: {"qmap": shared, "part": part.t()}},
+        "state": {
+            0: {"step": torch.tensor(3.0), "qmap": shared},
+            1: {"qmap": shared, "part": part.t(), "other": other},
+        },
         "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95), "params": [0, 1], "fused": None, "worst": float("inf")}],
         "$odd": OrderedDict(a=np.float64(0.5), b=torch.zeros(0, dtype=torch.bfloat16)),
     }
@@ -73,10 +78,20 @@ def test_a_state_comes_back_with_its_types_tensors_and_shared_memory(tmp_path: P
     assert found["$odd"]["a"] == 0.5
     assert found["$odd"]["b"].dtype == torch.bfloat16
     assert torch.equal(found["state"][1]["part"], part)
+    assert torch.equal(found["state"][1]["other"], other)
     assert found["state"][0]["step"].shape == ()
     assert found["state"][0]["qmap"] is found["state"][1]["qmap"]
-    assert (tmp_path / "optimizer.safetensors").stat().st_size < 600, "a part is written without its neighbours"
+    assert (tmp_path / "optimizer.safetensors").stat().st_size < 700, "a part is written without its neighbours"
     assert read_state(tmp_path, "nothing") is None
+
+
+def test_a_state_that_was_read_does_not_follow_its_file(tmp_path: Path) -> None:
+    packed({"values": torch.arange(1000)}, "optimizer").write(tmp_path, "optimizer")
+    found = read_state(tmp_path, "optimizer")["values"]
+    file = tmp_path / "optimizer.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert torch.equal(found, torch.arange(1000))
 
 
 def test_what_only_pickle_could_write_is_named() -> None:
@@ -118,6 +133,28 @@ def test_what_is_written_verifies_and_is_described(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(PARTIALS))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not tell which file a number is of")
+def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    before: set[str] = set()
+
+    def rename(self: Path, target: Path) -> Any:
+        before.update(flushed)
+        return renamed(self, target)
+
+    renamed = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.readlink(f"/proc/self/fd/{number}")))
+    monkeypatch.setattr(Path, "rename", rename)
+    folder = begin(tmp_path, 3)
+    (folder / "more").mkdir()
+    for name in ("model.safetensors", "more/file"):
+        (folder / name).write_text("x")
+    finish(folder, manifest(3))
+    names = ("", "model.safetensors", "more", "more/file", MANIFEST)
+    assert {str(folder / name).rstrip("/") for name in names} <= before
+    assert flushed[-1] == str(tmp_path)  # the new name itself
+
+
 def test_a_second_try_does_not_describe_the_manifest_of_the_first(tmp_path: Path) -> None:
     folder = begin(tmp_path, 3)
     (folder / "trainer_state.json").write_text("{}")
@@ -139,7 +176,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
         (lambda folder: (folder / "more" / "file").unlink(), "lacks more/file"),
         (lambda folder: (folder / MANIFEST).unlink(), "has no manifest.json"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json can't be read"),
-        (lambda folder: (folder / MANIFEST).write_text('{"format": 9}'), "written by a newer version"),
+        (lambda folder: (folder / MANIFEST).write_text(f'{{"format": {FORMAT + 1}}}'), "written by a newer version"),
         (lambda folder: (folder / MANIFEST).write_text('{"format": 1}'), "manifest.json can't be read"),
     ],
 )
@@ -230,6 +267,16 @@ def test_pickles_of_other_tools_are_refused_unless_allowed(tmp_path: Path) -> No
         checked(folder)
     assert checked(folder, allow_pickle=True).manifest is None
     assert newest_whole(tmp_path, allow_pickle=True).folder == folder
+
+
+def test_weights_that_only_a_pickle_holds_are_refused_in_a_whole_checkpoint_too(tmp_path: Path) -> None:
+    folder = begin(tmp_path, 2)
+    for name in ("trainer_state.json", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+    folder = finish(folder, manifest(2))
+    with pytest.raises(TunesmithError, match=r"pytorch_model\.bin are pickles"):
+        checked(folder)
+    assert checked(folder, allow_pickle=True).manifest is not None
 
 
 def test_differences_say_what_was_and_what_is() -> None:

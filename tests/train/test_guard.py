@@ -121,6 +121,26 @@ def test_spikes_and_zeros_are_odd() -> None:
     assert small.judge(0.5) is None
 
 
+def test_a_loss_that_is_not_finite_is_not_compared_with() -> None:
+    losses = Losses()
+    for loss in [2.0] * 10 + [math.nan] * REMEMBERED + [2.0] * 10:
+        assert losses.judge(loss) is None
+    assert "after a median of 2.000" in str(losses.judge(5.0))
+
+
+def test_bad_steps_before_a_checkpoint_count_after_it(trainer_of: Callable[..., Any]) -> None:
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "max_bad_steps": 3}
+    trainer = trainer_of(**settings)
+    poison(trainer, {3, 4})
+    trainer.train()
+    resumed = trainer_of(**settings)
+    poison(resumed, {5})
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-4")
+    with pytest.raises(TunesmithError, match="3 steps in a row had no finite gradient, up to step 5"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.bad_steps == 3
+
+
 def test_a_loss_of_zero_is_an_event(trainer_of: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of(max_steps=2)
     poison(trainer, {2}, value=0.0)
