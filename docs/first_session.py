@@ -45,7 +45,7 @@ SYSTEM = "Extract the order as JSON."
 STEPS = (
     Step(
         title="Does training work here?",
-        text="`doctor` looks at the machine and at what is installed, and says how to mend what is missing.",
+        text="`doctor` looks at the machine and at what is installed, and says how to fix what is missing.",
         command="tunesmith doctor",
     ),
     Step(

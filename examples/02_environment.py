@@ -55,7 +55,7 @@ print("in an environment of its own:", sys.prefix != sys.base_prefix)
 # ## One command that looks at everything
 #
 # `tunesmith doctor` looks at Python, the libraries, the processor, the GPU, the memory, the disk and the hub. Each
-# line begins with `ok`, with `note` (worth knowing) or with `problem` (training would fail), and says how to mend it.
+# line begins with `ok`, with `note` (worth knowing) or with `problem` (training would fail), and says how to fix it.
 # In a terminal you just write `tunesmith doctor`. Here we let Python start it, and ask for JSON so that we can use
 # the answer.
 
@@ -200,12 +200,12 @@ print(f"longest rows that would fit: {found['largest_max_length']:,} tokens")
 # %% [markdown]
 # ## Try it yourself
 #
-# **1.** Which findings of `doctor` are not `ok`, what do they mean, and how are they mended?
+# **1.** Which findings of `doctor` are not `ok`, what do they mean, and how do you fix them?
 
 # %%
 for finding in diagnosis["findings"]:
     if finding["mark"] != "ok":
-        print(f"{finding['name']}: {finding['found']}\n  means: {finding['means']}\n  mend:  {finding['mend']}")
+        print(f"{finding['name']}: {finding['found']}\n  means: {finding['means']}\n  to fix it: {finding['mend']}")
 if all(finding["mark"] == "ok" for finding in diagnosis["findings"]):
     print("everything is ok")
 
@@ -228,7 +228,7 @@ print(f"{free:.1f} GB are room for {free / 4:.1f} billion weights in float32, an
 # ## What you have learned
 #
 # - Each project gets its own environment; `constraints.txt` gives the versions that were tested.
-# - `tunesmith doctor` says in one minute whether training works here, and how to mend what keeps it from working.
+# - `tunesmith doctor` says in one minute whether training works here, and how to fix what keeps it from working.
 # - Card, driver and torch's build must fit together.
 # - Which number format is fast is a question to the machine: measure.
 # - Tokens belong in `hf auth login`, `HF_TOKEN` or a Colab secret, never into a file.

@@ -152,6 +152,17 @@ def _named(table: str) -> list[str]:
     return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
 
 
+def test_the_page_about_the_architecture_names_files_and_functions_that_are_there() -> None:
+    page, source = (DOCS / "architecture.md").read_text(encoding="utf-8"), REPO / "src" / "tunesmith"
+    files = set(re.findall(r"(?<![\w/])[a-z]+/\w+\.py", page))
+    assert len(files) > 20
+    assert [name for name in files if not ((source / name).is_file() or (REPO / name).is_file())] == []
+    for file, rest in re.findall(r"([a-z]+/\w+\.py) +(.*)", page.partition("## A step")[2].partition("## A second")[0]):
+        for name in re.findall(r"[A-Z]\w*\.\w+|[a-z]+_\w+|[A-Z][a-z]+[A-Z]\w+", rest):
+            own = name.rpartition(".")[2]
+            assert re.search(rf"(?:def|class) {own}\b", (source / file).read_text(encoding="utf-8")), f"{file}: {name}"
+
+
 def test_both_languages_of_the_readme_have_the_same_sections_commands_and_figures() -> None:
     english, chinese = ((REPO / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
     for text in (english, chinese):

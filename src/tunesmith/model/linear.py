@@ -7,7 +7,7 @@ and as many over (T, I) ones in the backward. Here the low-rank product is added
 `speed_up` therefore sets a `forward` of ours on modules of a model; classes, weights and names stay as they are. On
 every LoRA layer of `peft`: where anything but plain LoRA is asked of it, its own forward runs. On a CPU where oneDNN is
 faster, on every other `nn.Linear`, too. Two more modules replace forwards: `compile`, those of the decoder layers with
-`torch_compile`, and `head`, that of the model itself, so that it takes `supervise` and computes the loss.
+`torch_compile`, and `head`, that of the model itself, so that it takes `targets` and an `objective`.
 
 On a CPU, fp32 products go through oneDNN where it is faster than the BLAS that PyTorch calls: MKL leaves a fifth to a
 half of an AMD processor's rate unused. torch has both inside; the choice is measured once.
