@@ -52,7 +52,7 @@ def steps(data: Path, sizes: list[int], rounds: int) -> dict[int, float]:
     from tunesmith.model.linear import speed_up
     from tunesmith.model.load import load_model
     from tunesmith.objectives.supervised import supervised_loss
-    from tunesmith.train.memory import keep_freed_memory
+    from tunesmith.train.limits import keep_freed_memory
     from tunesmith.train.setup import ready_for_batches
 
     model = load_model("demo")

@@ -4,7 +4,7 @@ import pytest
 
 from tests.transcript import stable
 
-STEP = "step 8/24  loss 0.9979  238 tokens/s  43% supervised  peak 1,389 MiB  15 s left\n"
+STEP = "step 8/24  loss 0.9979  238 tokens/s  43% supervised  peak 1.4 GB  15 s left\n"
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ STEP = "step 8/24  loss 0.9979  238 tokens/s  43% supervised  peak 1,389 MiB  15
             "note  processor       Xeon, 4 of 8 cores usable, 4 threads; AVX2\n",
         ),
         ("in GFLOP/s: fp32 102, bf16 1,220\n", "in GFLOP/s: fp32 40, bf16 4\n"),
-        (STEP, "step 8/24  loss 1.1  9 tokens/s  44% supervised  peak 1,400 MiB  90 s left\n"),
+        (STEP, "step 8/24  loss 1.1  9 tokens/s  44% supervised  peak 1.5 GB  90 s left\n"),
         ("  optimizer                     1.08    0.04\n", "  optimizer                    11.08    0.04\n"),
         ("│ json_equal │ 0% (0, 32) │  +75 (+24, +96) │\n", "│ json_equal │ 12% (2, 47) │ +6 (-1, +9) │\n"),
         (

@@ -27,9 +27,9 @@ def test_the_screen_shows_the_run_at_any_width_and_ctrl_c_leaves_it_clean(argume
     shown = terminal.text
     assert re.search(r"training [━╺╸]+ \d+/5000 +\d+% epoch \d+\.\d\d/", shown)
     assert re.search(r"^loss \d\.\d{4} [▁▂▃▄▅▆▇█]{20,}$", shown, re.MULTILINE)
-    for number in (r"eval loss \d\.\d{4}", r"tokens/s [\d,]+", r"supervised \d+%", r"memory [\d.,]+ [GM]iB"):
+    for number in (r"eval loss \d\.\d{4}", r"tokens/s [\d,]+", r"supervised \d+%", r"memory [\d.,]+ [GM]B"):
         assert re.search(number, shown), number
-    for number in (r"peak [\d.,]+ [GM]iB", r"grad norm \d", r"lr \d\.\d\de-\d\d", r"left \d+:\d\d", r"output /"):
+    for number in (r"peak [\d.,]+ [GM]B", r"grad norm \d", r"lr \d\.\d\de-\d\d", r"left \d+:\d\d", r"output /"):
         assert re.search(number, shown), number
     assert "saved checkpoint-20" in shown
     assert "Writing model shards" not in terminal.raw  # a library's bar

@@ -17,7 +17,7 @@ from tests.models import tiny
 from tests.train.runs import largest_difference
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.model import linear
-from tunesmith.train import memory
+from tunesmith.train import limits as memory
 
 LENGTH, ROWS = 1024, 8
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "max_position_embeddings": LENGTH}

@@ -163,7 +163,7 @@ def test_the_speed_and_the_time_left_in_a_plain_line_are_without_evaluations(mon
     view._take({"loss": 0.5, "tokens": 600, "supervised_tokens": 300, **numbers})
     view.on_train_end(args, state, control)  # the last step, which was not logged
     assert file.getvalue().splitlines()[1:] == [
-        "step 3/4  loss 0.5000  20 tokens/s  50% supervised  peak 8 MiB  10 s left"
+        "step 3/4  loss 0.5000  20 tokens/s  50% supervised  peak 8 MB  10 s left"
     ]
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from tests.train.runs import PAIR_ROWS, token_losses
 from tunesmith.errors import TunesmithError
-from tunesmith.train import memory as logits
+from tunesmith.train import limits as logits
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo"])

@@ -12,8 +12,8 @@ from tests.models import flat
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, weights_of
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
-from tunesmith.train import memory
-from tunesmith.train.memory import is_out_of_memory
+from tunesmith.train import limits as memory
+from tunesmith.train.limits import is_out_of_memory
 from tunesmith.train.recovery import _state_bytes
 
 SETTINGS: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, 
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
 from tunesmith.runs import folder as disk
-from tunesmith.runs.checkpoints import PICKLES, checkpoints, verify
+from tunesmith.runs.checkpoints import PICKLES, Identity, checkpoints, verify
 from tunesmith.runs.states import read_state
+from tunesmith.train.identity import identity_of
 
 Runs = Callable[..., SFTTrainer]
 LORA = LoraConfig(target_modules="all-linear", lora_dropout=0.2)
@@ -312,3 +314,19 @@ def test_optimizers_that_only_pickle_can_write_are_refused_before_training(run: 
     trainer.args.optim = "adamw_torch_8bit"
     with pytest.raises(TunesmithError, match="whose state only pickle can write"):
         trainer.train()
+
+
+def test_batches_by_tokens_of_a_version_that_filled_them_otherwise_are_refused(
+    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_tokens_per_batch": 64, "max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+
+    def before(*arguments: Any) -> Identity:
+        identity = identity_of(*arguments)
+        return replace(identity, settings={k: v for k, v in identity.settings.items() if k != "token_batches"})
+
+    with monkeypatch.context() as old:
+        old.setattr("tunesmith.train.keeper.identity_of", before)
+        trainer_of(**settings).train()
+    with pytest.raises(TunesmithError, match="token_batches: filled as in version 0.1 -> best-fit decreasing"):
+        trainer_of(**settings | {"max_steps": 4}).train(resume_from_checkpoint=True)

@@ -58,6 +58,8 @@ FREE = {
 }
 """Settings that a run may change on its way: they decide where things go, what is shown and how fast it is, but not
 what is trained on, nor how. Its length is among them: to train longer is a reason to go on."""
+TOKEN_BATCHES = "best-fit decreasing"
+"""How batches by tokens are filled: another way makes others, in which a run can't go on."""
 COMPARED = {"dataloader_drop_last"}
 VOLATILE_CONFIG = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"),
@@ -141,6 +143,8 @@ def _settings(args: SFTConfig, processes: int) -> dict[str, Any]:
     values = args.to_dict()
     names = [item.name for item in fields(args) if item.init]
     kept = {name: _plain(without_secrets(values[name])) for name in names if name in values and _is_compared(name)}
+    if args.max_tokens_per_batch is not None:
+        kept["token_batches"] = TOKEN_BATCHES
     return kept | {"train_on": args.resolved_train_on, "processes": processes}
 
 

@@ -26,7 +26,7 @@ from tunesmith.runs.record import RunRecord
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.identity import model_origin
 from tunesmith.train.ledger import Ledger
-from tunesmith.train.memory import give_back, resident
+from tunesmith.train.limits import give_back, resident
 from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
 from tunesmith.types import Row
 

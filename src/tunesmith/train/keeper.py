@@ -161,7 +161,10 @@ class Keeper:
                 "%s was written by another tool: nobody can tell whether it is whole, or of this run.", chosen.folder
             )
             return
-        differences = manifest.identity.differences(self._identity_now())
+        identity = self._identity_now()
+        differences = manifest.identity.differences(identity)
+        if "token_batches" in identity.settings and "token_batches" not in manifest.identity.settings:
+            differences.append("token_batches: filled as in version 0.1 -> " + identity.settings["token_batches"])
         if not (chosen.folder / f"{OPTIMIZER}.json").is_file():
             differences.append("optimizer's state: not saved (save_only_model) -> starts anew")
         if differences:

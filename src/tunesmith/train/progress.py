@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from tunesmith.model.load import no_bars
 from tunesmith.terminal.live import ResizableLive, RunView, Snapshot, can_draw
 from tunesmith.terminal.noise import Remarks
+from tunesmith.text import size
 
 
 class TrainingProgress(TrainerCallback):
@@ -122,7 +123,7 @@ class TrainingProgress(TrainerCallback):
         speed = tokens / self._trained()
         parts = [f"step {state.global_step}/{state.max_steps}", f"loss {loss:.4f}", f"{speed:.0f} tokens/s"]
         parts += [] if now.supervised is None else [f"{now.supervised:.0%} supervised"]
-        parts += [] if now.peak is None else [f"peak {now.peak:,.0f} MiB"]
+        parts += [] if now.peak is None else [f"peak {size(now.peak * 2**20)}"]
         self.console.print("  ".join([*parts, f"{now.left or 0:.0f} s left"]), highlight=False, soft_wrap=True)
 
     def _show_eval(self, name: str, value: float, state: TrainerState) -> None:

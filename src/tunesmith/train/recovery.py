@@ -23,8 +23,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, base_model
 from tunesmith.settings.coerce import byte_count
 from tunesmith.settings.config import SFTConfig
+from tunesmith.train.limits import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.loaders import Loaders
-from tunesmith.train.memory import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.meter import Meter
 
 logger = logging.getLogger(__name__)

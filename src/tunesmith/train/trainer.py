@@ -44,8 +44,8 @@ from tunesmith.train import hooks
 from tunesmith.train.guard import Guard
 from tunesmith.train.journal import DataSeen, Journal, record_of
 from tunesmith.train.keeper import Keeper
+from tunesmith.train.limits import check_logits, keep_freed_memory
 from tunesmith.train.loaders import Batching, Loaders
-from tunesmith.train.memory import check_logits, keep_freed_memory
 from tunesmith.train.meter import BatchLoss, Meter
 from tunesmith.train.offload import offloading
 from tunesmith.train.recovery import Recovery

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.forked import finished, start
-from tunesmith.train import memory
+from tunesmith.train import limits as memory
 
 
 def page_faults(kept: bool, report: Path) -> None:
@@ -32,6 +32,6 @@ def test_the_pages_of_a_step_are_those_of_the_step_before(tmp_path: Path) -> Non
 
 
 def test_an_unknown_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.train.memory.platform.libc_ver", lambda: ("", ""))
-    monkeypatch.setattr("tunesmith.train.memory.ctypes.CDLL", lambda *_: pytest.fail("called"))
+    monkeypatch.setattr("tunesmith.train.limits.platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("tunesmith.train.limits.ctypes.CDLL", lambda *_: pytest.fail("called"))
     assert not memory.keep_freed_memory()
