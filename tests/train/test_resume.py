@@ -263,7 +263,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(run: Runs) -> None:
 
 def test_a_disk_without_room_stops_the_run_before_it_begins(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(TunesmithError, match=r"the next checkpoint takes about 17 MB, and 0 MB are free"):
+    with pytest.raises(TunesmithError, match=r"the next checkpoint takes about 17 MB, and 1 kB are free"):
         run().train()
     trainer = run(save_strategy="no")
     trainer.train()
@@ -328,5 +328,5 @@ def test_batches_by_tokens_of_a_version_that_filled_them_otherwise_are_refused(
     with monkeypatch.context() as old:
         old.setattr("tunesmith.train.keeper.identity_of", before)
         trainer_of(**settings).train()
-    with pytest.raises(TunesmithError, match="token_batches: filled as in version 0.1 -> best-fit decreasing"):
+    with pytest.raises(TunesmithError, match="token_batches: filled as in version 0"):
         trainer_of(**settings | {"max_steps": 4}).train(resume_from_checkpoint=True)
