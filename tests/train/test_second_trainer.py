@@ -246,3 +246,12 @@ def test_a_run_that_broke_off_leaves_nothing_to_the_next(tmp_path: Path) -> None
     counts = [[entry["num_tokens"] for entry in each.state.log_history if "loss" in entry] for each in (trainer, once)]
     assert counts[0] == counts[1]
     assert not trainer.events
+
+
+def test_a_second_run_of_a_trainer_counts_from_its_own_start(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, max_steps=2, save_strategy="no")
+    counts = []
+    for _ in range(2):
+        trainer.train()
+        counts.append([entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry])
+    assert counts[0] == counts[1]
