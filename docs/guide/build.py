@@ -34,7 +34,7 @@ CHAPTER = re.compile(r"\d\d_\w+\.py")
 SEPARATOR = "<!-- cell -->"
 CELL_SECONDS = 600
 ALL_SECONDS = 12 * 60
-"""What a run of every notebook may take."""
+"""What a run of every notebook should take, with nothing else running."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -141,8 +141,8 @@ def execute(wanted: list[str]) -> list[str]:
     """Run the notebooks whose name (`en/03_first_sft`) contains one of `wanted`, or all; says seconds of each.
 
     Returns the names of those in which a cell failed or wrote to stderr (a reader would take a warning for his own
-    mistake), and "together" where all of them took longer than ALL_SECONDS. The executed copies, failed ones included,
-    are in build/guide/.
+    mistake); says where all of them took longer than ALL_SECONDS. The executed copies, failed ones included, are in
+    build/guide/.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a notebook that has a hub of its own says otherwise, for itself
     os.environ.setdefault("MPLCONFIGDIR", str(EXECUTED / "matplotlib"))
@@ -162,8 +162,8 @@ def execute(wanted: list[str]) -> list[str]:
                 failed.append(name)
     print(f"{total:6.1f} s  together")
     if not wanted and total > ALL_SECONDS:
-        print(f"all notebooks took {total:.0f} s, and may take {ALL_SECONDS} s: make them shorter", file=sys.stderr)
-        failed.append("together")
+        # No failure: beside other programs the same notebooks take longer.
+        print(f"all notebooks took {total:.0f} s, and should take {ALL_SECONDS} s: make them shorter", file=sys.stderr)
     return failed
 
 
