@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from tunesmith.report.run_html import write_report
 from tunesmith.runs.files import REPORT
-from tunesmith.ship.hub import HubPublisher, PushReport
+from tunesmith.runs.record import Origin
+from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
 from tunesmith.train import sft
 from tunesmith.train.trainer import BaseTrainer
@@ -47,10 +48,23 @@ class Published(BaseTrainer):
         trained on a folder. The token is `hub_token`, or that of the environment or
         the hub's login. Returns what was sent, on the main process. Raises TunesmithError.
         """
-        arguments: dict[str, Any] = {"token": token, "revision": revision, "private": private, "license": license}
-        arguments |= {"dataset_name": dataset_name, "base_model": base_model}
-        sent: PushReport | None = self.publisher.push(self, message=commit_message, **arguments)
-        return sent
+        args = self.args
+        self.save_model(_internal_call=True)
+        if dataset_name is not None:
+            self.origins["train"] = Origin.of_data(dataset_name)
+        if not self.is_world_process_zero():
+            return None
+        self.record().write(str(args.output_dir))
+        options = PushOptions(
+            private=bool(args.hub_private_repo if private is None else private),
+            revision=revision or args.hub_revision or MAIN,
+            message=commit_message or MESSAGE,
+            licence=license,
+            base_model=base_model,
+        )
+        token = token or args.hub_token
+        name = self.hub_model_id or args.hub_model_id or Path(str(args.output_dir)).name
+        return push(str(args.output_dir), in_full(name, token), options, token=token)
 
 
 class SFTTrainer(sft.SFTTrainer, Published):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import checkpoints
-from tunesmith.runs.record import RUN, Origin, RunRecord
+from tunesmith.runs.record import RUN, RunRecord
 from tunesmith.secrets import known_secrets, scrub
 from tunesmith.ship.card import CARD, ModelFolder, base_origin, hub_name, model_card, read_settings, with_samples
 
@@ -405,34 +405,3 @@ class HubPublisher:
             message = f"Training in progress, step {step}"
             options = PushOptions(revision=args.hub_revision or MAIN, message=message, samples=False)
             push(folder, in_full(trainer.hub_model_id or "", args.hub_token), options, token=args.hub_token)
-
-    def push(
-        self,
-        trainer: Any,
-        *,
-        message: str | None,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        license: str | None = None,
-        dataset_name: str | None = None,
-        base_model: str | None = None,
-    ) -> PushReport | None:
-        """Save the model, and upload it with a card; see `Published.push_to_hub`."""
-        args = trainer.args
-        trainer.save_model(_internal_call=True)
-        if dataset_name is not None:
-            trainer.origins["train"] = Origin.of_data(dataset_name)
-        if not trainer.is_world_process_zero():
-            return None
-        trainer.record().write(str(args.output_dir))
-        options = PushOptions(
-            private=bool(args.hub_private_repo if private is None else private),
-            revision=revision or args.hub_revision or MAIN,
-            message=message or MESSAGE,
-            licence=license,
-            base_model=base_model,
-        )
-        token = token or args.hub_token
-        name = trainer.hub_model_id or args.hub_model_id or Path(str(args.output_dir)).name
-        return push(str(args.output_dir), in_full(name, token), options, token=token)

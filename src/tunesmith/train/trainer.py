@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -61,8 +60,6 @@ class Publisher(Protocol):
     def begin(self, trainer: Any, token: str | None, private: bool | None) -> str: ...
 
     def send_checkpoint(self, trainer: Any, folder: str) -> None: ...
-
-    def push(self, trainer: Any, *, message: str | None, **arguments: Any) -> Any: ...
 
 
 class BaseTrainer(transformers.Trainer):
@@ -288,9 +285,10 @@ class BaseTrainer(transformers.Trainer):
         meter = self.meters["train" if cast(nn.Module, self.model).training else "eval"]
         meter.read(batch)
         if self.compute_loss_func is not None:
-            virtual = has_virtual_tokens(cast(nn.Module, self.model))
-            read = partial(outputs_behind_virtual_tokens, model) if virtual else partial(_own_outputs, model)
-            outputs = read(batch.inputs())
+            if has_virtual_tokens(cast(nn.Module, self.model)):
+                outputs = outputs_behind_virtual_tokens(model, batch.inputs())
+            else:
+                outputs = model(**batch.inputs(), use_cache=False)
             loss = self.compute_loss_func(outputs, batch.labels, num_items_in_batch=weight)
         else:
             with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
@@ -433,10 +431,6 @@ class BaseTrainer(transformers.Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
         else:
             self.publisher.send_checkpoint(self, checkpoint_folder)
-
-
-def _own_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    return model(**inputs, use_cache=False)
 
 
 def as_batch(inputs: Any) -> Batch:
