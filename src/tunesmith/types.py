@@ -66,16 +66,52 @@ Row = Conversation | Text | Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Characters [start, stop) of a rendered text, supervised with `weight`."""
+
+    start: int
+    stop: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A text and what is supervised of it.
+
+    `prompt` is the number of characters before the completion of a prompt-completion row, else None.
+    `special_tokens`: the tokenizer is to add its own, as it does to plain text. `closed`: the text ends with what is
+    supervised, so that an end token belongs there. `literal` are the places behind the first character of each
+    text in a message that reads as a control token and is to be ordinary characters.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    prompt: int | None = None
+    special_tokens: bool = False
+    closed: bool = True
+    literal: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are treated alike: then nobody asks where a token's characters are."""
+        return not self.prompt and all(span.start == 0 and span.stop == len(self.text) for span in self.spans)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     """A row in tokens: three lists of equal length.
 
     `labels[i]` is `input_ids[i]` where token `i` is supervised, IGNORE_INDEX elsewhere (not shifted);
     `weights[i]` scales the loss of token `i`, and is None when every supervised token weighs 1.
+
+    Documents of one row that begin alike are one example: `parts` has the lengths of the segments that it is made of,
+    and for each the segment that it continues, or -1 (`data.prefix`). None where the example is one document.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: list[float] | None = None
+    parts: tuple[list[int], list[int]] | None = None
 
     @property
     def supervised(self) -> int:

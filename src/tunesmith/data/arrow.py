@@ -16,12 +16,17 @@ from tunesmith.types import Example
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatExamples:
-    """N examples: lengths (N,), ids, labels and weights (T,); weights None when every supervised token weighs 1."""
+    """N examples: lengths (N,), ids, labels and weights (T,); weights None when every supervised token weighs 1.
+
+    `parts` are the segments of all examples, P of them: how many each example has (N,), their lengths (P,) and parents
+    (P,). None when every example is one document.
+    """
 
     lengths: Any
     ids: Any
     labels: Any
     weights: Any
+    parts: tuple[Any, Any, Any] | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "FlatExamples":
@@ -31,7 +36,13 @@ class FlatExamples:
         weights = None
         if any(example.weights is not None for example in examples):
             weights = flat((example.weights or [1.0] * len(example.labels) for example in examples), np.float32)
+        parts = None
+        if any(example.parts is not None for example in examples):
+            trees = [example.parts or ([len(example.labels)], [-1]) for example in examples]
+            sizes = np.array([len(lengths) for lengths, _ in trees], np.int64)
+            parts = (sizes, flat((tree[0] for tree in trees), np.int32), flat((tree[1] for tree in trees), np.int32))
         return cls(
+            parts=parts,
             lengths=np.array([len(example.labels) for example in examples], np.int64),
             ids=flat((example.input_ids for example in examples), np.int32),
             labels=flat((example.labels for example in examples), np.int32),
@@ -39,7 +50,8 @@ class FlatExamples:
         )
 
     def table(self) -> Any:
-        """An Arrow table of `input_ids`, `labels` and `weights`, a null for each example when there are no weights."""
+        """An Arrow table of `input_ids`, `labels`, `weights`, `seq_lengths` and `parents`; of the last three, a null for
+        each example where there are none."""
         import pyarrow as pa
 
         offsets = np.concatenate([[0], self.lengths]).cumsum()
@@ -48,7 +60,12 @@ class FlatExamples:
         else:
             weights = list_array(offsets, self.weights)
         columns = {"input_ids": list_array(offsets, self.ids), "labels": list_array(offsets, self.labels)}
-        return pa.table(columns | {"weights": weights})
+        if self.parts is None:
+            trees = {name: pa.nulls(len(self.lengths), pa.list_(pa.int32())) for name in ("seq_lengths", "parents")}
+        else:
+            bounds = np.concatenate([[0], self.parts[0]]).cumsum()
+            trees = {"seq_lengths": list_array(bounds, self.parts[1]), "parents": list_array(bounds, self.parts[2])}
+        return pa.table(columns | {"weights": weights} | trees)
 
 
 def list_array(offsets: Any, values: Any) -> Any:
@@ -75,6 +92,26 @@ def list_column(table: Any, name: str) -> tuple[Any, Any]:
         return offsets, values
     offsets = column.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0], column.flatten().to_numpy()
+
+
+def segments(table: Any) -> tuple[Any, Any, Any]:
+    """The segments of the examples of a table: offsets (N + 1,), lengths (P,) and parents (P,). An example without any
+    is one of its own."""
+    sizes, names = list_lengths(table, "input_ids"), table.schema.names
+    counts, known = np.ones(len(sizes), np.int64), np.zeros(len(sizes), bool)
+    flat = {"seq_lengths": np.zeros(0, np.int64), "parents": np.zeros(0, np.int64)}
+    for name in (name for name in flat if name in names):
+        column = table.column(name).combine_chunks()
+        known = column.is_valid().to_numpy(zero_copy_only=False)
+        flat[name] = column.flatten().to_numpy().astype(np.int64)
+        counts[known] = column.value_lengths().drop_null().to_numpy()
+    offsets = np.concatenate([[0], counts.cumsum()])
+    own = np.repeat(~known, counts)  # the segments that are whole examples
+    lengths, parents = np.empty(offsets[-1], np.int64), np.full(offsets[-1], -1, np.int64)
+    lengths[own], lengths[~own] = sizes[~known], flat["seq_lengths"]
+    if len(flat["parents"]):
+        parents[~own] = flat["parents"]
+    return offsets, lengths, parents
 
 
 def list_lengths(table: Any, name: str) -> Any:

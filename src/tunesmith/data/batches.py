@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tunesmith.data.prefix import share_prefixes
+from tunesmith.data.prefix import flat_row, paths
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example
 
@@ -178,24 +178,32 @@ class Batch:
 
 
 def groups_of(row: Row) -> list[Group]:
-    """The documents of a prepared row, each a group of its own. A packed row holds several, `seq_lengths` tokens each;
-    without `labels`, all tokens are supervised."""
+    """The documents of a prepared row by groups. A packed row holds several, `seq_lengths` tokens each; where it has
+    `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`). Without `labels`,
+    all tokens are supervised."""
     ids = _list(row["input_ids"])
-    columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths")}
+    columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths", "parents")}
     labels = ids if columns["labels"] is None else _list(columns["labels"])
     weights = None if columns["weights"] is None else _list(columns["weights"])
-    stops = list(accumulate([len(ids)] if columns["seq_lengths"] is None else _list(columns["seq_lengths"])))
-    return [
-        (
-            Example(
-                input_ids=ids[start:stop],
-                # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
-                labels=[IGNORE_INDEX, *labels[start + 1 : stop]][: stop - start],
-                weights=None if weights is None else weights[start:stop],
-            ),
+    lengths = [len(ids)] if columns["seq_lengths"] is None else _list(columns["seq_lengths"])
+    parents = [-1] * len(lengths) if columns["parents"] is None else _list(columns["parents"])
+    stops = list(accumulate(lengths))
+    starts, learned = [0, *stops[:-1]], set[int]()
+    groups: dict[int, list[Example]] = {}
+    for path in paths(parents):
+        parts = [slice(starts[segment], stops[segment]) for segment in path]
+        own: list[int] = []
+        for segment, part in zip(path, parts, strict=True):  # what documents share is learned once, in the first
+            own += [IGNORE_INDEX] * lengths[segment] if segment in learned else labels[part]
+            learned.add(segment)
+        example = Example(
+            input_ids=[*chain.from_iterable(ids[part] for part in parts)],
+            # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
+            labels=[IGNORE_INDEX, *own[1:]][: len(own)],
+            weights=None if weights is None else [*chain.from_iterable(weights[part] for part in parts)],
         )
-        for start, stop in zip([0, *stops[:-1]], stops, strict=True)
-    ]
+        groups.setdefault(path[0], []).append(example)
+    return [tuple(group) for group in groups.values()]
 
 
 def one_group_of(row: Row) -> list[Group]:
@@ -246,7 +254,8 @@ class Collator:
 class FlatCollator(Collator):
     """All documents side by side in one row, each with positions from 0 on.
 
-    With `share_prefix`, and where that saves enough, documents that begin alike share their beginning (`data.prefix`).
+    Documents of a group share what they begin with (`data.prefix`); with `share_prefix`, and where that saves enough, so
+    do all that begin alike.
 
     >>> batch = FlatCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
     >>> batch.labels.tolist(), batch.position_ids.tolist(), batch.lengths
@@ -257,7 +266,8 @@ class FlatCollator(Collator):
 
     def batch(self, groups: Sequence[Group]) -> Batch:
         documents = [example for group in groups for example in group]
-        segments = share_prefixes([example.input_ids for example in documents]) if self.share_prefix else None
+        ids = ([example.input_ids for example in group] for group in groups)
+        segments = flat_row(ids, across=self.share_prefix)
         if segments is None:
             rows: dict[str, Any] = {
                 "input_ids": _row(example.input_ids for example in documents),
@@ -277,6 +287,9 @@ class FlatCollator(Collator):
         return Batch(labels=_row(example.labels for example in documents), groups=tuple(groups), **rows)
 
     def cost(self, groups: Sequence[Group]) -> int:
+        shared = flat_row(([example.input_ids for example in group] for group in groups), across=False)
+        if shared is not None:
+            return len(shared.tokens)
         return sum(len(example.input_ids) for group in groups for example in group)
 
 

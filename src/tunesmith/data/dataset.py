@@ -28,7 +28,7 @@ Prepared: TypeAlias = Dataset | IterableDataset
 Source: TypeAlias = Prepared | Rows | Sequence[Mapping[str, Any]]
 LOOKED_AT = 64
 """How many rows of a source are looked at before training."""
-COLUMNS = ["input_ids", "labels", "weights", "seq_lengths"]
+COLUMNS = ["input_ids", "labels", "weights", "seq_lengths", "parents"]
 
 
 class DataPreparer:
@@ -218,6 +218,12 @@ class DataPreparer:
         cuts = packing and self.args.packing_strategy != "bfd"  # those strategies cut overlong examples themselves
         return EncodeOptions(
             train_on=self.args.resolved_train_on,
+            turns=self.args.turns,
+            prompt_mismatch=self.args.prompt_mismatch,
+            marks=self.args.marks,
+            drop_reasoning=self.args.drop_reasoning,
+            specials_in_content=self.args.specials_in_content,
+            share=not cuts,
             max_length=None if cuts else self.args.max_length,
             overlong=self.args.overlong,
             truncate_prompt=self.args.truncate_prompt,
@@ -245,6 +251,8 @@ class DataPreparer:
                 "input_ids": [example.input_ids for example in examples],
                 "labels": [example.labels for example in examples],
                 "weights": [example.weights for example in examples],
+                "seq_lengths": [example.parts and example.parts[0] for example in examples],
+                "parents": [example.parts and example.parts[1] for example in examples],
             }
 
         looked = Counts()

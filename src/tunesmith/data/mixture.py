@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.data.arrow import list_array, list_column
+from tunesmith.data.arrow import list_array, list_column, list_lengths
 from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
@@ -87,7 +87,18 @@ def concatenated(parts: Iterable["Dataset"]) -> "Dataset":
             if "weights" not in part.column_names:
                 offsets, ids = list_column(part.data, "input_ids")
                 parts[i] = part.add_column("weights", list_array(offsets, np.ones(len(ids), np.float32)))
+    for name in ("seq_lengths", "parents"):
+        if any(name in part.column_names for part in parts):
+            parts = [_with_segments(part, name) for part in parts]
     return concatenate_datasets(parts)
+
+
+def _with_segments(part: "Dataset", name: str) -> "Dataset":
+    """A part with the column `seq_lengths` or `parents`, of examples that are one document each."""
+    if name in part.column_names:
+        return part
+    values = np.full(len(part), -1) if name == "parents" else list_lengths(part.data, "input_ids")
+    return part.add_column(name, list_array(np.arange(len(part) + 1), values.astype(np.int32)))
 
 
 def _generator(name: str, seed: int, purpose: str) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.arrow import list_array, list_column, list_lengths
+from tunesmith.data.arrow import list_array, list_column, list_lengths, segments
 from tunesmith.errors import TunesmithError, nearest
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def pack_dataset(dataset: "Dataset", max_length: int, strategy: str = "bfd") -> 
     """The examples of `dataset` in rows of at most `max_length` tokens, each a pack.
 
     `seq_lengths` are the tokens of each document of a row. The rows of `wrapped` have none: they are read as one text.
+    Examples of several documents that share what they begin with keep their segments, as `seq_lengths` and `parents`
+    (`data.prefix`); only `bfd` takes them, and none of them may have more than `max_length` tokens.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -87,8 +89,21 @@ def pack_dataset(dataset: "Dataset", max_length: int, strategy: str = "bfd") -> 
     begins = np.cumsum(lengths) - lengths
     tokens = np.repeat(begins[packs.document] + packs.start, sizes) + _within(sizes)  # where each one comes from
     bounds = np.concatenate([[0], np.cumsum(sizes)])[packs.offsets]
-    lists = {name: list_array(bounds, list_column(table, name)[1][tokens]) for name in dataset.column_names}
-    if strategy != "wrapped":
+    columns = [name for name in dataset.column_names if name not in ("seq_lengths", "parents")]
+    lists = {name: list_array(bounds, list_column(table, name)[1][tokens]) for name in columns}
+    if "parents" in dataset.column_names:
+        if strategy != "bfd":
+            raise TunesmithError(f"packing_strategy {strategy} cuts documents, and these share parts; write bfd")
+        offsets, segment_lengths, parents = segments(table)
+        counts = np.diff(offsets)[packs.document]
+        chosen = np.repeat(offsets[packs.document], counts) + _within(counts)
+        placed = np.concatenate([[0], counts.cumsum()])  # where the segments of each document begin, over all packs
+        begins = placed[:-1] - np.repeat(placed[packs.offsets[:-1]], np.diff(packs.offsets))  # and in its pack
+        moved = np.where(parents[chosen] < 0, -1, parents[chosen] + np.repeat(begins, counts))
+        bounds = placed[packs.offsets]
+        lists["seq_lengths"] = list_array(bounds, segment_lengths[chosen].astype(np.int32))
+        lists["parents"] = list_array(bounds, moved.astype(np.int32))
+    elif strategy != "wrapped":
         lists["seq_lengths"] = list_array(packs.offsets, sizes.astype(np.int32))
     return Dataset(InMemoryTable.from_pydict(lists))
 

@@ -1,21 +1,26 @@
-"""Documents that begin with the same tokens: which of them share their beginning, and how a flat row then looks.
+"""Documents that begin with the same tokens: a tree of what they share, and how a flat row then looks.
 
-A system prompt, tool schemas or a few examples in front of every row are the same tokens at the same positions, so in a
-causal model they have the same hidden states. A group of documents with a common prefix becomes one segment of the
-prefix and one segment each of what follows, whose tokens attend to the prefix and to themselves:
+A system prompt, tool schemas, or the turns of a conversation before the one that is trained are the same tokens at the
+same positions, so in a causal model they have the same hidden states. They become one segment of the row, and what
+follows them one segment each, whose tokens attend to all segments that it continues and to themselves:
 
-    documents  [a b c d]  [a b c e f]  [x y]
-    segments   [a b c]  [d]  [e f]  [x y]        parents  -1  0  0  -1
+    documents  [a b c d]  [a b c e f]  [a b c e g]  [x y]
+    segments   [a b c]  [d]  [e]  [f]  [g]  [x y]     parents  -1  0  0  2  2  -1
 
 Everything here is pure and needs no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
 
 SAVES = 0.1
 """The share of a batch's tokens that sharing must save to be worth its smaller pieces of attention."""
+WORTH = 8
+"""So many tokens a segment of its own must save: each is a call of attention."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,50 +47,83 @@ class Segments:
         return list(range(start, start + len(tokens)))
 
 
-def share_prefixes(documents: Sequence[Sequence[int]]) -> Segments | None:
-    """The row in which documents share their prefixes, or None where that would save too little.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Branch:
+    """Documents whose first `begin` tokens are placed, at `front`, of which the last are in segment `parent`."""
 
-    Of a document, at least the last token stays its own: what comes next is predicted from there.
-    """
-    groups = _groups(documents)
-    saved = sum((len(members) - 1) * prefix for members, prefix in groups)
-    if saved <= SAVES * sum(map(len, documents)):
+    members: list[int]
+    begin: int = 0
+    parent: int = -1
+    front: list[int] = field(default_factory=list)
+
+
+def flat_row(groups: Iterable[Sequence[Sequence[int]]], *, across: bool) -> Segments | None:
+    """The row in which the documents of a group share their prefixes, and with `across` all documents, where that saves
+    enough. None where nothing is shared."""
+    groups = [*groups]
+    documents = [*chain.from_iterable(groups)]
+    if across and (row := share_prefixes(documents)) is not None:
+        return row
+    if all(len(group) == 1 for group in groups):
         return None
-    segments = Segments(places=[[] for _ in documents])
-    for members, prefix in groups:
-        parent, front = -1, list[int]()
-        if prefix:
-            parent = len(segments.lengths)
-            front = segments.add(documents[members[0]][:prefix])
-        for member in members:
-            segments.places[member] = [*front, *segments.add(documents[member][prefix:], parent, prefix)]
-    return segments
+    row, first = Segments(places=[[] for _ in documents]), 0
+    for group in groups:
+        _grow(row, documents, [*range(first, first + len(group))])
+        first += len(group)
+    return row if len(row.tokens) < sum(map(len, documents)) else None
 
 
-def _groups(documents: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Documents by groups, each with the length of the prefix that its members share; 0 for one that stands alone.
+def share_prefixes(documents: Sequence[Sequence[int]], saves: float = SAVES) -> Segments | None:
+    """The row in which documents share their prefixes, or None where that would save too little of their tokens."""
+    row = Segments(places=[[] for _ in documents])
+    _grow(row, documents, [*range(len(documents))])
+    total = sum(map(len, documents))
+    return row if total - len(row.tokens) > saves * total else None
 
-    In lexical order, neighbours are those with the longest common prefixes; a group goes on as long as that saves more
-    tokens.
+
+def _grow(row: Segments, documents: Sequence[Sequence[int]], members: list[int]) -> None:
+    """Add the tree of these documents to the row.
+
+    In lexical order, neighbours are those with the longest common prefixes: what a run of neighbours shares is the
+    least that two of them do. A run is divided where they share no more than that.
     """
-    order = sorted(range(len(documents)), key=lambda i: list(documents[i]))
-    groups = [([i], 0) for i in order[:1]]
-    for before, i in pairwise(order):
-        members, prefix = groups[-1]
-        longest = _common(documents[before], documents[i])
-        if len(members) > 1:
-            longest = min(longest, prefix)
-        if longest * len(members) > prefix * (len(members) - 1):
-            groups[-1] = [*members, i], longest
-        else:
-            groups.append(([i], 0))
-    return groups
+    members = sorted(members, key=lambda i: list(documents[i]))
+    arrays = {i: np.asarray(documents[i], np.int64) for i in members}
+    common = {i: _common(arrays[before], arrays[i]) for before, i in pairwise(members)}
+    branches = [_Branch(members=members)]
+    while branches:
+        branch = branches.pop()
+        members, begin, parent, front = branch.members, branch.begin, branch.parent, branch.front
+        stop = min((common[i] for i in members[1:]), default=len(arrays[members[0]]))
+        if stop > begin and (stop - begin) * (len(members) - 1) >= (WORTH if len(members) > 1 else 0):
+            front = front + row.add(documents[members[0]][begin:stop], parent, begin)
+            parent, begin = len(row.lengths) - 1, stop
+        if len(members) == 1:
+            row.places[members[0]] = front
+            continue
+        runs = [[members[0]]]
+        for i in members[1:]:
+            if common[i] == stop:
+                runs.append([])
+            runs[-1].append(i)
+        branches += [_Branch(members=run, begin=begin, parent=parent, front=front) for run in reversed(runs)]
 
 
-def _common(one: Sequence[int], two: Sequence[int]) -> int:
-    """How many tokens both begin with; at least the last of the shorter is not counted."""
-    limit = min(len(one), len(two)) - 1
-    for i in range(limit):
-        if one[i] != two[i]:
-            return i
-    return max(limit, 0)
+def _common(one: Any, two: Any) -> int:
+    """How many tokens two arrays begin with alike."""
+    size = min(len(one), len(two))
+    differ = np.flatnonzero(one[:size] != two[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+def paths(parents: Sequence[int]) -> list[list[int]]:
+    """Of each segment that no other continues, the segments from its root to itself: a document each."""
+    inner = {*parents}
+    found = []
+    for leaf in range(len(parents)):
+        if leaf not in inner:
+            path = [leaf]
+            while parents[path[-1]] >= 0:
+                path.append(parents[path[-1]])
+            found.append(path[::-1])
+    return found

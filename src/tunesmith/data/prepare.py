@@ -27,7 +27,10 @@ from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, 
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
-DECIDING_MODULES = ("arrow", "chat", "formats", "preflight", "prepare", "read", "sandbox", "skipped", "tokenize")
+DECIDING_MODULES = (
+    *("arrow", "chat", "formats", "history", "preflight", "prefix", "prepare", "read", "sandbox", "skipped"),
+    *("template", "tokenize", "turns"),
+)
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
 
 
@@ -115,9 +118,9 @@ def prepare(
     elif (file := store.attachment(key, SKIPPED)) is not None:
         skipped.take(file)
     dataset, notes = stored
-    if (weights := dataset.data.column("weights")).null_count == len(weights):
-        dataset = dataset.remove_columns("weights")
-    return dataset, SplitReport.from_json(notes)
+    empty = ("weights", "seq_lengths", "parents")
+    unused = [name for name in empty if (column := dataset.data.column(name)).null_count == len(column)]
+    return dataset.remove_columns(unused), SplitReport.from_json(notes)
 
 
 def _tables(rows: SourceRows, preparation: Preparation, counts: Counts, skipped: SkippedRows) -> Iterator[Any]:

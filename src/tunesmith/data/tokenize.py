@@ -1,48 +1,59 @@
 """Rows to examples: token ids and labels from one tokenization of one text.
 
-The mask follows characters: a token is supervised when all its characters lie in a supervised span. A token that
-straddles a boundary is not, because the model would have had to generate characters of its own prompt.
+The mask follows characters: a token is supervised when all its characters lie in a supervised span. Where a token would
+straddle the beginning of a span, the text is cut there, as inference cuts it: the model reads the tokens of the prompt,
+and generates tokens of its own.
+
+    "Sentiment: " + "positive"    Sentiment | : | _positive   ->   Sentiment | : | _ | positive
+                                                                                      ~~~~~~~~
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from tunesmith.data.arrow import FlatExamples
-from tunesmith.data.chat import ChatTemplate, Rendered, Span, end_ids, render
+from tunesmith.data.chat import Rendering, RenderOptions, render
 from tunesmith.data.formats import check_characters
+from tunesmith.data.prefix import share_prefixes
 from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.skipped import BadRow, NotTheRow, Place
+from tunesmith.data.template import ChatTemplate, end_ids
 from tunesmith.errors import TunesmithError
-from tunesmith.types import IGNORE_INDEX, Conversation, Example, Row, Tokens, TrainOn
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Rendered, Row, Span, Tokens
 
-RenderedRow: TypeAlias = "tuple[str, Rendered | Tokens | BadRow]"
+RenderedRow: TypeAlias = "tuple[str, Rendering | Tokens | BadRow]"
 BATCH_ROWS = 1000
 MOST_CHARACTERS = 10_000_000
 """Of a row: its tokens take a hundred times the memory."""
 NAMED_ROWS = 5
 """How many dropped rows a report names for each reason."""
 NAMED_REASONS = 20
+BARE = {"prepend_scheme": "never", "add_prefix_space": False}
+NAMED = ("dropped", "notes")
+"""The counts that name the first rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodeOptions:
+class EncodeOptions(RenderOptions):
     """What is supervised and what happens to examples over `max_length` tokens. See SFTConfig for the fields.
 
-    `skip_bad`: a row that can't be made an example is left out and counted rather than an error.
+    `share`: the documents of one conversation are one example, in which they share what they begin with. `skip_bad`: a
+    row that can't be made an example is left out and counted rather than an error.
     """
 
-    train_on: TrainOn | None = None
     max_length: int | None = 1024
     overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
     truncate_prompt: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    share: bool = True
     skip_bad: bool = False
 
 
@@ -53,6 +64,9 @@ class Counts:
     `dropped` names the reason, then how many rows and the places of the first few. `truncated` counts the rows
     that were cut, and `lost_tokens` what was cut off. `skipped` counts the bad rows among the dropped; `bad` has those
     that have not been taken yet, with their places.
+
+    `notes` say of how many rows something is worth knowing, as `dropped` does. `arguments`: how many turns were rendered
+    with these template arguments beside the run's, as JSON; "{}" for none.
 
     `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
     never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
@@ -65,6 +79,8 @@ class Counts:
     truncated: int = 0
     lost_tokens: int = 0
     dropped: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    notes: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    arguments: dict[str, int] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
     stops: dict[int, int] = field(default_factory=dict)
     skipped: int = 0
@@ -73,24 +89,32 @@ class Counts:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Counts":
         """What `dataclasses.asdict` gave, after a way through JSON, which knows only text as keys and no tuples."""
-        dropped = {reason: (count, places) for reason, (count, places) in values["dropped"].items()}
+        named = {name: {key: (count, places) for key, (count, places) in values[name].items()} for name in NAMED}
         tokens = {name: {int(token): count for token, count in values[name].items()} for name in ("ends", "stops")}
-        return cls(**{**values, "dropped": dropped, **tokens})
+        return cls(**{**values, **named, **tokens})
 
     def update(self, part: "Counts") -> None:
         """Add the counts of later rows."""
         self.bad += part.bad
         for name in ("rows", "examples", "tokens", "supervised", "truncated", "lost_tokens", "skipped"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
-        for reason, (count, places) in part.dropped.items():
-            self.drop(reason, *places, count=count)
-        for mine, theirs in ((self.ends, part.ends), (self.stops, part.stops)):
-            for token, count in theirs.items():
-                mine[token] = mine.get(token, 0) + count
+        for mine, theirs in ((self.dropped, part.dropped), (self.notes, part.notes)):
+            for reason, (count, places) in theirs.items():
+                _add(mine, reason, places, count)
+        for own, others in ((self.ends, part.ends), (self.stops, part.stops), (self.arguments, part.arguments)):
+            for key, count in others.items():  # type: ignore[attr-defined]
+                own[key] = own.get(key, 0) + count  # type: ignore[index, attr-defined]
 
-    def drop(self, reason: str, *places: str, count: int = 1) -> None:
-        known, named = self.dropped.get(reason, (0, []))
-        self.dropped[reason] = (known + count, [*named, *places][:NAMED_ROWS])
+    def drop(self, reason: str, place: str) -> None:
+        _add(self.dropped, reason, [place])
+
+    def note(self, rendering: Rendering, place: str) -> None:
+        """Count what is worth knowing of a row."""
+        for note in rendering.notes:
+            _add(self.notes, note, [place])
+        for arguments in rendering.arguments:
+            key = json.dumps(dict(arguments), sort_keys=True)
+            self.arguments[key] = self.arguments.get(key, 0) + 1
 
     def skip(self, place: str, bad: BadRow) -> None:
         """Count a bad row. There are as many different reasons as rows can be wrong; those after the first few are
@@ -107,6 +131,11 @@ class Counts:
         return bad
 
 
+def _add(known: dict[str, tuple[int, list[str]]], reason: str, places: Sequence[str], count: int = 1) -> None:
+    before, named = known.get(reason, (0, []))
+    known[reason] = before + count, [*named, *map(str, places)][:NAMED_ROWS]
+
+
 class Encoder:
     """Rows to examples with one tokenizer and one set of options."""
 
@@ -117,6 +146,11 @@ class Encoder:
         self.end_ids, self._eos, self._bos = end_ids(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id
         self._backend = untrimmed(tokenizer)
         self._blanks: dict[int, bool] = {}
+
+    @cached_property
+    def _bare(self) -> Any:
+        """The backend for a text that goes on: it puts no space before it."""
+        return without_prefix(self._backend)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -136,7 +170,8 @@ class Encoder:
 
     def tokenize(self, rendered: Sequence[RenderedRow]) -> Iterator[Any]:
         """Second step, all outside of Python's lock: the encoding of each text, in order."""
-        texts = [item for _, item in rendered if isinstance(item, Rendered)]
+        documents = [document for _, item in rendered if isinstance(item, Rendering) for document in item.documents]
+        texts = [document for document in documents if not document.literal]
         # Text that a template rendered already holds its special tokens.
         kinds = [(item.special_tokens, item.whole) for item in texts]
         batches = {}
@@ -144,30 +179,43 @@ class Encoder:
             encode = self._backend.encode_batch_fast if whole else self._backend.encode_batch
             chosen = [item.text for item, kind in zip(texts, kinds, strict=True) if kind == (added, whole)]
             batches[added, whole] = iter(encode(chosen, add_special_tokens=added))
-        return (next(batches[kind]) for kind in kinds)
+        plain = (next(batches[kind]) for kind in kinds)
+        return (self._in_parts(document, document.literal) if document.literal else next(plain) for document in documents)
+
+    def _in_parts(self, document: Rendered, cuts: Iterable[int], whole: Any = None) -> "Parts":
+        """The encoding of a text that is cut at some places. `whole` is that of the text without cuts, whose tokens at
+        the ends that are not of the text are kept."""
+        bounds = sorted({0, *cuts, *document.literal, len(document.text)})
+        parts = [document.text[start:stop] for start, stop in pairwise(bounds)]
+        encodings = [(self._bare if i else self._backend).encode(part, add_special_tokens=False) for i, part in enumerate(parts)]
+        added = [0] if whole is None or not document.special_tokens else whole.special_tokens_mask
+        front, back = (0, 0) if all(added) else (added.index(0), added[::-1].index(0))
+        ends = ([], []) if whole is None else (whole.ids[:front], whole.ids[len(whole.ids) - back :])
+        return Parts(encodings, bounds, *ends)
 
     def examples(self, rendered: Sequence[RenderedRow], encodings: Iterator[Any], counts: Counts) -> list[Example]:
         """Third step: ids, labels and weights within max_length."""
         examples: list[Example] = []
         for place, item in rendered:
             counts.rows += 1
-            example: Example | BadRow
-            prompt = 0
-            if isinstance(item, Rendered):
-                example, prompt = self._example(item, next(encodings))
+            found: list[tuple[Example, int]] | BadRow
+            if isinstance(item, Rendering):
+                counts.note(item, place)
+                found = [self._example(document, next(encodings)) for document in item.documents]
             else:
-                example = item if isinstance(item, BadRow) else self._at(place, self._of_tokens, item)
-            if isinstance(example, BadRow):
-                counts.skip(place, example)
+                found = item if isinstance(item, BadRow) else self._at(place, self._of_tokens, item)
+            if isinstance(found, BadRow):
+                counts.skip(place, found)
                 continue
-            pieces = self._at(place, self._fit, example, prompt)
-            lost = len(example.input_ids) - sum(len(piece.input_ids) for piece in pieces)
+            pieces = [piece for document in found for piece in self._at(place, self._fit, *document)]
+            lost = sum(len(document.input_ids) for document, _ in found)
+            lost -= sum(len(piece.input_ids) for piece in pieces)
             if not pieces:
-                counts.drop(self._reason(example), place)
+                counts.drop(self._reason([document for document, _ in found]), place)
             elif lost:
                 counts.truncated += 1
                 counts.lost_tokens += lost
-            examples += pieces
+            examples += joined(pieces, self.options.max_length) if self.options.share else pieces
         return examples
 
     def _at(self, place: str, step: Any, *args: Any) -> Any:
@@ -179,37 +227,40 @@ class Encoder:
                 return BadRow(reason=str(error), content=place.row if isinstance(place, Place) else None)
             raise TunesmithError(f"{place}: {error}") from error
 
-    def _rendered(self, row: Row | BadRow) -> Rendered | Tokens | BadRow:
+    def _rendered(self, row: Row | BadRow) -> Rendering | Tokens | BadRow:
         if isinstance(row, BadRow):
             return row
         rendered = self._text(row)
-        if isinstance(rendered, Rendered):
-            if len(rendered.text) > MOST_CHARACTERS:
-                size = f"a text of {len(rendered.text):,} characters"
+        for document in rendered.documents if isinstance(rendered, Rendering) else ():
+            if len(document.text) > MOST_CHARACTERS:
+                size = f"a text of {len(document.text):,} characters"
                 raise TunesmithError(f"{size}; at most {MOST_CHARACTERS:,} are read, divide it")
-            check_characters(rendered.text)
+            check_characters(document.text)
         return rendered
 
-    def _text(self, row: Row) -> Rendered | Tokens:
+    def _text(self, row: Row) -> Rendering | Tokens:
         train_on = self.options.train_on
         if isinstance(row, Tokens):
             if train_on not in (None, "all"):
                 raise NotTheRow(f"train_on: {train_on} needs text; this row is tokens, whose `labels` say it")
             return row
         if isinstance(row, Conversation):
-            return render(row, self.template, train_on or ("all" if row.prompt_length is None else "completion"))
+            wanted = train_on or ("all" if row.prompt_length is None else "completion")
+            return render(row, self.template, replace(self.options, train_on=wanted))
         if train_on in ("assistant", "last_assistant"):
             raise NotTheRow(f"train_on: {train_on} needs conversations; this row is plain text")
         if train_on == "completion" and row.prompt is None:
             raise NotTheRow("train_on: completion needs rows with 'prompt' and 'completion'; this row is one text")
         start = 0 if row.prompt is None or train_on == "all" else len(row.prompt)
-        wanted = row.weight > 0 and (row.text.strip() or row.prompt is not None)
-        spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if wanted else ()
+        learned = row.weight > 0 and (row.text.strip() or row.prompt is not None)
+        spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if learned else ()
         prompt = None if row.prompt is None else len(row.prompt)
-        return Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True)
+        return Rendering(documents=(Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True),))
 
     def _example(self, rendered: Rendered, encoding: Any) -> tuple[Example, int]:
         """The example of one encoding, and how many of its tokens are the prompt of a prompt-completion row."""
+        if not rendered.whole and (cuts := [span.start for span in rendered.spans if _straddled(encoding, span.start)]):
+            encoding = self._in_parts(rendered, cuts, encoding)
         ids = encoding.ids
         labels, weights = [IGNORE_INDEX] * len(ids), None
         if any(span.weight != 1.0 for span in rendered.spans):
@@ -269,6 +320,8 @@ class Encoder:
         counts.supervised += int(supervised.sum())
         followed = np.append(supervised[1:], False)
         followed[ends - 1] = False
+        if examples.parts is not None:
+            followed[np.cumsum(examples.parts[1]) - 1] = False
         closing = np.flatnonzero(supervised & ~followed)
         lasts = {*(np.searchsorted(closing, ends) - 1).tolist()}  # the last place of each example
         for i, place in enumerate(closing.tolist()):
@@ -278,8 +331,8 @@ class Encoder:
                 if i in lasts:
                     counts.ends[tail[end]] = counts.ends.get(tail[end], 0) + 1
 
-    def _of_tokens(self, row: Tokens) -> Example:
-        """The row as its owner tokenized it."""
+    def _of_tokens(self, row: Tokens) -> list[tuple[Example, int]]:
+        """The row as its owner tokenized it, which has no prompt."""
         wrong = next((token for token in row.input_ids if not 0 <= token < len(self.tokenizer)), None)
         if wrong is not None:
             raise TunesmithError(
@@ -289,7 +342,7 @@ class Encoder:
         if row.weight == 0:
             labels = [IGNORE_INDEX] * len(labels)
         weights = None if row.weight in (0.0, 1.0) else [row.weight] * len(labels)
-        return Example(input_ids=list(row.input_ids), labels=labels, weights=weights)
+        return [(Example(input_ids=list(row.input_ids), labels=labels, weights=weights), 0)]
 
     def _fit(self, example: Example, prompt: int) -> list[Example]:
         """`example` within max_length: one, several (split), or none."""
@@ -311,9 +364,9 @@ class Encoder:
             return [_cut(example, bos + excess, size, head=bos)]
         return [_cut(example, 0, limit)]
 
-    def _reason(self, example: Example) -> str:
+    def _reason(self, documents: Sequence[Example]) -> str:
         limit = self.options.max_length
-        if not _supervised(example):
+        if not any(map(_supervised, documents)):
             return "nothing in it to train on"
         if self.options.overlong == "drop":
             return f"longer than max_length {limit}"
@@ -324,6 +377,43 @@ def _supervised(example: Example) -> bool:
     """Whether a token has a label that counts: nothing predicts the first. Most examples show it at their end."""
     labels = example.labels
     return any(labels[i] != IGNORE_INDEX for i in range(len(labels) - 1, 0, -1))
+
+
+def joined(documents: Sequence[Example], limit: int | None) -> list[Example]:
+    """Documents of one row, those that begin alike as one example of at most `limit` tokens, in order."""
+    together = _tree(documents) if documents else None
+    if together is not None and (limit is None or len(together.input_ids) <= limit):
+        return [together]
+    examples, group = list[Example](), list[Example]()
+    for document in documents:
+        longer = _tree([*group, document])
+        if group and (longer is None or (limit is not None and len(longer.input_ids) > limit)):
+            examples += [_tree(group) or group[0]]
+            group = [document]
+        else:
+            group.append(document)
+    return [*examples, *([_tree(group) or group[0]] if group else [])]
+
+
+def _tree(documents: Sequence[Example]) -> Example | None:
+    """Documents as one example; None where two of them share too little."""
+    if len(documents) == 1:
+        return documents[0]
+    row = share_prefixes([document.input_ids for document in documents], saves=0)
+    if row is None or row.parents.count(-1) > 1:
+        return None
+    labels, weights = [IGNORE_INDEX] * len(row.tokens), [1.0] * len(row.tokens)
+    for document, places in zip(documents, row.places, strict=True):
+        for place, label, weight in zip(places, document.labels, document.weights or [1.0] * len(places), strict=True):
+            if label != IGNORE_INDEX:
+                labels[place], weights[place] = label, weight
+    weighted = any(document.weights is not None for document in documents)
+    return Example(
+        input_ids=row.tokens,
+        labels=labels,
+        weights=weights if weighted else None,
+        parts=(row.lengths, row.parents),
+    )
 
 
 def untrimmed(tokenizer: Any) -> Any:
@@ -359,6 +449,54 @@ def _keep_offsets(part: Any) -> None:
             part["trim_offsets"] = False
         for processor in part.get("processors", ()):
             _keep_offsets(processor)
+
+
+def without_prefix(backend: Any) -> Any:
+    """A copy of the backend that puts no space before a text."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    waiting = [state.get("normalizer"), state.get("pre_tokenizer")]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            part |= {name: value for name, value in BARE.items() if name in part}
+            if part.get("type") == "Prepend":
+                part["prepend"] = ""
+            waiting += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
+    bare = Tokenizer.from_str(json.dumps(state))
+    bare.encode_special_tokens = backend.encode_special_tokens
+    return bare
+
+
+class Parts:
+    """Encodings of the parts of a text, one after another, as one. `bounds` are the parts' first characters and the
+    text's end; `front` and `back` are tokens that are not of the text."""
+
+    def __init__(self, encodings: Sequence[Any], bounds: Sequence[int], front: Sequence[int], back: Sequence[int]):
+        self._encodings, self._bounds = encodings, bounds
+        sizes = [len(encoding.ids) for encoding in encodings]
+        self._firsts = list(accumulate(sizes, initial=len(front)))
+        self.ids = [*front, *chain.from_iterable(encoding.ids for encoding in encodings), *back]
+        self.special_tokens_mask = [1] * len(front) + [0] * sum(sizes) + [1] * len(back)
+
+    def char_to_token(self, place: int) -> int | None:
+        part = bisect_right(self._bounds, place, hi=len(self._encodings)) - 1
+        token = self._encodings[part].char_to_token(place - self._bounds[part])
+        return None if token is None else token + self._firsts[part]
+
+    def token_to_chars(self, token: int) -> tuple[int, int] | None:
+        part = bisect_right(self._firsts, token, hi=len(self._encodings)) - 1
+        if part < 0 or token >= self._firsts[-1]:
+            return None
+        chars = self._encodings[part].token_to_chars(token - self._firsts[part])
+        return None if chars is None else (chars[0] + self._bounds[part], chars[1] + self._bounds[part])
+
+
+def _straddled(encoding: Any, place: int) -> bool:
+    """Whether a token has characters on both sides of a place in the text."""
+    token = encoding.char_to_token(place)
+    return token is not None and encoding.token_to_chars(token)[0] < place
 
 
 def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:

@@ -109,8 +109,10 @@ def attend_documents(
     offsets, *more = documents[0, 0].tolist()
     lengths = [stop - start for start, stop in pairwise(offsets)]
     parents = more[0][:-1] if more else [-1] * len(lengths)
-    fronts = [lengths[parent] if parent >= 0 else 0 for parent in parents]
-    _refuse_other_attention(module, max(map(sum, zip(fronts, lengths, strict=True))), kwargs)
+    seen: list[list[int]] = []  # the segments that each one attends to: those that it continues, and itself
+    for i, parent in enumerate(parents):
+        seen.append([*(seen[parent] if parent >= 0 else ()), i])
+    _refuse_other_attention(module, max(sum(lengths[part] for part in parts) for parts in seen), kwargs)
     scaling = kwargs.get("scaling")
     call = Call(
         scale=q_NTH.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -126,8 +128,7 @@ def attend_documents(
     q, k, v = (x.split(lengths, dim=2) for x in (q_NTH, k_KTH, v_KTH))
     attend = _attend_sdpa if call.softcap is None and call.sinks is None else _attend_eager
     outputs = []
-    for i in range(len(lengths)):
-        keys = [parents[i], i] if parents[i] >= 0 else [i]
+    for i, keys in enumerate(seen):
         k_i, v_i = (x[i] if len(keys) == 1 else torch.cat([x[key] for key in keys], dim=2) for x in (k, v))
         outputs.append(attend(q[i], k_i, v_i, call).transpose(1, 2))
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
