@@ -13,7 +13,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.chat import ChatTemplate, Rendered, render
+from tunesmith.data.chat import Rendering, RenderOptions
+from tunesmith.data.chat import render as render_with
+from tunesmith.data.template import ChatTemplate
 from tunesmith.types import Conversation, Message, TrainOn
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -321,8 +323,13 @@ def template(name: str, eos: str = "</s>", bos: str | None = "<s>", **kwargs: An
     return ChatTemplate(words(name, style.eos, style.bos), kwargs)
 
 
-def spans(rendered: Rendered) -> list[str]:
-    return [rendered.text[span.start : span.stop] for span in rendered.spans]
+def render(talk: Conversation, template: ChatTemplate, train_on: TrainOn = "assistant", **options: Any) -> Rendering:
+    return render_with(talk, template, RenderOptions(train_on=train_on, **options))
+
+
+def spans(rendering: Rendering) -> list[str]:
+    """What is supervised, over all documents in order."""
+    return [document.text[span.start : span.stop] for document in rendering.documents for span in document.spans]
 
 
 def supervised(name: str, messages: Any, train_on: TrainOn = "assistant", **fields: Any) -> list[str]:

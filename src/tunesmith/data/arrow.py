@@ -40,7 +40,8 @@ class FlatExamples:
         if any(example.parts is not None for example in examples):
             trees = [example.parts or ([len(example.labels)], [-1]) for example in examples]
             sizes = np.array([len(lengths) for lengths, _ in trees], np.int64)
-            parts = (sizes, flat((tree[0] for tree in trees), np.int32), flat((tree[1] for tree in trees), np.int32))
+            lengths, parents = (flat((tree[i] for tree in trees), np.int32) for i in (0, 1))
+            parts = sizes, lengths, parents
         return cls(
             parts=parts,
             lengths=np.array([len(example.labels) for example in examples], np.int64),
@@ -50,8 +51,8 @@ class FlatExamples:
         )
 
     def table(self) -> Any:
-        """An Arrow table of `input_ids`, `labels`, `weights`, `seq_lengths` and `parents`; of the last three, a null for
-        each example where there are none."""
+        """An Arrow table of `input_ids`, `labels`, `weights`, `seq_lengths` and `parents`; the last three have a null
+        for each example where there are none."""
         import pyarrow as pa
 
         offsets = np.concatenate([[0], self.lengths]).cumsum()

@@ -254,8 +254,8 @@ class Collator:
 class FlatCollator(Collator):
     """All documents side by side in one row, each with positions from 0 on.
 
-    Documents of a group share what they begin with (`data.prefix`); with `share_prefix`, and where that saves enough, so
-    do all that begin alike.
+    Documents of a group share what they begin with (`data.prefix`); with `share_prefix`, and where that saves enough,
+    so do all that begin alike.
 
     >>> batch = FlatCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
     >>> batch.labels.tolist(), batch.position_ids.tolist(), batch.lengths

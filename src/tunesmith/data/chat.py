@@ -54,12 +54,12 @@ class Rendering:
     """The template's switches that its turns were rendered with, one for each turn."""
 
 
-EACH = "trained turn by turn: the template renders earlier turns otherwise than inference sees them"
-CLOSED = "learn to close the thinking first: the prompt opens it, and the template has no switch for it"
-DROPPED = "have reasoning that the chat template does not show"
-ACCEPTED = "are trained in the form that history has, which is not what inference sees (prompt_mismatch: accept)"
-SPECIALS = "have text in a message that reads as a control token, such as {}"
-MARKED = "have {% generation %} blocks that differ from what the model generates; what it generates is supervised"
+EACH = "trained turn by turn, as inference sees each: the template renders earlier answers in another form"
+CLOSED = "learn to end the thinking at once: the prompt opens it, and the template has no switch for it"
+DROPPED = "with reasoning that the chat template does not show"
+ACCEPTED = "trained in the form that history has, which is not what inference sees (prompt_mismatch: accept)"
+SPECIALS = "with text in a message that reads as a control token, such as {}"
+MARKED = "whose {% generation %} blocks differ from what the model generates; what it generates is supervised"
 
 
 def render(conversation: Conversation, template: ChatTemplate, options: RenderOptions) -> Rendering:
@@ -144,7 +144,7 @@ def _covers(chat: Chat, turns: Mapping[int, Turn], *, each: bool) -> list[tuple[
     if not each and all(chat.text.startswith(turn.text) for turn in turns.values()):
         return [(chat.text, [*turns])] if turns else []
     covers: list[tuple[str, list[int]]] = []
-    for i in reversed(turns):
+    for i in sorted(turns, reverse=True):
         if covers and not each and covers[-1][0].startswith(turns[i].text):
             covers[-1][1].insert(0, i)
         else:
@@ -163,9 +163,7 @@ def _not_whole(chat: Chat, turns: Mapping[int, Turn]) -> str:
     )
 
 
-def _accepted(
-    chat: Chat, supervised: Sequence[int], weights: Mapping[int, float], prompt: int | None
-) -> Rendering:
+def _accepted(chat: Chat, supervised: Sequence[int], weights: Mapping[int, float], prompt: int | None) -> Rendering:
     """The full rendering with the turns where they are in it, whatever inference would render before them."""
     ranges = {i: located(chat, i) for i in supervised}
     if any(before[1] > after[0] for before, after in pairwise(ranges.values())):

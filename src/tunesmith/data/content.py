@@ -1,4 +1,4 @@
-"""What the messages of a conversation say, in the rendered text: none of it lost, and none of it taken for a control token.
+"""What messages say, in the rendered text: none of it is lost, and none of it is taken for a control token.
 
 A message can hold the text of a control token, `<|im_end|>` say. Rendered and tokenized, it would be one: the text of a
 user could end his turn and open that of the system. Where such text is to stay text, it carries a mark through the
@@ -56,9 +56,7 @@ def without_marks(document: Rendered) -> Rendered:
         return place - sum(mark < place for mark in marks)
 
     text = MARKED.sub("", document.text)
-    spans = tuple(
-        Span(start=moved(span.start), stop=moved(span.stop), weight=span.weight) for span in document.spans
-    )
+    spans = tuple(Span(start=moved(span.start), stop=moved(span.stop), weight=span.weight) for span in document.spans)
     literal = tuple(map(moved, marks))
     prompt = None if document.prompt is None else moved(document.prompt)
     return replace(document, text=text, spans=spans, prompt=prompt, literal=literal)

@@ -79,5 +79,3 @@ def _common_pieces(pieces: Sequence[str], text: str) -> str:
     while len(pieces) and text.startswith(same + pieces[0]):
         same, pieces = same + pieces[0], pieces[1:]
     return same
-
-

@@ -198,6 +198,10 @@ def _notes(name: str, report: SplitReport) -> list[str]:
             f"{name}: {counted(count, 'row')} dropped, {reason}: {', '.join(places)}"
             f"{', ...' if count > len(places) else ''}"
         )
+    for note, (count, places) in counts.notes.items():
+        notes.append(
+            f"{name}: {counted(count, 'row')} {note}: {', '.join(places)}{', ...' if count > len(places) else ''}"
+        )
     if counts.truncated:
         share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
         more = "; raise max_length" if share > HIGH_LOSS else ""

@@ -6,12 +6,13 @@ keeps it from loops in loops, from multiplying texts, and from powers that never
 
 import ctypes
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 SECONDS = 60.0
-"""For a batch of rows, which takes a tenth of a second."""
+"""For all renderings of a conversation, which take a few milliseconds."""
 CHARACTERS = 50_000_000
 """Of one rendered conversation, and of any text that is made by multiplying."""
 BITS = 4096
@@ -64,22 +65,30 @@ def refuse_long(pieces: Iterator[str]) -> Iterator[str]:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
-    """Raise TooLong in this thread, wherever it is, when what is in the block takes too long."""
-    thread, lock, over = threading.get_ident(), threading.Lock(), False
+def time_limit() -> Iterator[Callable[[], None]]:
+    """Raise TooLong in this thread, wherever it is, when what is in the block takes too long.
 
-    def stop() -> None:
+    It gives a function that begins the time anew: of a batch, each row has all of it.
+    """
+    thread, lock, over = threading.get_ident(), threading.Condition(), False
+    deadline = time.monotonic() + SECONDS
+
+    def begin_anew() -> None:
+        nonlocal deadline
+        deadline = time.monotonic() + SECONDS
+
+    def watch() -> None:
         with lock:
+            while not over and (left := deadline - time.monotonic()) > 0:
+                lock.wait(left)
             if not over:
                 # The one way to end a loop in Python code from outside of it, in whichever thread it runs.
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
 
-    timer = threading.Timer(SECONDS, stop)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
-        yield
+        yield begin_anew
     finally:
         with lock:
             over = True
-        timer.cancel()
+            lock.notify()

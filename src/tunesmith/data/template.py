@@ -1,8 +1,8 @@
 """A tokenizer's chat template: the program, what it takes of a message, and which of its arguments switch the thinking.
 
-Nobody writes down what a template takes. It is found out by rendering probes: whether a content may be a string, whether
-the arguments of a tool call are an object or JSON text, which arguments change how a generation prompt ends, and how
-the template writes reasoning before an answer.
+Nobody writes down what a template takes. It is found out by rendering probes: whether a content may be a string,
+whether the arguments of a tool call are an object or JSON text, which arguments change how a generation prompt ends,
+and how the template writes reasoning before an answer.
 """
 
 import json
@@ -20,7 +20,7 @@ from jinja2 import meta, nodes
 from jinja2.runtime import new_context
 
 from tunesmith.data.formats import template_arguments
-from tunesmith.data.sandbox import compiled, refuse_long
+from tunesmith.data.sandbox import TooLong, compiled, refuse_long
 from tunesmith.data.skipped import NotTheRow
 from tunesmith.errors import TunesmithError
 
@@ -116,8 +116,9 @@ class ChatTemplate:
     ) -> str:
         """`messages` as text, with the generation prompt when asked; `{% generation %}` blocks are added to `marks`.
 
-        A template that writes the generation prompt always is taken to do so when asked only. As `Template.render`, less the copying of variables that it does for each call. Raises TunesmithError with what
-        the template says when it refuses.
+        A template that writes the generation prompt always is taken to do so when asked only. As `Template.render`,
+        less the copying of variables that it does for each call. Raises TunesmithError with what the template says when
+        it refuses.
         """
         text = self._rendered(messages, tools, arguments, ask, marks)
         return text if ask else text.removesuffix(self._unasked(arguments))
@@ -136,6 +137,8 @@ class ChatTemplate:
                 for block in refuse_long(program.root_render_func(context)):
                     blocks.append(block)  # one by one: the tracker counts their characters meanwhile
             return "".join(blocks)
+        except TooLong:
+            raise
         except Exception as error:  # a template is a program: whatever it raises, it refuses
             roles = " ".join(str(message.get("role")) for message in messages)
             raise TunesmithError(f"the chat template refuses the conversation ({roles}): {error}") from error
@@ -184,11 +187,10 @@ class ChatTemplate:
         """
         forms = [(text, ids) for text in (False, True) for ids in (False, True)]
         for text, ids in forms:
-            shown = {content: self._shown_call(CallStyle(text=text, ids=ids, content=content)) for content in ("", None)}
-            if any(shown.values()):
-                # Where both are taken, one may be shown as an answer of its own.
-                content = min((content for content in shown if shown[content]), key=lambda key: len(shown[key]))
-                return CallStyle(text=text, ids=ids, content=content)
+            styles = [CallStyle(text=text, ids=ids, content=content) for content in ("", None)]
+            shown = [(len(call), i) for i, style in enumerate(styles) if (call := self._shown_call(style))]
+            if shown:  # where a template takes both contents, it may show one of them as an answer of its own
+                return styles[min(shown)[1]]
         raise TunesmithError("the chat template does not show tool calls; set `chat_template_path` to one that does")
 
     def _shown_call(self, style: "CallStyle") -> str:
@@ -352,10 +354,11 @@ class _Program:
         """The constants behind whose last occurrence it cuts a text: `split(constant)[-1]`, or `| last`."""
         cuts = []
         for node in self._tree.find_all((nodes.Getitem, nodes.Filter)):
-            last = isinstance(node, nodes.Filter) and node.name == "last"
-            if isinstance(node, nodes.Getitem):
-                last = isinstance(node.arg, nodes.Neg) and isinstance(node.arg.node, nodes.Const)
-            call = node.node if last else None
+            if isinstance(node, nodes.Filter):
+                last = node.name == "last"
+            else:
+                last = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Neg)
+            call = getattr(node, "node", None) if last else None
             if isinstance(call, nodes.Call) and isinstance(call.node, nodes.Getattr) and call.node.attr == "split":
                 cuts += [arg.value for arg in call.args if isinstance(arg, nodes.Const)]
         return [cut for cut in cuts if isinstance(cut, str) and cut.strip()]

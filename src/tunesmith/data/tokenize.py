@@ -65,8 +65,8 @@ class Counts:
     that were cut, and `lost_tokens` what was cut off. `skipped` counts the bad rows among the dropped; `bad` has those
     that have not been taken yet, with their places.
 
-    `notes` say of how many rows something is worth knowing, as `dropped` does. `arguments`: how many turns were rendered
-    with these template arguments beside the run's, as JSON; "{}" for none.
+    `notes` say of how many rows something is worth knowing, as `dropped` does. `arguments`: how many turns were
+    rendered with these template arguments beside the run's, as JSON; "{}" for none.
 
     `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
     never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
@@ -101,9 +101,11 @@ class Counts:
         for mine, theirs in ((self.dropped, part.dropped), (self.notes, part.notes)):
             for reason, (count, places) in theirs.items():
                 _add(mine, reason, places, count)
-        for own, others in ((self.ends, part.ends), (self.stops, part.stops), (self.arguments, part.arguments)):
-            for key, count in others.items():  # type: ignore[attr-defined]
-                own[key] = own.get(key, 0) + count  # type: ignore[index, attr-defined]
+        for own, others in ((self.ends, part.ends), (self.stops, part.stops)):
+            for token, count in others.items():
+                own[token] = own.get(token, 0) + count
+        for arguments, count in part.arguments.items():
+            self.arguments[arguments] = self.arguments.get(arguments, 0) + count
 
     def drop(self, reason: str, place: str) -> None:
         _add(self.dropped, reason, [place])
@@ -165,8 +167,12 @@ class Encoder:
 
     def render(self, rows: Sequence[tuple[str, Row | BadRow]]) -> list[RenderedRow]:
         """First step: the text of each row and what is supervised of it."""
-        with time_limit():
-            return [(place, self._at(place, self._rendered, row)) for place, row in rows]
+        rendered: list[RenderedRow] = []
+        with time_limit() as begin_anew:
+            for place, row in rows:
+                begin_anew()
+                rendered.append((place, self._at(place, self._rendered, row)))
+        return rendered
 
     def tokenize(self, rendered: Sequence[RenderedRow]) -> Iterator[Any]:
         """Second step, all outside of Python's lock: the encoding of each text, in order."""
@@ -180,14 +186,17 @@ class Encoder:
             chosen = [item.text for item, kind in zip(texts, kinds, strict=True) if kind == (added, whole)]
             batches[added, whole] = iter(encode(chosen, add_special_tokens=added))
         plain = (next(batches[kind]) for kind in kinds)
-        return (self._in_parts(document, document.literal) if document.literal else next(plain) for document in documents)
+        return (self._in_parts(text, text.literal) if text.literal else next(plain) for text in documents)
 
     def _in_parts(self, document: Rendered, cuts: Iterable[int], whole: Any = None) -> "Parts":
         """The encoding of a text that is cut at some places. `whole` is that of the text without cuts, whose tokens at
         the ends that are not of the text are kept."""
         bounds = sorted({0, *cuts, *document.literal, len(document.text)})
         parts = [document.text[start:stop] for start, stop in pairwise(bounds)]
-        encodings = [(self._bare if i else self._backend).encode(part, add_special_tokens=False) for i, part in enumerate(parts)]
+        backends = [self._backend, *[self._bare] * (len(parts) - 1)]
+        encodings = [
+            backend.encode(part, add_special_tokens=False) for backend, part in zip(backends, parts, strict=True)
+        ]
         added = [0] if whole is None or not document.special_tokens else whole.special_tokens_mask
         front, back = (0, 0) if all(added) else (added.index(0), added[::-1].index(0))
         ends = ([], []) if whole is None else (whole.ids[:front], whole.ids[len(whole.ids) - back :])
@@ -222,10 +231,11 @@ class Encoder:
         """The result of a step for a row, or a BadRow. Raises TunesmithError for what must not be skipped."""
         try:
             return step(*args)
-        except TunesmithError as error:
-            if self.options.skip_bad and _is_of_the_row(error):
+        except (TunesmithError, TooLong) as error:
+            if self.options.skip_bad and not isinstance(error, NotTheRow | TooLong):
                 return BadRow(reason=str(error), content=place.row if isinstance(place, Place) else None)
-            raise TunesmithError(f"{place}: {error}") from error
+            reason = f"the chat template refuses the conversation: {error}" if isinstance(error, TooLong) else error
+            raise TunesmithError(f"{place}: {reason}") from error
 
     def _rendered(self, row: Row | BadRow) -> Rendering | Tokens | BadRow:
         if isinstance(row, BadRow):
@@ -515,13 +525,6 @@ def token_range(encoding: Any, start: int, stop: int) -> tuple[int, int]:
     while last < size and (chars := encoding.token_to_chars(last)) is not None and chars[1] <= stop and chars[0] < stop:
         last += 1
     return first, max(first, last)
-
-
-def _is_of_the_row(error: BaseException) -> bool:
-    """Whether the row is at fault. A template that ran too long left no time for the rows after it."""
-    if isinstance(error, NotTheRow | TooLong):
-        return False
-    return error.__cause__ is None or _is_of_the_row(error.__cause__)
 
 
 def _cut(example: Example, start: int, stop: int, head: int = 0) -> Example:

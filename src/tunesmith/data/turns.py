@@ -82,9 +82,7 @@ class Chat:
     ) -> str:
         """Any messages as text, with the tools and arguments of the conversation."""
         own = {**arguments, **self.conversation.template_kwargs}
-        return self.template.render(
-            messages, tools=self.conversation.tools, arguments=own, ask=ask, marks=marks
-        )
+        return self.template.render(messages, tools=self.conversation.tools, arguments=own, ask=ask, marks=marks)
 
     def before(self, stop: int, *, ask: bool = False, arguments: Fields = NO_ARGUMENTS) -> str:
         """The messages before `stop` as text."""

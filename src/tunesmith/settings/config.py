@@ -115,8 +115,8 @@ class SFTConfig(TrainingArguments):
     assistant_only_loss: bool = _setting(False, "TRL's name for train_on: assistant.")
     turns: Turns = _setting(
         "auto",
-        "How a conversation is rendered: whole (one text) | each (a text for each answer, as inference sees it; what they "
-        "begin with in common is computed once) | auto (whole where that is what inference sees, else each).",
+        "How a conversation is rendered: whole (one text) | each (a text for each answer, as inference sees it; what "
+        "they begin with in common is computed once) | auto (whole where that is what inference sees, else each).",
     )
     prompt_mismatch: PromptMismatch = _setting(
         "error",
