@@ -27,7 +27,10 @@ from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, 
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
-DECIDING_MODULES = ("arrow", "chat", "formats", "preflight", "prepare", "read", "sandbox", "skipped", "tokenize")
+DECIDING_MODULES = (
+    *("arrow", "calls", "chat", "columns", "formats", "messages", "preflight", "prepare", "read", "sandbox", "skipped"),
+    *("tokenize", "values"),
+)
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
 
 
