@@ -484,6 +484,15 @@ def test_a_broken_row_is_refused_with_the_reason(row: dict[str, Any], message: s
         read(row)
 
 
+def test_the_way_on_names_the_columns_of_the_row() -> None:
+    row = {"question": "x", "answer": "y", "system_prompt": "z"}
+    way = r"'system_prompt' would be lost.* `columns: {instruction: question, output: answer}` makes a conversation"
+    with pytest.raises(TunesmithError, match=way):
+        read(row, columns={"prompt": "question", "completion": "answer"})
+    value = talk(row, columns={"instruction": "question", "output": "answer"})
+    assert [message["content"] for message in fields(value)] == ["z", "x", "y"]
+
+
 def test_preference_pairs_are_named_and_their_chosen_side_can_be_used() -> None:
     row = {
         "conversations": [{"from": "human", "value": "Hi"}],

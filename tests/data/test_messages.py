@@ -165,8 +165,19 @@ def test_turns_of_calls_belong_to_the_answer_before_them() -> None:
         {"role": "assistant", "content": "", "tool_calls": [call("f", x=1), call("g"), call("f", x=1)]},
     ]
     assert weights(*turns) == [1.0, 1.0, 1.0, 0.0]
+    unseen = {"role": "tool_call", "content": first, "loss": False}
+    assert weights(ANSWER | {"loss": False}, unseen, {"role": "tool_call", "content": second}) == [0.0]
     with pytest.raises(TunesmithError, match=r"message 2 .* has the weight 0, and the answer .* 1; both are one turn"):
-        fields(ANSWER, {"role": "tool_call", "content": first, "loss": False})
+        fields(ANSWER, unseen)
+
+
+def test_exchanges_are_turns_of_each_speaker() -> None:
+    exchange = {"system": "Be brief", "human": "Hi", "assistant": "Yes", "loss": False}
+    assert fields(exchange) == [{"role": "system", "content": "Be brief"}, USER, ANSWER]
+    assert weights(exchange) == [1.0, 1.0, 0.0]
+    assert fields({"system": "", "input": "Hi", "output": "Yes"}, {"human": "Hi"}) == [USER, ANSWER, USER]
+    with pytest.raises(TunesmithError, match="message 1 of 'messages' has no 'role'; its keys are user, text"):
+        fields({"user": "u17", "text": "Hi"})
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

@@ -169,9 +169,9 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     chosen = next((name for name in present if named & {*FORMATS[name]}), None)
     if chosen is not None:
         return chosen
-    for chosen, rejected in (("chosen", "rejected"), ("chosen_messages", "rejected_messages")):
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            raise TunesmithError(_preferences(row, chosen, rejected))
+    for better, worse in (("chosen", "rejected"), ("chosen_messages", "rejected_messages")):
+        if row.get(better) is not None and row.get(worse) is not None:
+            raise TunesmithError(_preferences(row, better, worse))
     if present:
         return present[0]
     raise TunesmithError(_no_format(row))
@@ -225,7 +225,7 @@ def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> R
             f"needs; this row has {', '.join(name for name in sorted(row) if row[name] is not None) or 'nothing'}"
         )
     if not REFUSED.isdisjoint(row):
-        _refuse_unread(row, format_name)
+        _refuse_unread(row, format_name, options.columns)
     if format_name == "tokens":
         return _tokens(row)
     used, nulls = USED[format_name], not options.arrow
@@ -298,10 +298,10 @@ UNREAD = {
 REFUSED = frozenset({*MEDIA, *UNREAD, "kto_tag", "label", "mask", "loss_scale", "loss_weights"})
 
 
-def _refuse_unread(row: Mapping[str, Any], format_name: str) -> None:
+def _refuse_unread(row: Mapping[str, Any], format_name: str, columns: Mapping[str, str]) -> None:
     """Raises TunesmithError for a column that says something of the row which would be lost in training.
 
-    A column that no tool reads as input or as supervision may be there.
+    A column that no tool reads as input or as supervision may be there. `columns` is the setting of that name.
     """
     for name in MEDIA:
         if _holds_something(row.get(name)):
@@ -330,22 +330,21 @@ def _refuse_unread(row: Mapping[str, Any], format_name: str) -> None:
     for name, losing in UNREAD.items():
         lost = format_name in losing and _holds_something(row.get(name))
         if format_name == "instruction" and _holds_something(row.get("input")):
-            lost = False  # the context is said once already
+            lost = False  # this is what goes with the instruction
         if lost and (texts or format_name != "prompt-completion" or name == "history"):
-            raise TunesmithError(_unread(row, format_name, name))
+            raise TunesmithError(_unread(format_name, name, columns))
 
 
-def _unread(row: Mapping[str, Any], format_name: str, name: str) -> str:
+def _unread(format_name: str, name: str, columns: Mapping[str, str]) -> str:
+    prompt, completion = (columns.get(ours, ours) for ours in ("prompt", "completion"))
     if format_name in TALKS:
-        way = f"write its turns as messages of {format_name!r}"
+        way = f"Write its turns as messages of {format_name!r}"
     elif format_name == "instruction":
         way = f"`columns: {{input: {name}}}` puts it behind the instruction"
     elif name == "context":
-        way = (
-            "`columns: {instruction: prompt, input: context, output: completion}` makes a question and its answer of it"
-        )
+        way = f"`columns: {{instruction: {prompt}, input: {name}, output: {completion}}}` makes one question of both"
     else:
-        way = "`columns: {instruction: prompt, output: completion}` makes a conversation of the row, with all of it"
+        way = f"`columns: {{instruction: {prompt}, output: {completion}}}` makes a conversation of the row, with it"
     problem = f"{name!r} would be lost: the format {format_name!r} does not read it"
     return f"{problem}. {way}; or take the column out of the data"
 

@@ -94,7 +94,7 @@ def read_turns(turns: Any, column: str, options: TurnOptions) -> Turns:
         raise TunesmithError(f"{column!r} is empty")
     messages: list[Message] = []
     notes: dict[str, None] = {}
-    calling = False  # whether the last message is of calls alone
+    calling = False  # whether the last message ends with a turn of calls
     for i, source in enumerate(turns):
         place = f"message {i + 1} of {column!r}"
         if not isinstance(source, dict):
@@ -110,7 +110,7 @@ def read_turns(turns: Any, column: str, options: TurnOptions) -> Turns:
                 messages[-1] = _with_calls(messages[-1], turn, calling=calling)
             else:
                 messages += turn.messages()
-                calling = turn.role == CALL
+            calling = turn.role == CALL
     return Turns(messages=tuple(_merged(messages) if options.merge_turns else messages), notes=tuple(notes))
 
 
@@ -126,10 +126,11 @@ def _simple(turn: Fields) -> Message | None:
 def _exchange(turn: Fields) -> Iterator[Fields]:
     """The turns of an object that holds several, each under its speaker; else the turn itself."""
     speakers = [name for name in SPEAKERS if turn.get(name) not in (None, "")]
-    if turn.keys() & {"role", "from", "content", "value", "parts"} or not speakers:
+    rest = {name: value for name, value in turn.items() if name not in SPEAKERS}
+    both = {"user", "assistant"} <= {SPEAKERS[name] for name in speakers}
+    if rest.keys() & {"role", "from", "content", "value", "parts"} or not speakers or (rest and not both):
         yield turn
         return
-    rest = {name: value for name, value in turn.items() if name not in SPEAKERS}
     for name in speakers:
         said = {"role": SPEAKERS[name], "content": turn[name]}
         yield said | rest if SPEAKERS[name] == "assistant" else said
