@@ -464,6 +464,8 @@ def test_arguments_of_the_template_come_as_object_or_json() -> None:
         ({"query": "x", "response": "y"}, "Write `columns: {instruction: query, output: response}`"),
         ({"problem": "x", "solution": "y"}, "Write `columns: {instruction: problem, output: solution}`"),
         ({"dialog": [USER, ANSWER]}, "Write `columns: {messages: dialog}`, or a `formatting_func`"),
+        ({"input": [USER], "output": [ANSWER]}, "Write `columns: {prompt: input, completion: output}`, or"),
+        ({"prompt": [USER], "answer": "y"}, "Other names: `columns: {prompt: question, completion: answer}`, or"),
         ({"instruction": "x", "output": None}, "'output' is null, which the format 'instruction' needs"),
         ({"prompt": "x", "completion": [ANSWER]}, "both must be text, or both lists of messages"),
         ({"prompt": [USER], "completion": []}, "'completion' is empty"),

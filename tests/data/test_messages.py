@@ -309,6 +309,7 @@ def test_answers_that_are_joined_have_one_weight() -> None:
         ),
         (USER | {"train": True}, r"message 1 of 'messages' \(user\) is to be trained on \(train\), but only turns of"),
         (USER | {"loss_weight": 1.0}, r"is to be trained on \(loss_weight\)"),
+        (ANSWER | {"channel": "analysis"}, "is in the channel 'analysis', .* write reasoning as 'reasoning_content'"),
         (ANSWER | {"audio": {"id": "a"}}, "has 'audio'; a turn can have text"),
         (ANSWER | {"refusal": "No."}, "both 'content' and 'refusal'"),
         (ANSWER | {"reasoning": "a", "thinking": "b"}, "different reasoning in 'reasoning' and 'thinking'"),

@@ -23,17 +23,26 @@ def guessed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str
 
     `templated`: the model has a chat template, so a question and an answer become two turns of it.
     """
-    for name, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-            keys = {key for turn in value for key in turn}
-            if keys & {"role", "from"}:
-                return {"messages" if "role" in keys else "conversations": name}
     answer = named_column(row, ANSWERS)
     question = named_column(row, QUESTIONS, but=answer)
+    talks = [name for name, value in row.items() if _is_talk(value)]
+    if question is not None and answer is not None and question in talks:
+        # Turns and a text can't be joined: that takes a `formatting_func`.
+        return {"prompt": question, "completion": answer} if answer in talks else None
+    if talks:
+        has_roles = any("role" in turn for turn in row[talks[0]])
+        return {"messages" if has_roles else "conversations": talks[0]}
     if question is not None and answer is not None:
         return question_columns(row, question, answer, templated=templated)
     text = named_column(row, TEXTS)
     return None if text is None else {"text": text}
+
+
+def _is_talk(value: Any) -> bool:
+    """Whether a value is a list of turns that say who speaks."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return False
+    return any("role" in turn or "from" in turn for turn in value)
 
 
 def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:

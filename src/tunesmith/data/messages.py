@@ -279,6 +279,11 @@ class _Turn:
         if self.rest.pop("audio", None):
             raise TunesmithError(f"{self.place} has 'audio'; {ONLY_TEXT}")
         self.rest.pop("annotations", None)  # of the content, which has it all
+        if (channel := self.rest.get("channel")) in ("analysis", "commentary"):
+            raise TunesmithError(
+                f"{self.place} is in the channel {channel!r}, which chat templates do not read; write reasoning as "
+                "'reasoning_content', and calls as 'tool_calls', of the answer that they belong to"
+            )
         if refusal := self.rest.pop("refusal", None):
             # The API shows an answer under another name when it refuses; the model wrote it as it writes any other.
             if self.content and self.content != refusal:
