@@ -173,3 +173,30 @@ def test_a_stream_of_texts_without_an_end_is_refused_unless_allowed(prepare: Pre
     with pytest.raises(TunesmithError, match="no supervised token ends a text in the first 1 rows"):
         prepare(stream, max_length=4)
     assert len(list(prepare(stream, max_length=4, allow_no_eos=True))) == 1
+
+
+def test_roles_that_the_chat_template_mentions_and_merged_turns_are_prepared(
+    preparer: Callable[..., DataPreparer], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = tokenizer.chat_template + "{# 'critic' #}"
+    said = ("system", "Be brief"), ("developer", "Be kind"), ("critic", "Hm"), ("model", "Yes"), ("assistant", "No")
+    rows = [{"messages": [{"role": role, "content": content} for role, content in said]}]
+    dataset = preparer(merge_turns=True, train_on="assistant")(rows, "train", packing=False)
+    text = (
+        "<|im_start|>system\nBe brief\n\nBe kind<|im_end|>\n<|im_start|>critic\nHm<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answer = "Yes\n\nNo<|im_end|>"
+    assert tokenizer.decode(dataset[0]["input_ids"]).rstrip() == text + answer
+    assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]).rstrip() == answer
+
+
+@pytest.mark.parametrize("key", [{"train": False}, {"loss": False}, {"loss_weight": 0}, {"masked": True}])
+def test_an_answer_that_is_not_to_be_trained_on_is_not(
+    key: dict[str, Any], preparer: Callable[..., DataPreparer], tokenizer: Any
+) -> None:
+    turns: tuple[tuple[str, str, dict[str, Any]], ...]
+    turns = ("human", "Hi", {}), ("gpt", "Yes", key), ("human", "Why?", {"train": False}), ("gpt", "So", {})
+    rows = [{"conversations": [{"from": name, "value": text, **keys} for name, text, keys in turns]}]
+    for source in (rows, Dataset.from_list(rows)):
+        dataset = preparer(train_on="assistant")(source, "train", packing=False)
+        assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]).rstrip() == "So<|im_end|>"

@@ -255,7 +255,7 @@ def _nested(depth: int) -> list[Any]:
         ({"messages": _nested(5000)}, "row 0: lists or objects are nested too deeply"),
         ({1: "a"}, "row 0: a column is named 1, expected text"),
         ({None: "a"}, "row 0: a column is named None, expected text"),
-        ({"conversations": [{"from": [], "value": "a"}]}, r"row 0: message 1 of 'conversations' is from \[\]"),
+        ({"conversations": [{"from": [], "value": "a"}]}, "row 0: 'from' of message 1 of 'conversations' is a list"),
         ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "row 0: 'tool_calls' of message 1 of 'messages' must"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": 7}]}]}, "row 0: 'tool_calls' of message 1"),
         (("a", "b"), "row 0 is tuple, expected an object"),

@@ -13,6 +13,7 @@ from weakref import WeakSet
 from datasets import Dataset, IterableDataset
 
 from tunesmith.data.formats import FormatOptions, parse_each, parse_rows
+from tunesmith.data.messages import TurnOptions, names_in
 from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, shared_examples
@@ -50,6 +51,7 @@ class DataPreparer:
             columns=cast(dict[str, str], args.columns or {}),
             formatting_func=formatting_func,
             skip_bad=args.on_bad_row == "skip",
+            turns=TurnOptions(known_roles=names_in(tokenizer.chat_template), merge_turns=args.merge_turns),
         )
         self.skipped: dict[str, SkippedRows] = {}
         self._saves_skipped = False

@@ -19,8 +19,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-from tunesmith.data.formats import FORMATS, check_characters, kind_of
+from tunesmith.data.formats import FORMATS, check_characters
 from tunesmith.data.skipped import KEPT_CHARACTERS, BadRow
+from tunesmith.data.values import kind_of
 from tunesmith.errors import TunesmithError, nearest
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def facts_of(options: Options) -> tuple["Facts", list[str]]:
     name, template = options.model or _asked_model(options), options.template
     tokenizer, run = _model(name, template)
     columns = _chosen_columns(options, rows, tokenizer.chat_template is not None)
-    survey = look(rows, columns)
+    survey = look(rows, columns, tokenizer.chat_template)
     about = survey.facts
     if about.kind == "conversation" and tokenizer.chat_template is None:
         template = "chatml"
@@ -220,7 +220,7 @@ def _parsed_columns(text: str) -> dict[str, str]:
 
 def _asked_columns(row: Mapping[str, Any], templated: bool) -> dict[str, str]:
     """Which column asks and which answers, of those that are texts."""
-    from tunesmith.init.facts import pair_columns
+    from tunesmith.data.columns import pair_columns
 
     texts = [str(name) for name, value in row.items() if isinstance(value, str)]
     if not texts:
