@@ -69,23 +69,27 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
     """
     control = control_tokens(conversation, template)
     if not control:
-        return _rendered(conversation, template, options)
+        rendering = _rendered(conversation, template, options)
+        return replace(rendering, notes=(*conversation.notes, *rendering.notes)) if conversation.notes else rendering
     if options.specials_in_content == "error":
         raise TunesmithError(
             f"a message has the text {control[0]!r}, which reads as a control token (specials_in_content: error); take "
             "it out of the row, or write specials_in_content: text to train on it as ordinary characters"
         )
-    note = SPECIALS.format(control[0])
+    notes = (*conversation.notes, SPECIALS.format(control[0]))
     if options.specials_in_content == "keep":
         rendering = _rendered(conversation, template, options)
-        return replace(rendering, notes=(*rendering.notes, note))
+        return replace(rendering, notes=(*notes, *rendering.notes))
     rendering = _rendered(with_marks(conversation, control), template, options)
     documents = tuple(without_marks(document) for document in rendering.documents)
-    return replace(rendering, documents=documents, notes=(*rendering.notes, note))
+    return replace(rendering, documents=documents, notes=(*notes, *rendering.notes))
 
 
 def _rendered(conversation: Conversation, template: ChatTemplate, options: RenderOptions) -> Rendering:
     chat, prompt, train_on = Chat(conversation, template), conversation.prompt_length, options.train_on or "assistant"
+    others = [message.weight for message in conversation.messages if message.role != "assistant"]
+    if train_on == "all" and others and not any(others):  # rows of tools in which a turn says that it is not trained on
+        train_on = "assistant"
     if train_on == "all":
         check_shown(chat, [chat.text])
         closed = conversation.messages[-1].weight > 0
