@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
+from tunesmith.data.alike import turns_of
 from tunesmith.data.content import check_shown, control_tokens, with_marks, without_marks
 from tunesmith.data.history import everything, located
 from tunesmith.data.skipped import NotTheRow
 from tunesmith.data.template import ChatTemplate, Fields
-from tunesmith.data.turns import Chat, Turn, turn_of
+from tunesmith.data.turns import Chat, Turn
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Rendered, Span, TrainOn
 
@@ -101,7 +102,7 @@ def _rendered(conversation: Conversation, template: ChatTemplate, options: Rende
         return Rendering(documents=(_marked(chat, conversation, weights),))
     if options.turns == "whole" and options.prompt_mismatch == "accept":
         return _accepted(chat, supervised, weights, prompt)
-    turns = {i: turn_of(chat, i) for i in supervised}
+    turns = turns_of(chat, supervised)
     notes = list[str]()
     for turn in turns.values():
         notes += [CLOSED] * turn.closed + [DROPPED] * turn.dropped

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.template import REASONING_TAG, ChatTemplate
-from tunesmith.data.turns import Chat
+from tunesmith.data.turns import Chat, shows
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Rendered, Span
 
@@ -73,7 +73,7 @@ def check_shown(chat: Chat, texts: Sequence[str]) -> None:
         if message.get("role") == "assistant":
             continue
         parts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
-        if not all(any(part.strip() in text for text in texts) for part in parts) and not _shown(chat, i):
+        if not all(any(shows(text, part.strip()) for text in texts) for part in parts) and not _shown(chat, i):
             raise TunesmithError(
                 f"message {i + 1} ({message.get('role')}) is not in the rendered text: the chat template does not show "
                 "it. Take it out of the row, or set `chat_template_path` to a template that shows it"

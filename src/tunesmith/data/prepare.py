@@ -28,7 +28,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
 DECIDING_MODULES = (
-    *("arrow", "calls", "chat", "columns", "content", "formats", "history", "messages", "preflight", "prefix"),
+    *("alike", "arrow", "calls", "chat", "columns", "content", "formats", "history", "messages", "preflight", "prefix"),
     *("prepare", "read", "sandbox", "skipped", "template", "tokenize", "turns", "values"),
 )
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
