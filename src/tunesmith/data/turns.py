@@ -431,7 +431,9 @@ def _texts(message: Fields, number: int) -> Iterator[str]:
 
 def shows(text: str, value: str) -> bool:
     """Whether `text` holds `value` as it is, or in JSON in one way or another."""
-    forms = {value, value.strip(), json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]}
+    if value in text:
+        return True
+    forms = {value.strip(), json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]}
     forms |= {json.dumps(form)[1:-1] for form in [*forms]}
     return any(form in text for form in forms)
 
