@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Literal
 
 from tunesmith.data.alike import turns_of
-from tunesmith.data.content import check_shown, control_tokens, with_marks, without_marks
+from tunesmith.data.content import check_shown, control_tokens, marked, without_marks
 from tunesmith.data.history import everything, located
 from tunesmith.data.skipped import NotTheRow
 from tunesmith.data.template import ChatTemplate, Fields
@@ -68,7 +68,7 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
 
     Raises TunesmithError when a span can't be determined with certainty, and when a message is lost in the rendering.
     """
-    control = control_tokens(conversation, template)
+    control = control_tokens((message.fields for message in conversation.messages), template.special)
     if not control:
         rendering = _rendered(conversation, template, options)
         return replace(rendering, notes=(*conversation.notes, *rendering.notes)) if conversation.notes else rendering
@@ -81,7 +81,8 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
     if options.specials_in_content == "keep":
         rendering = _rendered(conversation, template, options)
         return replace(rendering, notes=(*notes, *rendering.notes))
-    rendering = _rendered(with_marks(conversation, control), template, options)
+    messages = tuple(replace(message, fields=marked(message.fields, control)) for message in conversation.messages)
+    rendering = _rendered(replace(conversation, messages=messages), template, options)
     documents = tuple(without_marks(document) for document in rendering.documents)
     return replace(rendering, documents=documents, notes=(*notes, *rendering.notes))
 

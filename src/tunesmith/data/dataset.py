@@ -3,11 +3,12 @@
 `prepare` makes a data set of one source; here are the splits of a run, and what they have in common.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakSet
 
 from datasets import Dataset, IterableDataset
@@ -18,6 +19,7 @@ from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mix
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, shared_examples
 from tunesmith.data.prepare import Preparation, prepare
+from tunesmith.data.prompts import TrainedForm
 from tunesmith.data.read import Rows, unbatched, with_places
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
@@ -182,6 +184,18 @@ class DataPreparer:
     def stops(self) -> set[int]:
         """The tokens at which generation is to stop: all that end a supervised turn or text."""
         return {token for counts in (*self.counts.values(), *self._looked.values()) for token in counts.stops}
+
+    @property
+    def form(self) -> TrainedForm:
+        """How most of the conversations that are trained on are rendered."""
+        turns: dict[str, int] = {}
+        for split, counts in (*self.counts.items(), *self._looked.items()):
+            for arguments, count in counts.arguments.items() if is_train(split) else ():
+                turns[arguments] = turns.get(arguments, 0) + count
+        switched = json.loads(max(turns, key=lambda arguments: turns[arguments])) if turns else {}
+        own = cast(dict[str, Any], self.args.chat_template_kwargs or {})
+        specials: Literal["keep", "text"] = "keep" if turns and self.args.specials_in_content == "keep" else "text"
+        return TrainedForm(arguments={**own, **switched}, specials=specials)
 
     def _prepare(self, source: Source, split: str, packing: bool) -> Prepared:
         if cast(dict[str, Any], self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
