@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from datasets import Dataset, IterableDataset
 
-from tunesmith.data.formats import FormatOptions, parse_each, parse_rows
+from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each, parse_rows
 from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, shared_examples
@@ -111,7 +111,6 @@ class DataPreparer:
                 self.formats,
                 columns=self.formats.columns if source.columns is None else source.columns,
                 text_field=source.text_field or self.formats.text_field,
-                arrow=isinstance(source.rows, Prepared),
             )
             rows, held_out_rows = source.rows, None
             if source.held_out:
@@ -192,9 +191,7 @@ class DataPreparer:
             if packing:
                 raise TunesmithError(f"{split}: packing needs all lengths; load the stream, or set packing: false")
             return self._stream(source, split, Encoder(self.tokenizer, options))
-        # Arrow puts a null where a row lacks a key that another row has.
-        formats = replace(self.formats, arrow=isinstance(source, Dataset))
-        dataset = self._prepare_examples(source, split, options, formats)
+        dataset = self._prepare_examples(source, split, options, self.formats)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
@@ -228,7 +225,7 @@ class DataPreparer:
     def _stream(self, source: IterableDataset, split: str, encoder: Encoder) -> IterableDataset:
         """A stream whose rows are prepared as they come. Its first rows are looked at now, in place of a preflight."""
         counts = self.counts[split] = Counts()
-        ahead = list(source.take(LOOKED_AT))
+        ahead = [ArrowRow(row) for row in source.take(LOOKED_AT)]
         if not ahead:
             raise TunesmithError(f"{split} data: the stream is empty")
         first, skipped = self._first_usable(ahead, split), self._left_out(split)

@@ -3,8 +3,8 @@
 The format is read off the first row of a source and every other row must have it too: a file that mixes shapes is more
 often a mistake than a wish, and a wrong guess would train on the wrong tokens.
 
-What comes out is made of JSON's types only. Arrow gives a row a null for every key that another row has; such nulls are
-taken out at every depth, so that none of them can show up in a prompt.
+What comes out is made of JSON's types only. Arrow gives a row a null for every key that another row has; from an
+`ArrowRow` such nulls are taken out at every depth, so that none of them can show up in a prompt.
 """
 
 import json
@@ -48,18 +48,20 @@ SUPPORTED = (
 )
 
 
+class ArrowRow(dict[str, Any]):
+    """A row that comes out of Arrow, where a null stands for a key that the row does not have."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormatOptions:
     """How to read rows. `columns` maps our column names to the data's own, e.g. {"prompt": "question"}.
 
-    `arrow`: the rows come out of Arrow, where a null stands for a key that the row does not have. `skip_bad`: a row
-    that can't be read is left out rather than an error.
+    `skip_bad`: a row that can't be read is left out rather than an error.
     """
 
     text_field: str = "text"
     columns: Mapping[str, str] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
-    arrow: bool = True
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
@@ -191,7 +193,7 @@ def _preferences(row: Mapping[str, Any]) -> str:
 
 def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> Row:
     """`row` as a value of the format `format_name`. Raises TunesmithError that says what is wrong with it."""
-    row = renamed(row, options)
+    is_padded, row = isinstance(row, ArrowRow), renamed(row, options)
     missing = [column for column in FORMATS[format_name] if row.get(column) is None]
     if missing:
         raise TunesmithError(
@@ -201,7 +203,7 @@ def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> R
     if format_name == "tokens":
         return _tokens(row)
     used = (*FORMATS[format_name], *EXTRA_COLUMNS)
-    values = {name: plain(row[name], repr(name), nulls=not options.arrow) for name in used if name in row}
+    values = {name: plain(row[name], repr(name), nulls=not is_padded) for name in used if name in row}
     return PARSERS[format_name](values)
 
 
@@ -228,8 +230,8 @@ def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
     elif isinstance(value, tuple) and len(value) == 2:
         value = {"prompt": value[0], "completion": value[1]}
     if isinstance(value, Mapping):
-        unnamed = FormatOptions(arrow=options.arrow)
-        return parse(value, detect(value, unnamed), unnamed)
+        made = ArrowRow(value) if isinstance(row, ArrowRow) else value
+        return parse(made, detect(made, FormatOptions()), FormatOptions())
     raise TunesmithError(
         f"formatting_func returned {type(value).__name__}; it must return a string, a list of messages, "
         "or a (prompt, completion) pair"

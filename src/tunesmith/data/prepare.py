@@ -19,7 +19,7 @@ from typing import Any
 
 from tunesmith.data.arrow import FlatExamples
 from tunesmith.data.cache import Store, fingerprint
-from tunesmith.data.formats import FormatOptions, parse_each
+from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each
 from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows, SourceRows
@@ -27,7 +27,10 @@ from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, 
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
-DECIDING_MODULES = ("arrow", "chat", "formats", "preflight", "prepare", "read", "sandbox", "skipped", "tokenize")
+DECIDING_MODULES = (
+    *("arrow", "chat", "folders", "formats", "jsontext", "lines", "preflight", "prepare", "read", "sandbox"),
+    *("skipped", "tokenize"),
+)
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
 
 
@@ -74,11 +77,14 @@ class Preparation:
 def identity(source: Any) -> str | None:
     """What tells a source's rows from all others by their content, or None when that can't be told."""
     if isinstance(source, Rows):
-        # The name belongs to it: the kept report names the places of dropped rows, file and line.
-        return fingerprint("files", source.name, *source.files) if source.files else None
+        # The names belong to it: the kept report names the places of dropped rows, file and line.
+        names = [source.name, source.part, *map(str, source.files)]
+        return fingerprint("files", names, *source.files) if source.files else None
     if isinstance(source, Sequence):
+        rows = list(source)
+        padded = [i for i, row in enumerate(rows) if isinstance(row[1] if isinstance(row, tuple) else row, ArrowRow)]
         try:
-            return fingerprint("rows", list(source))
+            return fingerprint("rows", rows, padded)
         except (TypeError, ValueError, RecursionError):
             return None
     if getattr(source, "format", {}).get("type") == "custom":  # a transform that runs when rows are read

@@ -128,7 +128,7 @@ class _Tally:
 def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Survey:
     """Reads all of `rows`, (place, row) pairs. Raises TunesmithError, with the place, for one that can't be trained on
     or has another shape than the first."""
-    options = FormatOptions(columns=columns, arrow=False)
+    options = FormatOptions(columns=columns)
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
@@ -184,7 +184,7 @@ def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, st
     Raises TunesmithError for preference pairs, whose better side is the user's to choose.
     """
     try:
-        known: str | None = detect(row, FormatOptions(arrow=False))
+        known: str | None = detect(row, FormatOptions())
     except TunesmithError:
         if row.get("chosen") is not None and row.get("rejected") is not None:
             raise

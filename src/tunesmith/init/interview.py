@@ -190,7 +190,7 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
         raise TunesmithError(f"{place}: {error}") from error
     if proposed is None and not options.asks:
         try:
-            detect(first, FormatOptions(arrow=False))
+            detect(first, FormatOptions())
         except TunesmithError as error:
             raise TunesmithError(f"{place}: {error}\nHere: --columns instruction=question,output=answer") from error
     if proposed:
