@@ -7,13 +7,12 @@ data, is up to `dataset`: the processes that encode rows load this module, and i
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cache
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows, SourceRows
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded
+from tunesmith.data.workers import Workers
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
@@ -169,31 +169,23 @@ def _in_processes(
         counts.update(part)
         return examples
 
-    # `spawn`: a fork of a process whose tokenizer has started threads can hang.
-    with ProcessPoolExecutor(
-        preparation.processes, get_context("spawn"), _start_worker, (preparation.tokenizer, preparation.encode)
-    ) as pool:
+    with Workers(preparation.processes, _encoding, preparation.tokenizer, preparation.encode) as workers:
         while part := list(islice(rows, BATCH_ROWS)):
-            waiting.append(pool.submit(_work, part))
+            waiting.append(workers.submit(part))
             if len(waiting) > 2 * preparation.processes:
                 yield finished()
         while waiting:
             yield finished()
 
 
-_worker: Callable[[list[tuple[str, Row | BadRow]]], tuple[FlatExamples, Counts]]
-
-
-def _start_worker(tokenizer: Any, options: EncodeOptions) -> None:
-    global _worker
+def _encoding(
+    tokenizer: Any, options: EncodeOptions
+) -> Callable[[list[tuple[str, Row | BadRow]]], tuple[FlatExamples, Counts]]:
+    """What each process does with a part of the rows."""
     encoder = Encoder(tokenizer, options)
 
-    def work(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
+    def encode(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
         counts = Counts()
         return next(encoded(iter(rows), encoder, counts)), counts
 
-    _worker = work
-
-
-def _work(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
-    return _worker(rows)
+    return encode
