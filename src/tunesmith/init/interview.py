@@ -107,9 +107,9 @@ def _data(options: Options) -> tuple[tuple[str, ...], "Rows"]:
     if options.data:
         return options.data, joined([read_rows(name) for name in options.data])
     if not options.asks:
-        raise TunesmithError("no data; write --data rows.jsonl: a file, or a name on the hub")
+        raise TunesmithError("no data; write --data rows.jsonl: a file, a folder, or a name on the hub")
     while True:
-        name = ask("Your rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub")
+        name = ask("Your rows: a file (.jsonl, .json, .csv, .parquet, ...), a folder, or a name on the hub")
         try:
             return (name,), read_rows(name)
         except TunesmithError as error:
