@@ -148,6 +148,15 @@ def test_an_unprepared_data_set_is_passed_on_when_asked_for(prepare: Prepare) ->
     assert prepare(dataset, dataset_kwargs={"skip_prepare_dataset": True}) is dataset
 
 
+def test_splits_are_not_mixed_as_if_they_were_sources(preparer: Callable[..., DataPreparer]) -> None:
+    rows = Dataset.from_list(TEXT_ROWS)
+    splits = datasets.DatasetDict(train=rows, test=rows)
+    with pytest.raises(TunesmithError, match=r"the splits 'train', 'test', .* `train_dataset=data\['train'\]`"):
+        preparer().everything(splits, None)
+    _, evaluated = preparer().everything(rows, splits)
+    assert list(evaluated) == ["train", "test"]
+
+
 def test_an_empty_stream_is_an_error(prepare: Prepare) -> None:
     empty = Dataset.from_list(TEXT_ROWS).to_iterable_dataset().filter(lambda row: False)
     with pytest.raises(TunesmithError, match="train data: the stream is empty"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 from weakref import WeakSet
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each, parse_rows
 from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
@@ -78,6 +78,12 @@ class DataPreparer:
     def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
         """What is trained on, and what is evaluated on: nothing, one data set, or several by name. `by_row`: as
         `evaluated`."""
+        if isinstance(train, DatasetDict | IterableDatasetDict):
+            example = "train" if "train" in train else next(iter(train), "train")
+            raise TunesmithError(
+                f"the training data is a data set with the splits {', '.join(map(repr, train))}, which would all be "
+                f"trained on; give one of them: `train_dataset=data[{example!r}]`"
+            )
         prepared_eval = self.evaluated(evaluated, by_row=by_row)
         if not isinstance(train, Mapping):
             return self(train, "train", packing=self.args.packing), prepared_eval

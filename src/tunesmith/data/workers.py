@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from queue import Queue
+from queue import LifoQueue
 from typing import IO, Any
 
 from tunesmith.errors import TunesmithError
@@ -38,7 +38,7 @@ class Workers:
             raise TunesmithError(f"the tokenizer can't be sent to another process ({error}); {ONE_PROCESS}") from error
         self._workers = [_Worker(task) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count)
-        self._free: Queue[_Worker] = Queue()
+        self._free: LifoQueue[_Worker] = LifoQueue()  # those that have started come first
         for worker in self._workers:
             self._free.put(worker)
 
@@ -49,6 +49,8 @@ class Workers:
         for worker in self._workers:
             worker.end()
         self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
 
     def submit(self, part: Any) -> "Future[Any]":
         """What the function returns for `part`, or raises. The next process that is free works on it."""
@@ -63,7 +65,7 @@ class Workers:
 
 
 class _Worker:
-    """One process, seen from here."""
+    """One process, seen from here. It is sent its task, and imports what that needs, when it is first asked."""
 
     def __init__(self, task: bytes) -> None:
         self._task: bytes | None = task
@@ -85,7 +87,7 @@ class _Worker:
         except (OSError, EOFError) as error:
             raise TunesmithError(
                 f"a process that prepares data ended with code {self._process.wait()}, perhaps for want of memory; "
-                f"write fewer than dataset_num_proc, or {ONE_PROCESS}"
+                f"set a smaller dataset_num_proc, or {ONE_PROCESS}"
             ) from error
         if not succeeded:
             raise answer
@@ -94,6 +96,9 @@ class _Worker:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """Close the pipes, once nobody uses them."""
         for pipe in (self._to, self._from):
             with suppress(OSError):  # nobody reads any more what was still to be written
                 pipe.close()
