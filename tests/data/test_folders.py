@@ -52,6 +52,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path: Path) -
             },
         ),
         (["latest", "contest"], {None: ["contest", "latest"]}),
+        (["c4-00000-of-00002", "c4-00001-of-00002"], {None: ["c4-00000-of-00002", "c4-00001-of-00002"]}),
     ],
 )
 def test_splits_are_told_by_the_names_of_files_and_folders(
@@ -105,7 +106,9 @@ configs:
   - split: held
     path: [parts/b.jsonl, c.jsonl]
 - config_name: small
-  data_dir: few
+  data_dir: ./few
+- config_name: all
+  data_dir: .
 - config_name: plain
   data_files: c.jsonl
 ---
@@ -120,6 +123,7 @@ def test_a_copy_of_a_data_set_of_the_hub_is_read_as_its_readme_says(tmp_path: Pa
     assert texts(folder, "held") == ["parts__b", "c"]
     assert texts(f"{folder}:small") == ["few__x"]
     assert texts(f"{folder}:plain") == ["c"]
+    assert texts(f"{folder}:all") == ["c", "few__x", "parts__a1", "parts__a2", "parts__b"]
     with pytest.raises(TunesmithError, match=r"has no configuration 'large'; write one of .*:default, .*:small, "):
         texts(f"{folder}:large")
     for path in ("../outside.jsonl", "/etc/hosts", "https://example.org/a.jsonl", "hf://x/y.jsonl"):

@@ -114,13 +114,21 @@ def _configured(source: str) -> tuple[Path, str] | None:
 
 def _in_folder(folder: Path, source: str, configuration: str | None) -> Found:
     if (dictionary := _json(folder / "dataset_dict.json")) is not None:
-        return Found(splits={str(name): _saved(folder / str(name)) for name in dictionary["splits"]})
+        names = dictionary.get("splits") if isinstance(dictionary, dict) else None
+        if not isinstance(names, list) or not names:
+            raise TunesmithError(f"{source} is damaged: dataset_dict.json names no splits")
+        return Found(splits={str(name): _saved(folder / Path(str(name)).name) for name in names})
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return Found(splits={"": _saved(folder)})
     if (chosen := _named_in_readme(folder, source, configuration)) is not None:
         return chosen
     if configuration is not None:
         raise TunesmithError(f"{folder} has no configurations, which its README.md would name; write {folder}")
+    return _by_names(folder, source)
+
+
+def _by_names(folder: Path, source: str) -> Found:
+    """The data files in a folder and below, by the splits that their names tell."""
     files = list(_data_files(folder))
     if not files:
         scripts = sorted(item.name for item in folder.glob("*.py"))
@@ -130,6 +138,8 @@ def _in_folder(folder: Path, source: str, configuration: str | None) -> Found:
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    if len(splits) == 1 and not _known_split(next(iter(splits))):
+        splits = {"": files}  # shards of one data set, under its name
     if len(splits) > 1 and "" in splits:
         other, named = splits[""][0], next(files[0] for name, files in splits.items() if name)
         raise TunesmithError(
@@ -178,11 +188,14 @@ def _split_of(file: Path) -> str:
     for part in reversed(file.parts):
         if (shard := SHARD.match(part)) is not None:
             return shard["split"]
-        words = re.findall(r"[a-z]+", part.lower())
-        for split, names in SPLIT_WORDS.items():
-            if any(name in words for name in names):
-                return split
+        if split := _known_split(part):
+            return split
     return ""
+
+
+def _known_split(name: str) -> str:
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((split for split, names in SPLIT_WORDS.items() if any(word in names for word in words)), "")
 
 
 # The README of a data set on the hub
@@ -210,18 +223,17 @@ def _named_in_readme(folder: Path, source: str, wanted: str | None) -> Found | N
         problem = "several configurations" if wanted is None else f"no configuration {wanted!r}"
         raise TunesmithError(f"{source} has {problem}; write one of {', '.join(f'{folder}:{name}' for name in named)}")
     config = named[wanted]
-    below = str(config.get("data_dir") or "")
+    below = "/".join(PurePosixPath(str(config.get("data_dir") or "")).parts)
+    _check_inside(below, readme)
     if config.get("data_files") is None:
-        if below:
-            _check_inside(below, readme)
-            return _in_folder(folder / below, f"{source} ({below})", None)
-        return None
+        return _by_names(folder / below, source)
     splits = {}
     for split, patterns in _patterns(config["data_files"], readme).items():
         files: dict[Path, None] = {}
         for pattern in patterns:
             _check_inside(pattern, readme)
-            files |= dict.fromkeys(sorted(file for file in (folder / below).glob(pattern) if file.is_file()))
+            matching = sorted(glob.glob(pattern, root_dir=folder / below, recursive=True))
+            files |= dict.fromkeys(file for name in matching if (file := folder / below / name).is_file())
         if not files:
             raise TunesmithError(f"{source}: README.md names {', '.join(patterns)}, and there is no such file")
         splits[split] = tuple(files)

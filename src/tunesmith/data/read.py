@@ -166,9 +166,12 @@ def _reader(path: Path, name: str) -> Reader:
         check_beginning(first, f"{name}, line 1")
         while first and not first.removeprefix(BOM).strip():
             first = content.readline(MOST_BYTES)
+        first = first.removeprefix(BOM)
         sample = first[:SAMPLE] + content.read(SAMPLE)
-    suffix, line = suffix_of(path), first.removeprefix(BOM).decode("utf-8", errors="replace").strip()
-    lines = StringIO(sample.decode("utf-8-sig", errors="replace"), newline="\n").readlines() or [line]
+    # Of an object the whole line is needed. The one line of a list may have any length.
+    line = (first if first.lstrip().startswith(b"{") else first[:SAMPLE]).decode("utf-8", errors="replace").strip()
+    lines = StringIO(sample.decode("utf-8", errors="replace"), newline="\n").readlines() or [line]
+    suffix = suffix_of(path)
     if suffix != ".txt" or _names_format(line):
         json_reader = _json_reader(line, lines[1:], suffix)
         if json_reader is not None:
@@ -360,6 +363,7 @@ def _arrow_rows(batches: Iterator[Any], name: str, kind: str) -> PlacedRows:
     number = 0
     try:
         for batch in batches:
+            batch.validate(full=True)  # offsets that point elsewhere would read any memory
             json_columns = [field.name for field in batch.schema if "arrow.json" in str(field.type)]
             for start in range(0, len(batch), ARROW_ROWS):
                 for row in batch.slice(start, ARROW_ROWS).to_pylist():
