@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tunesmith.data.formats import FormatOptions, detect, format_row, parse, parse_rows
+from tunesmith.data.formats import ArrowRow, FormatOptions, detect, format_row, parse, parse_rows
 from tunesmith.data.messages import TurnOptions
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
@@ -335,7 +335,7 @@ def test_no_null_of_arrows_reaches_messages_or_tools() -> None:
         {"messages": [USER, ANSWER]},
     ]
     for row, padded in zip(rows, Dataset.from_list(rows), strict=True):
-        given, seen = talk(row, arrow=False), talk(padded)
+        given, seen = talk(row), talk(ArrowRow(padded))
         assert fields(seen) == fields(given)
         assert seen == given
         assert json.dumps(seen.tools) == json.dumps(row.get("tools"))
@@ -345,11 +345,11 @@ def test_no_null_of_arrows_reaches_messages_or_tools() -> None:
 def test_a_null_that_is_no_padding_stays() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": {"default": None}}}}]
     assert talk({"messages": [USER], "tools": json.dumps(tools)}).tools == tools
-    assert talk({"messages": [USER], "tools": tools}, arrow=False).tools == tools
+    assert talk({"messages": [USER], "tools": tools}).tools == tools
     call = {"function": {"name": "f", "arguments": {"x": None}}}
     row = {"messages": [{"role": "assistant", "content": None, "name": None, "tool_calls": [call]}]}
     called = {"type": "function", "function": {"name": "f", "arguments": {"x": None}}}
-    assert fields(talk(row, arrow=False)) == [{"role": "assistant", "content": "", "tool_calls": [called]}]
+    assert fields(talk(row)) == [{"role": "assistant", "content": "", "tool_calls": [called]}]
 
 
 def test_tools_are_handed_on_in_their_order() -> None:

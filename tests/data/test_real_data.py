@@ -48,7 +48,7 @@ GSM8K = {"prompt": "question", "completion": "answer"}
 def test_every_row_of_the_real_data_is_prepared(shared_data: Path, name: str, columns: Any, train_on: Any) -> None:
     tokenizer = bytes_("qwen3", "<|im_end|>")
     rows = rows_of(shared_data / name)
-    batches, counts = encode(rows, tokenizer, FormatOptions(columns=columns, arrow=False), train_on=train_on)
+    batches, counts = encode(rows, tokenizer, FormatOptions(columns=columns), train_on=train_on)
     assert counts.rows == counts.examples == sum(len(batch.lengths) for batch in batches) == len(rows)
     assert counts.dropped == {}
     assert counts.ends == {tokenizer.eos_token_id: len(rows)}

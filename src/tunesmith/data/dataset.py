@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakSet
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tunesmith.data.formats import FormatOptions, parse_each, parse_rows
+from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each, parse_rows
 from tunesmith.data.messages import TurnOptions, names_in
 from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.data.pack import pack_dataset
@@ -82,6 +82,12 @@ class DataPreparer:
     def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
         """What is trained on, and what is evaluated on: nothing, one data set, or several by name. `by_row`: as
         `evaluated`."""
+        if isinstance(train, DatasetDict | IterableDatasetDict):
+            example = "train" if "train" in train else next(iter(train), "train")
+            raise TunesmithError(
+                f"the training data is a data set with the splits {', '.join(map(repr, train))}, which would all be "
+                f"trained on; give one of them: `train_dataset=data[{example!r}]`"
+            )
         prepared_eval = self.evaluated(evaluated, by_row=by_row)
         if not isinstance(train, Mapping):
             return self(train, "train", packing=self.args.packing), prepared_eval
@@ -115,7 +121,6 @@ class DataPreparer:
                 self.formats,
                 columns=self.formats.columns if source.columns is None else source.columns,
                 text_field=source.text_field or self.formats.text_field,
-                arrow=isinstance(source.rows, Prepared),
             )
             rows, held_out_rows = source.rows, None
             if source.held_out:
@@ -208,9 +213,7 @@ class DataPreparer:
             if packing:
                 raise TunesmithError(f"{split}: packing needs all lengths; load the stream, or set packing: false")
             return self._stream(source, split, Encoder(self.tokenizer, options))
-        # Arrow puts a null where a row lacks a key that another row has.
-        formats = replace(self.formats, arrow=isinstance(source, Dataset))
-        dataset = self._prepare_examples(source, split, options, formats)
+        dataset = self._prepare_examples(source, split, options, self.formats)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
@@ -250,7 +253,7 @@ class DataPreparer:
     def _stream(self, source: IterableDataset, split: str, encoder: Encoder) -> IterableDataset:
         """A stream whose rows are prepared as they come. Its first rows are looked at now, in place of a preflight."""
         counts = self.counts[split] = Counts()
-        ahead = list(source.take(LOOKED_AT))
+        ahead = [ArrowRow(row) for row in source.take(LOOKED_AT)]
         if not ahead:
             raise TunesmithError(f"{split} data: the stream is empty")
         first, skipped = self._first_usable(ahead, split), self._left_out(split)

@@ -3,8 +3,8 @@
 The format is read off the first row of a source and every other row must have it too: a file that mixes shapes is more
 often a mistake than a wish, and a wrong guess would train on the wrong tokens.
 
-What comes out is made of JSON's types only. Arrow gives a row a null for every key that another row has; such nulls are
-taken out at every depth, so that none of them can show up in a prompt.
+What comes out is made of JSON's types only. Arrow gives a row a null for every key that another row has; from an
+`ArrowRow` such nulls are taken out at every depth, so that none of them can show up in a prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,18 +54,20 @@ SUPPORTED = (
 )
 
 
+class ArrowRow(dict[str, Any]):
+    """A row that comes out of Arrow, where a null stands for a key that the row does not have."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormatOptions:
     """How to read rows. `columns` maps our column names to the data's own, e.g. {"prompt": "question"}.
 
-    `arrow`: the rows come out of Arrow, where a null stands for a key that the row does not have. `skip_bad`: a row
-    that can't be read is left out rather than an error. `turns`: how messages are read.
+    `skip_bad`: a row that can't be read is left out rather than an error. `turns`: how messages are read.
     """
 
     text_field: str = "text"
     columns: Mapping[str, str] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
-    arrow: bool = True
     skip_bad: bool = False
     turns: TurnOptions = field(default_factory=TurnOptions)
 
@@ -217,7 +219,7 @@ def _preferences(row: Mapping[str, Any], chosen: str, rejected: str) -> str:
 
 def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> Row:
     """`row` as a value of the format `format_name`. Raises TunesmithError that says what is wrong with it."""
-    row = renamed(row, options)
+    is_padded, row = isinstance(row, ArrowRow), renamed(row, options)
     missing = [column for column in FORMATS[format_name] if row.get(column) is None]
     if missing:
         raise TunesmithError(
@@ -228,7 +230,7 @@ def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> R
         _refuse_unread(row, format_name, options.columns)
     if format_name == "tokens":
         return _tokens(row)
-    used, nulls = USED[format_name], not options.arrow
+    used, nulls = USED[format_name], not is_padded
     values = {name: plain(item, repr(name), nulls=nulls) for name, item in row.items() if name in used}
     if not TRAINING.isdisjoint(row):
         values |= {name: row[name] for name in TRAINING if type(row.get(name)) in (bool, int, float)}
@@ -258,8 +260,9 @@ def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
     elif isinstance(value, tuple) and len(value) == 2:
         value = {"prompt": value[0], "completion": value[1]}
     if isinstance(value, Mapping):
-        unnamed = FormatOptions(arrow=options.arrow, turns=options.turns)
-        return parse(value, detect(value, unnamed), unnamed)
+        unnamed = FormatOptions(turns=options.turns)
+        made = ArrowRow(value) if isinstance(row, ArrowRow) else value
+        return parse(made, detect(made, unnamed), unnamed)
     raise TunesmithError(
         f"formatting_func returned {type(value).__name__}; it must return a string, a list of messages, "
         "or a (prompt, completion) pair"

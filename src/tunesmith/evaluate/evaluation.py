@@ -136,7 +136,7 @@ def questions(source: Source, counts: Counts) -> list[Question]:
 
     Raises TunesmithError for what can't be read, and where no row is left.
     """
-    options = FormatOptions(columns=source.columns, arrow=False)
+    options = FormatOptions(columns=source.columns)
     rows = read_rows(source.data, source.split, default_split="test")
     asked: list[Question] = []
     for place, row in parse_rows(rows, options):

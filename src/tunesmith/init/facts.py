@@ -119,7 +119,7 @@ def look(
     """Reads all of `rows`, (place, row) pairs. `template` is the source of the chat template, which may know roles of
     its own. Raises TunesmithError, with the place, for a row that can't be trained on or has another shape than the
     first."""
-    options = FormatOptions(columns=columns, arrow=False, turns=TurnOptions(known_roles=names_in(template)))
+    options = FormatOptions(columns=columns, turns=TurnOptions(known_roles=names_in(template)))
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
@@ -175,7 +175,7 @@ def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, st
     Raises TunesmithError for preference pairs, whose better side is the user's to choose.
     """
     try:
-        known: str | None = detect(row, FormatOptions(arrow=False))
+        known: str | None = detect(row, FormatOptions())
     except TunesmithError:
         if row.get("chosen") is not None and row.get("rejected") is not None:
             raise

@@ -107,9 +107,9 @@ def _data(options: Options) -> tuple[tuple[str, ...], "Rows"]:
     if options.data:
         return options.data, joined([read_rows(name) for name in options.data])
     if not options.asks:
-        raise TunesmithError("no data; write --data rows.jsonl: a file, or a name on the hub")
+        raise TunesmithError("no data; write --data rows.jsonl: a file, a folder, or a name on the hub")
     while True:
-        name = ask("Your rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub")
+        name = ask("Your rows: a file (.jsonl, .json, .csv, .parquet, ...), a folder, or a name on the hub")
         try:
             return (name,), read_rows(name)
         except TunesmithError as error:
@@ -190,7 +190,7 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
         raise TunesmithError(f"{place}: {error}") from error
     if proposed is None and not options.asks:
         try:
-            detect(first, FormatOptions(arrow=False))
+            detect(first, FormatOptions())
         except TunesmithError as error:
             raise TunesmithError(f"{place}: {error}\nHere: --columns instruction=question,output=answer") from error
     if proposed:

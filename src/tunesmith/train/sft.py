@@ -13,8 +13,8 @@ from transformers.trainer_utils import PredictionOutput
 
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator
 from tunesmith.data.dataset import DataPreparer, Source
-from tunesmith.data.prompts import remember
 from tunesmith.data.mixture import DataSource
+from tunesmith.data.prompts import remember
 from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, base_model, starting_point
