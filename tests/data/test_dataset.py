@@ -307,7 +307,7 @@ def test_a_null_that_somebody_wrote_is_trained_on(
     text = {"messages": CALLS[0]["messages"], "tools": json.dumps([{"name": "f", "default": None}])}
     Dataset.from_list([text]).to_parquet(tmp_path / "rows.parquet")
     prepare = preparer(max_length=None)
-    for source, shown in (("rows.jsonl", '"arguments": {"city": null}'), ("rows.parquet", '"default": null}]')):
+    for source, shown in (("rows.jsonl", '"arguments": {"city": null}'), ("rows.parquet", '"default": null}')):
         (ids,) = prepare(read_rows(str(tmp_path / source)), "train", packing=False)["input_ids"]
         assert shown in tokenizer.decode(ids)
 
