@@ -116,18 +116,18 @@ class SFTConfig(TrainingArguments):
     assistant_only_loss: bool = _setting(False, "TRL's name for train_on: assistant.")
     turns: Turns = _setting(
         "auto",
-        "How a conversation is rendered: whole (one text) | each (a text for each answer, as inference sees it; what "
-        "they begin with in common is computed once) | auto (whole where that is what inference sees, else each).",
+        "A conversation as one text (whole), as a text for each answer as inference sees it (each), or auto: whole "
+        "where that is what inference sees, else each.",
     )
     prompt_mismatch: PromptMismatch = _setting(
         "error",
-        "With turns: whole, accept answers in the form that history has, though inference renders another prompt: "
-        "error | accept.",
+        "With turns: whole, answers in the form that history has, though inference renders another prompt: error "
+        "| accept.",
     )
     marks: Marks = _setting(
         "verified",
-        "Where a template has {% generation %} blocks: verified (what the model generates is supervised, and a "
-        "difference is noted) | template (the blocks as they are).",
+        "Of a template with {% generation %} blocks: verified (supervise what the model generates, note a difference) "
+        "| template (the blocks).",
     )
     drop_reasoning: DropReasoning = _setting(
         "note", "Rows with reasoning that the chat template does not show: note (count them) | error."
@@ -135,7 +135,7 @@ class SFTConfig(TrainingArguments):
     specials_in_content: SpecialsInContent = _setting(
         "keep",
         "Text of a message that reads as a control token: keep (it is one, as with other tools) | text (ordinary "
-        "characters, here and in chat, eval and serve) | error.",
+        "characters) | error.",
     )
     allow_no_eos: bool = _setting(False, "Accept data in which no supervised token ends a text: the model won't stop.")
     loss_type: LossType = _setting("nll", "nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
