@@ -67,7 +67,8 @@ GROUPS = (
     Group(
         title="What is trained on, and the loss",
         text="More on [masks](templates.md).",
-        names="train_on completion_only_loss assistant_only_loss turns prompt_mismatch marks drop_reasoning specials_in_content allow_no_eos loss_type label_smoothing_factor "
+        names="train_on completion_only_loss assistant_only_loss turns prompt_mismatch marks drop_reasoning "
+        "specials_in_content allow_no_eos loss_type label_smoothing_factor "
         "neftune_noise_alpha average_tokens_across_devices",
     ),
     Group(
