@@ -117,9 +117,7 @@ class BaseTrainer(transformers.Trainer):
             write_record=lambda folder: self.record().write(folder),
         )
         self.guard = Guard(self, self.tell)
-        self.recovery = Recovery(
-            self, self.loaders, self.meters["train"], forget=self.journal.forget_step, tell=self.tell
-        )
+        self.recovery = Recovery(self, self.loaders, self.meters["train"], forget=self._forget_step, tell=self.tell)
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.add_callback(_Moments(self.journal))
 
@@ -188,6 +186,8 @@ class BaseTrainer(transformers.Trainer):
                 if isinstance(error, Exception):
                     self.keeper.give_up()
                 raise
+            finally:
+                self.guard.end()
             self.keeper.wait()
         return output
 
@@ -267,6 +267,11 @@ class BaseTrainer(transformers.Trainer):
         self.guard.note(inputs, loss)
         self.journal.note_batch(inputs, loss)
         return loss
+
+    def _forget_step(self) -> None:
+        """A step begins again."""
+        self.journal.forget_step()
+        self.guard.forget_step()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
