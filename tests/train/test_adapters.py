@@ -107,6 +107,45 @@ def test_what_moved_base_weights_is_saved_as_plain_lora_of_twice_the_rank(
     assert trainer.model.peft_config["default"].r == 4
 
 
+@pytest.mark.parametrize("way", ["trainer", "model"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa by a random method", "olora"])
+def test_adapters_are_saved_for_the_base_whatever_the_folder_is_called_and_whoever_saves(
+    kind: str, way: str, base: str, trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = trainer_of(model=base, peft_config=KINDS[kind], max_steps=2)
+    trainer.train()
+    for name in ("checkpoint-final", "my-checkpoint-final"):
+        folder = str(tmp_path / name)
+        if way == "trainer":
+            trainer.save_model(folder)
+        else:
+            trainer.model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+
+
+def test_a_checkpoint_of_adapters_that_belong_onto_moved_weights_is_not_loaded_as_a_model(
+    base: str, trainer_of: Callable[..., Any]
+) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(model=base, peft_config=KINDS["pissa by a random method"], **settings)
+    trainer.train()
+    with pytest.raises(TunesmithError, match=r"init_lora_weights='pissa_niter_4'.*go on with the run"):
+        load_run(str(Path(trainer.args.output_dir) / "checkpoint-2"))
+
+
+def test_who_may_read_saved_weights_says_the_umask(base: str, trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(model=base, peft_config=KINDS["lora"], **settings)
+    trainer.train()
+    trainer.save_model()
+    run = Path(trainer.args.output_dir)
+    weights = {file.relative_to(run).as_posix(): file.stat().st_mode & 0o777 for file in run.rglob("*.safetensors")}
+    plain = (run / "adapter_config.json").stat().st_mode & 0o777
+    names = ["adapter_model", "checkpoint-1/adapter_model", "checkpoint-1/optimizer", "checkpoint-1/random"]
+    assert weights == {f"{name}.safetensors": plain for name in names}
+
+
 def test_a_resumed_pissa_run_ends_where_an_uninterrupted_one_does(base: str, trainer_of: Callable[..., Any]) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "peft_config": KINDS["pissa"]}
     whole = trainer_of(model=base, **settings)

@@ -9,9 +9,11 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -148,26 +150,50 @@ def _tie(config: PeftConfig, model: PreTrainedModel) -> None:
         logger.info("%s is trained as a matrix of its own: the embeddings are no longer tied.", trained[0])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StartingPoint:
-    """Adapters at their start, where that took a part of the base weights with it (PiSSA, OLoRA): what is saved must
-    fit onto the base model as it was, for everybody who loads it."""
+    """Adapters of `model` at their start, where that took a part of the base weights with it (PiSSA, OLoRA).
 
-    weights: dict[str, Tensor]
+    What is saved must fit onto the base model as it was, for everybody who loads it. `model.save_pretrained` therefore
+    writes what was learned, less the start: plain LoRA of twice the rank. Only within `as_they_are` it writes the
+    adapters themselves, for a run that goes on with them.
+    """
 
-    def save_for_the_base(self, model: PeftModel, folder: Path) -> None:
-        """Overwrite the adapters in `folder` with plain LoRA of twice the rank, what was learned less the start."""
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+        self._weights = {name: value.clone() for name, value in _adapter_weights(model).items()}
+        self._plain: Callable[..., None] = model.save_pretrained
+        self._converts = True
+        model.save_pretrained = self._save  # type: ignore[method-assign]
+
+    @contextmanager
+    def as_they_are(self) -> Iterator[None]:
+        self._converts = False
+        try:
+            yield
+        finally:
+            self._converts = True
+
+    def _save(self, save_directory: str, **settings: Any) -> None:
+        self._plain(save_directory, **settings)
+        main = settings.get("is_main_process", True)
+        if not (self._converts and main) or settings.get("path_initial_model_for_weight_conversion"):
+            return
+        model, name = self._model, self._model.active_adapter
+        if name not in (settings.get("selected_adapters") or [name]):
+            return
+        settings |= {"selected_adapters": [name], "state_dict": None}
+        now = {key: value.clone() for key, value in _adapter_weights(model).items()}
+        config = copy.deepcopy(model.active_peft_config)
         with tempfile.TemporaryDirectory() as scratch:
-            now = {name: value.clone() for name, value in _adapter_weights(model).items()}
-            config = copy.deepcopy(model.active_peft_config)
             try:
-                _copy_into(model, self.weights)
-                model.save_pretrained(scratch)
+                _copy_into(model, self._weights)
+                self._plain(scratch, **settings)
                 _copy_into(model, now)
-                model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=scratch)
+                start = scratch if name == "default" else str(Path(scratch) / name)
+                self._plain(save_directory, **settings | {"path_initial_model_for_weight_conversion": start})
             finally:
                 _copy_into(model, now)
-                model.peft_config[model.active_adapter] = config  # peft has doubled its rank
+                model.peft_config[name] = config  # peft has doubled its rank
 
 
 def starting_point(model: nn.Module) -> StartingPoint | None:
@@ -175,9 +201,7 @@ def starting_point(model: nn.Module) -> StartingPoint | None:
     if not isinstance(model, PeftModel):
         return None
     init = getattr(model.active_peft_config, "init_lora_weights", None)
-    if not (isinstance(init, str) and init.startswith(CHANGE_THE_BASE)):
-        return None
-    return StartingPoint(weights={name: value.clone() for name, value in _adapter_weights(model).items()})
+    return StartingPoint(model) if isinstance(init, str) and init.startswith(CHANGE_THE_BASE) else None
 
 
 def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from tunesmith.model.generate import prompt_ids, stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
 from tunesmith.model.precision import DTYPES, PrecisionName
+from tunesmith.runs.files import follow_umask
 from tunesmith.settings.coerce import byte_count
 from tunesmith.ship.adapted import (
     AdaptedModel,
@@ -188,6 +189,7 @@ def merge(
     say(f"Merging the adapters of {len(job.adapted.layers)} layers with the weights of {job.base} ...")
     with workplace(target) as folder:
         files = _write(job, folder, options)
+        follow_umask(folder)
         drift = None
         if options.check:
             say("Comparing what was written with the adapters on their base model ...")

@@ -34,6 +34,7 @@ from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
 from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
+from tunesmith.runs.files import follow_umask
 from tunesmith.runs.folder import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.runs.states import kept_random_states
@@ -366,7 +367,9 @@ class BaseTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.keeper.left_to_others:
-            return super()._save_checkpoint(model, trial)
+            step = self.state.global_step
+            with self.keeper.writing(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+                return super()._save_checkpoint(model, trial)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         folder = self.keeper.save(Path(self._get_output_dir(trial=trial)))
@@ -376,13 +379,14 @@ class BaseTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The settings go with the model as JSON; `transformers` would pickle them, and a pickle is code."""
-        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
+        is_checkpoint = self.keeper.writes(folder)
+        start = self._starting_point
+        with start.as_they_are() if start is not None and is_checkpoint else nullcontext():
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(str(output_dir or self.args.output_dir))
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if self._starting_point is not None and not is_checkpoint:
-            self._starting_point.save_for_the_base(cast(PeftModel, self.model), folder)
+        follow_umask(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)
         settings = json.dumps(without_secrets(json.loads(self.args.to_json_string())), indent=2)
         (folder / "training_args.json").write_text(f"{settings}\n", encoding="utf-8")
