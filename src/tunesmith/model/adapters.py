@@ -9,7 +9,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,10 +29,14 @@ Model = PreTrainedModel | PeftModel
 logger = logging.getLogger(__name__)
 CHANGE_THE_BASE = ("olora", "pissa")
 """Initializations that move a part of the base weights into the adapters."""
+READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
+"""Linear layers of a state-space layer whose weights go into its kernel."""
 BY_TOKEN = {
     *("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "VERA", "RANDLORA", "FOURIERFT", "WAVEFT", "SHIRA"),
     *("VBLORA", "C3A", "ROAD", "DELORA", "LN_TUNING", "TRAINABLE_TOKENS"),
 }
+WORTH_TELLING = 0.01
+"""The share of the layers' weights from which on it is said that all-linear leaves them out."""
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 REASONS = {
     "ADALORA": "it moves ranks between layers by a step of its own, which this trainer does not call",
@@ -57,17 +62,27 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     if config.task_type != "CAUSAL_LM":
         raise TunesmithError(f"peft_config: task_type is {config.task_type}; for a language model it is CAUSAL_LM")
     _check_names(config, model)
+    everything, given = all_linear(config), copy.copy(config)
+    if everything:
+        _leave_out_mixers(config, model)
     _tie(config, model)
+    patterns = {field: list(getattr(config, field, None) or ()) for field in ("rank_pattern", "alpha_pattern")}
+    matrices = _matrices(model)
     try:
         with warnings.catch_warnings():
-            # `_check_names` and `_tie` say both in our words: names that match nothing, and tied embeddings.
+            # `_check_names`, `_check_patterns` and `_tie` say in our words: names that match nothing, tied embeddings.
             warnings.simplefilter("error", RuntimeWarning)
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
             adapted = get_peft_model(model, config)
     except (ValueError, RuntimeWarning) as error:
-        raise TunesmithError(f"peft_config does not fit the model: {error}") from error
+        raise TunesmithError(f"peft_config does not fit the model: {error}{_way_on(error, everything)}") from error
     assert isinstance(adapted, PeftModel)
+    for field, keys in patterns.items():
+        _check_patterns(field, keys, adapted)
+    if everything:
+        _tell_left_out(matrices, adapted, given)
     return adapted
 
 
@@ -110,8 +125,9 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
                     f"peft_config: {field} {names!r} matches the full name of no module, such as {modules[-1]}"
                 )
             continue
+        fused = _fused(config, model) if field == "target_modules" else ()
         for name in names:
-            if not any(is_named(module, name) for module in modules):
+            if name not in fused and not any(is_named(module, name) for module in modules):
                 raise TunesmithError(f"peft_config: {field} has {name!r}, {_known(endings, name)}")
     parameters = [name for name, _ in model.named_parameters()]
     for name in getattr(config, "target_parameters", None) or ():
@@ -125,6 +141,113 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
             raise TunesmithError(
                 f"peft_config: layers_to_transform has {index}; the model's layers are 0 to {max(numbers)}"
             )
+
+
+def all_linear(config: PeftConfig) -> bool:
+    """Whether `config` asks for every linear layer of the decoder."""
+    targets = getattr(config, "target_modules", None)
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _fused(config: PeftConfig, model: nn.Module) -> Collection[str]:
+    """The names in `target_modules` that `peft` takes for parts of fused experts: `gate_proj` of Qwen3-MoE, which has
+    one matrix `gate_up_proj` of all experts."""
+    names = getattr(config, "target_modules", None) or ()
+    if isinstance(names, str):
+        return ()
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+    except ValueError:  # one of two that are fused together; `peft` says so when the adapters are made
+        return names
+    return set(names) - set(converted.target_modules or ())  # type: ignore[attr-defined]
+
+
+def _check_patterns(field: str, keys: Collection[str], adapted: PeftModel) -> None:
+    """Raises for a pattern of ranks or alphas that nothing adapted has. `peft` looks for layers, and not for the
+    parameters that are adapted; it matches names as here."""
+    tuner: Any = adapted.base_model
+    names = [*tuner.targeted_module_names, *tuner.targeted_parameter_names] if keys else []
+    for key in keys:
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+            raise TunesmithError(f"peft_config: {field} has {key!r}, which matches nothing that is adapted")
+
+
+def _way_on(error: Exception, everything: bool) -> str:
+    if "ParamWrapper does not work with" not in str(error):
+        return ""
+    hint = ", or list layers in target_modules instead of all-linear" if everything else ""
+    return f". These are the experts' matrices; drop this setting{hint}"
+
+
+# What all-linear leaves out
+
+
+def _leave_out_mixers(config: Any, model: nn.Module) -> None:
+    """State-space layers (Mamba) hand the weights of these layers to a kernel, which would pass over their adapters."""
+    names = [
+        f"{path}.{layer}"
+        for path, module in model.named_modules()
+        if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}
+        for layer in READ_BY_KERNELS
+        if hasattr(module, layer)
+    ]
+    if not names:
+        return
+    short = {".".join(name.split(".")[-2:]) for name in names}
+    others = [name for name, _ in model.named_modules() if name not in names]
+    if not any(is_named(other, name) for other in others for name in short):
+        names = sorted(short)
+    given = getattr(config, "exclude_modules", None)
+    if isinstance(given, str):
+        config.exclude_modules = "|".join([f"(?:{given})", *(rf"(?:.*\.)?{re.escape(name)}" for name in names)])
+    else:
+        config.exclude_modules = [*(given or ()), *names]
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, int]:
+    """How many values the weights of the model's layers have, by name: matrices, and stacks of them. Embeddings and the
+    head are none."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {
+        f"{path}.{name}": _count(parameter)
+        for path, module in model.named_modules()
+        if module not in ends and not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and not name.endswith("bias")
+    }
+
+
+def _tell_left_out(matrices: Mapping[str, int], adapted: PeftModel, given: PeftConfig) -> None:
+    """Says which weights of the layers have no adapters, although all-linear was asked for: the experts that a model
+    has in one stack, for example. What the config as it was `given` excludes is meant."""
+    tuner: Any = adapted.base_model
+    if getattr(given, "layers_to_transform", None) is not None:
+        return
+    with_adapters = {*(f"{name}.weight" for name in tuner.targeted_module_names), *tuner.targeted_parameter_names}
+    meant = [getattr(given, field, None) or () for field in ("exclude_modules", "modules_to_save")]
+    kinds: dict[str, int] = {}
+    for name, count in matrices.items():
+        layer = name.rpartition(".")[0]
+        if name not in with_adapters and not any(_is_listed(layer, names) for names in meant):
+            kind = re.sub(r"^.*\.\d+\.", "", name)
+            kinds[kind] = kinds.get(kind, 0) + count
+    share = sum(kinds.values()) / max(1, sum(matrices.values()))
+    if share < WORTH_TELLING:
+        return
+    largest = sorted(kinds, key=lambda kind: -kinds[kind])
+    experts = [kind for kind in largest if "experts." in kind and not kind.endswith(".weight")]
+    hint = f" To train the experts too, add target_parameters: [{', '.join(experts)}]." if experts else ""
+    logger.warning(
+        "all-linear leaves out %.0f%% of the layers' weights, which get no adapters: %s.%s",
+        100 * share,
+        ", ".join(largest),
+        hint,
+    )
+
+
+def _is_listed(name: str, names: Any) -> bool:
+    return bool(re.fullmatch(names, name)) if isinstance(names, str) else any(is_named(name, one) for one in names)
 
 
 def is_named(name: str, ending: str) -> bool:
@@ -234,11 +357,14 @@ def trainable(model: nn.Module) -> Trainable:
     """What of `model` is trained. Weights of 4 bits are two to a byte, and counted so."""
     every = trained = trained_bytes = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", None) or parameter.numel()
-        if type(parameter).__name__ == "Params4bit" and parameter.dtype in (torch.uint8, torch.int8):
-            count *= 2
+        count = _count(parameter)
         every += count
         if parameter.requires_grad:
             trained += count
             trained_bytes += count * parameter.element_size()
     return Trainable(parameters=every, trained=trained, trained_bytes=trained_bytes)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    count = int(getattr(parameter, "ds_numel", None) or parameter.numel())
+    return 2 * count if type(parameter).__name__ == "Params4bit" and parameter.dtype in (torch.uint8, torch.int8) else count

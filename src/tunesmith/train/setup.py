@@ -180,16 +180,28 @@ def _with_adapters(
     return adapted
 
 
-def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False) -> bool:
-    """Let the model answer objectives; returns whether it takes flat batches. Says so when it can't, and whether rows
-    will be `grouped` by length then."""
+def router_coefficient(model: Model, args: SFTConfig) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied by: what `args` says, else what the model's
+    config says where that has `output_router_logits` on; 0 where it is not trained."""
+    config = base_model(model).config.get_text_config()
+    given = args.router_aux_loss_coef
+    if given is None:
+        return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
+    return given
+
+
+def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False, routers: bool = False) -> bool:
+    """Let the model answer objectives, with `routers` with its load-balancing loss; returns whether it takes flat
+    batches. Says so when it can't, and whether rows will be `grouped` by length then."""
     base = base_model(model)
     if base.get_output_embeddings() is None:
         raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
     if has_virtual_tokens(model):
+        if routers:
+            raise TunesmithError("router_aux_loss_coef: virtual tokens leave the experts as they are; set it to 0")
         logger.warning("Batches are padded: the adapters put tokens of their own in front of each row.")
         return False
-    answer_objectives(base)
+    answer_objectives(base, routers=routers)
     if not flat:
         return False
     reason = supports_documents(base)
