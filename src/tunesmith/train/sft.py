@@ -26,6 +26,7 @@ from tunesmith.settings.config import SFTConfig
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.setup import (
+    Vocabulary,
     align_tokens,
     as_sft_config,
     check_trackers,
@@ -33,6 +34,7 @@ from tunesmith.train.setup import (
     prepare_tokenizer,
     ready_for_batches,
     router_coefficient,
+    used_ids,
 )
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row
@@ -90,7 +92,10 @@ class SFTTrainer(BaseTrainer):
         data.save_skipped()
         check_fit(args, train, None if by_row else evaluated)
         set_seed(args.seed)  # adapters start from random numbers
-        model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
+        vocabulary = Vocabulary(
+            tokenizer=tokenizer, added=added, used=used_ids(train), given=processing_class is not None
+        )
+        model = prepare_model(model, args, peft_config, quantization_config, vocabulary)
         start = starting_point(model)
         self.router_coefficient = router_coefficient(model, args) if compute_loss_func is None else 0.0
         if self.router_coefficient:
