@@ -109,6 +109,8 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.optimizer is not None:
+            _check_holds(self.optimizer, cast(nn.Module, self.model))
         self.journal = Journal(
             self,
             data,
@@ -445,6 +447,28 @@ class BaseTrainer(transformers.Trainer):
 def as_batch(inputs: Any) -> Batch:
     """What a collator made, ours or a user's."""
     return inputs if isinstance(inputs, Batch) else Batch.of(inputs)
+
+
+def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises TunesmithError for an optimizer that was made for other weights than those of `model` that are trained,
+    before adapters were added, say; names those that it lacks."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: id(value) for name, value in model.named_parameters() if value.requires_grad}
+    lacking = [name for name, key in trained.items() if key not in held]
+    if len(lacking) == len(trained):
+        raise TunesmithError(
+            "optimizers: the optimizer has none of the weights that are trained, so nothing would change. It was made "
+            "for another model, or before the adapters: make it from the parameters of a model that has them (without "
+            "peft_config), or give optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}) instead"
+        )
+    if lacking:
+        logger.warning(
+            "The optimizer that was given lacks %d of %d weights with requires_grad, which stay as they are: %s%s.",
+            len(lacking),
+            len(trained),
+            ", ".join(lacking[:3]),
+            ", ..." if len(lacking) > 3 else "",
+        )
 
 
 class _Moments(TrainerCallback):
