@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel
 
 from tests.models import flat, gradient_error, gradients, padded, supervised, tiny, token_rows
 from tests.train.runs import PAIR_ROWS
@@ -39,7 +38,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
     },
     "granitemoehybrid": _MAMBA
-    | {"num_local_experts": 4, "layer_types": ["mamba", "attention"], "mamba_d_head": 16, "shared_intermediate_size": 16},
+    | {
+        "num_local_experts": 4,
+        "layer_types": ["mamba", "attention"],
+        "mamba_d_head": 16,
+        "shared_intermediate_size": 16,
+    },
     "falcon_h1": _MAMBA | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_d_head": 8},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
 }
@@ -50,7 +54,8 @@ def make(name: str, **settings: Any) -> Any:
 
 
 def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False} | settings)
+    given: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    return LoraConfig(**given | settings)
 
 
 def kinds(model: PeftModel) -> set[str]:
@@ -79,7 +84,7 @@ def test_the_earlier_names_of_fused_experts_are_taken_and_others_are_not() -> No
         adapt(make("qwen3_moe"), lora(target_modules=["gate_proj", "up_proj", "gate_projj"]))
     with pytest.raises(TunesmithError, match="rank_pattern has 'qq', which matches nothing that is adapted"):
         adapt(make("qwen3_moe"), lora(rank_pattern={"qq": 2}))
-    with pytest.raises(TunesmithError, match="lora_dropout != 0.*or list layers in target_modules"):
+    with pytest.raises(TunesmithError, match=r"lora_dropout != 0.*or list layers in target_modules"):
         adapt(make("qwen3_moe"), lora(lora_dropout=0.1))
 
 
@@ -99,9 +104,15 @@ def test_the_earlier_names_of_fused_experts_are_taken_and_others_are_not() -> No
             "block_sparse_moe.router.weight. To train the experts too, add target_parameters: "
             "[block_sparse_moe.experts.gate_up_proj, block_sparse_moe.experts.down_proj].",
         ),
-        ("falcon_h1", "leaves out 10% of the layers' weights, which get no adapters: mamba.out_proj.weight, mamba.conv"),
+        (
+            "falcon_h1",
+            "leaves out 10% of the layers' weights, which get no adapters: mamba.out_proj.weight, mamba.conv",
+        ),
         ("mamba", "mixer.out_proj.weight, mixer.x_proj.weight, mixer.A_log, mixer.conv1d.weight, mixer.dt_proj"),
-        ("qwen3_next", "leaves out 14% of the layers' weights, which get no adapters: mlp.shared_expert.gate_proj.weight"),
+        (
+            "qwen3_next",
+            "leaves out 14% of the layers' weights, which get no adapters: mlp.shared_expert.gate_proj.weight",
+        ),
     ],
     ids=lambda value: value if len(value) < 20 else "",
 )
@@ -120,7 +131,7 @@ def test_what_is_excluded_on_purpose_is_not_said(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_adapters_of_experts_have_the_values_and_gradients_of_peft(name: str) -> None:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = adapt(make(name), lora(target_parameters=names if name == "gpt_oss" else None)).train()
+    model: Any = adapt(make(name), lora(target_parameters=names if name == "gpt_oss" else None)).train()
     rows, total = token_rows(9, 5, 12), 0.0
     for row in rows:  # each alone, through the model's own forward
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
@@ -150,9 +161,7 @@ def plain_balance(model: Any, rows: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("way", [flat, padded])
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("asked", [True, False])
-def test_the_load_balancing_loss_of_a_batch_is_the_models_own(
-    name: str, way: Callable[..., Any], asked: bool
-) -> None:
+def test_the_load_balancing_loss_of_a_batch_is_the_models_own(name: str, way: Callable[..., Any], asked: bool) -> None:
     model = make(name, output_router_logits=asked)
     rows = token_rows(7, 7, 7)
     expected = plain_balance(model, rows)

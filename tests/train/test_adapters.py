@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -122,6 +124,20 @@ def test_adapters_are_saved_for_the_base_whatever_the_folder_is_called_and_whoev
             trainer.model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
         torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+
+
+def test_a_start_that_was_prepared_from_data_is_saved_for_the_base(
+    base: str, trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="corda")
+    config.corda_config = CordaConfig(corda_method="kpm")
+    preprocess_corda(model, config, run_model=lambda: model(input_ids=torch.arange(3, 120)[None]))
+    trainer = trainer_of(model=model, peft_config=config, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trainer.args.output_dir)
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
 
 
 def test_a_checkpoint_of_adapters_that_belong_onto_moved_weights_is_not_loaded_as_a_model(
@@ -328,7 +344,8 @@ def test_the_share_that_is_trained_is_said(base: str, trainer_of: Callable[..., 
         (LoraConfig(target_modules=r"model\.layer\..*"), "matches the full name of no module, such as lm_head"),
         (LoraConfig(target_modules=LAYERS, modules_to_save=["head"]), "modules_to_save has 'head', which the model"),
         (LoraConfig(target_modules=LAYERS, layers_to_transform=[1, 2]), "has 2; the model's layers are 0 to 1"),
-        (LoraConfig(target_modules=LAYERS, rank_pattern={"qq": 2}), "rank_pattern keys did not match any"),
+        (LoraConfig(target_modules=LAYERS, rank_pattern={"qq": 2}), "rank_pattern has 'qq', which matches nothing"),
+        (LoraConfig(target_modules=LAYERS, alora_invocation_tokens=[5]), "alora_invocation_tokens switches the adapt"),
         (LoraConfig(target_parameters=["experts.weight"]), "target_parameters has 'experts.weight', which the model"),
         (LoraConfig(target_modules=LAYERS, task_type="SEQ_CLS"), "task_type is SEQ_CLS"),
         (LoraConfig(target_modules=LAYERS, layer_replication=[(0, 2), (0, 2)]), "layer_replication makes another"),
@@ -340,6 +357,25 @@ def test_what_would_train_nothing_or_something_else_is_refused(
 ) -> None:
     with pytest.raises(TunesmithError, match=message):
         trainer_of(peft_config=adapters)
+
+
+def test_a_start_that_rounds_the_base_weights_is_refused(trainer_of: Callable[..., Any]) -> None:
+    config = LoraConfig(target_modules=LAYERS)
+    config.init_lora_weights = "loftq"  # which needs scipy, where it is given to the constructor
+    with pytest.raises(TunesmithError, match=r"'loftq' rounds the base weights.*quantize: 4bit"):
+        trainer_of(peft_config=config)
+
+
+def test_what_peft_itself_stumbles_over_is_an_error_that_names_it(trainer_of: Callable[..., Any]) -> None:
+    config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights="pissa")
+    with pytest.raises(TunesmithError, match=r"peft can't make these adapters for GptOssForCausalLM \(AttributeError"):
+        trainer_of("gpt_oss", peft_config=config)
+
+
+@pytest.mark.parametrize("model", [3, torch.nn.Linear(2, 2), Path("somewhere")], ids=["number", "layer", "path"])
+def test_a_model_that_is_none_is_refused(model: Any, trainer_of: Callable[..., Any]) -> None:
+    with pytest.raises(TunesmithError, match=f"model is {type(model).__name__}; give a name on the hub"):
+        trainer_of(model=model)
 
 
 def test_experts_are_adapted_by_the_names_of_their_parameters(trainer_of: Callable[..., Any]) -> None:

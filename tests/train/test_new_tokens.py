@@ -249,7 +249,13 @@ def by_hand(base: str, *, resize: bool = True, tokens: list[str] | None = None) 
 
 
 def on_tokens(model: Any, tokenizer: Any, output: Path, **arguments: Any) -> Any:
-    settings = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
     args = SFTConfig(output_dir=str(output), disable_tqdm=True, **settings)
     given: dict[str, Any] = {"train_dataset": WITH_TOKEN, "processing_class": tokenizer}
     return SFTTrainer(model, args=args, **given | arguments)
@@ -296,7 +302,9 @@ def test_the_rows_of_a_cloned_chat_template_are_trained(tmp_path: Path) -> None:
 
 def test_adapters_that_leave_new_rows_alone_are_refused_and_those_that_train_them_are_not(tmp_path: Path) -> None:
     model, tokenizer = by_hand(save_base(llama(), tmp_path / "base"))
-    with pytest.raises(TunesmithError, match=r"never saw \(257 '<x>', 258 '<z>'\).*trainable_token_indices=\[257, 258\]"):
+    with pytest.raises(
+        TunesmithError, match=r"never saw \(257 '<x>', 258 '<z>'\).*trainable_token_indices=\[257, 258\]"
+    ):
         on_tokens(get_peft_model(model, LORA), tokenizer, tmp_path / "run")
     model, tokenizer = by_hand(str(tmp_path / "base"))
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[257, 258], task_type="CAUSAL_LM")
@@ -311,7 +319,9 @@ def test_a_token_without_a_row_is_named_where_the_data_has_it(tmp_path: Path) ->
     base = save_base(llama(), tmp_path / "base")
     for config in (None, LORA):
         model, tokenizer = by_hand(base, resize=False)
-        with pytest.raises(TunesmithError, match=r"lacks \(257 '<x>', 258 '<z>'\): its embeddings have 257 rows.*resize"):
+        with pytest.raises(
+            TunesmithError, match=r"lacks \(257 '<x>', 258 '<z>'\): its embeddings have 257 rows.*resize"
+        ):
             on_tokens(model, tokenizer, tmp_path / "run", peft_config=config)
     model, tokenizer = by_hand(base, resize=False, tokens=["<unused>"])
     on_tokens(model, tokenizer, tmp_path / "run")

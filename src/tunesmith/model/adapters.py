@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.quantize import Bits, bits_of
 from tunesmith.text import size
 
 Model = PreTrainedModel | PeftModel
 
 logger = logging.getLogger(__name__)
-CHANGE_THE_BASE = ("olora", "pissa")
+CHANGE_THE_BASE = ("olora", "pissa", "corda", "lora_ga")
 """Initializations that move a part of the base weights into the adapters."""
 READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
 """Linear layers of a state-space layer whose weights go into its kernel."""
@@ -56,7 +57,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     if not isinstance(config, PeftConfig):
         raise TunesmithError(f"peft_config is {type(config).__name__}; expected a peft config such as LoraConfig")
-    _refuse(config)
+    _refuse(config, bits_of(model))
     config = copy.deepcopy(config)  # peft writes the names that "all-linear" means for this model into it
     config.task_type = config.task_type or "CAUSAL_LM"
     if config.task_type != "CAUSAL_LM":
@@ -78,6 +79,12 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             adapted = get_peft_model(model, config)
     except (ValueError, RuntimeWarning) as error:
         raise TunesmithError(f"peft_config does not fit the model: {error}{_way_on(error, everything)}") from error
+    except (TypeError, AttributeError, LookupError, RuntimeError, ImportError, AssertionError) as error:
+        kind = type(error).__name__
+        raise TunesmithError(
+            f"peft can't make these adapters for {type(model).__name__} ({kind}: {error}); take another peft_config, "
+            "such as LoraConfig(target_modules='all-linear')"
+        ) from error
     assert isinstance(adapted, PeftModel)
     for field, keys in patterns.items():
         _check_patterns(field, keys, adapted)
@@ -100,15 +107,43 @@ def has_virtual_tokens(model: nn.Module) -> bool:
     return bool(model.active_peft_config.is_prompt_learning)
 
 
-def _refuse(config: PeftConfig) -> None:
+def _refuse(config: PeftConfig, bits: Bits | None) -> None:
     kind = getattr(config.peft_type, "value", str(config.peft_type))
+    if kind == "LORA":
+        _refuse_lora(config, bits)
     if kind in BY_TOKEN | VIRTUAL_TOKENS:
-        if kind == "LORA" and getattr(config, "layer_replication", None):
-            raise TunesmithError("peft_config: layer_replication makes another model; replicate its layers before")
         return
     reason = REASONS.get(kind, "it was never tried with flat batches")
     known = ", ".join(sorted(BY_TOKEN | VIRTUAL_TOKENS))
     raise TunesmithError(f"peft_config: {kind} can't be trained here: {reason}. Take LoraConfig; these work: {known}")
+
+
+def _refuse_lora(config: Any, bits: Bits | None) -> None:
+    """`bits` are those of the base model's weights, if they are quantized."""
+    start = config.init_lora_weights
+    if config.layer_replication:
+        raise TunesmithError("peft_config: layer_replication makes another model; replicate its layers before")
+    if config.alora_invocation_tokens:
+        raise TunesmithError(
+            "peft_config: alora_invocation_tokens switches the adapters on in the middle of a row, which batches here "
+            "don't do; leave it out (plain LoRA), or train aLoRA with peft alone"
+        )
+    if start == "loftq":
+        raise TunesmithError(
+            "peft_config: init_lora_weights='loftq' rounds the base weights, and whoever loads the adapters would have "
+            "to round them alike; quantize the base model (quantize: 4bit) with init_lora_weights=True, or take "
+            "'pissa' without quantization"
+        )
+    if bits is not None and isinstance(start, str) and start.startswith((*CHANGE_THE_BASE, "orthogonal")):
+        raise TunesmithError(
+            f"peft_config: init_lora_weights={start!r} can't start on {bits} weights: what it leaves of them would be "
+            "rounded once more. Leave init_lora_weights out, or don't quantize the base model"
+        )
+    if bits == "8bit" and config.use_dora:
+        raise TunesmithError(
+            "peft_config: use_dora needs the weights' norms, which peft can't take of 8-bit layers; quantize to 4 bits "
+            "(quantize: 4bit), or leave use_dora out"
+        )
 
 
 def _check_names(config: PeftConfig, model: nn.Module) -> None:
@@ -222,8 +257,6 @@ def _tell_left_out(matrices: Mapping[str, int], adapted: PeftModel, given: PeftC
     """Says which weights of the layers have no adapters, although all-linear was asked for: the experts that a model
     has in one stack, for example. What the config as it was `given` excludes is meant."""
     tuner: Any = adapted.base_model
-    if getattr(given, "layers_to_transform", None) is not None:
-        return
     with_adapters = {*(f"{name}.weight" for name in tuner.targeted_module_names), *tuner.targeted_parameter_names}
     meant = [getattr(given, field, None) or () for field in ("exclude_modules", "modules_to_save")]
     kinds: dict[str, int] = {}
@@ -286,7 +319,7 @@ class StartingPoint:
         self._weights = {name: value.clone() for name, value in _adapter_weights(model).items()}
         self._plain: Callable[..., None] = model.save_pretrained
         self._converts = True
-        model.save_pretrained = self._save  # type: ignore[method-assign]
+        model.save_pretrained = self._save  # type: ignore[method-assign,assignment]
 
     @contextmanager
     def as_they_are(self) -> Iterator[None]:
@@ -366,5 +399,7 @@ def trainable(model: nn.Module) -> Trainable:
 
 
 def _count(parameter: nn.Parameter) -> int:
+    """How many values it has, whether it is packed or shared out over processes."""
     count = int(getattr(parameter, "ds_numel", None) or parameter.numel())
-    return 2 * count if type(parameter).__name__ == "Params4bit" and parameter.dtype in (torch.uint8, torch.int8) else count
+    packed = type(parameter).__name__ == "Params4bit" and parameter.dtype in (torch.uint8, torch.int8)
+    return 2 * count if packed else count

@@ -67,10 +67,10 @@ def clone_chat_template(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
     """Give `model` and `tokenizer` the chat template of a source, and the tokens that it needs. Both are changed.
 
-    `source_tokenizer_path` is a folder or a name on the hub (template, special tokens, end and padding token are its tokenizer's), a
-    `.jinja` file (a template alone), or chatml | llama3 | zephyr | mistral | gemma | alpaca | plain; a folder of such
-    a name is written "./chatml". The embeddings grow to a multiple of `resize_to_multiple_of` rows, and never shrink;
-    the rows of new tokens, and those above the last token, are the mean of the others.
+    `source_tokenizer_path` is a folder or a name on the hub (template, special tokens, end and padding token are its
+    tokenizer's), a `.jinja` file (a template alone), or chatml | llama3 | zephyr | mistral | gemma | alpaca | plain; a
+    folder of such a name is written "./chatml". The embeddings grow to a multiple of `resize_to_multiple_of` rows, and
+    never shrink; the rows of new tokens, and those above the last token, are the mean of the others.
 
     Returns the model, the tokenizer, and the ids of the tokens that were added. A trainer that is given a `peft_config`
     trains their rows; adapters that are made elsewhere need `trainable_token_indices={"embed_tokens": ids, "lm_head":

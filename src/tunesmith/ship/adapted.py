@@ -9,7 +9,6 @@ Shapes: R rows of the embeddings, H hidden size.
 """
 
 import copy
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

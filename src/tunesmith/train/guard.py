@@ -59,13 +59,8 @@ class FirstGradients:
     def __init__(self, model: nn.Module) -> None:
         self._layers: dict[str, nn.Module] = {}
         self._ran: set[nn.Module] = set()
-        adapted = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-        for path, module in adapted:  # those outside come first
-            for name, parameter in module.named_parameters(prefix=path):
-                if parameter.requires_grad:
-                    self._layers.setdefault(name, module)
-        for path, module in model.named_modules():
-            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+        for path, module in model.named_modules():  # those outside come first
+            for name, parameter in module.named_parameters(prefix=path, recurse=isinstance(module, BaseTunerLayer)):
                 if parameter.requires_grad:
                     self._layers.setdefault(name, module)
         self._hooks = [layer.register_forward_pre_hook(self._note) for layer in set(self._layers.values())]

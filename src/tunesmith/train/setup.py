@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tunesmith.errors import TunesmithError, nearest
@@ -41,7 +41,17 @@ logger = logging.getLogger(__name__)
 
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
-    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model."""
+    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model. Raises
+    TunesmithError for a `model` that is none."""
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TunesmithError(
+            f"model is {type(model).__name__}; give a name on the hub, the path of a folder as text, 'demo', or a "
+            "loaded causal language model of transformers, with or without adapters of peft"
+        )
+    if isinstance(model, PeftModel) and not isinstance(model.get_base_model(), PreTrainedModel):
+        raise TunesmithError(
+            f"model has adapters on {type(model.get_base_model()).__name__}, which is no model of transformers"
+        )
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
         args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
@@ -202,7 +212,8 @@ def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequenc
     if new and isinstance(model, PeftModel):
         raise TunesmithError(
             f"the tokenizer has {len(new)} tokens that the model lacks, and the model has adapters already; call "
-            "clone_chat_template(model, tokenizer, source_tokenizer_path) before adding them, or give the bare model and peft_config"
+            "clone_chat_template(model, tokenizer, source_tokenizer_path) before adding them, or give the bare model "
+            "and peft_config"
         )
     return new
 
@@ -222,7 +233,8 @@ def _refuse_tokens_beyond(model: Model, vocabulary: Vocabulary) -> None:
 def _rows(model: Model) -> int:
     """How many tokens the input embeddings have a row for, whatever `peft` has put around them."""
     embeddings = base_model(model).get_input_embeddings()
-    return next(int(module.num_embeddings) for module in embeddings.modules() if hasattr(module, "num_embeddings"))
+    rows = (getattr(module, "num_embeddings", None) for module in embeddings.modules())
+    return next(number for number in rows if isinstance(number, int))
 
 
 def _named(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

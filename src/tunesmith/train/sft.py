@@ -58,7 +58,7 @@ class SFTTrainer(BaseTrainer):
     """
 
     _tag_names = ("tunesmith", "sft")
-    means = ("entropy", "mean_token_accuracy")
+    means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
     data: DataPreparer
 
     def __init__(
@@ -99,7 +99,7 @@ class SFTTrainer(BaseTrainer):
         start = starting_point(model)
         self.router_coefficient = router_coefficient(model, args) if compute_loss_func is None else 0.0
         if self.router_coefficient:
-            self.means = (*self.means, "aux_loss")  # type: ignore[misc]
+            self.means = (*self.means, "aux_loss")
         batching = _prepared_for_batches(
             model,
             args,

@@ -74,7 +74,7 @@ class BaseTrainer(transformers.Trainer):
     `origins` may say where data came from, by split or source, for the card.
     """
 
-    means: ClassVar[tuple[str, ...]] = ()
+    means: tuple[str, ...] = ()
     """The names in `BatchLoss.sums` whose means are logged."""
     publisher: ClassVar[Any] = None
     """A `Publisher`, where the trainer can send what it has trained."""
