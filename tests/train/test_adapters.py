@@ -272,6 +272,20 @@ def test_a_run_starts_from_saved_adapters_at_step_zero(
         trainer_of(model=str(tmp_path / "first"), peft_config=KINDS["lora"])
 
 
+def test_the_base_model_of_saved_adapters_is_found_from_anywhere(
+    base: str, trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = peft.get_peft_model(AutoModelForCausalLM.from_pretrained("base"), LoraConfig(target_modules=["q_proj"]))
+    for arguments in ({"model": "base", "peft_config": KINDS["lora"]}, {"model": loaded}):
+        trainer = trainer_of(**arguments, output_dir="run")
+        trainer.save_model()
+        saved = json.loads(Path("run/adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == base
+    monkeypatch.chdir("/")
+    load_run(str(tmp_path / "run"))
+
+
 def test_of_several_adapters_the_active_one_is_trained(base: str, trainer_of: Callable[..., Any]) -> None:
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=LAYERS, r=4))
     model.add_adapter("second", LoraConfig(target_modules=LAYERS, r=2))

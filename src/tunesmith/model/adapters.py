@@ -188,7 +188,7 @@ def _fused(config: PeftConfig, model: nn.Module) -> Collection[str]:
     """The names in `target_modules` that `peft` takes for parts of fused experts: `gate_proj` of Qwen3-MoE, which has
     one matrix `gate_up_proj` of all experts."""
     names = getattr(config, "target_modules", None) or ()
-    if isinstance(names, str):
+    if isinstance(names, str) or not names:
         return ()
     converted = copy.deepcopy(config)
     try:

@@ -164,6 +164,10 @@ def prepare_model(
         for name in model.peft_config:
             if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
                 raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+        for config in model.peft_config.values():
+            folder = Path(config.base_model_name_or_path or "")
+            if config.base_model_name_or_path and folder.is_dir():  # saved adapters are loaded from anywhere
+                config.base_model_name_or_path = str(folder.absolute())
         if args.activation_checkpointing and not has_virtual_tokens(model):
             model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
