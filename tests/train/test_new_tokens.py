@@ -323,6 +323,9 @@ def test_a_token_without_a_row_is_named_where_the_data_has_it(tmp_path: Path) ->
             TunesmithError, match=r"lacks \(257 '<x>', 258 '<z>'\): its embeddings have 257 rows.*resize"
         ):
             on_tokens(model, tokenizer, tmp_path / "run", peft_config=config)
+    held_out: dict[str, Any] = {"train_dataset": [{"text": "ab"}], "eval_dataset": {"held out": WITH_TOKEN}}
+    with pytest.raises(TunesmithError, match=r"the model lacks \(257 '<x>', 258 '<z>'\)"):
+        on_tokens(model, tokenizer, tmp_path / "run", **held_out)
     model, tokenizer = by_hand(base, resize=False, tokens=["<unused>"])
     on_tokens(model, tokenizer, tmp_path / "run")
 

@@ -280,7 +280,8 @@ def _refuse_quantized(config: PreTrainedConfig, base: str, folder: Path) -> None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     raise TunesmithError(
         f"the base model {base} is quantized ({getattr(method, 'value', method)}), and adapters are merged into 16- or "
-        f"32-bit weights: name the original model with base (--base), or as base_model_name_or_path in {folder / ADAPTERS}"
+        "32-bit weights: name the original model with base (--base), or as base_model_name_or_path in "
+        f"{folder / ADAPTERS}"
     )
 
 

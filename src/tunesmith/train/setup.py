@@ -95,8 +95,8 @@ def prepare_tokenizer(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
-    """The tokens of a run: its `tokenizer`, the ids `added` to it by a chat template, and those `used` in the training
-    data (None: a stream, of which nobody knows). `given`: somebody else has prepared the tokenizer."""
+    """The tokens of a run: its `tokenizer`, the ids `added` to it by a chat template, and those `used` in the data
+    (None: of a stream nobody knows). `given`: somebody else has prepared the tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     added: Sequence[int]
@@ -104,12 +104,17 @@ class Vocabulary:
     given: bool
 
 
-def used_ids(dataset: Any) -> set[int] | None:
-    """The token ids in a prepared data set; None for a stream, and for one without ids."""
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+def used_ids(train: Any, evaluated: Any) -> set[int] | None:
+    """The token ids in prepared data, of which `evaluated` may be several sets by name, or None; None where the
+    training data is a stream, or has no ids."""
+    if not isinstance(train, Dataset) or "input_ids" not in train.column_names:
         return None
-    rows = dataset.select_columns("input_ids").with_format("arrow").iter(BATCH_OF_ROWS)
-    return {i for table in rows for i in pc.unique(pc.list_flatten(table.column(0))).to_pylist()}
+    ids: set[int] = set()
+    for dataset in (train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            rows = dataset.select_columns("input_ids").with_format("arrow").iter(BATCH_OF_ROWS)
+            ids.update(i for table in rows for i in pc.unique(pc.list_flatten(table.column(0))).to_pylist())
+    return ids
 
 
 def prepare_model(

@@ -93,7 +93,7 @@ class SFTTrainer(BaseTrainer):
         check_fit(args, train, None if by_row else evaluated)
         set_seed(args.seed)  # adapters start from random numbers
         vocabulary = Vocabulary(
-            tokenizer=tokenizer, added=added, used=used_ids(train), given=processing_class is not None
+            tokenizer=tokenizer, added=added, used=used_ids(train, evaluated), given=processing_class is not None
         )
         model = prepare_model(model, args, peft_config, quantization_config, vocabulary)
         start = starting_point(model)
