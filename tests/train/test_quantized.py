@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from typer.testing import CliRunner
 
 from tests.models import tiny
@@ -195,3 +196,10 @@ def test_adapters_that_quantized_weights_have_no_start_for_are_refused(
     config = LoraConfig(r=4, target_modules="all-linear", **settings)
     with pytest.raises(TunesmithError, match=message):
         trainer_of(model=base, peft_config=config, quantization_config=quantization(bits, torch.float32))
+
+
+def test_a_gguf_is_no_model_to_train(base: str, trainer_of: Callable[..., Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.hf_quantizer = AutoHfQuantizer.from_config(GgufConfig())  # as where it was read from such a file
+    with pytest.raises(TunesmithError, match=r"quantized \(gguf\).*not even adapters.*dequantize=True"):
+        trainer_of(model=model, peft_config=LORA)

@@ -20,7 +20,7 @@ from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import answer_objectives
 from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_tokenizer
 from tunesmith.model.precision import compute_dtype, settle_precision
-from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
+from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized, refuse_untrainable
 from tunesmith.model.tokens import (
     extend_tokenizer,
     resize_for,
@@ -136,6 +136,7 @@ def prepare_model(
         ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
+    refuse_untrainable(base_model(model))
     if bits_of(base_model(model)):
         keep_quantized(model)
     tokenizer = vocabulary.tokenizer
