@@ -36,6 +36,17 @@ KINDS: dict[str, Any] = {
     "ranks by layer": LoraConfig(
         r=4, target_modules=LAYERS, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 16}, layers_to_transform=[1]
     ),
+    "pissa beside what is trained whole": LoraConfig(
+        r=4,
+        target_modules=LAYERS,
+        init_lora_weights="pissa_niter_4",  # type: ignore[arg-type]
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"k_proj": 16},
+        modules_to_save=["norm"],
+        trainable_token_indices=[40, 41],
+    ),
     "biases": LoraConfig(target_modules=["q_proj"], bias="all"),
     "head": LoraConfig(target_modules=LAYERS, modules_to_save=["lm_head"]),
     "ia3": peft.IA3Config(),
@@ -124,6 +135,22 @@ def test_adapters_are_saved_for_the_base_whatever_the_folder_is_called_and_whoev
             trainer.model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
         torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+
+
+def test_of_several_adapters_the_one_with_a_start_is_saved_for_the_base(
+    base: str, trainer_of: Callable[..., Any]
+) -> None:
+    whole: Any = AutoModelForCausalLM.from_pretrained(base)
+    model: Any = peft.get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.add_adapter("second", KINDS["pissa by a random method"])
+    model.set_adapter("second")
+    trainer = trainer_of(model=model, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder / "second"))
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
 
 
 def test_a_start_that_was_prepared_from_data_is_saved_for_the_base(

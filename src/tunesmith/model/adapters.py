@@ -5,9 +5,9 @@ others are refused by name.
 """
 
 import copy
+import json
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import TunesmithError, nearest
@@ -32,6 +34,8 @@ CHANGE_THE_BASE = ("olora", "pissa", "corda", "lora_ga")
 """Initializations that move a part of the base weights into the adapters."""
 READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
 """Linear layers of a state-space layer whose weights go into its kernel."""
+SIDE = re.compile(r"\.lora_(?:embedding_)?([AB])(\.|$)")
+"""In the name of a weight of LoRA: which of the two factors it is."""
 BY_TOKEN = {
     *("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "VERA", "RANDLORA", "FOURIERFT", "WAVEFT", "SHIRA"),
     *("VBLORA", "C3A", "ROAD", "DELORA", "LN_TUNING", "TRAINABLE_TOKENS"),
@@ -312,11 +316,15 @@ class StartingPoint:
     What is saved must fit onto the base model as it was, for everybody who loads it. `model.save_pretrained` therefore
     writes what was learned, less the start: plain LoRA of twice the rank. Only within `as_they_are` it writes the
     adapters themselves, for a run that goes on with them.
+
+    With the start A0 (R, I) and B0 (O, R) taken from the base weights, B A - B0 A0 is one product, [B, -B0] [A; A0].
     """
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
-        self._weights = {name: value.clone() for name, value in _adapter_weights(model).items()}
+        name = self._name = str(model.active_adapter)
+        saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        self._weights = {key: value.detach().clone() for key, value in saved.items() if SIDE.search(key)}
         self._plain: Callable[..., None] = model.save_pretrained
         self._converts = True
         model.save_pretrained = self._save  # type: ignore[method-assign,assignment]
@@ -329,27 +337,36 @@ class StartingPoint:
         finally:
             self._converts = True
 
-    def _save(self, save_directory: str, **settings: Any) -> None:
+    def _save(self, save_directory: str, safe_serialization: bool = True, **settings: Any) -> None:
+        if not safe_serialization:
+            raise TunesmithError(
+                "adapters that moved base weights are saved as safetensors; leave safe_serialization on"
+            )
         self._plain(save_directory, **settings)
-        main = settings.get("is_main_process", True)
-        if not (self._converts and main) or settings.get("path_initial_model_for_weight_conversion"):
-            return
-        model, name = self._model, self._model.active_adapter
-        if name not in (settings.get("selected_adapters") or [name]):
-            return
-        settings |= {"selected_adapters": [name], "state_dict": None}
-        now = {key: value.clone() for key, value in _adapter_weights(model).items()}
-        config = copy.deepcopy(model.active_peft_config)
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                _copy_into(model, self._weights)
-                self._plain(scratch, **settings)
-                _copy_into(model, now)
-                start = scratch if name == "default" else str(Path(scratch) / name)
-                self._plain(save_directory, **settings | {"path_initial_model_for_weight_conversion": start})
-            finally:
-                _copy_into(model, now)
-                model.peft_config[name] = config  # peft has doubled its rank
+        wanted = settings.get("selected_adapters") or [self._name]
+        done = settings.get("path_initial_model_for_weight_conversion") or not settings.get("is_main_process", True)
+        if self._converts and self._name in wanted and not done:
+            folder = Path(save_directory)
+            self._convert(folder if self._name == "default" else folder / self._name)
+
+    def _convert(self, folder: Path) -> None:
+        """Make plain LoRA of the adapters in `folder`; what else was trained beside them stays as it is."""
+        weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        for key, start in self._weights.items():
+            side = SIDE.search(key)
+            assert side is not None
+            first, now = side[1] == "A", weights[key]
+            before = start.to(now.device, now.dtype)
+            weights[key] = torch.cat([now, before if first else -before], dim=0 if first else 1).contiguous()
+        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        file = folder / CONFIG_NAME
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # The scale is alpha / r, or with rslora alpha / sqrt(r): it must stay what it was.
+        factor = 2**0.5 if config["use_rslora"] else 2
+        config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"]}
+        config["rank_pattern"] = {key: 2 * value for key, value in (config["rank_pattern"] or {}).items()}
+        config["alpha_pattern"] = {key: factor * value for key, value in (config["alpha_pattern"] or {}).items()}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def starting_point(model: nn.Module) -> StartingPoint | None:
@@ -358,16 +375,6 @@ def starting_point(model: nn.Module) -> StartingPoint | None:
         return None
     init = getattr(model.active_peft_config, "init_lora_weights", None)
     return StartingPoint(model) if isinstance(init, str) and init.startswith(CHANGE_THE_BASE) else None
-
-
-def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in model.named_parameters() if ".lora_" in name}
-
-
-def _copy_into(model: PeftModel, weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in _adapter_weights(model).items():
-            value.copy_(weights[name])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
