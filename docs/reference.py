@@ -56,7 +56,8 @@ GROUPS = (
     Group(
         title="Model and chat template",
         text="More on [chat templates](templates.md).",
-        names="model model_init_kwargs trust_remote_code chat_template_path chat_template_kwargs eos_token pad_token",
+        names="model model_init_kwargs trust_remote_code chat_template_path chat_template_kwargs eos_token pad_token "
+        "router_aux_loss_coef",
     ),
     Group(
         title="Data",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import follow_umask
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -134,6 +135,7 @@ def finish(folder: Path, manifest: Manifest) -> Path:
     A checkpoint of that step that is there already is replaced. Raises OSError.
     """
     (folder / MANIFEST).unlink(missing_ok=True)  # of a first try, which failed
+    follow_umask(folder)
     described = replace(manifest, files={name: _described(folder / name) for name in _files(folder)})
     (folder / MANIFEST).write_text(described.to_json(), encoding="utf-8")
     _flush(folder)

@@ -27,7 +27,6 @@ COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 """The others record CUDA graphs, one for each length of a batch."""
 
 UNSUPPORTED = {
-    "router_aux_loss_coef": "this loss is not supported; leave it unset",
     "use_liger_kernel": "Liger replaces the forward that computes our loss, which never makes the full logits either",
     "liger_kernel_config": "Liger is not used; leave it unset",
     "use_cache": "training computes without a cache, whose entries it would never read; leave it off",
@@ -75,7 +74,9 @@ class SFTConfig(TrainingArguments):
         False, "Run Python code that comes with the model. Off: such a model is an error."
     )
     router_aux_loss_coef: float | None = _setting(
-        None, "Load-balancing loss of mixture-of-experts models: not supported, leave unset."
+        None,
+        "Weight of the load-balancing loss of a mixture of experts; unset, that of the model's config where it has "
+        "output_router_logits on.",
     )
     chat_template_path: str | None = _setting(
         None,
@@ -348,6 +349,10 @@ class SFTConfig(TrainingArguments):
                 raise TunesmithError(f"torch_compile is True, and so is {name}, {reason}; drop one")
 
     def _refuse_unsupported(self) -> None:
+        if (self.router_aux_loss_coef or 0.0) < 0:
+            raise TunesmithError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}; a weight of 0 or more, such as 0.001, is needed"
+            )
         for name, reason in UNSUPPORTED.items():
             if value := getattr(self, name):
                 raise TunesmithError(f"{name} is {value!r}: {reason}")

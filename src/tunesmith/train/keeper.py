@@ -89,6 +89,7 @@ class Keeper:
         self._epoch_done = False
         self._place: StreamPlace | None = None
         self._pending: Path | None = None
+        self._folder: Path | None = None
 
     @property
     def _args(self) -> SFTConfig:
@@ -347,6 +348,19 @@ class Keeper:
         self._trainer.accelerator.wait_for_everyone()
         return run / f"checkpoint-{self._trainer.state.global_step}"
 
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """What is saved to `folder` within is a checkpoint, whoever writes it."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._folder = None
+
+    def writes(self, folder: Path) -> bool:
+        """Whether `folder` is the checkpoint that is being written; its name says nothing."""
+        return folder == self._folder
+
     def wait(self) -> None:
         """Until nothing is being written any more. Raises what went wrong."""
         self._writer.wait()
@@ -375,7 +389,8 @@ class Keeper:
 
         def rest(folder: Path) -> None:
             if weights is not None:
-                trainer._save(str(folder), state_dict=weights())
+                with self.writing(folder):
+                    trainer._save(str(folder), state_dict=weights())
             for name, state in states.items():
                 state.write(folder, name)
             (folder / STATE).write_text(text, encoding="utf-8")
@@ -386,7 +401,8 @@ class Keeper:
             folder = begin(run, step)
             with _discarded_on_failure(folder):
                 if weights is None:
-                    trainer.save_model(str(folder), _internal_call=True)
+                    with self.writing(folder):
+                        trainer.save_model(str(folder), _internal_call=True)
             return folder
 
         def whole(folder: Path) -> None:

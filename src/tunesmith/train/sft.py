@@ -27,12 +27,15 @@ from tunesmith.settings.config import SFTConfig
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.setup import (
+    Vocabulary,
     align_tokens,
     as_sft_config,
     check_trackers,
     prepare_model,
     prepare_tokenizer,
     ready_for_batches,
+    router_coefficient,
+    used_ids,
 )
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row
@@ -56,7 +59,7 @@ class SFTTrainer(BaseTrainer):
     """
 
     _tag_names = ("tunesmith", "sft")
-    means = ("entropy", "mean_token_accuracy")
+    means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
     data: DataPreparer
 
     def __init__(
@@ -91,10 +94,22 @@ class SFTTrainer(BaseTrainer):
         data.save_skipped()
         check_fit(args, train, None if by_row else evaluated)
         set_seed(args.seed)  # adapters start from random numbers
-        model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
+        vocabulary = Vocabulary(
+            tokenizer=tokenizer, added=added, used=used_ids(train, evaluated), given=processing_class is not None
+        )
+        model = prepare_model(model, args, peft_config, quantization_config, vocabulary)
         start = starting_point(model)
+        self.router_coefficient = router_coefficient(model, args) if compute_loss_func is None else 0.0
+        if self.router_coefficient:
+            self.means = (*self.means, "aux_loss")
         batching = _prepared_for_batches(
-            model, args, tokenizer, data_collator, own_loss=compute_loss_func is None, sized=isinstance(train, Dataset)
+            model,
+            args,
+            tokenizer,
+            data_collator,
+            own_loss=compute_loss_func is None,
+            sized=isinstance(train, Dataset),
+            routers=bool(self.router_coefficient),
         )
         align_tokens(model, tokenizer, data.stops)
         self.loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
@@ -118,15 +133,21 @@ class SFTTrainer(BaseTrainer):
         model.add_model_tags(list(self._tag_names))
 
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
-        """The cross-entropy of the supervised tokens, times their weights."""
+        """The cross-entropy of the supervised tokens, times their weights. In training, the load-balancing loss of a
+        batch counts by the batch's weight: over all micro-batches and processes of a step, its mean is trained."""
         targets = batch.targets()
         objective = partial(supervised_loss, options=self.loss_options)
         answer = self.predict_targets(model, batch, targets, objective, with_outputs=with_outputs)
         result: Supervised = answer.outcome
+        loss, sums = result.loss, {"entropy": result.entropy.sum(), "mean_token_accuracy": result.correct.sum()}
+        if answer.router_loss is not None:
+            sums["aux_loss"] = answer.router_loss.detach() * len(targets.tokens)
+            if model.training:
+                loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
         return BatchLoss(
-            loss=result.loss,
+            loss=loss,
             count=len(targets.tokens),
-            sums={"entropy": result.entropy.sum(), "mean_token_accuracy": result.correct.sum()},
+            sums=sums,
             nll=result.nll,
             outputs=answer.outputs,
         )
@@ -178,13 +199,14 @@ def _prepared_for_batches(
     *,
     own_loss: bool,
     sized: bool,
+    routers: bool,
 ) -> Batching:
     """How rows become batches: flat ones where the model takes them, else rows of like length together. The model's
     forward is prepared for them: it answers objectives, and its layers take the faster or the compiled way."""
     # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
     wanted = args.padding_free and own_loss and args.neftune_noise_alpha is None
     grouped = not args.packing and args.train_sampling_strategy == "random" and sized
-    flat = ready_for_batches(model, flat=wanted, grouped=grouped)
+    flat = ready_for_batches(model, flat=wanted, grouped=grouped, routers=routers)
     # On a GPU, torch.compile makes layers faster by itself.
     if not args.torch_compile or base_model(model).device.type == "cpu":
         speed_up(model)

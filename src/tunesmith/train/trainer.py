@@ -34,6 +34,7 @@ from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
 from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
+from tunesmith.runs.files import follow_umask
 from tunesmith.runs.folder import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.runs.states import kept_random_states
@@ -73,7 +74,7 @@ class BaseTrainer(transformers.Trainer):
     `origins` may say where data came from, by split or source, for the card.
     """
 
-    means: ClassVar[tuple[str, ...]] = ()
+    means: tuple[str, ...] = ()
     """The names in `BatchLoss.sums` whose means are logged."""
     publisher: ClassVar[Any] = None
     """A `Publisher`, where the trainer can send what it has trained."""
@@ -108,6 +109,8 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.optimizer is not None:
+            _check_holds(self.optimizer, cast(nn.Module, self.model))
         self.journal = Journal(
             self,
             data,
@@ -117,9 +120,7 @@ class BaseTrainer(transformers.Trainer):
             write_record=lambda folder: self.record().write(folder),
         )
         self.guard = Guard(self, self.tell)
-        self.recovery = Recovery(
-            self, self.loaders, self.meters["train"], forget=self.journal.forget_step, tell=self.tell
-        )
+        self.recovery = Recovery(self, self.loaders, self.meters["train"], forget=self._forget_step, tell=self.tell)
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.add_callback(_Moments(self.journal))
 
@@ -188,6 +189,8 @@ class BaseTrainer(transformers.Trainer):
                 if isinstance(error, Exception):
                     self.keeper.give_up()
                 raise
+            finally:
+                self.guard.end()
             self.keeper.wait()
         return output
 
@@ -267,6 +270,11 @@ class BaseTrainer(transformers.Trainer):
         self.guard.note(inputs, loss)
         self.journal.note_batch(inputs, loss)
         return loss
+
+    def _forget_step(self) -> None:
+        """A step begins again."""
+        self.journal.forget_step()
+        self.guard.forget_step()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
@@ -361,7 +369,9 @@ class BaseTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.keeper.left_to_others:
-            return super()._save_checkpoint(model, trial)
+            step = self.state.global_step
+            with self.keeper.writing(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+                return super()._save_checkpoint(model, trial)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         folder = self.keeper.save(Path(self._get_output_dir(trial=trial)))
@@ -371,13 +381,14 @@ class BaseTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The settings go with the model as JSON; `transformers` would pickle them, and a pickle is code."""
-        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
+        is_checkpoint = self.keeper.writes(folder)
+        start = self._starting_point
+        with start.as_they_are() if start is not None and is_checkpoint else nullcontext():
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(str(output_dir or self.args.output_dir))
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if self._starting_point is not None and not is_checkpoint:
-            self._starting_point.save_for_the_base(cast(PeftModel, self.model), folder)
+        follow_umask(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)
         settings = json.dumps(without_secrets(json.loads(self.args.to_json_string())), indent=2)
         (folder / "training_args.json").write_text(f"{settings}\n", encoding="utf-8")
@@ -436,6 +447,28 @@ class BaseTrainer(transformers.Trainer):
 def as_batch(inputs: Any) -> Batch:
     """What a collator made, ours or a user's."""
     return inputs if isinstance(inputs, Batch) else Batch.of(inputs)
+
+
+def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises TunesmithError for an optimizer that was made for other weights than those of `model` that are trained,
+    before adapters were added, say; names those that it lacks."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: id(value) for name, value in model.named_parameters() if value.requires_grad}
+    lacking = [name for name, key in trained.items() if key not in held]
+    if len(lacking) == len(trained):
+        raise TunesmithError(
+            "optimizers: the optimizer has none of the weights that are trained, so nothing would change. It was made "
+            "for another model, or before the adapters: make it from the parameters of a model that has them (without "
+            "peft_config), or give optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}) instead"
+        )
+    if lacking:
+        logger.warning(
+            "The optimizer that was given lacks %d of %d weights with requires_grad, which stay as they are: %s%s.",
+            len(lacking),
+            len(trained),
+            ", ".join(lacking[:3]),
+            ", ..." if len(lacking) > 3 else "",
+        )
 
 
 class _Moments(TrainerCallback):
