@@ -8,9 +8,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.model.token_models import RENDERED, TALK, small_tokenizer
 from tests.data.styles import render
 from tests.data.styles import spans as spans_of
+from tests.model.token_models import RENDERED, TALK, small_tokenizer
 from tunesmith.data.template import ChatTemplate
 from tunesmith.model.tokens import BUILT_IN, TEMPLATES, extend_tokenizer
 from tunesmith.types import Conversation, Message
