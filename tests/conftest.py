@@ -3,6 +3,7 @@ tokenizer, small models with it, and short runs on the CPU.
 
 Heavy libraries are imported by the fixtures that need them."""
 
+import gc
 import inspect
 import os
 from collections.abc import Callable
@@ -51,6 +52,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TUNESMITH_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage() -> None:
+    """A run collects garbage when it starts, which takes half a second where it looks through all of `transformers`."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["tests.train.children", "tests.faults.children", "tunesmith.cli.main", "uvicorn"]
+PRELOADED = ["tests.train.children", "tests.faults.children", "tunesmith.cli.main", "uvicorn", "tests.frozen"]
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
