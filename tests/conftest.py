@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,14 @@ def imports_are_no_garbage() -> None:
     """A run collects garbage when it starts, which takes half a second where it looks through all of `transformers`."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_of_gguf_are_made_once() -> None:
+    """`transformers` makes the table of an architecture's tensors anew for each module of a model that it reads."""
+    import gguf
+
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
 
 
 @pytest.fixture(autouse=True)
