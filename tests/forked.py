@@ -16,13 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["tests.train.children", "tests.faults.children", "tunesmith.cli.main", "uvicorn", "tests.frozen"]
-
 
 def start(target: Callable[..., None], *args: Any) -> Any:
     """A process that runs `target`."""
     context: Any = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     child = context.Process(target=target, args=args)
     child.start()
     return child
