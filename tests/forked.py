@@ -11,10 +11,12 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
@@ -22,7 +24,8 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     context: Any = get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     child = context.Process(target=target, args=args)
-    child.start()
+    with chdir(REPO):  # from where the server finds what it is to import; the first test to ask may be anywhere
+        child.start()
     return child
 
 
