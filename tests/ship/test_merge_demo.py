@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.ship.merging import shake
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_model, load_tokenizer
-from tunesmith.ship.merge import PROMPTS, MergeOptions, merge
+from tunesmith.ship.merge import MergeOptions, merge
 
 QUESTION = [[{"role": "user", "content": "What is the capital of France?"}]]
 
@@ -30,8 +30,7 @@ def test_the_demo_model_merges_and_answers_as_with_adapters(tmp_path: Path) -> N
     settings.write_text(settings.read_text().replace(base, f"{cache}/{Path(base).name}"))
     expected = generate(adapted.eval(), load_tokenizer("demo"), QUESTION, max_new_tokens=12)
     del adapted
-    options = MergeOptions(max_shard_size="200MB", prompts=PROMPTS[1:2])
-    report = merge(tmp_path / "run", tmp_path / "merged", options)
+    report = merge(tmp_path / "run", tmp_path / "merged", MergeOptions(max_shard_size="200MB"))
     assert report.base == "demo"
     assert report.drift is not None
     assert report.drift.relative < 1e-5
