@@ -122,6 +122,7 @@ def test_the_command_line_quantizes(bits: str, base: str, tmp_path: Path) -> Non
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(str(row).replace("'", '"') for row in PAIR_ROWS))
     run = ["train", "--model", base, "--data", str(data), "--output", str(tmp_path / "run"), "--use-cpu"]
+    run += ["--sample-prompts", "0"]
     result = CliRunner().invoke(app, [*run, "--quantize", bits, "--lora", "r=4", "--max-steps", "2"])
     assert result.exit_code == 0, result.output
     assert "trains 8,192 of" in result.stdout, result.stdout
