@@ -314,7 +314,7 @@ class BaseTrainer(transformers.Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called behind each step, and once more at the end of an epoch."""
-        self.keeper.note_epoch()
+        self.keeper.note_step()
         self.journal.note_step(grad_norm, kwargs.get("learning_rate"))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self.journal.start_clock()
