@@ -4,8 +4,9 @@ A checkpoint is written to `.checkpoint-N.partial-XXXX/checkpoint-N` beside its 
 `manifest.json` (the size and SHA-256 of every file, and what the run was), and renamed to `checkpoint-N`. Who looks for
 checkpoints sees the whole of it or nothing.
 
-A folder that is used again holds the checkpoints of several runs. Each manifest has the id of its run, and `.run` beside
-the checkpoints has that of the last run that took a step there: only its checkpoints are counted, resumed and removed.
+A folder that is used again holds the checkpoints of several runs. Each manifest has the id of its run, and `.run`
+beside the checkpoints has that of the last run that took a step there: only its checkpoints are counted, resumed and
+removed.
 """
 
 import hashlib
@@ -328,7 +329,8 @@ def reason_against(folder: Path) -> str | None:
 
 
 def newest_whole(run: Path, *, allow_pickle: bool = False) -> Chosen:
-    """The newest checkpoint of the run in the folder `run` that verifies, or with `allow_pickle` that another tool wrote.
+    """The newest checkpoint of the run in the folder `run` that verifies, or with `allow_pickle` that another tool
+    wrote.
 
     Raises:
         TunesmithError: there is none; says what was passed over.
@@ -347,8 +349,8 @@ def none_to_go_on_from(run: Path, skipped: Sequence[str] = ()) -> str:
     text = f"resume_from_checkpoint: there is no checkpoint in {run} to go on from"
     if earlier := others(run, run_in(run)):
         return (
-            f"{text}: the last run there saved none, and {earlier[-1].name} is of an earlier run. Name it to go on with "
-            f"that one (resume_from_checkpoint: {earlier[-1]}), or leave it out to start anew{_listed(skipped)}"
+            f"{text}: the last run there saved none, and {earlier[-1].name} is of an earlier run. Name it to go on "
+            f"with that one (resume_from_checkpoint: {earlier[-1]}), or leave it out to start anew{_listed(skipped)}"
         )
     return f"{text}{_listed(skipped)}" + ("" if skipped else "; leave it out to start anew")
 

@@ -179,8 +179,8 @@ class Keeper:
     def _say_what_stays(self, folder: Path) -> None:
         if self._trainer.is_world_process_zero() and (earlier := others(folder, self._run)):
             logger.warning(
-                "%s holds checkpoints of an earlier run: %s. They stay, save_total_limit does not count them, and a run "
-                "that resumes does not take them; where this run saves at the same step, its checkpoint replaces them.",
+                "%s holds checkpoints of an earlier run: %s. They stay, save_total_limit does not count them, and "
+                "resuming does not take them; where this run saves at the same step, its checkpoint replaces them.",
                 folder,
                 ", ".join(item.name for item in earlier),
             )
@@ -189,9 +189,9 @@ class Keeper:
         """Raises TunesmithError where checkpoints that don't say whose they are would be taken for this run's."""
         if self._args.save_strategy != "no" and (earlier := all_checkpoints(folder)):
             raise TunesmithError(
-                f"{folder} holds {earlier[-1].name} of an earlier run, and the checkpoints of FSDP and DeepSpeed do not "
-                "say whose they are: this run's would be taken for older ones. Take another output folder, or go on with "
-                "resume_from_checkpoint"
+                f"{folder} holds {earlier[-1].name} of an earlier run, and the checkpoints of FSDP and DeepSpeed do "
+                "not say whose they are: this run's would be taken for older ones. Take another output folder, or go "
+                "on with resume_from_checkpoint"
             )
 
     def _check_same(self, chosen: Chosen) -> None:
