@@ -62,7 +62,7 @@ class Recovery:
         if args.rehearse == "always" and not (self.enabled and isinstance(trainer.train_dataset, Dataset)):
             raise TunesmithError(
                 "rehearse is 'always', but what the largest micro-batch is can't be told of a stream, of a "
-                "data_collator of yours, or over several processes; set rehearse: auto"
+                "data_collator or a compute_loss of yours, or over several processes; set rehearse: auto"
             )
         if args.memory_limit is not None:
             limit_memory(base_model(cast(Model, trainer.model)), byte_count(args.memory_limit))

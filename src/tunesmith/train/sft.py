@@ -1,5 +1,6 @@
 """Supervised fine-tuning: data prepared and checked, a model made ready, cross-entropy on supervised tokens."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -25,6 +26,7 @@ from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
+from tunesmith.train.overrides import PlainCollator, overridden
 from tunesmith.train.setup import (
     align_tokens,
     as_sft_config,
@@ -36,6 +38,7 @@ from tunesmith.train.setup import (
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row
 
+logger = logging.getLogger(__name__)
 Sources: TypeAlias = Source | Mapping[str, Source]
 
 
@@ -50,6 +53,10 @@ class SFTTrainer(BaseTrainer):
     `trainer.train_dataset` holds `input_ids` and `labels` (unshifted, -100 where unsupervised).
     `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches; the
     latter must make them less where those of all rows would fill more than half of the memory that is free.
+
+    A subclass may override `compute_loss`, `training_step` or `prediction_step`, as one of TRL's trainer does: it gets
+    dictionaries of padded `input_ids`, `attention_mask` and unshifted `labels` (`train.overrides`). `batch_loss` is the
+    way to another loss that keeps batches without padding.
 
     The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
     """
@@ -92,7 +99,13 @@ class SFTTrainer(BaseTrainer):
         model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
         start = starting_point(model)
         batching = _prepared_for_batches(
-            model, args, tokenizer, data_collator, own_loss=compute_loss_func is None, sized=isinstance(train, Dataset)
+            model,
+            args,
+            tokenizer,
+            data_collator,
+            wants_logits=compute_loss_func is not None,
+            wants_plain=self._overridden(args),
+            sized=isinstance(train, Dataset),
         )
         align_tokens(model, tokenizer, data.stops)
         self.loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
@@ -114,6 +127,21 @@ class SFTTrainer(BaseTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         model.add_model_tags(list(self._tag_names))
+
+    def _overridden(self, args: SFTConfig) -> bool:
+        """Whether this is a subclass that overrides a step's hooks, which is said."""
+        names = overridden(type(self), BaseTrainer)
+        if names:
+            packs = "; packs are taken apart, so a batch has more rows than it has packs" if args.packing else ""
+            logger.warning(
+                "%s overrides %s: it gets padded batches in plain dictionaries, whose rows are in the order of the "
+                "loader, and what does not fit into memory is not split%s. Override batch_loss to keep batches without "
+                "padding.",
+                type(self).__name__,
+                " and ".join(names),
+                packs,
+            )
+        return bool(names)
 
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
         """The cross-entropy of the supervised tokens, times their weights."""
@@ -174,13 +202,15 @@ def _prepared_for_batches(
     tokenizer: PreTrainedTokenizerBase,
     data_collator: Any,
     *,
-    own_loss: bool,
+    wants_logits: bool,
+    wants_plain: bool,
     sized: bool,
 ) -> Batching:
-    """How rows become batches: flat ones where the model takes them, else rows of like length together. The model's
-    forward is prepared for them: it answers objectives, and its layers take the faster or the compiled way."""
+    """How rows become batches: flat ones where the model takes them, else rows of like length together; for a loss of
+    the user's padded ones, in plain dictionaries for a subclass. The model's forward is prepared for them: it answers
+    objectives, and its layers take the faster or the compiled way."""
     # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
-    wanted = args.padding_free and own_loss and args.neftune_noise_alpha is None
+    wanted = args.padding_free and not (wants_logits or wants_plain) and args.neftune_noise_alpha is None
     grouped = not args.packing and args.train_sampling_strategy == "random" and sized
     flat = ready_for_batches(model, flat=wanted, grouped=grouped)
     # On a GPU, torch.compile makes layers faster by itself.
@@ -192,7 +222,7 @@ def _prepared_for_batches(
     padded = PaddedCollator(pad_token_id=cast(int, tokenizer.pad_token_id), multiple=int(args.pad_to_multiple_of or 1))
     ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
     return Batching(
-        collator=data_collator or ours,
+        collator=data_collator or (PlainCollator(padded=padded) if wants_plain else ours),
         by_row=padded,
         grouped=args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat),
     )
