@@ -29,7 +29,7 @@ def frozen(model: Any) -> Any:
 
 # A name, what the trainer is given, and what it says. A function is called with a model.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no data": ({"train_dataset": None}, "train_dataset is missing: give a Dataset, an IterableDataset or a list"),
+    "no data": ({"train_dataset": None}, "`train_dataset` is required: give a Dataset, an IterableDataset or a list"),
     "empty data": ({"train_dataset": []}, "train data: the data set is empty"),
     "stream without end": ({"train_dataset": stream(), "max_steps": -1}, "a stream of unknown length: set max_steps"),
     "packed stream": ({"train_dataset": stream(), "packing": True}, "train: packing needs all lengths"),

@@ -198,7 +198,7 @@ class SFTConfig(TrainingArguments):
         """What the three fields say together; None leaves it to the format of the rows."""
         if self.train_on is not None:
             return self.train_on
-        if self.assistant_only_loss:
+        if self.assistant_only_loss and not self.completion_only_loss:
             return "assistant"
         if self.completion_only_loss is None:
             return None
@@ -254,6 +254,8 @@ class SFTConfig(TrainingArguments):
         }
         if self.completion_only_loss is False and self.train_on == "completion":
             named["completion_only_loss"] = "not completion"
+        if self.assistant_only_loss and self.completion_only_loss:
+            del named["assistant_only_loss"]  # of a completion, only the assistant's turns are trained on anyway
         choices = {name: value for name, value in named.items() if value is not None}
         if len(set(choices.values())) > 1:
             listed = " and ".join(f"{name} ({value})" for name, value in choices.items())

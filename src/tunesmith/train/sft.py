@@ -157,6 +157,11 @@ class SFTTrainer(BaseTrainer):
             outputs=answer.outputs,
         )
 
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """TRL's name for whether the load-balancing loss of a mixture of experts is trained."""
+        return bool(cast(SFTConfig, self.args).router_aux_loss_coef)
+
     def evaluate(
         self,
         eval_dataset: Sources | str | None = None,
@@ -187,7 +192,7 @@ class SFTTrainer(BaseTrainer):
 
 def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any) -> None:
     if train_dataset is None:
-        raise TunesmithError("train_dataset is missing: give a Dataset, an IterableDataset or a list of rows")
+        raise TunesmithError("`train_dataset` is required: give a Dataset, an IterableDataset or a list of rows")
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
     if args.loss_type == "dft" and compute_loss_func is not None:

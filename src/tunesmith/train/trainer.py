@@ -331,11 +331,14 @@ class BaseTrainer(transformers.Trainer):
         self.journal.start_clock()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the objective's means, and `num_tokens` (tokens read since the start)."""
-        if "loss" in logs:
+        """Adds the objective's means, and `num_tokens` (tokens read since the start); to the last entry, `train_loss`,
+        those of the steps that were not logged before."""
+        if "loss" in logs or "train_loss" in logs:
             tokens, measured = self.meters["train"].report(self.accelerator)
             logs |= {name: measured[name] for name in self.means if measured}
-            logs["num_tokens"] = tokens
+            if "loss" in logs or measured:
+                logs["num_tokens"] = tokens
+        if "loss" in logs:
             self.guard.judge(logs["loss"])
         super().log(logs, start_time)
 
