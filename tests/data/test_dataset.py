@@ -143,7 +143,7 @@ def test_an_unprepared_data_set_is_passed_on_when_asked_for(prepare: Prepare) ->
     assert prepare(dataset, dataset_kwargs={"skip_prepare_dataset": True}) is dataset
     masked = Dataset.from_list([{"input_ids": [1, 2], "assistant_masks": [0, 1], "completion_mask": [0, 1]}])
     with pytest.raises(
-        TunesmithError, match="assistant_masks and completion_mask would be ignored. Add a 'labels' col"
+        TunesmithError, match=r"assistant_masks and completion_mask would be ignored. Add a 'labels' col"
     ):
         prepare(masked, dataset_kwargs={"skip_prepare_dataset": True})
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS
@@ -29,6 +30,16 @@ def frozen(model: Any) -> Any:
 
 # A name, what the trainer is given, and what it says. A function is called with a model.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "what is no model": ({"model": lambda _: nn.Linear(2, 2)}, "model is Linear; give a name, a folder, 'demo', or a"),
+    "two models": ({"model_init": lambda: None}, "model and model_init both say what is trained; give one"),
+    "all splits": (
+        {"train_dataset": DatasetDict(train=Dataset.from_list(TEXT_ROWS), test=Dataset.from_list(TEXT_ROWS))},
+        "train_dataset has the splits train, test, of which one is to train on: dataset['train']",
+    ),
+    "nothing to evaluate on": (
+        {"eval_strategy": "epoch"},
+        "eval_strategy is epoch, and there is nothing to evaluate on",
+    ),
     "no data": ({"train_dataset": None}, "`train_dataset` is required: give a Dataset, an IterableDataset or a list"),
     "empty data": ({"train_dataset": []}, "train data: the data set is empty"),
     "stream without end": ({"train_dataset": stream(), "max_steps": -1}, "a stream of unknown length: set max_steps"),

@@ -189,8 +189,8 @@ class DataPreparer:
             names = set(source.column_names or ())
             if (masks := sorted(names & {"assistant_masks", "completion_mask"})) and "labels" not in names:
                 raise TunesmithError(
-                    f"{split}: skip_prepare_dataset takes rows as they are, and {' and '.join(masks)} would be ignored. "
-                    "Add a 'labels' column, -100 where nothing is supervised, or let tunesmith prepare the rows"
+                    f"{split}: skip_prepare_dataset takes rows as they are, and {' and '.join(masks)} would be "
+                    "ignored. Add a 'labels' column, -100 where nothing is supervised, or drop skip_prepare_dataset"
                 )
             return source
         options = self._options(packing)

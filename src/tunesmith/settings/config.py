@@ -1,6 +1,7 @@
 """SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
 # ruff: noqa: RUF009  (`_setting` is `dataclasses.field` with a line of help)
 
+import functools
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.settings.coerce import byte_count
+from tunesmith.settings.older import by_todays_names
 from tunesmith.types import TrainOn
 
 LossType = Literal["nll", "dft", "chunked_nll"]
@@ -191,7 +193,10 @@ class SFTConfig(TrainingArguments):
                 raise TunesmithError(f"{name} is {value!r}; write an object, e.g. {{key: value}}")
         unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
         if unknown:
-            raise TunesmithError(f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset")
+            raise TunesmithError(
+                f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset. Special tokens are "
+                "where the chat template puts them, and texts get those of the tokenizer: leave other keys out"
+            )
 
     @property
     def resolved_train_on(self) -> TrainOn | None:
@@ -218,6 +223,13 @@ class SFTConfig(TrainingArguments):
             self.loss_type = "nll"
 
     def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise TunesmithError(f"{name} is {getattr(self, name)}; write 1 or more")
+        if self.logging_strategy == "steps" and not self.logging_steps > 0:
+            raise TunesmithError(
+                f"logging_steps is {self.logging_steps}; write 1 to log each step, or set logging_strategy: no"
+            )
         if self.memory_limit is not None:
             try:
                 byte_count(self.memory_limit)
@@ -349,3 +361,23 @@ class SFTConfig(TrainingArguments):
             self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
         if self.use_cpu:
             self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
+
+
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that make a config like `args`; `to_dict` blacks out every token, also those of the tokenizer."""
+    settings: dict[str, Any] = args.to_dict()
+    return settings | {name: getattr(args, name) for name in settings if name.endswith("_token")}
+
+
+def _accept_older_names() -> None:
+    """`SFTConfig(evaluation_strategy="steps")` means what it meant; a name that is unknown or gone is our error."""
+    make, names = SFTConfig.__init__, [item.name for item in fields(SFTConfig) if item.init]
+
+    @functools.wraps(make)
+    def init(self: SFTConfig, *args: Any, **settings: Any) -> None:
+        make(self, *args, **by_todays_names(settings, names, "SFTConfig"))
+
+    SFTConfig.__init__ = init  # type: ignore[method-assign]
+
+
+_accept_older_names()

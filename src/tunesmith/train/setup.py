@@ -19,7 +19,7 @@ from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_
 from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
 from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import SFTConfig, settings_of
 
 ROWS_MULTIPLE = 64
 """Grown embeddings have a multiple of so many rows, which matrix products on GPUs are fastest with."""
@@ -34,7 +34,7 @@ def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConf
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
         args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
     elif not isinstance(args, SFTConfig):
-        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+        args = SFTConfig(**settings_of(args))
     settle_precision(args)
     return args
 

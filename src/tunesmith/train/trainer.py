@@ -41,6 +41,7 @@ from tunesmith.runs.states import kept_random_states
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train import hooks
+from tunesmith.train.evaluations import check_metric
 from tunesmith.train.guard import Guard
 from tunesmith.train.journal import DataSeen, Journal, record_of
 from tunesmith.train.keeper import Keeper
@@ -171,6 +172,9 @@ class BaseTrainer(transformers.Trainer):
                 run; the disk is full.
         """
         self.journal.page = None
+        check_metric(self, self.means)
+        if self.model is None:  # which a search lets go of between trials, and the checks below are of
+            self.model = self.call_model_init(*args[:1], **{name: kwargs[name] for name in kwargs if name == "trial"})
         settings = cast(SFTConfig, self.args)
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
