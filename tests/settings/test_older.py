@@ -29,6 +29,10 @@ def test_a_renamed_setting_means_what_it_meant(older: dict[str, Any], name: str,
     assert getattr(make(**older), name) == value
 
 
+def test_what_the_model_is_loaded_with_may_hold_what_has_a_setting() -> None:
+    assert make(model_init_kwargs={"trust_remote_code": True}).trust_remote_code
+
+
 def test_a_share_of_the_run_warms_up_as_before() -> None:
     assert make(warmup_ratio=0.25).get_warmup_steps(80) == 20
 

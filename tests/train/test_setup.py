@@ -11,7 +11,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
@@ -108,6 +115,20 @@ def test_is_refused_with_a_reason(
     make_model = arguments.get("model", lambda model: model)
     with pytest.raises(TunesmithError, match=re.escape(message)):
         trainer_of(**arguments | {"model": make_model(model_of())})
+
+
+def test_a_model_is_loaded_as_trls_script_says(tiny_model: Path, config: Callable[..., SFTConfig]) -> None:
+    init = {"revision": "main", "trust_remote_code": False, "attn_implementation": None, "torch_dtype": "bfloat16"}
+    trainer = SFTTrainer(str(tiny_model), args=config(model_init_kwargs=init), train_dataset=TEXT_ROWS)
+    model: Any = trainer.model
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_config_of_another_class_keeps_the_tokens_it_names(tiny_model: Path, config: Callable[..., Any]) -> None:
+    args = TrainingArguments(output_dir=str(config().output_dir), report_to="none", use_cpu=True, hub_token="secret")
+    trainer = SFTTrainer(str(tiny_model), args=args, train_dataset=TEXT_ROWS, max_seq_length=32)
+    made: Any = trainer.args
+    assert (made.hub_token, made.eos_token, made.max_length) == ("secret", None, 32)
 
 
 def test_an_encoder_is_refused_when_its_first_batch_comes(trainer_of: Callable[..., Any]) -> None:

@@ -191,6 +191,8 @@ class SFTConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise TunesmithError(f"{name} is {value!r}; write an object, e.g. {{key: value}}")
+        init: Any = self.model_init_kwargs or {}
+        self.trust_remote_code = self.trust_remote_code or bool(init.get("trust_remote_code"))
         unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
         if unknown:
             raise TunesmithError(

@@ -121,6 +121,9 @@ def prepare_model(
 
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    init.pop("trust_remote_code", None)  # which `args` say
+    if "torch_dtype" in init:  # its name in `transformers`, once
+        init["dtype"] = init.pop("torch_dtype")
     if quantization_config is not None:
         if "quantization_config" in init:
             raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
