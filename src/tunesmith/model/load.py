@@ -260,7 +260,7 @@ def _refuse_code(path: str, revision: str | None) -> None:
     settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
         raise TunesmithError(
-            f"model {path} needs code of its own, which comes with its files and would run here; read it, and set "
+            f"model {path} needs custom code, which comes with its files and would run here; read it, and set "
             "trust_remote_code: true if you trust it"
         )
 

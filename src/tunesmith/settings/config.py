@@ -1,6 +1,7 @@
 """SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
 # ruff: noqa: RUF009  (`_setting` is `dataclasses.field` with a line of help)
 
+import functools
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.settings.coerce import byte_count
+from tunesmith.settings.older import by_todays_names
 from tunesmith.types import TrainOn
 
 LossType = Literal["nll", "dft", "chunked_nll"]
@@ -219,16 +221,21 @@ class SFTConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise TunesmithError(f"{name} is {value!r}; write an object, e.g. {{key: value}}")
+        init: Any = self.model_init_kwargs or {}
+        self.trust_remote_code = self.trust_remote_code or bool(init.get("trust_remote_code"))
         unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
         if unknown:
-            raise TunesmithError(f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset")
+            raise TunesmithError(
+                f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset. Special tokens are "
+                "where the chat template puts them, and texts get those of the tokenizer: leave other keys out"
+            )
 
     @property
     def resolved_train_on(self) -> TrainOn | None:
         """What the three fields say together; None leaves it to the format of the rows."""
         if self.train_on is not None:
             return self.train_on
-        if self.assistant_only_loss:
+        if self.assistant_only_loss and not self.completion_only_loss:
             return "assistant"
         if self.completion_only_loss is None:
             return None
@@ -248,6 +255,13 @@ class SFTConfig(TrainingArguments):
             self.loss_type = "nll"
 
     def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise TunesmithError(f"{name} is {getattr(self, name)}; write 1 or more")
+        if self.logging_strategy == "steps" and not self.logging_steps > 0:
+            raise TunesmithError(
+                f"logging_steps is {self.logging_steps}; write 1 to log each step, or set logging_strategy: no"
+            )
         if self.memory_limit is not None:
             try:
                 byte_count(self.memory_limit)
@@ -284,6 +298,8 @@ class SFTConfig(TrainingArguments):
         }
         if self.completion_only_loss is False and self.train_on == "completion":
             named["completion_only_loss"] = "not completion"
+        if self.assistant_only_loss and self.completion_only_loss:
+            del named["assistant_only_loss"]  # of a completion, only the assistant's turns are trained on anyway
         choices = {name: value for name, value in named.items() if value is not None}
         if len(set(choices.values())) > 1:
             listed = " and ".join(f"{name} ({value})" for name, value in choices.items())
@@ -381,3 +397,23 @@ class SFTConfig(TrainingArguments):
             self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
         if self.use_cpu:
             self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
+
+
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that make a config like `args`; `to_dict` blacks out every token, also those of the tokenizer."""
+    settings: dict[str, Any] = args.to_dict()
+    return settings | {name: getattr(args, name) for name in settings if name.endswith("_token")}
+
+
+def _accept_older_names() -> None:
+    """`SFTConfig(evaluation_strategy="steps")` means what it meant; a name that is unknown or gone is our error."""
+    make, names = SFTConfig.__init__, [item.name for item in fields(SFTConfig) if item.init]
+
+    @functools.wraps(make)
+    def init(self: SFTConfig, *args: Any, **settings: Any) -> None:
+        make(self, *args, **by_todays_names(settings, names, "SFTConfig"))
+
+    SFTConfig.__init__ = init  # type: ignore[method-assign]
+
+
+_accept_older_names()

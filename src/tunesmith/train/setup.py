@@ -29,7 +29,7 @@ from tunesmith.model.tokens import (
     train_new_tokens,
     trains_rows,
 )
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import SFTConfig, settings_of
 
 BATCH_OF_ROWS = 10_000
 """Rows of a data set that are looked at together."""
@@ -56,7 +56,7 @@ def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConf
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
         args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
     elif not isinstance(args, SFTConfig):
-        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+        args = SFTConfig(**settings_of(args))
     settle_precision(args)
     return args
 
@@ -186,6 +186,9 @@ def prepare_model(
 
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    init.pop("trust_remote_code", None)  # which `args` say
+    if "torch_dtype" in init:  # its name in `transformers`, once
+        init["dtype"] = init.pop("torch_dtype")
     if quantization_config is not None:
         if "quantization_config" in init:
             raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")

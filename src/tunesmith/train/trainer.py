@@ -8,6 +8,7 @@ The hooks of `transformers` stand in the order in which they are called, a few l
     meter      sums over batches, for the log                             train/meter.py
     keeper     checkpoints, and the way back into a run                   train/keeper.py
     journal    the files that a run writes of itself                      train/journal.py
+    overrides  what a subclass that computes its own loss is given        train/overrides.py
 
 A trainer with another objective extends `BaseTrainer`: it says what becomes of a batch (`batch_loss`), by what that is
 divided (`batch_weight`), and how rows become batches (`Batching`). Everything else is the same for all.
@@ -41,6 +42,7 @@ from tunesmith.runs.states import kept_random_states
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train import hooks
+from tunesmith.train.evaluations import check_metric
 from tunesmith.train.guard import Guard
 from tunesmith.train.journal import DataSeen, Journal, record_of
 from tunesmith.train.keeper import Keeper
@@ -48,6 +50,7 @@ from tunesmith.train.limits import check_logits, keep_freed_memory
 from tunesmith.train.loaders import Batching, Loaders
 from tunesmith.train.meter import BatchLoss, Meter
 from tunesmith.train.offload import offloading
+from tunesmith.train.overrides import Overrides, PlainBatch, as_batch
 from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
 
@@ -122,6 +125,7 @@ class BaseTrainer(transformers.Trainer):
         self.guard = Guard(self, self.tell)
         self.recovery = Recovery(self, self.loaders, self.meters["train"], forget=self._forget_step, tell=self.tell)
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
+        self.overrides = Overrides(self, BaseTrainer, self.meters, self._note_batch)
         self.add_callback(_Moments(self.journal))
 
     # Called by the constructor of `transformers`
@@ -169,6 +173,9 @@ class BaseTrainer(transformers.Trainer):
                 run; the disk is full.
         """
         self.journal.page = None
+        check_metric(self, self.means)
+        if self.model is None:  # which a search lets go of between trials, and the checks below are of
+            self.model = self.call_model_init(*args[:1], **{name: kwargs[name] for name in kwargs if name == "trial"})
         settings = cast(SFTConfig, self.args)
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
@@ -266,9 +273,9 @@ class BaseTrainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of a micro-batch, when its gradients are there."""
+        self.overrides.reach("training_step")
         loss = self.recovery.step(super().training_step, model, inputs, num_items_in_batch)
-        self.guard.note(inputs, loss)
-        self.journal.note_batch(inputs, loss)
+        self._note_batch(inputs, loss)
         return loss
 
     def _forget_step(self) -> None:
@@ -276,8 +283,13 @@ class BaseTrainer(transformers.Trainer):
         self.journal.forget_step()
         self.guard.forget_step()
 
+    def _note_batch(self, inputs: Any, loss: Tensor) -> None:
+        self.guard.note(inputs, loss)
+        self.journal.note_batch(inputs, loss)
+
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs.to(self.args.device) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
+        ours = isinstance(inputs, Batch | PlainBatch)
+        return inputs.to(self.args.device) if ours else super()._prepare_inputs(inputs)
 
     def compute_loss(
         self,
@@ -288,6 +300,7 @@ class BaseTrainer(transformers.Trainer):
     ) -> Any:
         """The objective's sum over a batch / the weight of the whole step. With `return_outputs`, those of the model,
         too, with the logits of all positions."""
+        self.overrides.reach("compute_loss")
         batch = as_batch(inputs)
         weight = self.batch_weight(batch) if num_items_in_batch is None else num_items_in_batch
         meter = self.meters["train" if cast(nn.Module, self.model).training else "eval"]
@@ -308,7 +321,9 @@ class BaseTrainer(transformers.Trainer):
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
             total = torch.as_tensor(weight, device=outcome.loss.device)
             loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
-        if model.training and self.args.average_tokens_across_devices:
+        if outputs is not None:
+            outputs.loss = loss
+        if model.training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
         return (loss, outputs) if return_outputs else loss
 
@@ -322,17 +337,20 @@ class BaseTrainer(transformers.Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called behind each step, and once more at the end of an epoch."""
-        self.keeper.note_epoch()
+        self.keeper.note_step()
         self.journal.note_step(grad_norm, kwargs.get("learning_rate"))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self.journal.start_clock()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the objective's means, and `num_tokens` (tokens read since the start)."""
-        if "loss" in logs:
+        """Adds the objective's means, and `num_tokens` (tokens read since the start); to the last entry, `train_loss`,
+        those of the steps that were not logged before."""
+        if "loss" in logs or "train_loss" in logs:
             tokens, measured = self.meters["train"].report(self.accelerator)
             logs |= {name: measured[name] for name in self.means if measured}
-            logs["num_tokens"] = tokens
+            if "loss" in logs or measured:
+                logs["num_tokens"] = tokens
+        if "loss" in logs:
             self.guard.judge(logs["loss"])
         super().log(logs, start_time)
 
@@ -361,11 +379,13 @@ class BaseTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
+        labels, weight = inputs.get("labels"), self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
-                return self.compute_loss(model, inputs).detach(), None, None
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), outputs.logits, inputs["labels"]
+                return self.compute_loss(model, inputs, num_items_in_batch=weight).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=weight)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        return loss.detach(), logits, labels
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.keeper.left_to_others:
@@ -442,11 +462,6 @@ class BaseTrainer(transformers.Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
         else:
             self.publisher.send_checkpoint(self, checkpoint_folder)
-
-
-def as_batch(inputs: Any) -> Batch:
-    """What a collator made, ours or a user's."""
-    return inputs if isinstance(inputs, Batch) else Batch.of(inputs)
 
 
 def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
