@@ -413,12 +413,6 @@ def test_what_peft_itself_stumbles_over_is_an_error_that_names_it(trainer_of: Ca
         trainer_of("gpt_oss", peft_config=config)
 
 
-@pytest.mark.parametrize("model", [3, torch.nn.Linear(2, 2), Path("somewhere")], ids=["number", "layer", "path"])
-def test_a_model_that_is_none_is_refused(model: Any, trainer_of: Callable[..., Any]) -> None:
-    with pytest.raises(TunesmithError, match=f"model is {type(model).__name__}; give a name on the hub"):
-        trainer_of(model=model)
-
-
 def test_experts_are_adapted_by_the_names_of_their_parameters(trainer_of: Callable[..., Any]) -> None:
     names = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(r=4, target_modules=[], target_parameters=names)

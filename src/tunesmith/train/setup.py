@@ -42,12 +42,7 @@ logger = logging.getLogger(__name__)
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
     """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model. Raises
-    TunesmithError for a `model` that is none."""
-    if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TunesmithError(
-            f"model is {type(model).__name__}; give a name on the hub, the path of a folder as text, 'demo', or a "
-            "loaded causal language model of transformers, with or without adapters of peft"
-        )
+    TunesmithError for adapters on what is no model of `transformers`."""
     if isinstance(model, PeftModel) and not isinstance(model.get_base_model(), PreTrainedModel):
         raise TunesmithError(
             f"model has adapters on {type(model.get_base_model()).__name__}, which is no model of transformers"
