@@ -86,10 +86,10 @@ def no_prepared_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fp32_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees a processor without fast bfloat16 and with a good BLAS, so that results don't depend on the
     machine that runs them."""
-    import tunesmith.model.linear
     import tunesmith.model.precision
+    import tunesmith.model.ways
 
-    monkeypatch.setattr(tunesmith.model.linear, "_chosen", False)
+    monkeypatch.setattr(tunesmith.model.ways, "_forced", False)
     monkeypatch.setattr(tunesmith.model.precision, "measure", lambda device: {"fp32": 100.0, "bf16": 10.0, "fp16": 0.0})
 
 

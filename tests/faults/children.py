@@ -17,7 +17,7 @@ from tests.faults.layer import ERRORS, Act, Call, Layer, fail, kill
 from tests.forked import event, finished, start
 from tests.train.children import Settings, log_in, run, trainer_of, weights_in
 from tunesmith.errors import TunesmithError
-from tunesmith.model import linear
+from tunesmith.model import ways
 from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import PARTIALS, checkpoints, reason_against
 
@@ -237,7 +237,7 @@ class _Harmed(TrainerCallback):
 def _every_call(mode: str, folder: Path, tokenizer: Path, plan: Plan, settings: Settings, begun: Any) -> None:
     torch.set_num_threads(1)
     os.environ["TUNESMITH_HOME"] = str(folder / "home")
-    linear.use_onednn(False)
+    ways.force(False)
     trainer = trainer_of(mode, folder, tokenizer, **settings)
     harmed = _Harmed(trainer, folder, plan)
     trainer.add_callback(harmed)

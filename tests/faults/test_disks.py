@@ -19,7 +19,7 @@ from tests.faults.figures import FIGURES, LONG
 from tests.faults.layer import Layer, do
 from tests.train.children import Settings, run, trainer_of
 from tunesmith.errors import TunesmithError
-from tunesmith.model import linear
+from tunesmith.model import ways
 from tunesmith.runs import folder as disk
 from tunesmith.runs.checkpoints import checkpoints
 
@@ -98,7 +98,7 @@ def _on_a_disk(harm: str, number: int, folder: Path, tokenizer: Path, settings: 
         return
     torch.set_num_threads(1)
     os.environ["TUNESMITH_HOME"] = str(folder / "home")
-    linear.use_onednn(False)
+    ways.force(False)
     disk.PAUSE = 0
     trainer = trainer_of(mode, mounted, tokenizer, **settings)
     layer = Layer(mounted / "run", do(number, lambda: HARMS[harm](mounted / "run")))

@@ -16,7 +16,7 @@ from tests.faults.figures import FIGURES
 from tests.models import tiny
 from tests.train.runs import largest_difference
 from tunesmith import SFTConfig, SFTTrainer
-from tunesmith.model import linear
+from tunesmith.model import ways
 from tunesmith.train import limits as memory
 
 LENGTH, ROWS = 1024, 8
@@ -41,7 +41,7 @@ class _Held(TrainerCallback):
 def _long_rows(folder: Path, tokenizer: Path, limit: int | None, begun: Any) -> None:
     torch.set_num_threads(1)
     os.environ["TUNESMITH_HOME"] = str(folder / "home")
-    linear.use_onednn(False)
+    ways.force(False)
     rows = [{"prompt": "ab" * (i + 1), "completion": "the mat " * (LENGTH // 8 - 2 * ROWS)} for i in range(ROWS)]
     settings: dict[str, Any] = {"output_dir": str(folder / "run"), "report_to": "none", "use_cpu": True}
     settings |= {"precision": "fp32", "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_length": LENGTH}

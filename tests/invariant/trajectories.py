@@ -32,14 +32,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from tests.invariant.facts import Facts, content, short
 from tests.invariant.small_runs import RUNS, build_models
-from tunesmith.model.linear import use_onednn
+from tunesmith.model import ways
 
 
 def run(name: str, models: Path, folder: Path) -> Facts:
     """The facts of a run, which writes below `folder`; the same each time on one machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # in how many parts something is summed up decides how it is rounded
-    use_onednn(False)  # by default the faster library is taken, as measured
+    ways.force(False)  # by default the faster library is taken, as measured
     set_seed(0)
     try:
         with warnings_of_ours() as said:

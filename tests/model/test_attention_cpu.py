@@ -21,7 +21,7 @@ SCALE = 0.3
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a CPU where oneDNN is faster, with blocks of 8 queries."""
-    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
+    monkeypatch.setattr("tunesmith.model.ways._forced", True)
     monkeypatch.setattr(blockwise, "BLOCK", 8)
     monkeypatch.setattr(blockwise, "SHORTEST", 4)
     blockwise._later.cache_clear()
@@ -95,7 +95,7 @@ def test_short_rows_and_other_libraries_keep_pytorchs_attention(monkeypatch: pyt
     assert not blockwise.pays(q.to("meta"), k, v)
     with FakeTensorMode() as fakes:  # as a plan of memory does
         assert not blockwise.pays(*map(fakes.from_tensor, (q, k, v)))
-    monkeypatch.setattr("tunesmith.model.linear._chosen", False)
+    monkeypatch.setattr("tunesmith.model.ways._forced", False)
     assert not blockwise.pays(q, k, v)
 
 

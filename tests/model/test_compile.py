@@ -58,8 +58,8 @@ def compiled_graphs() -> int:
 def test_adapted_layers_of_every_kind_compile_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2: layers with a window and without one, capped scores. Their products are oneDNN's."""
     model, plain = taught("gemma2", lora=True), taught("gemma2", lora=True)
-    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
-    speed_up(model)
+    monkeypatch.setattr("tunesmith.model.ways._forced", True)
+    speed_up(model, compiled=True)
     compile_layers(base_model(model), backend="aot_eager")
     step(model, LENGTHS[0])
     once = compiled_graphs()
@@ -79,8 +79,8 @@ def test_adapted_layers_of_every_kind_compile_once_for_all_lengths(monkeypatch: 
 @pytest.mark.slow
 def test_inductor_gives_the_same_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = taught(), taught()
-    monkeypatch.setattr("tunesmith.model.linear._chosen", True)
-    speed_up(model)
+    monkeypatch.setattr("tunesmith.model.ways._forced", True)
+    speed_up(model, compiled=True)
     compile_layers(base_model(model), backend="inductor")
     for lengths in LENGTHS[:2]:
         found, expected = step(model, lengths), step(plain, lengths)

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from tests.models import gradient_error, tiny
-from tunesmith.model import linear
+from tunesmith.model import ways
 from tunesmith.model.linear import product, speed_up
 
 IDS = torch.arange(1, 22).view(1, -1) % 90
@@ -20,7 +20,7 @@ IDS = torch.arange(1, 22).view(1, -1) % 90
 @pytest.fixture(params=[True, False], ids=["onednn", "blas"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Either matrix library, whatever a measurement would choose."""
-    monkeypatch.setattr(linear, "_chosen", request.param)
+    monkeypatch.setattr(ways, "_forced", request.param)
     return bool(request.param)
 
 

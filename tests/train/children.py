@@ -17,7 +17,7 @@ from tests.forked import finished, start
 from tests.models import tiny
 from tests.train.runs import UNEVEN_ROWS
 from tunesmith import DataSource, SFTConfig, SFTTrainer
-from tunesmith.model import linear
+from tunesmith.model import ways
 
 LORA: dict[str, Any] = {"target_modules": "all-linear", "lora_dropout": 0.2}
 Settings = dict[str, Any]
@@ -73,7 +73,7 @@ def run(mode: str, folder: Path, tokenizer: Path, kill: tuple[str, int], onednn:
     """Train; go on from what is in `folder`, if anything is. Writes `log.json` at the end."""
     torch.set_num_threads(1)
     os.environ["TUNESMITH_HOME"] = str(folder / "home")
-    linear.use_onednn(onednn)
+    ways.force(onednn)
     trainer = trainer_of(mode, folder, tokenizer, **settings)
     trainer.add_callback(Killed(*kill))
     before = any((folder / "run").glob("checkpoint-*"))

@@ -9,30 +9,60 @@ Rows (K, Q*G, H) are the queries of a key head: row i*G + g is query i of the gr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from tunesmith.model.linear import onednn, onednn_is_faster, onednn_times
+from tunesmith.model import ways
+from tunesmith.model.linear import has_onednn, onednn, onednn_times
 
 SHORTEST = 192
-"""Tokens of a document from which on blocks pay; below, the calls take longer than what they save."""
+"""Tokens of a document from which on blocks are tried; below, the calls take longer than what they save."""
 BLOCK = 256
 LOG2E = math.log2(math.e)
 
 
 def pays(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor) -> bool:
-    """Whether `attend` can take queries, keys and values like these, and is the faster way."""
+    """Whether `attend` can take queries, keys and values like these, and is the faster way, its backward included."""
     if q_NQH.device.type != "cpu" or q_NQH.dtype == torch.float64 or v_KMH.shape[3] != q_NQH.shape[3]:
         return False
     if isinstance(q_NQH, FakeTensor):  # to count memory, which is about that of PyTorch's, its one call is faster
         return False
-    return q_NQH.shape[2] * k_KMH.shape[2] >= SHORTEST**2 and onednn_is_faster()
+    queries, keys = q_NQH.shape[2], k_KMH.shape[2]
+    if queries * keys < SHORTEST**2 or not has_onednn() or torch.compiler.is_compiling():
+        return False
+    heads, size = q_NQH.shape[1], q_NQH.shape[3]
+    kind = ("attention", queries.bit_length(), keys.bit_length(), heads, k_KMH.shape[1], size, q_NQH.requires_grad)
+    return ways.is_faster(kind, _trial(_plain, q_NQH, k_KMH, v_KMH), _trial(attend, q_NQH, k_KMH, v_KMH))
+
+
+def _trial(way: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
+    """A way of attention on copies of these inputs, forward and, where that is wanted, backward."""
+    scale = inputs[0].shape[-1] ** -0.5
+
+    def run() -> None:
+        copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        with torch.set_grad_enabled(inputs[0].requires_grad):
+            out = way(*copies, scale)
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
+
+    return run
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention."""
+    before = k.shape[2] - q.shape[2]
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before) if before else None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def attend(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor, scale: float) -> Tensor:

@@ -9,11 +9,11 @@ every LoRA layer of `peft`: where anything but plain LoRA is asked of it, its ow
 faster, on every other `nn.Linear`, too. Two more modules replace forwards: `compile`, those of the decoder layers with
 `torch_compile`, and `head`, that of the model itself, so that it takes `targets` and an `objective`.
 
-On a CPU, fp32 products go through oneDNN where it is faster than the BLAS that PyTorch calls: MKL leaves a fifth to a
-half of an AMD processor's rate unused. torch has both inside; the choice is measured once.
+On a CPU, fp32 products go through oneDNN where it is faster than the BLAS that PyTorch calls; torch has both inside.
+Which one is faster depends on the processor, on the shape, and on which factor is transposed: each kind of product of a
+run is timed in both (`ways`).
 """
 
-import time
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -22,56 +22,54 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-GAIN = 1.05
-ROUNDS = 4
+from tunesmith.model import ways
+
 SIZE = 1024
-"""Tokens, inputs and outputs of the timed product."""
+"""Tokens, inputs and outputs of the product that decides for compiled layers."""
+
+
+_compiled_by_onednn = False
+"""Whether layers that are compiled take their products from oneDNN."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` (T, I) times the transpose of `weight` (O, I), plus `bias` (O,): (T, O). Both factors may be transposed
+    """`x` (..., I) times the transpose of `weight` (O, I), plus `bias` (O,): (..., O). Both factors may be transposed
     views. Not for autograd."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster() and x.shape[0]:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.shape[0]:
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return onednn(x, weight, bias) if _compiled_by_onednn else F.linear(x, weight, bias)
+    if isinstance(x, FakeTensor) or not x.numel() or not has_onednn():
+        return F.linear(x, weight, bias)
+    kind = _kind(x, weight)
+    if ways.is_faster(kind, lambda: F.linear(x, weight, bias), lambda: onednn(x, weight, bias)):
         return onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-_chosen: bool | None = None
-
-
-def onednn_is_faster() -> bool:
-    """Whether fp32 products on this CPU go through oneDNN: because they are faster, or because `use_onednn` said so.
-    Takes some tenths of a second, once."""
-    global _chosen
-    if _chosen is None:
-        _chosen = _measured()
-    return _chosen
-
-
-def use_onednn(choice: bool) -> None:
-    """Take this library from now on, whatever is faster here: a run that goes on must round as it did before. Models
-    that `speed_up` was called on before need it once more."""
-    global _chosen
-    _chosen = choice and _has_onednn()
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _kind(x: Tensor, weight: Tensor) -> ways.Kind:
+    """Of a product: the tokens as a power of two, the other two sizes, and which factors are transposed."""
+    outputs, inner = weight.shape
+    rows = x.numel() // inner
+    straight = x.is_contiguous()  # else x is a gradient, transposed, and its rows are outputs of the layer
+    sizes = (rows.bit_length(), inner, outputs) if straight else (inner.bit_length(), rows, outputs)
+    return ("product", *sizes, straight, weight.is_contiguous())
 
 
 @cache
-def _measured() -> bool:
-    if not _has_onednn():
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is the faster library for one large square product: what compiled layers take, which can't try."""
+    if not has_onednn():
         return False
-    x, weight = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE)  # random ones would change the run's random numbers
-    best = {F.linear: float("inf"), onednn: float("inf")}
-    for _ in range(ROUNDS):  # in turns, so that another program's load meets both
-        for way in best:
-            started = time.perf_counter()
-            way(x, weight)
-            best[way] = min(best[way], time.perf_counter() - started)
-    return best[F.linear] > GAIN * best[onednn]
+    x = torch.ones(SIZE, SIZE)  # random numbers would change those of the run
+    kind: ways.Kind = ("square", SIZE.bit_length())
+    return ways.is_faster(kind, lambda: F.linear(x, x), lambda: onednn(x, x))
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,22 +139,25 @@ class _Adapted(torch.autograd.Function):
         return dx, None, dbias, da.mul_(ctx.scaling), db.mul_(ctx.scaling), None
 
 
-def speed_up(model: nn.Module) -> None:
+def speed_up(model: nn.Module, *, compiled: bool = False) -> None:
     """Replace `forward` of the linear layers in `model` that can be computed faster, unless something else has replaced
-    it already. Values agree to rounding."""
-    faster = next(model.parameters()).device.type == "cpu" and onednn_is_faster()
+    it already. Values agree to rounding. Layers that are to be `compiled` can't try two libraries on the way."""
+    global _compiled_by_onednn
+    competes = next(model.parameters()).device.type == "cpu" and has_onednn()
+    if compiled:
+        competes = _compiled_by_onednn = competes and onednn_is_faster()
     for module in list(model.modules()):
         if "forward" in vars(module):  # somebody else's: hooks of accelerate, for example
             continue
         if type(module) is LoraLinear:
             module.forward = MethodType(_lora_forward, module)  # type: ignore[method-assign]
-        elif type(module) is nn.Linear and faster:
+        elif type(module) is nn.Linear and competes:
             module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    plain = onednn_is_faster() and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
-    if not plain or torch.is_autocast_enabled("cpu"):
+    ours = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
+    if not ours or torch.is_autocast_enabled("cpu"):
         return F.linear(input, self.weight, self.bias)
     flat: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
     return flat.view(*input.shape[:-1], -1)

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from tunesmith.data.batches import Targets
 from tunesmith.model.attention import document_map
 from tunesmith.model.head import from_hidden, from_logits, plain_head
-from tunesmith.model.linear import onednn_is_faster
 from tunesmith.objectives.supervised import supervised_loss
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
@@ -106,8 +105,6 @@ def timeline(subject: Subject, shape: Shape) -> Timeline:
     Accumulated gradients are not counted. Raises what the model's forward raises, where it asks for the values of
     tensors, such as which expert a token goes to.
     """
-    # Its own measurement, of tensors that are none, would be remembered.
-    onednn_is_faster()
     count = _run(subject, shape)
     segments = count.segments
     order = ["embeddings", *(f"forward {i}" for i in subject.repeats), "head"]

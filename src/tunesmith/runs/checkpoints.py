@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,16 @@ class Identity:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What `manifest.json` says. `files` has the size in bytes and the SHA-256 of each file; `environment` what a run
-    may change but what changes its rounding: device, threads, processes; `onednn` is the library of matrix products.
-    `run` is the id of the run, empty in what version 0.1 wrote."""
+    may change but what changes its rounding: device, threads, processes. `ways` says which of two ways was the faster
+    one, by kind of call (`model.ways`); where `onednn` is no null, it says so of all of them, as in version 0.1. `run`
+    is the id of the run, empty in what that version wrote."""
 
     run: str = ""
     step: int
     identity: Identity
     precision: str
-    onednn: bool
+    onednn: bool | None = None
+    ways: Mapping[str, bool] = field(default_factory=dict)
     environment: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, tuple[int, str]]

@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model import linear
+from tunesmith.model import ways
 from tunesmith.model.adapters import Model
 from tunesmith.runs.checkpoints import (
     MANIFEST,
@@ -224,9 +224,10 @@ class Keeper:
             if manifest.environment.get(name) != value:
                 was = manifest.environment.get(name)
                 logger.warning("%s: %s -> %s; the run goes on, but will round differently.", name, was, value)
-        if args.device.type == "cpu" and manifest.onednn != linear.onednn_is_faster():
-            linear.use_onednn(manifest.onednn)
-            linear.speed_up(cast(nn.Module, self._trainer.model))
+        if manifest.onednn is not None:
+            ways.force(manifest.onednn)
+        else:
+            ways.restore(manifest.ways)
 
     def _identity_now(self) -> Identity:
         if self._identity is None:
@@ -506,7 +507,8 @@ class Keeper:
             step=step,
             identity=self._identity_now(),
             precision=self._args.precision,
-            onednn=linear.onednn_is_faster() if self._args.device.type == "cpu" else False,
+            onednn=ways.forced(),
+            ways=ways.state(),
             environment=self._environment(),
             versions=versions(),
             files={},

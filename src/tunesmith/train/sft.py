@@ -314,7 +314,7 @@ def _prepared_for_batches(
     flat = ready_for_batches(model, flat=wanted, grouped=grouped, routers=routers)
     # On a GPU, torch.compile makes layers faster by itself.
     if not args.torch_compile or base_model(model).device.type == "cpu":
-        speed_up(model)
+        speed_up(model, compiled=bool(args.torch_compile))
     if args.torch_compile:
         assert args.torch_compile_backend is not None
         compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)

@@ -33,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from tunesmith.data.batches import Batch, Targets
 from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
+from tunesmith.model import ways
 from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
 from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
 from tunesmith.runs.files import follow_umask
@@ -185,6 +186,7 @@ class BaseTrainer(transformers.Trainer):
             keep_freed_memory()
         main = self.is_world_process_zero()
         with only_run_in(Path(str(settings.output_dir))) if main else nullcontext():
+            ways.begin_anew()
             checkpoint = self.keeper.begin(resume_from_checkpoint)
             self.meters["train"].begin()
             self.guard.begin()
@@ -487,7 +489,7 @@ def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 class _Moments(TrainerCallback):
-    """Tells a journal where the run is."""
+    """Tells a journal where the run is; ways to compute compete in the first step only."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -497,6 +499,9 @@ class _Moments(TrainerCallback):
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self._journal.start_clock()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        ways.settle()
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         self._journal.end_pass()
