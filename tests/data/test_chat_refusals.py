@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.styles import assistant, calls, conversation, spans, supervised, template, user, with_template, words
-from tunesmith.data.chat import ChatTemplate, render
+from tests.data.styles import assistant, calls, conversation, render, spans, supervised, template, user, with_template, words
+from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation

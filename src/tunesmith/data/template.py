@@ -159,11 +159,11 @@ class ChatTemplate:
         """The generation prompt that the template writes though nobody asked; nothing for most."""
         if (key := repr(arguments)) not in self._trailers:
             self._trailers[key] = ""  # until it is known
-            question = self._shaped(_user(PROBES[0]))
+            question = self.shaped(_user(PROBES[0]))
             asked, plain = (self._try([question], ask=ask, arguments=arguments) for ask in (True, False))
-            answer = self._shaped({"role": "assistant", "content": PROBES[1]})
+            answer = self.shaped({"role": "assistant", "content": PROBES[1]})
             answered = self._try([question, answer], arguments=arguments)
-            if asked == plain:
+            if asked == plain and PROBES[0] in answered[: answered.find(PROBES[1])]:
                 same = common_length(plain[::-1], answered[::-1])
                 pieces = self.cuts(plain[len(plain) - same :])
                 starts = [i for i, piece in enumerate(pieces) if piece in self.headers]
@@ -199,7 +199,7 @@ class ChatTemplate:
         message = {"role": "assistant", "content": style.content, "tool_calls": style.calls([call])}
         answer = style.result({"role": "tool", "name": "probe", "content": "probe"}, style.calls([call])[0])
         for more in ([], [answer]):
-            talk = [self._shaped(turn) for turn in (_user("probe"), message, *more)]
+            talk = [self.shaped(turn) for turn in (_user("probe"), message, *more)]
             text = self._try(talk, tools=[TOOL])
             before, found, _ = text.partition(PROBES[0])
             if found and not before.endswith(("{'key': '", '\\"key\\": \\"')):
@@ -217,7 +217,7 @@ class ChatTemplate:
         program = self.program(None)
         names = sorted(name for name in program.names if SWITCH.search(name) and name not in self.arguments)
         candidates = [{name: value} for name in names for value in (False, True, *program.compared(name))]
-        messages = [self._shaped(_user(PROBES[0]))]
+        messages = [self.shaped(_user(PROBES[0]))]
         plain, found = self._try(messages, ask=True), dict[str, Fields]()
         for arguments in candidates:
             text = self._try(messages, ask=True, arguments=arguments)
@@ -228,8 +228,8 @@ class ChatTemplate:
     @cached_property
     def reasoning(self) -> Reasoning | None:
         """How it writes the reasoning of a last answer; None where it never shows any."""
-        question = self._shaped({"role": "user", "content": PROBES[0]})
-        spoken = self._shaped({"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)})
+        question = self.shaped({"role": "user", "content": PROBES[0]})
+        spoken = self.shaped({"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)})
         answers = [spoken]
         with suppress(TunesmithError):
             if "tool_calls" in self.program(None).source:
@@ -268,6 +268,12 @@ class ChatTemplate:
         """
         pieces = self.cuts(tail)
         header = common_pieces(pieces, rest)
+        if not header.strip():  # what stands before the header may differ
+            for first in range(1, len(pieces)):
+                header = "".join(pieces[first:])
+                if header.strip() and header in rest:
+                    return rest.partition(header)[2], Block()
+            header = common_pieces(pieces, rest)
         own, more = tail[len(header) :], rest[len(header) :]
         if own and more.startswith(own.rstrip()):  # they differ in white space
             own, more = "", more[len(own.rstrip()) :].lstrip()
@@ -305,8 +311,8 @@ class ChatTemplate:
     def block_of(self, arguments: Fields) -> Block:
         """The block that a plain generation prompt ends with."""
         if (key := repr(arguments)) not in self._blocks:
-            question = self._shaped({"role": "user", "content": PROBES[0]})
-            answer = self._shaped({"role": "assistant", "content": PROBES[1]})
+            question = self.shaped({"role": "user", "content": PROBES[0]})
+            answer = self.shaped({"role": "assistant", "content": PROBES[1]})
             tail = self._try([question], ask=True, arguments=arguments).partition(PROBES[0])[2]
             rest = self._try([question, answer], arguments=arguments).partition(PROBES[0])[2]
             found = self.block(tail, rest)
@@ -317,13 +323,14 @@ class ChatTemplate:
         """`text` in pieces: special tokens, tags of reasoning, and lines with their ends."""
         return [part for piece in self.pieces(text) for part in LINES.split(piece) if part]
 
-    def _shaped(self, message: Fields) -> Fields:
+    def shaped(self, message: Fields) -> Fields:
+        """A message whose content is a string, as the template takes it."""
         return _parts(message) if self.wants_parts else message
 
     @cached_property
     def headers(self) -> frozenset[str]:
         """The special tokens that a user's turn begins with: none of them ends an answer."""
-        text = self._try([self._shaped(_user(PROBES[0]))])
+        text = self._try([self.shaped(_user(PROBES[0]))])
         return frozenset(self.special.findall(text.partition(PROBES[0])[0].rpartition(self.eos)[2]))
 
 

@@ -237,12 +237,12 @@ def _first_prompt(chat: Chat) -> str:
 
     Nothing can be rendered before such a turn, so the header is looked for in front of its content.
     """
-    user = [{"role": "user", "content": PROBES[0]}]
-    prompt, (first, second) = chat.render(user, ask=True), chat.with_probes(0, None)
+    user = [chat.template.shaped({"role": "user", "content": PROBES[0]})]
+    prompt, (first, second) = chat.render(user, ask=True), chat.with_probes(0, 1)
     header, before = prompt[common_length(prompt, chat.render(user)) :], first[: common_length(first, second)]
     for candidate in (header, REASONING_END.sub("", header)):
         start = before.rfind(candidate) + len(candidate)
-        if candidate.strip() and candidate in before and chat.text.startswith(before[:start]):
+        if candidate.strip() and candidate in before and chat.before(1).startswith(before[:start]):
             return before[:start]
     raise TunesmithError("the conversation begins with it, and the template does not show where its text starts")
 
@@ -283,9 +283,9 @@ def _without_openers(chat: Chat, index: int, generated: str) -> str:
     if sum(not end.isspace() for end in ends) < 2:
         return generated
     with suppress(TunesmithError):  # nothing may follow
-        content = PROBES[0] if not chat.template.wants_parts else [{"type": "text", "text": PROBES[0]}]
         here = chat.before(index + 1)
-        longer = chat.render([*chat.messages[: index + 1], {"role": "user", "content": content}])
+        question = chat.template.shaped({"role": "user", "content": PROBES[0]})
+        longer = chat.render([*chat.messages[: index + 1], question])
         position = here.rindex("".join(ends))
         common = common_pieces(ends, longer[position:]) if longer[:position] == here[:position] else ""
         if common.strip():
