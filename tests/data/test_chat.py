@@ -65,8 +65,7 @@ LITERAL = {
     "gemma": "1 9 48 45 54 44 55 45 45 51 10 45 9 50 45 52* 10* 45 9 48 45 56 91 10 45 9 50 45 57* 10* 45",
     "phi3": "13 45 54 44 55 14 45 11 45 51 14 45 12 45 52* 14* 45 11 45 56 91 14 45 12 45 57* 14* 45 15",
     "mistral": (
-        "1 16 44 54 44 55 45 45 51 17 44* 52* 2* | "
-        "1 16 44 51 17 44 52 2 16 44 54 44 55 45 45 56 91 17 44* 57* 2*"
+        "1 16 44 54 44 55 45 45 51 17 44* 52* 2* | 1 16 44 51 17 44 52 2 16 44 54 44 55 45 45 56 91 17 44* 57* 2*"
     ),
     "qwen3": (
         "3 47 45 54 44 55 4 45 3 48 45 51 4 45 3 49 45 36* 45* 59* 45* 37* 45* 45* 52* 4* | "
@@ -243,7 +242,10 @@ def test_reasoning_in_the_text_counts_as_reasoning() -> None:
         user("Why?"),
         assistant("<think>\nWell\n</think>\n\nNo"),
     ]
-    assert supervised("qwen3", messages) == ["<think>\nHm\n</think>\n\nYes<|im_end|>", "<think>\nWell\n</think>\n\nNo<|im_end|>"]
+    assert supervised("qwen3", messages) == [
+        "<think>\nHm\n</think>\n\nYes<|im_end|>",
+        "<think>\nWell\n</think>\n\nNo<|im_end|>",
+    ]
 
 
 def test_a_model_that_is_told_not_to_think_does_not_generate_the_empty_reasoning() -> None:
@@ -269,7 +271,9 @@ def test_all_renderings_of_a_run_have_the_same_time(monkeypatch: pytest.MonkeyPa
     once = template("dated", eos="<|im_end|>")
     for _ in range(2):
         rendered = render(conversation(TALK), once)
-        assert rendered.documents[0].text.startswith("<|im_start|>system\nToday: 31 December 2024 23:59:01.000000<|im_end|>\n")
+        assert rendered.documents[0].text.startswith(
+            "<|im_start|>system\nToday: 31 December 2024 23:59:01.000000<|im_end|>\n"
+        )
         assert spans(rendered) == ["Yes<|im_end|>", "Because<|im_end|>"]
 
 

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.data.styles import assistant, calls, conversation, render, spans, supervised, template, user, with_template, words
+from tests.data.styles import (
+    assistant,
+    calls,
+    conversation,
+    render,
+    spans,
+    supervised,
+    template,
+    user,
+    with_template,
+    words,
+)
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError

@@ -280,6 +280,8 @@ def _without_openers(chat: Chat, index: int, generated: str) -> str:
     ends = _ends(chat, generated)
     while len(ends) > 1 and (ends[-1].isspace() or ends[-1] in chat.template.headers):
         generated = generated[: -len(ends.pop())]
+    while len(ends) > 1 and (ends[0].isspace() or ends[0] in chat.template.headers):
+        ends = ends[1:]  # the header of an answer that is empty
     if sum(not end.isspace() for end in ends) < 2:
         return generated
     with suppress(TunesmithError):  # nothing may follow
