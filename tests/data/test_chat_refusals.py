@@ -30,34 +30,24 @@ TWO = [user("Hi"), assistant("Yes"), user("Why?"), assistant("No")]
 @pytest.mark.parametrize(
     ("name", "messages", "message"),
     [
-        (
-            "generation_header",
-            ONE,
-            r"mark \['<\|im_start\|>assistant\\nYes<\|im_end\|>'\] of it, but .* 'Yes<\|im_end\|>'",
-        ),
-        ("generation_no_end", ONE, r"mark \['Yes'\] of it, but the model generates 'Yes<\|im_end\|>'"),
-        ("drops_think", ONE, r"inference: .*<\|Assistant\|><think>\\n'\n  training:  .*<\|Assistant\|>Yes</s>'"),
-        ("drops_think", TWO, r"message 4 \(assistant\): the prompt that inference would render is not the beginning"),
-        ("always_asks", ONE, r"writes '<\|im_start\|>assistant' behind the turn's end"),
-        ("counted", ONE, r"part at character 13:\n  inference: .*1 of 1.*\n  training:  .*1 of 2"),
-        ("counted", TWO, r"message 2 \(assistant\): the prompt that inference would render"),
         ("chatml", [user("Hi"), calls("f")], "does not show tool calls"),
-        ("llama2", [user("Hi"), user("Hi"), assistant("Yes")], r"\(user user assistant\): roles must alternate"),
+        (
+            "llama2",
+            [user("Hi"), user("Hi"), assistant("Yes")],
+            r"\(user user assistant\): roles must alternate[^\n]*\nNeighbours .*: `merge_turns: true`$",
+        ),
+        (
+            "gemma",
+            [assistant("Yes"), user("Hi"), assistant("Yes")],
+            r"must alternate[^\n]*\nIt begins with the assistant: put a message of the user before it, or",
+        ),
         ("gemma", [user("Hi"), assistant("Yes"), assistant("No")], "Conversation roles must alternate"),
         ("llama2", [user("Hi"), assistant("Yes"), assistant("No")], "roles must alternate"),
-        (
-            "harmony",
-            [user("Hi"), assistant("Yes"), assistant("No")],
-            r"message 3 \(assistant\): the prompt that inference",
-        ),
-        ("parts", ONE, r"changes what the assistant says, from 'Yes' to '<\|im_end\|>"),
     ],
 )
 def test_what_cannot_be_supervised_with_certainty_is_refused(name: str, messages: Any, message: str) -> None:
     with pytest.raises(TunesmithError, match=message):
-        spans(
-            render(conversation(messages), template(name, eos="<|im_end|>" if "gen" in name else "</s>"), "assistant")
-        )
+        render(conversation(messages), template(name))
 
 
 def test_an_answer_that_the_template_rewrites_is_refused() -> None:
@@ -73,21 +63,17 @@ def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
         "{{ '!' * (m.content | length) if not loop.last }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(TunesmithError, match="message 2"):
-        render(conversation(TWO), with_template(source), "assistant")
+    for talk, refused in ((TWO, "message 2"), ([*ONE, *TWO], "message 2")):
+        with pytest.raises(TunesmithError, match=rf"{refused} \(assistant\): [^$]*`turns: whole` with `prompt_mismatch"):
+            render(conversation(talk), with_template(source))
 
 
 def test_a_template_that_turns_the_order_around_is_refused() -> None:
     source = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    with pytest.raises(TunesmithError, match="its end can't be found"):
-        render(conversation(TWO), with_template(source), "assistant")
-
-
-def test_a_prompt_that_is_no_beginning_of_the_text_is_refused_in_the_middle_of_a_completion_too() -> None:
-    row = conversation([user("Hi"), assistant("Yes"), user("Why?")], prompt_length=1)
-    assert spans(render(row, template("drops_think"), "assistant")) == ["Yes</s>"]
-    with pytest.raises(TunesmithError, match="not the beginning of the text to train on"):
-        render(row, template("drops_think"), "completion")
+    with pytest.raises(TunesmithError, match=r"message 2 .*changes what the assistant says, from 'Yes' to ''"):
+        render(conversation(TWO), with_template(source))
+    with pytest.raises(TunesmithError, match=r"message 2 .*the template does not show|its end can't be found"):
+        render(conversation(TWO), with_template(source), turns="whole", prompt_mismatch="accept")
 
 
 def test_completions_must_begin_with_an_answer() -> None:
@@ -140,10 +126,10 @@ def test_arguments_that_are_not_the_templates_are_refused(kwargs: Mapping[str, A
 
 
 def test_a_row_is_named_in_the_error() -> None:
-    encoder = Encoder(words("drops_think", "</s>", "<s>"), EncodeOptions(train_on="assistant"))
+    encoder = Encoder(words("chatml", "<|im_end|>"), EncodeOptions(train_on="assistant"))
     rows: list[tuple[str, Conversation]] = [
         ("row 0", conversation([user("Hi")])),
-        ("rows.jsonl, line 2", conversation(ONE)),
+        ("rows.jsonl, line 2", conversation([user("Hi"), calls("f")])),
     ]
-    with pytest.raises(TunesmithError, match=r"^rows.jsonl, line 2: message 2 \(assistant\): "):
+    with pytest.raises(TunesmithError, match=r"^rows.jsonl, line 2: the chat template does not show tool calls"):
         encoder.encode(rows, Counts())

@@ -140,8 +140,9 @@ class ChatTemplate:
         except TooLong:
             raise
         except Exception as error:  # a template is a program: whatever it raises, it refuses
-            roles = " ".join(str(message.get("role")) for message in messages)
-            raise TunesmithError(f"the chat template refuses the conversation ({roles}): {error}") from error
+            roles = [str(message.get("role")) for message in messages]
+            refused = f"the chat template refuses the conversation ({' '.join(roles)}): {error}"
+            raise TunesmithError("\n".join((refused, *_ways_on(roles, str(error))))) from error
 
     def pieces(self, text: str) -> list[str]:
         """`text` cut before and behind each special token."""
@@ -394,6 +395,17 @@ def common_pieces(pieces: Sequence[str], text: str) -> str:
     while len(pieces) and text.startswith(same + pieces[0]):
         same, pieces = same + pieces[0], pieces[1:]
     return same
+
+
+def _ways_on(roles: Sequence[str], rule: str) -> Iterator[str]:
+    """What can be done about a conversation that a template refuses by a rule about roles."""
+    turns = [role for role in roles if role not in ("system", "developer")]
+    if any(first == second != "tool" for first, second in pairwise(turns)):
+        yield "Neighbours of one role can be joined to one message: `merge_turns: true`"
+    if turns[:1] == ["assistant"] and len(turns) > 1:
+        yield "It begins with the assistant: put a message of the user before it, or leave that message out"
+    if len(turns) < len(roles) and "system" in rule.lower():
+        yield "Put what the system says at the beginning of the user's first message"
 
 
 def _constants(node: nodes.Node) -> list[nodes.Const]:

@@ -206,7 +206,10 @@ def _best(chat: Chat, index: int) -> Turn:
             return turn
     if turns:
         return replace(exact.get(0) or turns[0], dropped=True)
-    raise TunesmithError(not_a_prefix(_prompt(chat, index, NO_ARGUMENTS), chat.before(index + 1)))
+    raise TunesmithError(
+        not_a_prefix(_prompt(chat, index, NO_ARGUMENTS), chat.before(index + 1))
+        + "\nTo train it in the form that the whole text has: `turns: whole` with `prompt_mismatch: accept`"
+    )
 
 
 def _fits(chat: Chat, turn: Turn, reasoning: str) -> bool:
