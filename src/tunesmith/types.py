@@ -17,8 +17,9 @@ TrainOn = Literal["all", "completion", "assistant", "last_assistant"]
 class Message:
     """One turn of a conversation, as the chat template will see it.
 
-    `fields` is the turn itself (`role`, `content`, and whatever else the row had: `tool_calls`, `name`,
-    `reasoning_content`, ...); `weight` scales the loss of its supervised tokens (0 leaves the turn unsupervised).
+    `fields` is the turn itself in OpenAI's form (`data.messages`): `role`, `content`, and where the row has them
+    `tool_calls`, `tool_call_id`, `name`, `reasoning_content`, and keys of its own. `weight` scales the loss of its
+    supervised tokens; 0 leaves the turn unsupervised.
     """
 
     fields: dict[str, Any]
@@ -34,7 +35,7 @@ class Conversation:
     """Messages to be rendered by a chat template.
 
     The first `prompt_length` messages are the prompt of a prompt-completion row; None when the row makes no such
-    difference. `tools` and `template_kwargs` are handed to the template unchanged.
+    difference. `tools` are in OpenAI's form. `notes`: what a report is to say once of how the row was read.
     """
 
     messages: tuple[Message, ...]
@@ -42,6 +43,7 @@ class Conversation:
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,16 +1,21 @@
 """Sources to prepared, shuffled and packed data sets."""
 
+import json
 from collections.abc import Callable, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS, TEXTS
 from tunesmith import TunesmithError
 from tunesmith.data.dataset import DataPreparer
+from tunesmith.data.mixture import DataSource
+from tunesmith.data.read import joined, read_rows
 from tunesmith.types import Text
 
 Prepare = Callable[..., Any]
@@ -143,6 +148,15 @@ def test_an_unprepared_data_set_is_passed_on_when_asked_for(prepare: Prepare) ->
     assert prepare(dataset, dataset_kwargs={"skip_prepare_dataset": True}) is dataset
 
 
+def test_splits_are_not_mixed_as_if_they_were_sources(preparer: Callable[..., DataPreparer]) -> None:
+    rows = Dataset.from_list(TEXT_ROWS)
+    splits = datasets.DatasetDict(train=rows, test=rows)
+    with pytest.raises(TunesmithError, match=r"the splits 'train', 'test', .* `train_dataset=data\['train'\]`"):
+        preparer().everything(splits, None)
+    _, evaluated = preparer().everything(rows, splits)
+    assert list(evaluated) == ["train", "test"]
+
+
 def test_an_empty_stream_is_an_error(prepare: Prepare) -> None:
     empty = Dataset.from_list(TEXT_ROWS).to_iterable_dataset().filter(lambda row: False)
     with pytest.raises(TunesmithError, match="train data: the stream is empty"):
@@ -173,3 +187,137 @@ def test_a_stream_of_texts_without_an_end_is_refused_unless_allowed(prepare: Pre
     with pytest.raises(TunesmithError, match="no supervised token ends a text in the first 1 rows"):
         prepare(stream, max_length=4)
     assert len(list(prepare(stream, max_length=4, allow_no_eos=True))) == 1
+
+
+def test_roles_that_the_chat_template_mentions_and_merged_turns_are_prepared(
+    preparer: Callable[..., DataPreparer], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = tokenizer.chat_template + "{# 'critic' #}"
+    said = ("system", "Be brief"), ("developer", "Be kind"), ("critic", "Hm"), ("model", "Yes"), ("assistant", "No")
+    rows = [{"messages": [{"role": role, "content": content} for role, content in said]}]
+    dataset = preparer(merge_turns=True, train_on="assistant")(rows, "train", packing=False)
+    text = (
+        "<|im_start|>system\nBe brief\n\nBe kind<|im_end|>\n<|im_start|>critic\nHm<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answer = "Yes\n\nNo<|im_end|>"
+    assert tokenizer.decode(dataset[0]["input_ids"]).rstrip() == text + answer
+    assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]).rstrip() == answer
+
+
+@pytest.mark.parametrize("key", [{"train": False}, {"loss": False}, {"loss_weight": 0}, {"masked": True}])
+def test_an_answer_that_is_not_to_be_trained_on_is_not(
+    key: dict[str, Any], preparer: Callable[..., DataPreparer], tokenizer: Any
+) -> None:
+    turns: tuple[tuple[str, str, dict[str, Any]], ...]
+    turns = ("human", "Hi", {}), ("gpt", "Yes", key), ("human", "Why?", {"train": False}), ("gpt", "So", {})
+    rows = [{"conversations": [{"from": name, "value": text, **keys} for name, text, keys in turns]}]
+    for source in (rows, Dataset.from_list(rows)):
+        dataset = preparer(train_on="assistant")(source, "train", packing=False)
+        assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]).rstrip() == "So<|im_end|>"
+
+
+# Arrow has a null where a row lacks a key that another row has
+
+SHOWS_TOOLS = """{{ tools | tojson }}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def call_of(function: str, **arguments: Any) -> dict[str, Any]:
+    """A row that calls `function`, of one argument."""
+    call = {"type": "function", "function": {"name": function, "arguments": arguments}}
+    properties = {name: {"type": "string"} for name in arguments}
+    messages = [{"role": "user", "content": function}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {
+        "messages": messages,
+        "tools": [{"type": "function", "function": {"name": function, "parameters": {"properties": properties}}}],
+    }
+
+
+CALLS = [call_of("weather", city="Taipei"), call_of("stock", ticker="TSM")]
+
+
+def saved(folder: Path, kind: str) -> str:
+    """`CALLS` in a file or a folder that Arrow wrote."""
+    data, path = Dataset.from_list(CALLS), folder / kind
+    if kind == "saved":
+        data.save_to_disk(path)
+    elif kind == "rows.arrow":
+        (folder / "made").mkdir()
+        data.save_to_disk(folder / "made")
+        next((folder / "made").glob("*.arrow")).rename(path)
+    else:
+        data.to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("rows.parquet", "parquet.jsonl", "rows.arrow", "saved", "joined", "hub"),
+        *("Dataset", "named", "DataSource", "held out", "IterableDataset", "formatting_func"),
+    ],
+)
+def test_no_null_of_arrow_is_trained_on(
+    kind: str,
+    tmp_path: Path,
+    preparer: Callable[..., DataPreparer],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer.chat_template = SHOWS_TOOLS
+    prepare, data = preparer(max_length=None), Dataset.from_list(CALLS)
+    assert data[0]["tools"][0]["function"]["parameters"]["properties"]["ticker"] is None
+    expected = prepare(CALLS, "train", packing=False)["input_ids"]
+    assert '"arguments": {"city": "Taipei"}' in tokenizer.decode(expected[0])
+    made: Any
+    if kind in ("named", "DataSource", "held out"):
+        source = DataSource(rows=data, held_out=0.5 if kind == "held out" else 0)
+        made, held_out = prepare.mixture(
+            {"calls": data if kind == "named" else source}, packing=False, eval_packing=False
+        )
+        rows = [*made["input_ids"], *chain(*(rows["input_ids"] for rows in held_out.values()))]
+        assert len(held_out) == (kind == "held out")
+    else:
+        if kind == "hub":
+            monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+            made = read_rows("owner/calls")
+        elif kind == "joined":
+            (tmp_path / "rows.jsonl").write_text(json.dumps(CALLS[0]) + "\n")
+            parquet = read_rows(saved(tmp_path, "rows.parquet"))
+            made, expected = joined([read_rows(str(tmp_path / "rows.jsonl")), parquet]), [expected[0], *expected]
+        elif kind == "formatting_func":
+            prepare = DataPreparer(prepare.args, tokenizer, dict)
+            made = data
+        else:
+            made = {"Dataset": data, "IterableDataset": data.to_iterable_dataset()}.get(kind)
+            made = read_rows(saved(tmp_path, kind)) if made is None else made
+        rows = [row["input_ids"] for row in prepare(made, "train", packing=False)]
+    assert sorted(rows) == sorted(expected)
+
+
+def test_a_null_that_somebody_wrote_is_trained_on(
+    tmp_path: Path, preparer: Callable[..., DataPreparer], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = SHOWS_TOOLS
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(call_of("weather", city=None)) + "\n")
+    text = {"messages": CALLS[0]["messages"], "tools": json.dumps([{"name": "f", "default": None}])}
+    Dataset.from_list([text]).to_parquet(tmp_path / "rows.parquet")
+    prepare = preparer(max_length=None)
+    for source, shown in (("rows.jsonl", '"arguments": {"city": null}'), ("rows.parquet", '"default": null}]')):
+        (ids,) = prepare(read_rows(str(tmp_path / source)), "train", packing=False)["input_ids"]
+        assert shown in tokenizer.decode(ids)
+
+
+def test_the_same_values_with_nulls_of_arrow_and_with_nulls_of_the_user_are_different_data(
+    preparer: Callable[..., DataPreparer], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = SHOWS_TOOLS
+    prepare, padded = preparer(max_length=None), Dataset.from_list(CALLS)
+    sources = {"a": DataSource(rows=padded, held_out=0.5), "b": DataSource(rows=padded.to_list(), held_out=0.5)}
+    for name, source in sources.items():
+        made, _ = prepare.mixture({"same": source}, packing=False, eval_packing=False)
+        assert ("null" in tokenizer.decode(made[0]["input_ids"])) == (name == "b")

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tunesmith.data.formats import FormatOptions, detect, format_row, parse, parse_rows
+from tunesmith.data.formats import ArrowRow, FormatOptions, detect, format_row, parse, parse_rows
+from tunesmith.data.messages import TurnOptions
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
 
 PLAIN = FormatOptions()
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Yes"}
+F = {"type": "function", "function": {"name": "f"}}
 
 
 def read(row: dict[str, Any], **options: Any) -> Row:
@@ -86,7 +88,7 @@ def test_sharegpt() -> None:
         ANSWER,
     ]
     assert [message.weight for message in value.messages] == [1.0, 1.0, 0.0, 1.0, 1.0]
-    assert value.tools == [{"name": "f"}]
+    assert value.tools == [F]
 
 
 def test_a_function_call_may_be_several() -> None:
@@ -108,7 +110,7 @@ def test_prompt_and_completion_as_text() -> None:
 
 def test_prompt_and_completion_as_messages() -> None:
     value = talk({"prompt": [USER], "completion": [ANSWER], "tools": [{"name": "f"}]})
-    assert (fields(value), value.prompt_length, value.tools) == ([USER, ANSWER], 1, [{"name": "f"}])
+    assert (fields(value), value.prompt_length, value.tools) == ([USER, ANSWER], 1, [F])
 
 
 def test_a_completion_may_be_one_message() -> None:
@@ -161,6 +163,103 @@ def test_a_column_may_have_two_names() -> None:
     ]
 
 
+def test_history_is_part_of_the_prompt() -> None:
+    row = {"instruction": "Hi", "output": "Yes", "history": [["a", "b"], ["c", "d"]], "system": "Be brief"}
+    for history in (row["history"], json.dumps(row["history"])):
+        value = talk({**row, "history": history})
+        assert [message["content"] for message in fields(value)] == ["Be brief", "a", "b", "c", "d", "Hi", "Yes"]
+        assert [message.role for message in value.messages][1:] == ["user", "assistant"] * 3
+        assert value.prompt_length == 6
+    assert fields(talk({**row, "history": [], "system": ""})) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        {"system": "Be brief"},
+        {"system_prompt": "Be brief"},
+        {"system": "Be brief", "system_prompt": "Be brief"},
+        {"systemInstruction": {"parts": [{"text": "Be brief"}]}},
+    ],
+)
+def test_a_system_prompt_beside_the_turns_comes_first(system: dict[str, Any]) -> None:
+    told = {"role": "system", "content": "Be brief"}
+    assert fields(talk({"messages": [USER, ANSWER], **system})) == [told, USER, ANSWER]
+    assert fields(talk({"messages": [told, USER, ANSWER], **system})) == [told, USER, ANSWER]
+    value = talk({"prompt": [USER], "completion": [ANSWER], **system})
+    assert (fields(value), value.prompt_length) == ([told, USER, ANSWER], 2)
+
+
+def test_anthropics_system_prompt_may_be_parts() -> None:
+    parts = [{"type": "text", "text": "Be brief", "cache_control": {"type": "ephemeral"}}]
+    assert fields(talk({"messages": [USER], "system": parts}))[0] == {
+        "role": "system",
+        "content": [{"type": "text", "text": "Be brief"}],
+    }
+
+
+def test_gemini() -> None:
+    turns = [
+        {"role": "user", "parts": [{"text": "Hi"}]},
+        {"role": "model", "parts": [{"text": "Hm", "thought": True}, {"text": "Yes"}]},
+    ]
+    assert fields(talk({"contents": turns})) == [USER, ANSWER | {"reasoning_content": "Hm"}]
+
+
+def test_a_conversation_of_exchanges() -> None:
+    exchanges = [{"human": "Hi", "assistant": "Yes"}, {"system": "", "input": "Hi", "output": "Yes"}]
+    assert fields(talk({"conversation": exchanges})) == [USER, ANSWER, USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("columns", "weight"),
+    [
+        ({"weight": 2}, 2.0),
+        ({"loss_weight": 0.5}, 0.5),
+        ({"loss_scale": 2, "loss": True}, 2.0),
+        ({"train": False}, 0.0),
+        ({"masked": True}, 0.0),
+        ({"loss": 0.7, "train": "yes"}, 1.0),  # a loss that was measured, and the name of a split
+    ],
+)
+def test_a_row_says_how_much_it_is_trained_on(columns: dict[str, Any], weight: float) -> None:
+    rows: list[dict[str, Any]] = [{"messages": [USER, ANSWER]}, {"text": "x"}, {"prompt": "x", "completion": "y"}]
+    assert [read({**row, **columns}).weight for row in rows] == [weight] * 3
+    assert read({"input_ids": [5], **columns}).weight == weight
+
+
+def test_columns_that_no_tool_reads_may_be_there() -> None:
+    others = {"label": 1, "images": [], "image": None, "audio": {"path": None}, "id": 7, "topic": "x", "history": "[]"}
+    assert fields(talk({"messages": [USER, ANSWER], **others})) == [USER, ANSWER]
+    assert read({"text": "Good.", "label": True, "context": "film"}) == Text(text="Good.")
+    asked = {"instruction": "Hi", "output": "Yes", "input": "", "context": ""}
+    assert fields(talk(asked)) == [USER, ANSWER]
+
+
+def test_tools_may_be_named_functions() -> None:
+    assert talk({"messages": [USER], "functions": [{"name": "f"}], "parallel_tool_calls": False}).tools == [F]
+
+
+def test_roles_of_the_template_and_merging_reach_the_messages() -> None:
+    turns = TurnOptions(known_roles=("user", "critic"), merge_turns=True)
+    row = {"prompt": [USER, USER], "completion": [ANSWER, {"role": "critic", "content": "No"}]}
+    value = talk(row, turns=turns)
+    assert [message["content"] for message in fields(value)] == ["Hi\n\nHi", "Yes", "No"]
+    assert value.prompt_length == 1
+    options = FormatOptions(formatting_func=lambda row: row, turns=turns)
+    assert format_row(row, options) == value
+
+
+def test_what_was_read_otherwise_is_noted() -> None:
+    row = {"messages": [{"role": "developer", "content": "Be brief"}, USER, ANSWER]}
+    value = talk(row, turns=TurnOptions(known_roles=("system",)))
+    assert value.notes == (
+        "messages of the role developer are given to the chat template as system: it has no developer",
+    )
+    assert value.messages[0].role == "system"
+    assert talk(row).notes == ()
+
+
 def test_text() -> None:
     assert read({"text": "Hi", "label": 1}) == Text(text="Hi")
     assert read({"body": "Hi", "text": 7}, text_field="body") == Text(text="Hi")
@@ -174,6 +273,7 @@ def test_tokens() -> None:
 
 
 def test_masks_of_tokens_become_labels() -> None:
+    assert read({"input_ids": [5, 6], "loss_mask": [0, 1]}) == Tokens(input_ids=[5, 6], labels=[-100, 6])
     row = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
     assert read(row) == Tokens(input_ids=[5, 6, 7, 8], labels=[-100, 6, -100, 8])
 
@@ -235,7 +335,7 @@ def test_no_null_of_arrows_reaches_messages_or_tools() -> None:
         {"messages": [USER, ANSWER]},
     ]
     for row, padded in zip(rows, Dataset.from_list(rows), strict=True):
-        given, seen = talk(row, arrow=False), talk(padded)
+        given, seen = talk(row), talk(ArrowRow(padded))
         assert fields(seen) == fields(given)
         assert seen == given
         assert json.dumps(seen.tools) == json.dumps(row.get("tools"))
@@ -243,16 +343,17 @@ def test_no_null_of_arrows_reaches_messages_or_tools() -> None:
 
 
 def test_a_null_that_is_no_padding_stays() -> None:
-    tools = [{"name": "f", "parameters": {"x": {"type": "integer", "default": None}}}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": {"default": None}}}}]
     assert talk({"messages": [USER], "tools": json.dumps(tools)}).tools == tools
-    assert talk({"messages": [USER], "tools": tools}, arrow=False).tools == tools
+    assert talk({"messages": [USER], "tools": tools}).tools == tools
     call = {"function": {"name": "f", "arguments": {"x": None}}}
     row = {"messages": [{"role": "assistant", "content": None, "name": None, "tool_calls": [call]}]}
-    assert fields(talk(row, arrow=False)) == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    called = {"type": "function", "function": {"name": "f", "arguments": {"x": None}}}
+    assert fields(talk(row)) == [{"role": "assistant", "content": "", "tool_calls": [called]}]
 
 
 def test_tools_are_handed_on_in_their_order() -> None:
-    tools = '[{"name": "f", "b": 1, "a": [3, {"z": 1, "c": null}]}]'
+    tools = '[{"type": "function", "function": {"name": "f", "b": 1, "a": [3, {"z": 1, "c": null}]}}]'
     assert json.dumps(talk({"messages": [USER], "tools": tools}).tools) == tools
 
 
@@ -290,9 +391,12 @@ def test_arguments_of_the_template_come_as_object_or_json() -> None:
         ({"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "'tool_calls' of message 1 of 'messages'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, r"must be a list of \{'function'"),
         ({"messages": [{**USER, "when": datetime(2024, 1, 1)}]}, "'messages' has datetime"),
-        ({"messages": [{**USER, "weight": -1}]}, "'weight' is -1, expected a number of at least 0"),
-        ({"messages": [USER], "weight": float("nan")}, "'weight' is nan"),
-        ({"messages": [USER], "weight": True}, "'weight' is True"),
+        (
+            {"messages": [{**USER, "weight": -1}]},
+            "'weight' of message 1 of 'messages' is -1, expected a number of at least 0",
+        ),
+        ({"messages": [USER], "weight": float("nan")}, "'weight' of the row is nan"),
+        ({"messages": [USER], "weight": True}, "'weight' of the row is True"),
         ({"messages": [USER], "tools": "[{"}, "'tools' is text that is not JSON"),
         ({"messages": [USER], "tools": {"name": "f"}}, "'tools' is an object .*, expected a list, or its JSON text"),
         ({"messages": [USER], "tools": ["f"]}, r"tool 1 of 'tools' is text \(f\)"),
@@ -301,16 +405,68 @@ def test_arguments_of_the_template_come_as_object_or_json() -> None:
             {"messages": [USER], "chat_template_kwargs": {"messages": []}},
             "'messages' can't be given to a chat template",
         ),
-        ({"conversations": [{"from": "human"}]}, "'value' of message 1 of 'conversations' is null"),
+        ({"conversations": [{"from": "human"}]}, r"message 1 of 'conversations' \(role 'user'\) has neither"),
         (
-            {"conversations": [{"from": "bing", "value": "x"}]},
-            "message 1 of 'conversations' is from 'bing'; expected one of",
+            {"instruction": "x", "output": "y", "history": [["a"]]},
+            r"round 1 of 'history' .*, expected \[question, answ",
         ),
         (
-            {"conversations": [{"from": "function_call", "value": "f(1)"}]},
-            r"\(function_call\) is 'f\(1\)'; expected JSON",
+            {"instruction": "x", "output": "y", "history": [["a", None]]},
+            "round 1 of 'history' is null .*, expected text",
         ),
-        ({"conversations": [{"from": "function_call", "value": '{"name": "f"}'}]}, "expected JSON"),
+        ({"system": "A", "messages": [{"role": "system", "content": "B"}]}, "a system prompt in a column, and another"),
+        ({"system": "A", "system_prompt": "B", "messages": [USER]}, "'system' and 'system_prompt' differ"),
+        ({"messages": [USER], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "'tools' and 'functions', and"),
+        (
+            {"messages": [USER], "weight": 1, "loss_weight": 2},
+            "says two things of its training, with 'weight' and 'loss_w",
+        ),
+        ({"input_ids": [1, 2], "loss_scale": [0.5, 1]}, "'loss_scale' has a weight for each token"),
+        (
+            {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "f"}}]}]},
+            "part 1 is 'functionCall'; of Gem",
+        ),
+        ({"contents": [{"role": "user", "parts": [{"inlineData": {}, "text": ""}]}]}, "part 1 is 'inlineData'"),
+        # What would be lost
+        ({"messages": [USER, ANSWER], "image": "a.jpg"}, r"the row has images \('image'\), and only text"),
+        ({"text": "A dog", "images": [{"bytes": None, "path": "a.jpg"}]}, "the row has images"),
+        ({"prompt": "x", "completion": "y", "audio": {"path": "a.wav"}}, "the row has sounds"),
+        (
+            {"messages": [USER, ANSWER], "label": False},
+            r"'label' is false: .*\(KTO\).* keep the rows whose 'label' is true",
+        ),
+        ({"prompt": "x", "completion": "y", "label": True}, "'label' is true: a row for preference training"),
+        ({"conversations": [USER, ANSWER], "kto_tag": True}, "'kto_tag' is true: a row for preference training"),
+        ({"messages": [USER, ANSWER], "history": [["a", "b"]]}, "'history' would be lost: the format 'messages' does"),
+        ({"prompt": "x", "completion": "y", "history": [["a", "b"]]}, "'history' would be lost"),
+        (
+            {"prompt": "x", "completion": "y", "system": "z"},
+            "`columns: {instruction: prompt, output: completion}` makes",
+        ),
+        ({"prompt": "x", "completion": "y", "tools": [{"name": "f"}]}, "'tools' would be lost"),
+        (
+            {"instruction": "x", "output": "y", "context": "z"},
+            r"'context' would be lost.*\n?.*`columns: {input: context}`",
+        ),
+        (
+            {"conversations": [USER, ANSWER], "mask": "User"},
+            "'mask' is 'User', in NeMo's format .*`train_on: assistant`",
+        ),
+        # The line to write
+        (
+            {"question": "x", "answer": "y"},
+            "Write `columns: {instruction: question, output: answer}`, or `columns: {pro",
+        ),
+        (
+            {"input": "x", "output": "y"},
+            "Write `columns: {instruction: input}`, or `columns: {prompt: input, completion: o",
+        ),
+        ({"query": "x", "response": "y"}, "Write `columns: {instruction: query, output: response}`"),
+        ({"problem": "x", "solution": "y"}, "Write `columns: {instruction: problem, output: solution}`"),
+        ({"dialog": [USER, ANSWER]}, "Write `columns: {messages: dialog}`, or a `formatting_func`"),
+        ({"input": [USER], "output": [ANSWER]}, "Write `columns: {prompt: input, completion: output}`, or"),
+        ({"prompt": [USER], "answer": "y"}, "Other names: `columns: {prompt: question, completion: answer}`, or"),
+        ({"instruction": "x", "output": None}, "'output' is null, which the format 'instruction' needs"),
         ({"prompt": "x", "completion": [ANSWER]}, "both must be text, or both lists of messages"),
         ({"prompt": [USER], "completion": []}, "'completion' is empty"),
         ({"instruction": "x", "output": 7}, r"'output' is a number \(7\), expected text"),
@@ -330,6 +486,15 @@ def test_a_broken_row_is_refused_with_the_reason(row: dict[str, Any], message: s
         read(row)
 
 
+def test_the_way_on_names_the_columns_of_the_row() -> None:
+    row = {"question": "x", "answer": "y", "system_prompt": "z"}
+    way = r"'system_prompt' would be lost.* `columns: {instruction: question, output: answer}` makes a conversation"
+    with pytest.raises(TunesmithError, match=way):
+        read(row, columns={"prompt": "question", "completion": "answer"})
+    value = talk(row, columns={"instruction": "question", "output": "answer"})
+    assert [message["content"] for message in fields(value)] == ["z", "x", "y"]
+
+
 def test_preference_pairs_are_named_and_their_chosen_side_can_be_used() -> None:
     row = {
         "conversations": [{"from": "human", "value": "Hi"}],
@@ -345,6 +510,8 @@ def test_preference_pairs_are_named_and_their_chosen_side_can_be_used() -> None:
     with pytest.raises(TunesmithError, match=r"`columns: {messages: chosen}`"):
         read(whole)
     assert fields(talk(whole, columns={"messages": "chosen"})) == [USER, ANSWER]
+    with pytest.raises(TunesmithError, match=r"`columns: {messages: chosen_messages}`"):
+        read({"chosen_messages": [USER, ANSWER], "rejected_messages": [USER, ANSWER]})
     with pytest.raises(TunesmithError, match=r"`columns: {prompt: prompt, completion: chosen}`"):
         read({"prompt": "Hi", "chosen": "Yes", "rejected": "No"})
 

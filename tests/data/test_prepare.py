@@ -112,7 +112,7 @@ def test_changed_code_never_meets_old_data(
     assert not cached(ROWS, preparation, tmp_path)
 
 
-NOT_DECIDING = {"cache": "it stores what others decide"}
+NOT_DECIDING = {"cache": "it stores what others decide", "workers": "they do what others decide"}
 
 
 def test_the_code_that_decides_tokens_is_all_that_preparing_and_parsing_rows_import() -> None:

@@ -1,18 +1,29 @@
 """Rows come out as the file has them, each with its place; a damaged file is refused with the place of the damage."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+import pickle
 import tracemalloc
+from collections.abc import Callable
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.read import Rows, numbered_lines, read_rows, with_places
+from tunesmith.data.formats import ArrowRow
+from tunesmith.data.prepare import identity
+from tunesmith.data.read import Rows, read_rows, with_places
+from tunesmith.data.skipped import BadRow
 from tunesmith.errors import TunesmithError
 
 VALUES = st.recursive(
@@ -102,35 +113,40 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a" 1}\n', r"line 2, column 6: Expecting ':' delimiter$"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is a list, expected an object"),
         ("a.jsonl", '{"a": 1}\nnull\n', "line 2 is null, expected an object"),
-        ("a.jsonl", '[{"a": 1}]\n', r"line 1 is a list.*name it \.json"),
-        ("a.jsonl", '{\n"a": 1\n}\n', r"line 1, column 2.*name the file \.json$"),
         ("a.jsonl", '{"a": {"b": 1, "b": 2}}\n', "line 1: the key 'b' is given twice"),
         ("a.jsonl", '{"a": "\\ud83d"}\n', r"line 1: \\ud83d is half of a surrogate pair"),
-        ("a.jsonl", "[" * 100_000, "line 1: lists or objects are nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "lists or objects are nested too deeply"),
         ("a.jsonl", '{"a": "é"}\n'.encode() + b'{"a": "\xe9"}\n', r"line 2: byte 19 \(0xe9\) is not UTF-8"),
         ("a.jsonl", b'\xef\xbb\xbf{"a": "\xe9"}\n', r"line 1: byte 10 \(0xe9\)"),
         ("a.jsonl", '{"a": 1}\n{"a": "\0"}\n', "line 2: there is a NUL at byte 16"),
-        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "line 1: the file is UTF-16"),
-        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "line 1: the file is UTF-16"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "line 1: the file is UTF-16 without a byte order mark"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16")[:-1], r"a\.jsonl can't be read: .*truncated data"),
         ("a.jsonl", '{"a": 1}\n{"a": NaN}\n', "line 2: NaN is not a number in JSON; write null"),
         ("a.jsonl", '{"a": [-Infinity]}\n', "line 1: -Infinity is not a number"),
-        ("a.json", '[{"a": 1e999}]', r"a\.json: 1e999 is not a number in JSON"),
+        ("a.json", '[{"a": 1e999}]', r"a\.json, row 1: 1e999 is not a number in JSON"),
         ("a.jsonl", '{"a": 1}\n[\n', r"line 2, column 2: Expecting value"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1: lists or objects are nested too deeply"),
         ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", "line 1: Exceeds the limit"),
-        ("a.jsonl", b"\x1f\x8b\x08\x00rest", "line 1: the file is gzip-compressed; unpack it first"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00rest", r"a\.jsonl can't be read: Compressed file ended"),
+        ("a.jsonl", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"a\.jsonl can't be read: Compressed file ended"),
+        ("a.jsonl", gzip.compress(gzip.compress(b"{}")), "line 1: the file is compressed twice, with gzip inside"),
+        ("a.jsonl", gzip.compress(b"PAR1"), "line 1: the file is a Parquet file in a compressed one"),
         ("a.csv", b"PK\x03\x04rest", "line 1: the file is a zip archive .* save it as .csv"),
-        ("a.txt", b"PAR1rest", "line 1: the file is a Parquet file; name it .parquet"),
-        ("a.jsonl.gz", b"\x1f\x8b", r"files named \*\.gz can't be read; unpack it first; known are"),
+        ("a.txt", b"PAR1rest", "not a Parquet file"),
+        ("a.arrow", b"ARROW1\0\0rest", "not an Arrow file"),
+        ("a.tar.gz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar"), "line 1: the file is a tar archive"),
+        ("a.pkl", pickle.dumps([{"a": 1}]), "line 1: the file is a pickle, which may run any code"),
         ("a.jsonl", "", "is an empty file"),
         ("a.jsonl", "\n\n", "has no rows"),
         ("a.json", "[]", "has no rows"),
         ("a.json", '[{"a": 1}, 2]', r"a\.json, row 2 is a number, expected an object"),
         ("a.json", '[\n{"a": 1},\n{"a', r"line 3, column 2.*cut off"),
-        ("a.json", '{"a": 1}\n{"a": 2}\n', r"line 2, column 1: Extra data; .*name the file \.jsonl"),
-        ("a.json", '{"a": 1}', "holds an object with no list"),
-        ("a.json", '{"a": [], "b": []}', "with the lists 'a', 'b'"),
-        ("a.json", '{"messages": [{"role": "user"}]}', "holds a single row; put it in a list"),
-        ("a.json", '"text"', "holds text, expected a list"),
+        ("a.json", '[{"a": 1}] [{"a": 2}]', "line 1, column 12: Extra data$"),
+        ("a.json", '[{"a": 1},]', "line 1, column 11: Expecting value$"),
+        ("a.json", '[{"a": 1} {"a": 2}]', "line 1, column 11: Expecting ',' delimiter$"),
+        ("a.json", '[\n{"a": "\xe9"}]'.encode("latin-1"), r"line 2: byte 9 \(0xe9\) is not UTF-8"),
+        ("a.json", '{"a": [], "b": []}', "has no split 'train'; it has 'a', 'b'. Choose one: `split: a`"),
+        ("a.json", '"text"', "line 1 is text, expected an object"),
         ("a.json", '[{"a": 1, "a": 2}]', "the key 'a' is given twice"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 values, but the header has 2 names"),
         ("a.csv", "a,b\n1\n", "line 2 has 1 values, but the header has 2 names"),
@@ -151,18 +167,229 @@ def test_a_damaged_file_is_refused_with_the_place(
         list(opened(tmp_path, name, content))
 
 
+# The same rows in the disguises of everyday files
+
+ROWS = [{"prompt": "a, b; c\té", "completion": "1"}, {"prompt": 'say "好"', "completion": "2\n3"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+ARRAY = json.dumps(ROWS, ensure_ascii=False)
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.compress(content, "zstd", asbytes=True))
+
+
+def cells(delimiter: str, *, index: str | None = None) -> str:
+    out = io.StringIO()
+    before: list[list[Any]] = [[], [], []] if index is None else [[index], [0], [1]]
+    rows = [[*ROWS[0]], *([*row.values()] for row in ROWS)]
+    csv.writer(out, delimiter=delimiter).writerows(map(add, before, rows))
+    return out.getvalue()
+
+
+def written(write: Callable[[Any], object]) -> bytes:
+    sink = io.BytesIO()
+    write(sink)
+    return sink.getvalue()
+
+
+def arrow_file(sink: Any, new: Any = pa.ipc.new_file) -> None:
+    with new(sink, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+
+
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("lines.json", LINES),
+        ("lines.csv", LINES),
+        ("lines.data", LINES),
+        ("lines.txt", LINES),
+        ("array.jsonl", ARRAY),
+        ("array.txt.json", json.dumps(ROWS, indent=2)),
+        ("array.ndjson", json.dumps(ROWS, indent=2)),
+        ("objects.jsonl", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
+        ("held.json", json.dumps({"version": 1, "rows": ROWS}, indent=1)),
+        ("split.json", json.dumps({"train": ROWS, "test": [{"prompt": "x", "completion": "y"}]})),
+        ("pandas.json", json.dumps({name: dict(enumerate(values)) for name, values in COLUMNS.items()})),
+        ("pandas-index.json", json.dumps(dict(enumerate(ROWS)), indent=1)),
+        (
+            "pandas-split.json",
+            json.dumps({"columns": [*ROWS[0]], "index": [0, 1], "data": [list(r.values()) for r in ROWS]}),
+        ),
+        ("lists.json", json.dumps(COLUMNS)),
+        ("rows.csv", cells(",")),
+        ("bom.csv", "\ufeff" + cells(",")),
+        ("semicolon.csv", cells(";")),
+        ("excel.csv", "sep=;\n" + cells(";")),
+        ("tab.csv", cells("\t")),
+        ("bar.csv", cells("|")),
+        ("comma.tsv", cells(",")),
+        ("table.txt", cells("\t")),
+        ("index.csv", cells(",", index="")),
+        ("index.tsv", cells("\t", index="Unnamed: 0")),
+        ("index.semicolon.csv", cells(";", index="__index_level_0__")),
+        ("utf-16.csv", cells("\t").encode("utf-16")),
+        ("utf-16-be.csv", b"\xfe\xff" + cells(";").encode("utf-16-be")),
+        ("utf-32.jsonl", LINES.encode("utf-32")),
+        ("lines.jsonl.gz", gzip.compress(LINES.encode())),
+        ("lines.gz", gzip.compress(LINES.encode())),
+        ("two.jsonl.gz", b"".join(gzip.compress(line.encode()) for line in LINES.splitlines(keepends=True))),
+        ("lines.jsonl.bz2", bz2.compress(LINES.encode())),
+        ("lines.jsonl.xz", lzma.compress(LINES.encode())),
+        ("two.xz", b"".join(lzma.compress(line.encode()) for line in LINES.splitlines(keepends=True))),
+        ("lines.jsonl.zst", zstd(LINES.encode())),
+        ("not-named.jsonl", zstd(LINES.encode())),
+        ("array.json.zst", zstd(ARRAY.encode())),
+        ("utf-16.csv.gz", gzip.compress(cells(";").encode("utf-16"))),
+        ("rows.parquet", written(lambda sink: pq.write_table(TABLE, sink))),
+        ("parquet.jsonl", written(lambda sink: pq.write_table(TABLE, sink))),
+        (
+            "index.parquet",
+            written(lambda sink: pq.write_table(TABLE.append_column("__index_level_0__", [[5, 6]]), sink)),
+        ),
+        ("rows.arrow", written(arrow_file)),
+        ("stream.arrow", written(lambda sink: arrow_file(sink, pa.ipc.new_stream))),
+        ("lines.parquet", LINES),
+    ],
+)
+def test_the_same_rows_in_any_everyday_file(tmp_path: Path, name: str, content: bytes | str) -> None:
+    assert rows_of(tmp_path, name, content) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("rows.json", '{"a": 1}\n\n{"a": 2}\n', ["rows.json, line 1", "rows.json, line 3"]),
+        ("rows.jsonl", '[{"a": 1},\n {"a": 2}]', ["rows.jsonl, row 1", "rows.jsonl, row 2"]),
+        ("rows.jsonl", '{"data": [{"a": 1}]}', ["rows.jsonl, line 1"]),
+        ("rows.json", '{"data": [{"a": 1}]}', ["rows.json, row 1 of 'data'"]),
+        ("rows.json", '{"turns": [{"role": "user", "content": "a"}]}', ["rows.json, line 1"]),
+        ("rows.json", '{"messages": [], "tools": [{"name": "f"}], "x": [{}]}', ["rows.json, line 1"]),
+        ("rows.json", '{"input_ids": [1, 2], "labels": [1, 2]}', ["rows.json, line 1"]),
+        ("rows.csv.gz", gzip.compress(b"a;b\n\n1;2\n"), ["rows.csv.gz, line 3"]),
+    ],
+)
+def test_places_are_lines_where_a_line_is_a_row(
+    tmp_path: Path, name: str, content: bytes | str, places: list[str]
+) -> None:
+    assert places_of(tmp_path, name, content) == places
+
+
+def test_a_text_file_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
+    for text in ('{"a": 1}', "[Verse 1]", "one, two, three", "text", "{", "a;b"):
+        assert rows_of(tmp_path, "rows.txt", f"{text}\nmore\n") == [{"text": text}, {"text": "more"}]
+
+
+def test_the_delimiter_is_that_which_divides_all_rows_alike_and_quotes_are_respected(tmp_path: Path) -> None:
+    text = 'question;answer\n"a; b";1,5\n"c\nd";2,5\n'
+    assert rows_of(tmp_path, "rows.csv", text) == [
+        {"question": "a; b", "answer": "1,5"},
+        {"question": "c\nd", "answer": "2,5"},
+    ]
+    assert rows_of(tmp_path, "rows.csv", "text\none; two\nthree\n") == [{"text": "one; two"}, {"text": "three"}]
+    assert rows_of(tmp_path, "rows.csv", "a;x,b;y\n1;2,3;4\n") == [{"a;x": "1;2", "b;y": "3;4"}]
+    with pytest.raises(TunesmithError, match="line 3 has 3 values, but the header has 2 names"):
+        rows_of(tmp_path, "rows.csv", "a;b\n1;2\n1;2;3\n1;2\n" + "1;2\n" * 9)
+
+
+def test_a_damaged_row_of_a_list_is_passed_over_where_its_end_is_known(tmp_path: Path) -> None:
+    text = '[{"a": 1}, 7, {"a": {"b": 1, "b": 2}}, {"a": NaN}, {"a": "\\ud83d"}, {"a": 2}]'
+    rows = [row for _, row in opened(tmp_path, "rows.json", text).each()]
+    assert [row for row in rows if isinstance(row, dict)] == [{"a": 1}, {"a": 2}]
+    assert [row.reason.partition(";")[0] for row in rows if isinstance(row, BadRow)] == [
+        "is a number, expected an object {...}",
+        "the key 'b' is given twice in one object",
+        "NaN is not a number in JSON",
+        "\\ud83d is half of a surrogate pair and not a character",
+    ]
+
+
+def test_splits_of_a_json_file_are_chosen_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"train": [{"a": 1}], "test": [{"a": 2}], "version": 3}))
+
+    def rows(split: str | None, default: str = "train") -> list[dict[str, Any]]:
+        return [row for _, row in read_rows(str(path), split, default_split=default)]
+
+    assert (rows(None), rows(None, "test"), rows("test")) == ([{"a": 1}], [{"a": 2}], [{"a": 2}])
+    assert identity(read_rows(str(path))) != identity(read_rows(str(path), default_split="test"))
+    with pytest.raises(TunesmithError, match=r"no split 'tests'; did you mean 'test'\?; it has 'train', 'test'"):
+        rows("tests")
+    path.write_text('[{"a": 1}]')
+    with pytest.raises(TunesmithError, match=r"split is 'test', but .*rows\.json is one list, which has no splits"):
+        rows("test")
+
+
+def test_what_arrow_stores_as_json_is_loaded_and_rows_of_arrow_are_marked(tmp_path: Path) -> None:
+    rows = [{"x": 1, "messages": [{"c": {"a": [1]}}, "text"]}, {"x": 2, "messages": None}]
+    features = Features({"x": Value("int64"), "messages": List(Json())})
+    data = Dataset.from_list(rows, features=features)
+    data.to_parquet(tmp_path / "rows.parquet")
+    found = [row for _, row in read_rows(str(tmp_path / "rows.parquet"))]
+    assert found == rows
+    assert {type(row) for row in found} == {ArrowRow}
+    assert {type(row) for _, row in with_places(data.to_iterable_dataset())} == {ArrowRow}
+    assert {type(row) for _, row in opened(tmp_path, "rows.jsonl", '{"a": null}')} == {dict}
+
+
+def test_a_small_compressed_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n{"a": 2}\n')
+    assert path.stat().st_size < 1_000_000
+    tracemalloc.start()
+    try:
+        first, long, last = (row for _, row in read_rows(str(path)).each())
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * 100_000_000
+    finally:
+        tracemalloc.stop()
+    assert (first, last) == ({"a": 1}, {"a": 2})
+    assert isinstance(long, BadRow)
+    assert long.reason == "the line has more than 64,000,000 bytes, too many for one row; divide it"
+
+
+def test_lists_are_read_row_by_row_and_each_row_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.data.jsontext.CHUNK", 10)
+    rows = [{"text": "é" * n, "n": [n, -1.5, None, {"x": True}]} for n in range(40)]
+    for text in (json.dumps(rows, ensure_ascii=False), json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+        assert rows_of(tmp_path, "rows.json", text) == rows
+    with pytest.raises(TunesmithError, match=r"rows\.json, line 3, column 6: Expecting ':' delimiter"):
+        rows_of(tmp_path, "rows.json", '[{"a": 1, "b": "long enough"},\n{"a": 2},\n{"a" 3}, {"a": 4}]')
+    monkeypatch.setattr("tunesmith.data.jsontext.MOST_BYTES", 50)
+    with pytest.raises(TunesmithError, match="line 1, column 12: a value has more than 50 characters; divide it"):
+        rows_of(tmp_path, "rows.json", json.dumps([{"a": 1}, {"a": "x" * 500}]))
+    monkeypatch.setattr("tunesmith.data.jsontext.MOST_OF_A_PACKED_OBJECT", 100)
+    with pytest.raises(TunesmithError, match="line 1, column 1: a value has more than 100 characters"):
+        rows_of(tmp_path, "rows.json.gz", gzip.compress(json.dumps({"data": [{"a": "x"}] * 500}).encode()))
+
+
+@pytest.mark.parametrize("disguise", ["lines.json", "lines.jsonl.gz", "array.jsonl", "array.json.zst", "rows.parquet"])
+def test_real_rows_are_the_same_in_every_disguise(shared_data: Path, tmp_path: Path, disguise: str) -> None:
+    rows = json.loads((shared_data / "glaive_toolcall_en_demo.json").read_text(encoding="utf-8"))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    content = {
+        "lines.json": lines,
+        "lines.jsonl.gz": gzip.compress(lines),
+        "array.jsonl": json.dumps(rows).encode(),
+        "array.json.zst": zstd(json.dumps(rows, indent=2).encode()),
+        "rows.parquet": written(lambda sink: pq.write_table(pa.Table.from_pylist(rows), sink)),
+    }[disguise]
+    assert rows_of(tmp_path, disguise, content) == rows
+
+
 def test_a_missing_file_comes_with_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(TunesmithError, match=r"no file .*rows\.json; did you mean 'rows\.jsonl'\?"):
         read_rows(str(tmp_path / "rows.json"))
     with pytest.raises(TunesmithError, match=r"there is no folder .*nowhere"):
         read_rows(str(tmp_path / "nowhere" / "rows.jsonl"))
-
-
-def test_a_folder_is_refused_with_what_it_holds(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(TunesmithError, match=r"is a folder, expected a file; it holds rows\.jsonl"):
-        read_rows(str(tmp_path))
 
 
 def test_a_data_set_with_a_loading_script_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,12 +464,3 @@ def test_rows_are_numbered_from_zero_unless_they_know_their_place() -> None:
     assert list(with_places(rows)) == [("row 0", {"text": "a"}), ("x.jsonl, line 7", {"text": "b"})]
     columns = Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
     assert list(with_places(columns)) == [("row 0", {"text": "a", "n": 1}), ("row 1", {"text": "b", "n": 2})]
-
-
-def test_a_long_line_is_passed_over_in_little_memory(tmp_path: Path) -> None:
-    file = tmp_path / "rows.txt"
-    file.write_bytes(b"a" * 3000 + b"\n" + b"b" * 10 + b"\n")
-    long, short = numbered_lines(file, "rows.txt", most=1000)
-    assert long.bad is not None
-    assert long.bad.reason == "the line has more than 1,000 bytes, too many for one row; divide it"
-    assert (short.text, short.place, short.bad) == ("b" * 10 + "\n", "rows.txt, line 2", None)

@@ -43,13 +43,12 @@ GSM8K = {"prompt": "question", "completion": "answer"}
         ("gsm8k_train.jsonl", GSM8K, None),
         ("gsm8k_test.jsonl", {"instruction": "question", "output": "answer"}, None),
         ("dpo_en_demo.json", {"prompt": "conversations", "completion": "chosen"}, None),
-        ("kto_en_demo.json", {}, "assistant"),
     ],
 )
 def test_every_row_of_the_real_data_is_prepared(shared_data: Path, name: str, columns: Any, train_on: Any) -> None:
     tokenizer = bytes_("qwen3", "<|im_end|>")
     rows = rows_of(shared_data / name)
-    batches, counts = encode(rows, tokenizer, FormatOptions(columns=columns, arrow=False), train_on=train_on)
+    batches, counts = encode(rows, tokenizer, FormatOptions(columns=columns), train_on=train_on)
     assert counts.rows == counts.examples == sum(len(batch.lengths) for batch in batches) == len(rows)
     assert counts.dropped == {}
     assert counts.ends == {tokenizer.eos_token_id: len(rows)}
@@ -69,6 +68,8 @@ def test_every_row_of_the_real_data_is_prepared(shared_data: Path, name: str, co
 def test_preference_pairs_of_the_real_data_are_named(shared_data: Path) -> None:
     with pytest.raises(TunesmithError, match=r"^dpo_en_demo\.json, row 0: these are preference pairs"):
         encode(rows_of(shared_data / "dpo_en_demo.json"), bytes_("qwen3", "<|im_end|>"), FormatOptions())
+    with pytest.raises(TunesmithError, match=r"^kto_en_demo\.json, row 0: 'label' is true: .* \(KTO\)"):
+        encode(rows_of(shared_data / "kto_en_demo.json"), bytes_("qwen3", "<|im_end|>"), FormatOptions())
 
 
 def test_tool_calls_that_a_template_does_not_know_are_refused(shared_data: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_file_in_another_encoding_is_not_skipped_line_by_line(
     file.write_bytes(
         "".join(f'{{"text": "{word}"}}\n' for word in ("café", "plain", "naïve", "über")).encode("latin-1")
     )
-    with pytest.raises(TunesmithError, match=r"line 1: byte 13 \(0xe9\) .* 3 are not: .* Latin-1"):
+    with pytest.raises(TunesmithError, match=r"line 1: byte 13 \(0xe9\) .* 3 are not: .* WINDOWS-1252"):
         preparer()(read_rows(str(file)), "train", packing=False)
     one = b"".join(b'{"text": "caf\xc3\xa9"}\n' for _ in range(30)) + b'{"text": "\xe9"}\n'
     file.write_bytes(one)
@@ -256,7 +256,7 @@ def _nested(depth: int) -> list[Any]:
         ({"messages": _nested(5000)}, "row 0: lists or objects are nested too deeply"),
         ({1: "a"}, "row 0: a column is named 1, expected text"),
         ({None: "a"}, "row 0: a column is named None, expected text"),
-        ({"conversations": [{"from": [], "value": "a"}]}, r"row 0: message 1 of 'conversations' is from \[\]"),
+        ({"conversations": [{"from": [], "value": "a"}]}, "row 0: 'from' of message 1 of 'conversations' is a list"),
         ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "row 0: 'tool_calls' of message 1 of 'messages' must"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": 7}]}]}, "row 0: 'tool_calls' of message 1"),
         (("a", "b"), "row 0 is tuple, expected an object"),

@@ -91,9 +91,7 @@ OPTIONS = st.builds(
 
 def examples_of(source: Any, tokenizer: Any, options: EncodeOptions) -> Any:
     """`source` prepared as training would. Raises AssertionError where labels are not what they must be."""
-    preparation = Preparation(
-        tokenizer=tokenizer, encode=options, formats=FormatOptions(arrow=False, skip_bad=options.skip_bad)
-    )
+    preparation = Preparation(tokenizer=tokenizer, encode=options, formats=FormatOptions(skip_bad=options.skip_bad))
     dataset, prepared = prepare(with_places(source), preparation)
     assert len(dataset) == prepared.counts.examples > 0
     assert examine(dataset, prepared.counts, None).longest <= (options.max_length or 10**9)

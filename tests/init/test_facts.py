@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from tunesmith.data.columns import pair_columns
 from tunesmith.errors import TunesmithError
 from tunesmith.init import facts
-from tunesmith.init.facts import Lengths, look, pair_columns, proposed_columns
+from tunesmith.init.facts import Lengths, look, proposed_columns
 
 
 def placed(*rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

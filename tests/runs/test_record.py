@@ -117,6 +117,8 @@ def test_a_folder_here_is_not_the_model_of_that_name_on_the_hub(
         ("org/rows:main", "hub", "org/rows:main"),
         ("/home/me/rows.jsonl", "file", "rows.jsonl"),
         ("rows.csv", "file", "rows.csv"),
+        ("private/*.jsonl", "file", "*.jsonl"),
+        ("rows.jsonl.zst", "file", "rows.jsonl.zst"),
         (r"C:\rows.parquet", "file", "rows.parquet"),
         (None, "memory", "rows made by a program"),
     ],

@@ -43,7 +43,7 @@ def evaluate(
         str | None, typer.Option(metavar="NAMES", help="Our names to the data's: '{prompt: question}'.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The split of data on the hub; unset, test.")
+        str | None, typer.Option(metavar="NAME", help="The split of data that has several; unset, test.")
     ] = None,
     as_chat: Annotated[bool | None, typer.Option("--chat/--text", help="How to ask texts. Unset: as trained.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="The seed of what is drawn.")] = 0,

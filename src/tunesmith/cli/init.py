@@ -24,7 +24,9 @@ SUFFIXES = (".yaml", ".yml")
 def init(
     recipe: Annotated[Path, typer.Argument(help="The file to write.", metavar="[RECIPE.yaml]")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="A name on the hub, a folder, or demo.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="The rows: a file, or a name on the hub; repeatable.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="The rows: a file, a folder, or a name on the hub; repeatable.")
+    ] = None,
     goal: Annotated[str | None, typer.Option(help="chat | instruct | classify | tools | json | continue.")] = None,
     method: Annotated[str | None, typer.Option(help="lora | full | 8bit | 4bit.")] = None,
     output: Annotated[str | None, typer.Option(help="The folder of the run.")] = None,

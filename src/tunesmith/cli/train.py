@@ -33,7 +33,7 @@ The settings used most:
 
 \b
 [cyan]--model[/cyan]        a name on the hub, a folder, or demo
-[cyan]--data[/cyan]         .jsonl .json .csv .tsv .parquet .txt, or a name on the hub
+[cyan]--data[/cyan]         a file, a folder, 'data/*.jsonl', or a name on the hub
 [cyan]--eval-data[/cyan]    the same, to evaluate on after each epoch
 [cyan]--output[/cyan]       the folder for the run
 [cyan]--lora[/cyan]         train adapters: alone, or r=16,alpha=32,target=all-linear

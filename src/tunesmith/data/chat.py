@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from tunesmith.data.content import check_shown, control_tokens, with_marks, without_marks
+from tunesmith.data.alike import turns_of
+from tunesmith.data.content import check_shown, control_tokens, marked, without_marks
 from tunesmith.data.history import everything, located
 from tunesmith.data.skipped import NotTheRow
 from tunesmith.data.template import ChatTemplate, Fields
-from tunesmith.data.turns import Chat, Turn, turn_of
+from tunesmith.data.turns import Chat, Turn
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Rendered, Span, TrainOn
 
@@ -67,25 +68,30 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
 
     Raises TunesmithError when a span can't be determined with certainty, and when a message is lost in the rendering.
     """
-    control = control_tokens(conversation, template)
+    control = control_tokens((message.fields for message in conversation.messages), template.special)
     if not control:
-        return _rendered(conversation, template, options)
+        rendering = _rendered(conversation, template, options)
+        return replace(rendering, notes=(*conversation.notes, *rendering.notes)) if conversation.notes else rendering
     if options.specials_in_content == "error":
         raise TunesmithError(
             f"a message has the text {control[0]!r}, which reads as a control token (specials_in_content: error); take "
             "it out of the row, or write specials_in_content: text to train on it as ordinary characters"
         )
-    note = SPECIALS.format(control[0])
+    notes = (*conversation.notes, SPECIALS.format(control[0]))
     if options.specials_in_content == "keep":
         rendering = _rendered(conversation, template, options)
-        return replace(rendering, notes=(*rendering.notes, note))
-    rendering = _rendered(with_marks(conversation, control), template, options)
+        return replace(rendering, notes=(*notes, *rendering.notes))
+    messages = tuple(replace(message, fields=marked(message.fields, control)) for message in conversation.messages)
+    rendering = _rendered(replace(conversation, messages=messages), template, options)
     documents = tuple(without_marks(document) for document in rendering.documents)
-    return replace(rendering, documents=documents, notes=(*rendering.notes, note))
+    return replace(rendering, documents=documents, notes=(*notes, *rendering.notes))
 
 
 def _rendered(conversation: Conversation, template: ChatTemplate, options: RenderOptions) -> Rendering:
     chat, prompt, train_on = Chat(conversation, template), conversation.prompt_length, options.train_on or "assistant"
+    others = [message.weight for message in conversation.messages if message.role != "assistant"]
+    if train_on == "all" and others and not any(others):  # rows of tools in which a turn says that it is not trained on
+        train_on = "assistant"
     if train_on == "all":
         check_shown(chat, [chat.text])
         closed = conversation.messages[-1].weight > 0
@@ -97,7 +103,7 @@ def _rendered(conversation: Conversation, template: ChatTemplate, options: Rende
         return Rendering(documents=(_marked(chat, conversation, weights),))
     if options.turns == "whole" and options.prompt_mismatch == "accept":
         return _accepted(chat, supervised, weights, prompt)
-    turns = {i: turn_of(chat, i) for i in supervised}
+    turns = turns_of(chat, supervised)
     notes = list[str]()
     for turn in turns.values():
         notes += [CLOSED] * turn.closed + [DROPPED] * turn.dropped

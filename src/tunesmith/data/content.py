@@ -6,45 +6,41 @@ rendering, a character of Unicode's private use between its first two characters
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.template import REASONING_TAG, ChatTemplate
-from tunesmith.data.turns import Chat
+from tunesmith.data.template import REASONING_TAG, Fields
+from tunesmith.data.turns import Chat, shows
 from tunesmith.errors import TunesmithError
-from tunesmith.types import Conversation, Rendered, Span
+from tunesmith.types import Rendered, Span
 
 MARK = "\U0010fffd"
 MARKED = re.compile(MARK)
 
 
-def control_tokens(conversation: Conversation, template: ChatTemplate) -> list[str]:
+def control_tokens(messages: Iterable[Fields], special: re.Pattern[str]) -> list[str]:
     """The texts of control tokens that stand in messages. Tags of reasoning aside, which templates take from them."""
     found = dict[str, None]()
-    for message in conversation.messages:
-        for text in _strings(message.fields):
-            if template.special.search(text):
-                found.update(dict.fromkeys(template.special.findall(text)))
+    for message in messages:
+        for text in _strings(message):
+            if special.search(text):
+                found.update(dict.fromkeys(special.findall(text)))
     return [token for token in found if len(token) > 1 and not REASONING_TAG.fullmatch(token)]
 
 
-def with_marks(conversation: Conversation, tokens: Sequence[str]) -> Conversation:
-    """The conversation with a mark in each of these texts."""
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-    def marked(value: Any) -> Any:
-        match value:
-            case str():
-                return pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
-            case dict():
-                return {key: marked(item) for key, item in value.items()}
-            case list():
-                return [marked(item) for item in value]
-        return value
-
-    messages = tuple(replace(message, fields=marked(message.fields)) for message in conversation.messages)
-    return replace(conversation, messages=messages)
+def marked(value: Any, tokens: Sequence[str]) -> Any:
+    """A message, or several, with a mark in each of these texts."""
+    match value:
+        case str():
+            for token in tokens:
+                value = value.replace(token, token[0] + MARK + token[1:])
+            return value
+        case dict():
+            return {key: marked(item, tokens) for key, item in value.items()}
+        case list():
+            return [marked(item, tokens) for item in value]
+    return value
 
 
 def without_marks(document: Rendered) -> Rendered:
@@ -73,7 +69,7 @@ def check_shown(chat: Chat, texts: Sequence[str]) -> None:
         if message.get("role") == "assistant":
             continue
         parts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
-        if not all(any(part.strip() in text for text in texts) for part in parts) and not _shown(chat, i):
+        if not all(any(shows(text, part.strip()) for text in texts) for part in parts) and not _shown(chat, i):
             raise TunesmithError(
                 f"message {i + 1} ({message.get('role')}) is not in the rendered text: the chat template does not show "
                 "it. Take it out of the row, or set `chat_template_path` to a template that shows it"

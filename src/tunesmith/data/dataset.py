@@ -3,20 +3,23 @@
 `prepare` makes a data set of one source; here are the splits of a run, and what they have in common.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakSet
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tunesmith.data.formats import FormatOptions, parse_each, parse_rows
+from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each, parse_rows
+from tunesmith.data.messages import TurnOptions, names_in
 from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import Preflight, SplitReport, is_train, judge, shared_examples
 from tunesmith.data.prepare import Preparation, prepare
+from tunesmith.data.prompts import TrainedForm
 from tunesmith.data.read import Rows, unbatched, with_places
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
@@ -50,6 +53,7 @@ class DataPreparer:
             columns=cast(dict[str, str], args.columns or {}),
             formatting_func=formatting_func,
             skip_bad=args.on_bad_row == "skip",
+            turns=TurnOptions(known_roles=names_in(tokenizer.chat_template), merge_turns=args.merge_turns),
         )
         self.skipped: dict[str, SkippedRows] = {}
         self._saves_skipped = False
@@ -78,6 +82,12 @@ class DataPreparer:
     def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
         """What is trained on, and what is evaluated on: nothing, one data set, or several by name. `by_row`: as
         `evaluated`."""
+        if isinstance(train, DatasetDict | IterableDatasetDict):
+            example = "train" if "train" in train else next(iter(train), "train")
+            raise TunesmithError(
+                f"the training data is a data set with the splits {', '.join(map(repr, train))}, which would all be "
+                f"trained on; give one of them: `train_dataset=data[{example!r}]`"
+            )
         prepared_eval = self.evaluated(evaluated, by_row=by_row)
         if not isinstance(train, Mapping):
             return self(train, "train", packing=self.args.packing), prepared_eval
@@ -111,7 +121,6 @@ class DataPreparer:
                 self.formats,
                 columns=self.formats.columns if source.columns is None else source.columns,
                 text_field=source.text_field or self.formats.text_field,
-                arrow=isinstance(source.rows, Prepared),
             )
             rows, held_out_rows = source.rows, None
             if source.held_out:
@@ -181,6 +190,18 @@ class DataPreparer:
         """The tokens at which generation is to stop: all that end a supervised turn or text."""
         return {token for counts in (*self.counts.values(), *self._looked.values()) for token in counts.stops}
 
+    @property
+    def form(self) -> TrainedForm:
+        """How most of the conversations that are trained on are rendered."""
+        turns: dict[str, int] = {}
+        for split, counts in (*self.counts.items(), *self._looked.items()):
+            for arguments, count in counts.arguments.items() if is_train(split) else ():
+                turns[arguments] = turns.get(arguments, 0) + count
+        switched = json.loads(max(turns, key=lambda arguments: turns[arguments])) if turns else {}
+        own = cast(dict[str, Any], self.args.chat_template_kwargs or {})
+        specials: Literal["keep", "text"] = "keep" if turns and self.args.specials_in_content == "keep" else "text"
+        return TrainedForm(arguments={**own, **switched}, specials=specials)
+
     def _prepare(self, source: Source, split: str, packing: bool) -> Prepared:
         if cast(dict[str, Any], self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             if not isinstance(source, Prepared):
@@ -192,9 +213,7 @@ class DataPreparer:
             if packing:
                 raise TunesmithError(f"{split}: packing needs all lengths; load the stream, or set packing: false")
             return self._stream(source, split, Encoder(self.tokenizer, options))
-        # Arrow puts a null where a row lacks a key that another row has.
-        formats = replace(self.formats, arrow=isinstance(source, Dataset))
-        dataset = self._prepare_examples(source, split, options, formats)
+        dataset = self._prepare_examples(source, split, options, self.formats)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
@@ -234,7 +253,7 @@ class DataPreparer:
     def _stream(self, source: IterableDataset, split: str, encoder: Encoder) -> IterableDataset:
         """A stream whose rows are prepared as they come. Its first rows are looked at now, in place of a preflight."""
         counts = self.counts[split] = Counts()
-        ahead = list(source.take(LOOKED_AT))
+        ahead = [ArrowRow(row) for row in source.take(LOOKED_AT)]
         if not ahead:
             raise TunesmithError(f"{split} data: the stream is empty")
         first, skipped = self._first_usable(ahead, split), self._left_out(split)

@@ -3,64 +3,73 @@
 The format is read off the first row of a source and every other row must have it too: a file that mixes shapes is more
 often a mistake than a wish, and a wrong guess would train on the wrong tokens.
 
-What comes out is made of JSON's types only. Arrow gives a row a null for every key that another row has; such nulls are
-taken out at every depth, so that none of them can show up in a prompt.
+What comes out is made of JSON's types only. Arrow gives a row a null for every key that another row has; from an
+`ArrowRow` such nulls are taken out at every depth, so that none of them can show up in a prompt.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
+from tunesmith.data.calls import tools_of
+from tunesmith.data.columns import guessed_columns
+from tunesmith.data.messages import FACTORS, TurnOptions, Turns, agreed_weight, read_turns, stated_training
 from tunesmith.data.skipped import BadRow, Place, SourceRows
+from tunesmith.data.values import from_json, plain, shown, string
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.types import IGNORE_INDEX, Conversation, Message, Row, Text, Tokens
+from tunesmith.types import IGNORE_INDEX, Conversation, Row, Text, Tokens
 
 # The columns that make a format, most specific first.
 FORMATS: dict[str, tuple[str, ...]] = {
     "tokens": ("input_ids",),
     "messages": ("messages",),
     "conversations": ("conversations",),
+    "conversation": ("conversation",),
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
+    "contents": ("contents",),
 }
 EXTRA_COLUMNS = (
-    *("input", "system", "labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "weight"),
+    *("input", "history", "system", "labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs"),
+    "weight",
 )
+SYSTEM_COLUMNS = ("system", "system_prompt", "systemInstruction", "system_instruction")
+ROW_FLAGS = ("train", "training", "loss", "masked")
+TRAINING = frozenset({*FACTORS, *ROW_FLAGS})
+"""Columns that may say whether a row is trained on."""
+USED = {name: frozenset({*columns, *EXTRA_COLUMNS, *SYSTEM_COLUMNS, "functions"}) for name, columns in FORMATS.items()}
+"""What is read of a row, by its format."""
+MEDIA = {"image": "images", "images": "images", "video": "videos", "videos": "videos"} | dict.fromkeys(
+    ("audio", "audios"), "sounds"
+)
+"""Columns of other things than text, and what they hold."""
+TALKS = frozenset({"messages", "conversations", "conversation", "contents"})
+"""The formats that are lists of turns."""
 TEMPLATE_NAMES = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message")
 """What a chat template is given by name already, and what only `apply_chat_template` knows."""
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-}
-ATOMS = frozenset({str, int, float, bool, type(None)})
 SUPPORTED = (
-    "messages | conversations | prompt + completion | instruction (+ input) + output | text | input_ids (+ labels)"
+    "messages | conversations | prompt + completion | instruction (+ input) + output | text | input_ids (+ labels) | "
+    "contents (Gemini)"
 )
+
+
+class ArrowRow(dict[str, Any]):
+    """A row that comes out of Arrow, where a null stands for a key that the row does not have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormatOptions:
     """How to read rows. `columns` maps our column names to the data's own, e.g. {"prompt": "question"}.
 
-    `arrow`: the rows come out of Arrow, where a null stands for a key that the row does not have. `skip_bad`: a row
-    that can't be read is left out rather than an error.
+    `skip_bad`: a row that can't be read is left out rather than an error. `turns`: how messages are read.
     """
 
     text_field: str = "text"
     columns: Mapping[str, str] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
-    arrow: bool = True
     skip_bad: bool = False
+    turns: TurnOptions = field(default_factory=TurnOptions)
 
     def __post_init__(self) -> None:
         known = {name for columns in FORMATS.values() for name in columns} | set(EXTRA_COLUMNS)
@@ -162,47 +171,70 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     chosen = next((name for name in present if named & {*FORMATS[name]}), None)
     if chosen is not None:
         return chosen
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        raise TunesmithError(_preferences(row))
+    for better, worse in (("chosen", "rejected"), ("chosen_messages", "rejected_messages")):
+        if row.get(better) is not None and row.get(worse) is not None:
+            raise TunesmithError(_preferences(row, better, worse))
     if present:
         return present[0]
+    raise TunesmithError(_no_format(row))
+
+
+def _no_format(row: Mapping[str, Any]) -> str:
     known = [column for columns in FORMATS.values() for column in columns]
     strange = [column for column in sorted(row) if column not in (*known, *EXTRA_COLUMNS)]
-    hint = next((hint for column in strange if (hint := nearest(column, known))), "")
+    commoner = [column for column in known if column not in ("conversation", "contents")]
+    hint = next((hint for column in strange if (hint := nearest(column, commoner))), "")
+    for name, columns in FORMATS.items():
+        if all(column in row for column in columns):
+            nulls = " and ".join(repr(column) for column in columns if row[column] is None)
+            hint = f"; {nulls} is null, which the format {name!r} needs"
+            break
     listed = ", ".join(column if row[column] is not None else f"{column} (null)" for column in sorted(row))
-    raise TunesmithError(
+    example = {"prompt": "question", "completion": "answer"}
+    guesses = [guessed_columns(row, templated=templated) for templated in (True, False)]
+    lines = [
+        f"`columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in (guess or example).items())}}}`"
+        for guess in guesses
+    ]
+    named = "Write" if any(guesses) else "Other names:"
+    text = f", or {lines[1]} without a chat template," if lines[1] != lines[0] else ","
+    return (
         f"no known format: the columns are {listed or '(none)'}{hint}\n"
-        f"Supported: {SUPPORTED}. Other names: `columns: {{prompt: question, completion: answer}}`, "
-        "or a `formatting_func`."
+        f"Supported: {SUPPORTED}. {named} {lines[0]}{text} or a `formatting_func`."
     )
 
 
-def _preferences(row: Mapping[str, Any]) -> str:
-    if isinstance(row["chosen"], Sequence) and not isinstance(row["chosen"], str) and len(row["chosen"]) > 1:
-        columns = "{messages: chosen}"
+def _preferences(row: Mapping[str, Any], chosen: str, rejected: str) -> str:
+    side = row[chosen]
+    if isinstance(side, Sequence) and not isinstance(side, str) and len(side) > 1:
+        columns = f"{{messages: {chosen}}}"
     else:
         prompt = next((name for name in ("prompt", "conversations", "messages") if row.get(name) is not None), "prompt")
-        columns = f"{{prompt: {prompt}, completion: chosen}}"
+        columns = f"{{prompt: {prompt}, completion: {chosen}}}"
     return (
-        "these are preference pairs ('chosen' and 'rejected'); supervised fine-tuning can use one side of each. "
+        f"these are preference pairs ({chosen!r} and {rejected!r}); supervised fine-tuning can use one side of each. "
         f"To train on the chosen answers write `columns: {columns}`"
     )
 
 
 def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> Row:
     """`row` as a value of the format `format_name`. Raises TunesmithError that says what is wrong with it."""
-    row = renamed(row, options)
+    is_padded, row = isinstance(row, ArrowRow), renamed(row, options)
     missing = [column for column in FORMATS[format_name] if row.get(column) is None]
     if missing:
         raise TunesmithError(
             f"no {' and '.join(repr(name) for name in missing)}, which the format {format_name!r} of the first row "
             f"needs; this row has {', '.join(name for name in sorted(row) if row[name] is not None) or 'nothing'}"
         )
+    if not REFUSED.isdisjoint(row):
+        _refuse_unread(row, format_name, options.columns)
     if format_name == "tokens":
         return _tokens(row)
-    used = (*FORMATS[format_name], *EXTRA_COLUMNS)
-    values = {name: plain(row[name], repr(name), nulls=not options.arrow) for name in used if name in row}
-    return PARSERS[format_name](values)
+    used, nulls = USED[format_name], not is_padded
+    values = {name: plain(item, repr(name), nulls=nulls) for name, item in row.items() if name in used}
+    if not TRAINING.isdisjoint(row):
+        values |= {name: row[name] for name in TRAINING if type(row.get(name)) in (bool, int, float)}
+    return PARSERS[format_name](values, options.turns)
 
 
 def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
@@ -228,25 +260,13 @@ def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
     elif isinstance(value, tuple) and len(value) == 2:
         value = {"prompt": value[0], "completion": value[1]}
     if isinstance(value, Mapping):
-        unnamed = FormatOptions(arrow=options.arrow)
-        return parse(value, detect(value, unnamed), unnamed)
+        unnamed = FormatOptions(turns=options.turns)
+        made = ArrowRow(value) if isinstance(row, ArrowRow) else value
+        return parse(made, detect(made, unnamed), unnamed)
     raise TunesmithError(
         f"formatting_func returned {type(value).__name__}; it must return a string, a list of messages, "
         "or a (prompt, completion) pair"
     )
-
-
-def _string(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise TunesmithError(f"{place} is {_shown(value)}, expected text")
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """What a value is in JSON's terms: "a list", "a number"."""
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
-    names |= {bool: "true or false", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
 
 
 def check_characters(text: str) -> None:
@@ -258,36 +278,6 @@ def check_characters(text: str) -> None:
         raise TunesmithError(f"{half} is half of a surrogate pair and not a character") from error
 
 
-def _shown(value: Any) -> str:
-    return f"{kind_of(value)} ({str(value)[:60]})"
-
-
-def _weight(value: Any) -> float:
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise TunesmithError(f"'weight' is {value!r}, expected a number of at least 0")
-    return float(value)
-
-
-def plain(value: Any, place: str, *, nulls: bool = True) -> Any:
-    """A copy of `value`, which may have JSON's types only: a chat template must not reach the methods of others.
-
-    With `nulls` False, objects lose the keys whose value is None, at every depth.
-    """
-    if type(value) in ATOMS:
-        return value
-    if isinstance(value, dict | Mapping):
-        return {
-            str(name): item if type(item) in ATOMS else plain(item, place, nulls=nulls)
-            for name, item in value.items()
-            if nulls or item is not None
-        }
-    if isinstance(value, list | tuple):
-        return [plain(item, place, nulls=nulls) for item in value]
-    raise TunesmithError(f"{place} has {_shown(value)} in it; expected text, numbers, lists and objects")
-
-
 def template_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for a chat template, checked."""
     for name in TEMPLATE_NAMES:
@@ -296,145 +286,188 @@ def template_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {str(name): plain(value, f"chat_template_kwargs: {name!r}") for name, value in kwargs.items()}
 
 
-def _message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise TunesmithError(f"{place} is {_shown(turn)}, expected an object with 'role' and 'content'")
-    fields = {name: value for name, value in turn.items() if value is not None}
-    if "role" not in fields and "from" in fields:
-        fields = _sharegpt(fields, place)
-    weight = _weight(fields.pop("weight", None))
-    if not isinstance(fields.get("role"), str):
-        raise TunesmithError(f"{place} has no 'role'; its keys are {', '.join(fields) or '(none)'}")
-    content = fields.get("content")
-    if not fields.get("tool_calls"):
-        fields.pop("tool_calls", None)  # templates ask whether the key is there
-    elif not isinstance(fields["tool_calls"], list) or not all(map(_is_call, fields["tool_calls"])):
+# What a format leaves unread
+
+
+UNREAD = {
+    "history": {"prompt-completion", *TALKS},
+    "system": {"prompt-completion"},
+    "system_prompt": {"prompt-completion"},
+    "tools": {"prompt-completion"},
+    "functions": {"prompt-completion"},
+    "context": {"prompt-completion", "instruction"},
+}
+"""Columns that other tools, or other formats here, put into the prompt; and the formats that would lose them."""
+REFUSED = frozenset({*MEDIA, *UNREAD, "kto_tag", "label", "mask", "loss_scale", "loss_weights"})
+
+
+def _refuse_unread(row: Mapping[str, Any], format_name: str, columns: Mapping[str, str]) -> None:
+    """Raises TunesmithError for a column that says something of the row which would be lost in training.
+
+    A column that no tool reads as input or as supervision may be there. `columns` is the setting of that name.
+    """
+    for name in MEDIA:
+        if _holds_something(row.get(name)):
+            raise TunesmithError(
+                f"the row has {MEDIA[name]} ({name!r}), and only text can be trained on. Leave the row out, or take "
+                "the column out of the data"
+            )
+    answered = format_name in TALKS or format_name == "prompt-completion"
+    tag = next((name for name in ("kto_tag", "label") if isinstance(row.get(name), bool)), None)
+    if tag == "kto_tag" or (tag and answered):
         raise TunesmithError(
-            f"'tool_calls' of {place} must be a list of {{'function': {{'name': ..., 'arguments': ...}}}}"
+            f"{tag!r} is {str(row[tag]).lower()}: a row for preference training (KTO), where false marks an answer "
+            f"that the model should not give. To train on the good answers keep the rows whose {tag!r} is true, "
+            "without that column"
         )
-    if isinstance(content, list):
-        fields["content"] = [_part(part, f"{place}, part {i + 1}") for i, part in enumerate(content)]
-    elif content is not None:
-        _string(content, f"content of {place}")
-    elif "tool_calls" in fields:
-        fields["content"] = ""
-    else:
-        raise TunesmithError(f"{place} (role {fields['role']!r}) has neither 'content' nor 'tool_calls'")
-    return Message(fields=fields, weight=weight)
-
-
-def _is_call(call: Any) -> bool:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    return isinstance(function, dict) and "name" in function
-
-
-def _part(part: Any, place: str) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        kind = repr(part.get("type")) if isinstance(part, dict) else _shown(part)
-        raise TunesmithError(f"{place} is {kind}; only text parts {{'type': 'text', 'text': ...}} can be trained on")
-    return {name: value for name, value in part.items() if value is not None}
-
-
-def _messages(turns: Any, column: str) -> tuple[Message, ...]:
-    if not isinstance(turns, list | tuple):
-        raise TunesmithError(f"{column!r} is {_shown(turns)}, expected a list of messages")
-    if not turns:
-        raise TunesmithError(f"{column!r} is empty")
-    return tuple(_message(turn, f"message {i + 1} of {column!r}") for i, turn in enumerate(turns))
-
-
-def _json(value: Any, column: str, kind: type) -> Any:
-    """A column that holds a value or its JSON text. The text is taken as it is, nulls included."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise TunesmithError(f"{column!r} is text that is not JSON: {error}") from error
-    if value is not None and not isinstance(value, kind):
-        expected = "a list" if kind is list else "an object"
-        raise TunesmithError(f"{column!r} is {_shown(value)}, expected {expected}, or its JSON text")
-    return value
-
-
-def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = _json(row.get("tools"), "tools", list) or None
-    for i, tool in enumerate(tools or ()):
-        if not isinstance(tool, dict):
-            raise TunesmithError(f"tool {i + 1} of 'tools' is {_shown(tool)}, expected an object (a JSON schema)")
-    return {
-        "tools": tools,
-        "template_kwargs": template_arguments(
-            _json(row.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
-        ),
-        "weight": _weight(row.get("weight")),
-    }
-
-
-def _conversation(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(messages=_messages(row["messages"], "messages"), **_extras(row))
-
-
-def _conversations(row: Mapping[str, Any]) -> Conversation:
-    messages = _messages(row["conversations"], "conversations")
-    if row.get("system"):
-        system = {"role": "system", "content": _string(row["system"], "'system'")}
-        messages = (Message(fields=system), *messages)
-    return Conversation(messages=messages, **_extras(row))
-
-
-def _sharegpt(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The turn of a ShareGPT conversation with the keys that templates know."""
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise TunesmithError(f"{place} is from {speaker!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
-    value = _string(turn.get("value"), f"'value' of {place}")
-    rest = {name: item for name, item in turn.items() if name not in ("from", "value")}
-    if speaker == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, place), **rest}
-    return {"role": SHAREGPT_ROLES[speaker], "content": value, **rest}
-
-
-def _calls(value: str, place: str) -> list[dict[str, Any]]:
-    try:
-        parsed = json.loads(value)
-        calls = parsed if isinstance(parsed, list) else [parsed]
-        return [
-            {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls
-        ]
-    except (ValueError, KeyError, TypeError) as error:
+    if isinstance(row.get("mask"), str) and format_name in TALKS:
         raise TunesmithError(
-            f'{place} (function_call) is {value[:80]!r}; expected JSON {{"name": ..., "arguments": {{...}}}}'
-        ) from error
+            f"'mask' is {row['mask']!r}, in NeMo's format the speaker that is not trained on; take the column out of "
+            "the data, and set `train_on: assistant` to train on the answers"
+        )
+    if format_name == "tokens":
+        for name in ("loss_scale", "loss_weights"):
+            if isinstance(row.get(name), Sequence):
+                raise TunesmithError(f"{name!r} has a weight for each token; only 'weight', for the whole row, is read")
+    texts = format_name == "prompt-completion" and isinstance(row["prompt"], str)
+    for name, losing in UNREAD.items():
+        lost = format_name in losing and _holds_something(row.get(name))
+        if format_name == "instruction" and _holds_something(row.get("input")):
+            lost = False  # this is what goes with the instruction
+        if lost and (texts or format_name != "prompt-completion" or name == "history"):
+            raise TunesmithError(_unread(format_name, name, columns))
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Row:
+def _unread(format_name: str, name: str, columns: Mapping[str, str]) -> str:
+    prompt, completion = (columns.get(ours, ours) for ours in ("prompt", "completion"))
+    if format_name in TALKS:
+        way = f"Write its turns as messages of {format_name!r}"
+    elif format_name == "instruction":
+        way = f"`columns: {{input: {name}}}` puts it behind the instruction"
+    elif name == "context":
+        way = f"`columns: {{instruction: {prompt}, input: {name}, output: {completion}}}` makes one question of both"
+    else:
+        way = f"`columns: {{instruction: {prompt}, output: {completion}}}` makes a conversation of the row, with it"
+    problem = f"{name!r} would be lost: the format {format_name!r} does not read it"
+    return f"{problem}. {way}; or take the column out of the data"
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a column has content: no null, no number, and nothing empty."""
+    if value is None or isinstance(value, bool | int | float):
+        return False
+    if isinstance(value, Mapping):
+        return any(item is not None for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(item is not None for item in value)
+    return value.strip() not in ("", "[]", "{}", "null") if isinstance(value, str) else True
+
+
+# The formats
+
+
+def _row_weight(row: Mapping[str, Any]) -> float:
+    """What a row says of its training. A column with one of these names may be something else: a loss that somebody
+    measured, or the name of a split."""
+    if TRAINING.isdisjoint(row):
+        return 1.0
+    numbers = {name: row.get(name) for name in FACTORS if name == "weight" or type(row.get(name)) in (int, float)}
+    flags = {name: row[name] for name in ROW_FLAGS if isinstance(row.get(name), bool)}
+    weight = agreed_weight(*stated_training(numbers | flags, "the row"), "the row")
+    return 1.0 if weight is None else weight
+
+
+def _conversation(
+    row: Mapping[str, Any], turns: Sequence[Turns], options: TurnOptions, *, prompted: bool = False
+) -> Conversation:
+    """A row's turns, with its system prompt before them and its tools. `prompted`: all but the last are the prompt."""
+    system = _system(row, options)
+    first = turns[0].messages[0]
+    if system and first.role == "system":
+        if first.fields["content"] != system.messages[0].fields["content"]:
+            raise TunesmithError(
+                "the row has a system prompt in a column, and another one in its first message; keep one of them"
+            )
+        system = None
+    heads, last = [*([system] if system else []), *turns[:-1]], turns[-1]
+    messages = [message for part in (*heads, last) for message in part.messages]
+    return Conversation(
+        messages=tuple(messages),
+        prompt_length=len(messages) - len(last.messages) if prompted else None,
+        tools=_tools(row),
+        template_kwargs=template_arguments(
+            from_json(row.get("chat_template_kwargs"), "'chat_template_kwargs'", dict) or {}
+        ),
+        weight=_row_weight(row),
+        notes=tuple(dict.fromkeys(note for part in turns for note in part.notes)),
+    )
+
+
+def _system(row: Mapping[str, Any], options: TurnOptions) -> Turns | None:
+    """The system prompt that a row has beside its turns: text, or parts in Anthropic's or in Gemini's form."""
+    if not (given := {name: row[name] for name in SYSTEM_COLUMNS if row.get(name)}):
+        return None
+    read = []
+    for name, value in given.items():
+        parts = value if isinstance(value, dict) and "parts" in value else {"content": value}
+        turn = {name: item for name, item in parts.items() if name != "role"} | {"role": "system"}
+        read.append(read_turns([turn], name, replace(options, merge_turns=False)))
+    if len({str(turns.messages) for turns in read}) > 1:
+        raise TunesmithError(f"{' and '.join(map(repr, given))} differ; keep one system prompt")
+    return read[0]
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    if "tools" not in row and "functions" not in row:
+        return None
+    read = {name: tools for name in ("tools", "functions") if (tools := tools_of(row.get(name), repr(name)))}
+    if len(read) == 2 and read["tools"] != read["functions"]:
+        raise TunesmithError("the row has both 'tools' and 'functions', and they differ; keep 'tools'")
+    return next(iter(read.values()), None)
+
+
+def _talk(column: str) -> "Parser":
+    """The parser of a column that is a list of turns."""
+
+    def parsed(row: Mapping[str, Any], options: TurnOptions) -> Conversation:
+        return _conversation(row, [read_turns(row[column], column, options)], options)
+
+    return parsed
+
+
+def _prompt_completion(row: Mapping[str, Any], options: TurnOptions) -> Row:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Text(text=prompt + completion, prompt=prompt, weight=_weight(row.get("weight")))
+        return Text(text=prompt + completion, prompt=prompt, weight=_row_weight(row))
     if isinstance(prompt, list | dict) and isinstance(completion, list | dict):
         parts = {"prompt": prompt, "completion": completion}
-        head, tail = (_messages([value] if isinstance(value, dict) else value, name) for name, value in parts.items())
-        return Conversation(messages=head + tail, prompt_length=len(head), **_extras(row))
+        turns = [
+            read_turns([value] if isinstance(value, dict) else value, name, options) for name, value in parts.items()
+        ]
+        return _conversation(row, turns, options, prompted=True)
     raise TunesmithError(
-        f"'prompt' is {_shown(prompt)} and 'completion' is {_shown(completion)}; both must be text, "
+        f"'prompt' is {shown(prompt)} and 'completion' is {shown(completion)}; both must be text, "
         "or both lists of messages"
     )
 
 
-def _instruction(row: Mapping[str, Any]) -> Conversation:
-    instruction, output = _string(row["instruction"], "'instruction'"), _string(row["output"], "'output'")
+def _instruction(row: Mapping[str, Any], options: TurnOptions) -> Conversation:
+    """A question and its answer, which is the completion. Earlier rounds in `history` are part of the prompt."""
+    instruction, output = string(row["instruction"], "'instruction'"), string(row["output"], "'output'")
     if row.get("input"):
-        instruction += "\n\n" + _string(row["input"], "'input'")
-    turns = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": _string(row["system"], "'system'")})
-    return Conversation(messages=_messages(turns, "instruction"), prompt_length=len(turns) - 1, **_extras(row))
+        instruction += "\n\n" + string(row["input"], "'input'")
+    asked = []
+    for i, round_ in enumerate(from_json(row.get("history"), "'history'", list) or ()):
+        if not isinstance(round_, list) or len(round_) != 2:
+            raise TunesmithError(f"round {i + 1} of 'history' is {shown(round_)}, expected [question, answer]")
+        texts = [string(text, f"round {i + 1} of 'history'") for text in round_]
+        asked += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
+    turns = [[*asked, {"role": "user", "content": instruction}], [{"role": "assistant", "content": output}]]
+    return _conversation(row, [read_turns(part, "instruction", options) for part in turns], options, prompted=True)
 
 
-def _text(row: Mapping[str, Any]) -> Text:
-    return Text(text=_string(row["text"], "'text'"), weight=_weight(row.get("weight")))
+def _text(row: Mapping[str, Any], options: TurnOptions) -> Text:
+    return Text(text=string(row["text"], "'text'"), weight=_row_weight(row))
 
 
 def _tokens(row: Mapping[str, Any]) -> Tokens:
@@ -442,7 +475,7 @@ def _tokens(row: Mapping[str, Any]) -> Tokens:
     labels = None if row.get("labels") is None else _whole_numbers(row["labels"], "labels", len(ids))
     masks = [
         _whole_numbers(row[name], name, len(ids))
-        for name in ("completion_mask", "assistant_masks")
+        for name in ("completion_mask", "assistant_masks", "loss_mask")
         if row.get(name) is not None
     ]
     if labels is None and masks:
@@ -453,21 +486,21 @@ def _tokens(row: Mapping[str, Any]) -> Tokens:
                 f"'labels' is {label} at place {i} where 'input_ids' is {token}; labels are not shifted: "
                 f"each is its own token's id, or {IGNORE_INDEX}"
             )
-    return Tokens(input_ids=ids, labels=labels, weight=_weight(row.get("weight")))
+    return Tokens(input_ids=ids, labels=labels, weight=_row_weight(row))
 
 
 def _whole_numbers(values: Any, name: str, size: int | None = None) -> list[int]:
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or not {*map(type, values)} <= {int, bool}:
-        raise TunesmithError(f"{name!r} is {_shown(values)}, expected a list of whole numbers")
+        raise TunesmithError(f"{name!r} is {shown(values)}, expected a list of whole numbers")
     if size is not None and len(values) != size:
         raise TunesmithError(f"{name!r} has {len(values)} entries and 'input_ids' {size}; they must be as many")
     return list(values)
 
 
-PARSERS: dict[str, Callable[[Mapping[str, Any]], Row]] = {
-    "messages": _conversation,
-    "conversations": _conversations,
+Parser: TypeAlias = Callable[[Mapping[str, Any], TurnOptions], Row]
+PARSERS: dict[str, Parser] = {
+    **{column: _talk(column) for column in ("messages", "conversations", "conversation", "contents")},
     "prompt-completion": _prompt_completion,
     "instruction": _instruction,
     "text": _text,

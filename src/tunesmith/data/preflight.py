@@ -202,6 +202,10 @@ def _notes(name: str, report: SplitReport) -> list[str]:
         notes.append(
             f"{name}: {counted(count, 'row')} {note}: {', '.join(places)}{', ...' if count > len(places) else ''}"
         )
+    if {*counts.arguments} - {"{}"}:
+        ways = {"as it is" if key == "{}" else key: count for key, count in counts.arguments.items()}
+        listed = ", ".join(f"{count:,} with the template {key}" for key, count in ways.items())
+        notes.append(f"{name}: answers follow the prompt that fits their reasoning: {listed}")
     if counts.truncated:
         share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
         more = "; raise max_length" if share > HIGH_LOSS else ""

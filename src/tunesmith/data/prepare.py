@@ -7,29 +7,30 @@ data, is up to `dataset`: the processes that encode rows load this module, and i
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cache
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.arrow import FlatExamples
 from tunesmith.data.cache import Store, fingerprint
-from tunesmith.data.formats import FormatOptions, parse_each
+from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each
 from tunesmith.data.preflight import SplitReport, examine
 from tunesmith.data.read import Rows
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows, SourceRows
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder, encoded
+from tunesmith.data.workers import Workers
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
 DECIDING_MODULES = (
-    *("arrow", "chat", "content", "formats", "history", "preflight", "prefix", "prepare", "read", "sandbox", "skipped"),
-    *("template", "tokenize", "turns"),
+    *("alike", "arrow", "calls", "chat", "columns", "content", "folders", "formats", "history", "jsontext", "lines"),
+    *("messages", "preflight", "prefix", "prepare", "read", "sandbox", "skipped", "template", "tokenize", "turns"),
+    "values",
 )
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
 
@@ -77,11 +78,14 @@ class Preparation:
 def identity(source: Any) -> str | None:
     """What tells a source's rows from all others by their content, or None when that can't be told."""
     if isinstance(source, Rows):
-        # The name belongs to it: the kept report names the places of dropped rows, file and line.
-        return fingerprint("files", source.name, *source.files) if source.files else None
+        # The names belong to it: the kept report names the places of dropped rows, file and line.
+        names = [source.name, source.part, *map(str, source.files)]
+        return fingerprint("files", names, *source.files) if source.files else None
     if isinstance(source, Sequence):
+        rows = list(source)
+        padded = [i for i, row in enumerate(rows) if isinstance(row[1] if isinstance(row, tuple) else row, ArrowRow)]
         try:
-            return fingerprint("rows", list(source))
+            return fingerprint("rows", rows, padded)
         except (TypeError, ValueError, RecursionError):
             return None
     if getattr(source, "format", {}).get("type") == "custom":  # a transform that runs when rows are read
@@ -166,31 +170,23 @@ def _in_processes(
         counts.update(part)
         return examples
 
-    # `spawn`: a fork of a process whose tokenizer has started threads can hang.
-    with ProcessPoolExecutor(
-        preparation.processes, get_context("spawn"), _start_worker, (preparation.tokenizer, preparation.encode)
-    ) as pool:
+    with Workers(preparation.processes, _encoding, preparation.tokenizer, preparation.encode) as workers:
         while part := list(islice(rows, BATCH_ROWS)):
-            waiting.append(pool.submit(_work, part))
+            waiting.append(workers.submit(part))
             if len(waiting) > 2 * preparation.processes:
                 yield finished()
         while waiting:
             yield finished()
 
 
-_worker: Callable[[list[tuple[str, Row | BadRow]]], tuple[FlatExamples, Counts]]
-
-
-def _start_worker(tokenizer: Any, options: EncodeOptions) -> None:
-    global _worker
+def _encoding(
+    tokenizer: Any, options: EncodeOptions
+) -> Callable[[list[tuple[str, Row | BadRow]]], tuple[FlatExamples, Counts]]:
+    """What each process does with a part of the rows."""
     encoder = Encoder(tokenizer, options)
 
-    def work(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
+    def encode(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
         counts = Counts()
         return next(encoded(iter(rows), encoder, counts)), counts
 
-    _worker = work
-
-
-def _work(rows: list[tuple[str, Row | BadRow]]) -> tuple[FlatExamples, Counts]:
-    return _worker(rows)
+    return encode

@@ -1,11 +1,12 @@
 """Files and hub data sets to rows.
 
 A row is a dict with the values that the source has, nothing added and nothing left out: through Arrow, a row would get
-a null for every key that another row has. Each row comes with its place ("rows.jsonl, line 3"), which the messages of
-later stages name.
+a null for every key that another row has. Rows that come out of Arrow are marked (`ArrowRow`). Each row comes with its
+place ("rows.jsonl, line 3"), which the messages of later stages name.
 
-No file is trusted: what is damaged in it is a bad row with its place, and the memory that reading takes is bounded by
-the longest line that is allowed.
+What kind a file is shows in its content; its name only settles what could be either. No file is trusted: what is
+damaged in it is a bad row with its place, and the memory that reading takes is bounded by the longest row that is
+allowed. Only an object that holds all rows is read as a whole.
 """
 
 import csv
@@ -13,49 +14,31 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from io import StringIO
 from itertools import chain
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tunesmith.data.formats import FORMATS, check_characters, kind_of
-from tunesmith.data.skipped import KEPT_CHARACTERS, BadRow
-from tunesmith.errors import TunesmithError, nearest
+from tunesmith.data.folders import NO_SCRIPTS, SUFFIXES, find, is_file_name, suffix_of
+from tunesmith.data.formats import ArrowRow
+from tunesmith.data.jsontext import STRICT, PlacedRows, SourceRow, has_format, is_row, json_line, json_rows
+from tunesmith.data.lines import BOM, MOST_BYTES, Line, check_beginning, numbered_lines, opened
+from tunesmith.data.skipped import BadRow
+from tunesmith.errors import TunesmithError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-SourceRow: TypeAlias = dict[str, Any]
-PlacedRows: TypeAlias = Iterator[tuple[str, SourceRow | BadRow]]
-
-MOST_BYTES = 64_000_000
-"""Of a line. A row that can be trained on is a thousandth of it."""
-CHUNK = 1 << 20
-DAMAGED_SHARE = 0.05
-"""So large a share of a file's lines can be damaged; more have another encoding."""
-
-BOM = b"\xef\xbb\xbf"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
-MAGIC = {
-    b"\x1f\x8b": "gzip-compressed; unpack it first (gunzip)",
-    b"PK\x03\x04": "a zip archive (as .xlsx and .docx are); unpack it first, or save it as .csv",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first (unzstd)",
-    b"BZh": "compressed with bzip2; unpack it first (bunzip2)",
-    b"\xfd7zXZ\x00": "compressed with xz; unpack it first (unxz)",
-    b"PAR1": "a Parquet file; name it .parquet",
-    b"ARROW1": "an Arrow file; save it as .parquet or .jsonl",
-    b"%PDF-": "a PDF document; save its text as .txt",
-}
-"""How files that are not text begin."""
-
-LOOSE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""A hint only: pairs of surrogates are right, a half one is not."""
-NO_SCRIPTS = (
-    "Data sets with a loading script run code of others, and are not supported; take the data set's Parquet files, "
-    "or save its rows as .jsonl"
-)
-PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz")
+SAMPLE = 1 << 16
+"""Bytes after the first line from which a table's delimiter is told."""
+DELIMITERS = ",;\t|"
+INDEX_COLUMNS = ("", "Unnamed: 0", "__index_level_0__")
+"""The names that pandas gives an index without a name."""
+SEPARATOR = re.compile(r'"?sep=(.)"?\s*')
+"""The first line with which Excel says what the delimiter is."""
+ARROW_MAGIC = b"ARROW1"
+STREAM_MAGIC = b"\xff\xff\xff\xff"
+ARROW_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +53,8 @@ class Rows:
     read: Callable[[], PlacedRows]
     files: tuple[Path, ...] = ()
     """The files with all of the rows; empty when they come from elsewhere."""
+    part: str = ""
+    """Which of the rows in the files these are, where the files hold several splits."""
 
     def __iter__(self) -> Iterator[tuple[str, SourceRow]]:
         for place, row in self.each():
@@ -88,22 +73,34 @@ class Rows:
 
 
 def read_rows(source: str, split: str | None = None, *, default_split: str = "train") -> Rows:
-    """The rows of a file, or of a data set on the hub (`name`, or `name:configuration`).
+    """The rows of a file, of several, or of a data set on the hub (`name`, or `name:configuration`).
 
-    Files, by their suffix: .jsonl and .ndjson (streamed, blank lines skipped), .json (a list of objects, or an object
-    with one such list), .csv and .tsv (a header, then text values), .parquet, .txt (each line that isn't blank is a row
-    with the one column `text`). `split` is for the hub only.
+    `source` is a file, a pattern (`data/*.jsonl`), or a folder with data files, of `save_to_disk`, or of a data set of
+    the hub (`folder`, or `folder:configuration`). Files hold, in UTF-8 or UTF-16, JSON Lines (streamed, blank lines
+    skipped), JSON (a list of objects, an object with such lists, columns as pandas writes them), a table (a header,
+    then text values), Parquet, Arrow, or text (each line that isn't blank is a row with the one column `text`); gzip,
+    bzip2, xz and Zstandard are unpacked. `split` chooses where a source has several; unset, `default_split` does.
 
     Raises TunesmithError when there is no such file, or it can't be one with rows.
     """
-    path = Path(source).expanduser()
-    if not _is_file_name(path, source):
+    if not is_file_name(source):
         return Rows(name=source, read=lambda: _hub(source, split or default_split))
-    if split is not None:
-        raise TunesmithError(f"split is {split!r}, but {source} is a file, which has no splits; drop it")
-    _check_file(path, source)
-    reader = READERS[path.suffix.lower()]
-    return Rows(name=source, read=lambda: reader(path, source), files=(path,))
+    path, found = Path(source).expanduser(), find(source)
+    if path.is_file():
+        reader = _reader(path, source)
+        if split is not None and reader is not json_rows:
+            raise TunesmithError(f"split is {split!r}, but {source} is a file, which has no splits; drop it")
+        part = (split or default_split) if reader is json_rows else ""
+        return Rows(name=source, read=lambda: reader(path, source, split, default_split), files=(path,), part=part)
+    files = found.chosen(source, split, default_split)
+    folder = len(str(path)) if path.is_dir() else None
+    names = {file: str(file) if folder is None else source.rstrip("/") + str(file)[folder:] for file in files}
+
+    def each_file() -> PlacedRows:
+        for file, name in names.items():
+            yield from _reader(file, name)(file, name, None, default_split)
+
+    return Rows(name=source, read=each_file, files=files, part=split or default_split)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -115,14 +112,17 @@ def joined(parts: Sequence[Rows]) -> Rows:
         name=", ".join(part.name for part in parts),
         read=lambda: chain.from_iterable(part.each() for part in parts),
         files=files if all(part.files for part in parts) else (),
+        part=", ".join(part.part for part in parts),
     )
 
 
-def with_places(source: "Dataset | Rows | Iterable[Any]") -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def with_places(
+    source: "Dataset | IterableDataset | Rows | Iterable[Any]",
+) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
     """Rows with their places: numbers from 0, unless a source knows better (a file and its lines) and gives pairs."""
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-    if isinstance(source, Dataset):
+    if isinstance(source, Dataset | IterableDataset):
         rows: Iterable[Any] = (row for batch in source.iter(1000) for row in unbatched(batch))
     else:
         rows = source.each() if isinstance(source, Rows) else source
@@ -137,140 +137,108 @@ def with_places(source: "Dataset | Rows | Iterable[Any]") -> Iterator[tuple[str,
                 yield f"row {number}", BadRow(reason=reason, content=row, separator=" ")
 
 
-def unbatched(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of columns."""
-    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+def unbatched(batch: Mapping[str, Sequence[Any]]) -> Iterator[ArrowRow]:
+    """The rows of a batch of columns of a `datasets.Dataset`."""
+    return (ArrowRow(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def _is_file_name(path: Path, source: str) -> bool:
-    """Whether `source` means a file, there or not, rather than a name on the hub."""
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)
-    in_a_folder = "/" in source and path.parent.is_dir()
-    return not hub_name or path.exists() or path.suffix.lower() in READERS or source[0] in ".~" or in_a_folder
+# What a file is
+
+Reader: TypeAlias = Callable[[Path, str, str | None, str], PlacedRows]
+"""Of the file, what messages call it, the split that is asked for, and the one that is not asked for."""
 
 
-def _check_file(path: Path, source: str) -> None:
-    known = ", ".join(READERS)
-    if path.is_dir():
-        inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in READERS)
-        scripts = sorted(item.name for item in path.glob("*.py"))
-        if scripts and not inside:
-            raise TunesmithError(f"{source} needs the code in {scripts[0]} to be read. {NO_SCRIPTS}")
-        listed = f"; it holds {', '.join(inside[:5])}" if inside else f"; it holds no {known} file"
-        raise TunesmithError(f"{source} is a folder, expected a file{listed}")
-    if not path.exists():
-        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        where = "" if path.parent.is_dir() else f": there is no folder {path.parent}"
-        raise TunesmithError(f"no file {source}{where}{nearest(path.name, siblings)}")
-    if path.suffix.lower() not in READERS:
-        packed = "; unpack it first" if path.suffix.lower() in PACKED else ""
-        script = f". {NO_SCRIPTS}" if path.suffix == ".py" else ""
-        problem = f"{source}: files named *{path.suffix or path.name} can't be read"
-        raise TunesmithError(f"{problem}{packed}; known are {known}{script}")
-    if path.stat().st_size == 0:
-        raise TunesmithError(f"{source} is an empty file")
+def _reader(path: Path, name: str) -> Reader:
+    """How a file is read, by its content. Raises TunesmithError for what holds no rows."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise TunesmithError(f"{name} can't be read: {error.strerror}") from error
+    if not head:
+        raise TunesmithError(f"{name} is an empty file")
+    if head.startswith(b"PAR1"):
+        return _parquet
+    if head.startswith((ARROW_MAGIC, STREAM_MAGIC)):
+        return _arrow
+    with opened(path, name) as content:
+        first = content.readline(MOST_BYTES)
+        check_beginning(first, f"{name}, line 1")
+        while first and not first.removeprefix(BOM).strip():
+            first = content.readline(MOST_BYTES)
+        first = first.removeprefix(BOM)
+        sample = first[:SAMPLE] + content.read(SAMPLE)
+    # Of an object the whole line is needed. The one line of a list may have any length.
+    line = (first if first.lstrip().startswith(b"{") else first[:SAMPLE]).decode("utf-8", errors="replace").strip()
+    lines = StringIO(sample.decode("utf-8", errors="replace"), newline="\n").readlines() or [line]
+    suffix = suffix_of(path)
+    if suffix != ".txt" or _names_format(line):
+        json_reader = _json_reader(line, lines[1:], suffix)
+        if json_reader is not None:
+            return json_reader
+    delimiter = _delimiter(lines, "\t" if suffix == ".tsv" else ",")
+    columns = _cells(lines[:1], delimiter)[0]
+    is_table = len(columns) > 1 and has_format(columns)
+    if suffix in (".csv", ".tsv") or is_table:
+        return lambda path, name, *_: _table(path, name, delimiter)
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _json_lines
+    if suffix == ".txt":
+        return _texts
+    if suffix == ".parquet":
+        raise TunesmithError(f"{name} is damaged, or not a Parquet file")
+    script = f". {NO_SCRIPTS}" if suffix == ".py" else ""
+    raise TunesmithError(
+        f"{name}: files named *{path.suffix or path.name} can't be read; known are {', '.join(SUFFIXES)}{script}"
+    )
+
+
+def _names_format(line: str) -> bool:
+    """Whether a line is a JSON object with the columns of a format."""
+    try:
+        row = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and has_format(row)
+
+
+def _json_reader(line: str, following: list[str], suffix: str) -> Reader | None:
+    """How JSON that begins with `line` is read: as lines, or as one value. None where it isn't JSON.
+
+    The first line of JSON Lines is a whole object; that of a value over several lines ends too early. An object on the
+    only line may be either a row or what holds all rows, which the name settles.
+    """
+    is_named, is_lines = suffix in (".jsonl", ".ndjson", ".json"), suffix in (".jsonl", ".ndjson")
+    if line.startswith("["):
+        return json_rows if is_named or line.startswith("[{") or line == "[" else None
+    if not line.startswith("{"):
+        return None
+    try:
+        value = STRICT.decode(line)
+    except json.JSONDecodeError as error:
+        is_damaged = is_lines and _is_object(following[:1])  # and the lines after it are not
+        if error.pos >= len(line) and not is_damaged:
+            return json_rows
+        return _json_lines if is_named else None
+    except (ValueError, RecursionError):
+        return _json_lines if is_named else None
+    is_only = not is_lines and not any(text.strip() for text in following)
+    return json_rows if is_only and not is_row(value) else _json_lines
+
+
+def _is_object(lines: Sequence[str]) -> bool:
+    return any(line.startswith("{") and line.rstrip().endswith("}") for line in lines)
 
 
 # Lines
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """A line with its end, and its number from 1. With `bad`, its text is what could be read of it."""
-
-    number: int
-    place: str
-    text: str
-    bad: BadRow | None = None
+def _json_lines(path: Path, name: str, *_: Any) -> PlacedRows:
+    return _by_line(path, name, json_line)
 
 
-def numbered_lines(path: Path, name: str, most: int | None = MOST_BYTES) -> Iterator[Line]:
-    """The lines of a UTF-8 file, split at \\n only: JSON may hold other line separators. A BOM is left out.
-
-    Raises TunesmithError for a file that can't be read or is not UTF-8 text; `name` is what messages call
-    it. A line of more than `most` bytes (None: no limit), with a NUL or with bytes that are not UTF-8 is bad.
-    """
-    offset, number, checked = 0, 0, False
-    try:
-        with path.open("rb") as file:
-            while raw := file.readline(-1 if most is None else most):
-                number += 1
-                place = f"{name}, line {number}"
-                if number == 1:
-                    _check_beginning(raw, place)
-                if most is not None and len(raw) == most and not raw.endswith(b"\n"):
-                    yield Line(number=number, place=place, text="\n", bad=_too_long(raw, most))
-                    offset += _read_past_line(file)
-                else:
-                    text, bad = _decoded(raw, offset)
-                    if bad is not None and not checked:
-                        checked = True
-                        _check_encoding(path, bad, place)
-                    yield Line(number=number, place=place, text=text, bad=bad)
-                offset += len(raw)
-    except OSError as error:
-        raise TunesmithError(f"{name} can't be read: {error.strerror}") from error
-
-
-def _check_beginning(raw: bytes, place: str) -> None:
-    for magic, meaning in MAGIC.items():
-        if raw.startswith(magic):
-            raise TunesmithError(f"{place}: the file is {meaning}")
-    if raw.startswith(UTF16) or (len(raw) > 1 and (raw[0] == 0) != (raw[1] == 0)):
-        raise TunesmithError(f"{place}: the file is UTF-16, or not text; save it as UTF-8")
-
-
-def _decoded(raw: bytes, offset: int) -> tuple[str, BadRow | None]:
-    """The text of a line, which begins at byte `offset` of the file, and what is wrong with it."""
-    if offset == 0 and raw.startswith(BOM):
-        raw, offset = raw[len(BOM) :], len(BOM)
-    try:
-        text, reason = raw.decode("utf-8"), ""
-    except UnicodeDecodeError as error:
-        text = raw.decode("utf-8", errors="replace")
-        wrong = f"byte {offset + error.start} (0x{raw[error.start]:02x})"
-        reason = f"{wrong} is not UTF-8; save the file as UTF-8"
-    if b"\0" in raw:
-        reason = f"there is a NUL at byte {offset + raw.index(0)}; the file is damaged, or it is not UTF-8 text"
-    return text, BadRow(reason=reason, content=text) if reason else None
-
-
-def _read_past_line(file: BinaryIO) -> int:
-    """Reads to the end of the line, and returns how many bytes that were."""
-    passed = 0
-    while part := file.readline(CHUNK):
-        passed += len(part)
-        if part.endswith(b"\n"):
-            break
-    return passed
-
-
-def _too_long(raw: bytes, most: int) -> BadRow:
-    text = raw[:KEPT_CHARACTERS].decode("utf-8", errors="replace")
-    hint = "; if the file is one JSON value, name it .json" if text.lstrip("\ufeff \t").startswith("[") else ""
-    reason = f"the line has more than {most:,} bytes, too many for one row; divide it{hint}"
-    return BadRow(reason=reason, content=text)
-
-
-def _check_encoding(path: Path, first: BadRow, place: str) -> None:
-    """Raises TunesmithError where more lines are not UTF-8 than are, and not just a few: that is the file's encoding,
-    not a bad row."""
-    count = right = wrong = 0
-    with path.open("rb") as file:
-        while raw := file.readline(MOST_BYTES):
-            count += 1
-            if raw.isascii():
-                continue
-            try:
-                raw.decode("utf-8")
-                right += 1
-            except UnicodeDecodeError:
-                wrong += 1
-    if wrong > max(1, right) and wrong > DAMAGED_SHARE * count:
-        raise TunesmithError(
-            f"{place}: {first.reason}. Of the lines that are not plain ASCII {right:,} are UTF-8 and "
-            f"{wrong:,} are not: the file has another encoding, such as Latin-1 (`iconv -f latin1 -t utf8`)"
-        )
+def _texts(path: Path, name: str, *_: Any) -> PlacedRows:
+    return _by_line(path, name, lambda line: {"text": line.text.rstrip("\r\n")})
 
 
 def _by_line(path: Path, name: str, row_of: Callable[[Line], SourceRow | BadRow]) -> PlacedRows:
@@ -281,110 +249,11 @@ def _by_line(path: Path, name: str, row_of: Callable[[Line], SourceRow | BadRow]
             yield line.place, row_of(line)
 
 
-# JSON
-
-
-def _json_line(line: Line) -> SourceRow | BadRow:
-    """The object in a line. Raises TunesmithError where the first line shows that the file is not JSON Lines."""
-    text, first = line.text.rstrip("\r\n").removeprefix("\ufeff"), line.number == 1  # files were joined, BOMs and all
-    try:
-        row = _parsed(text)
-    except json.JSONDecodeError as error:
-        hint = "" if line.text.endswith("\n") else "; the file ends in this line: it seems to be cut off"
-        bad = BadRow(reason=f"column {error.colno}: {error.msg}{hint}", content=text, separator=", ")
-        if first and text.strip() in ("[", "{"):
-            hint = "; this looks like one JSON value over many lines: name the file .json"
-            raise TunesmithError(f"{bad.error(line.place)}{hint}") from error
-        return bad
-    except ValueError as error:
-        return BadRow(reason=str(error), content=text)
-    if isinstance(row, list) and first:
-        raise TunesmithError(f"{line.place} is a list; if the file is one list of objects, name it .json")
-    return _object(row)
-
-
-def _json(path: Path, name: str) -> PlacedRows:
-    """The whole file is one value. Its rows have places like "rows.json, row 3"."""
-    lines = []
-    for line in numbered_lines(path, name, most=None):
-        if line.bad is not None:
-            raise line.bad.error(line.place)
-        lines.append(line.text)
-    text = "".join(lines)
-    del lines
-    try:
-        value = _parsed(text)
-    except json.JSONDecodeError as error:
-        hint = ""
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            hint = "; if every line is an object, name the file .jsonl"
-        elif not text.rstrip().endswith(("]", "}")):
-            hint = "; the file seems to be cut off"
-        raise TunesmithError(f"{name}, line {error.lineno}, column {error.colno}: {error.msg}{hint}") from error
-    except ValueError as error:
-        raise TunesmithError(f"{name}: {error}") from error
-    rows, where = _rows_in(value, name)
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}, row {number}{where}", _object(row)
-
-
-def _rows_in(value: Any, name: str) -> tuple[list[Any], str]:
-    """The list of rows in a JSON value, and where it was, for their places."""
-    if isinstance(value, list):
-        return value, ""
-    if not isinstance(value, dict):
-        raise TunesmithError(f"{name} holds {kind_of(value)}, expected a list of objects")
-    lists = [key for key, item in value.items() if isinstance(item, list)]
-    if any(key in columns for key in value for columns in FORMATS.values()):
-        raise TunesmithError(f"{name} holds a single row; put it in a list: [{{...}}]")
-    if len(lists) != 1:
-        held = f"the lists {', '.join(map(repr, lists))}" if lists else "no list"
-        raise TunesmithError(f"{name} holds an object with {held}; expected a list of objects, or an object with one")
-    return value[lists[0]], f" of {lists[0]!r}"
-
-
-def _parsed(text: str) -> Any:
-    """JSON in which no key is given twice in an object. Raises ValueError, JSONDecodeError when it isn't JSON."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_number, parse_float=_finite)
-        if LOOSE_SURROGATE.search(text):
-            check_characters(json.dumps(value, ensure_ascii=False))
-    except RecursionError:
-        raise ValueError("lists or objects are nested too deeply") from None
-    return value
-
-
-def _refuse_number(text: str) -> float:
-    """Python's JSON has NaN and Infinity, which JSON does not."""
-    raise ValueError(f"{text[:40]} is not a number in JSON; write null, or a finite number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if isfinite(number) else _refuse_number(text)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> SourceRow:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice in one object")
-    return row
-
-
-def _object(row: Any) -> SourceRow | BadRow:
-    if not isinstance(row, dict):
-        return BadRow(reason=f"is {kind_of(row)}, expected an object {{...}}", content=row, separator=" ")
-    return row
-
-
 # Tables
 
 
 def _table(path: Path, name: str, delimiter: str) -> PlacedRows:
     """Rows of text values under the names of the first line. A place is the line in which the row begins."""
-    csv.field_size_limit(2**31 - 1)  # a process-wide limit, by default 128 KiB: less than a long document
     read: list[Line] = []
 
     def texts() -> Iterator[str]:
@@ -414,36 +283,113 @@ def _table(path: Path, name: str, delimiter: str) -> PlacedRows:
                 raise bad.error(line_place)
             yield line_place, bad
         elif values and not header:
-            header = _checked_header(values, place)
+            header = [] if SEPARATOR.fullmatch(read[0].text) else _checked_header(values, place)
         elif values and len(values) != len(header):
             reason = f"has {len(values)} values, but the header has {len(header)} names"
             yield place, BadRow(reason=reason, content=values, separator=" ")
         elif values:
-            yield place, dict(zip(header, values, strict=True))
+            row = dict(zip(header, values, strict=True))
+            if header[0] in INDEX_COLUMNS:
+                del row[header[0]]
+            yield place, row
 
 
 def _checked_header(names: list[str], place: str) -> list[str]:
-    for name in names:
-        if not name.strip():
+    for number, name in enumerate(names):
+        if not name.strip() and (number or len(names) == 1):
             raise TunesmithError(f"{place}: a column has no name; the header is {', '.join(map(repr, names))}")
         if names.count(name) > 1:
             raise TunesmithError(f"{place}: the column {name!r} is there twice")
     return names
 
 
-def _parquet(path: Path, name: str) -> PlacedRows:
-    import pyarrow as pa
+def _delimiter(lines: Sequence[str], usual: str) -> str:
+    """The delimiter with which most of `lines` have as many values as the first, and more than one. Of several the
+    usual one is taken."""
+    if (written := SEPARATOR.fullmatch(lines[0])) is not None:
+        return written[1]
+
+    def fit(delimiter: str) -> tuple[float, bool, int]:
+        rows = _cells(lines, delimiter)
+        width = len(rows[0])
+        share = sum(len(row) == width for row in rows) / len(rows) if width > 1 else 0.0
+        return share, delimiter == usual, width
+
+    return max(DELIMITERS, key=fit)
+
+
+def _cells(lines: Sequence[str], delimiter: str) -> list[list[str]]:
+    """The rows of a table in `lines`, at least one. The last of several is left out: it may be cut."""
+    csv.field_size_limit(2**31 - 1)  # a process-wide limit, by default 128 KiB: less than a long document
+    try:
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if row] or [[]]
+    except csv.Error:
+        return [[]]
+    return rows[:-1] or rows
+
+
+# Arrow
+
+
+def _parquet(path: Path, name: str, *_: Any) -> PlacedRows:
     import pyarrow.parquet as pq
+
+    def batches() -> Iterator[Any]:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=ARROW_ROWS)
+
+    return _arrow_rows(batches(), name, "a Parquet file")
+
+
+def _arrow(path: Path, name: str, *_: Any) -> PlacedRows:
+    """An Arrow file, or an Arrow stream as `datasets` writes it."""
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        with pa.memory_map(str(path)) as source:
+            if source.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
+                file = pa.ipc.open_file(source)
+                yield from map(file.get_batch, range(file.num_record_batches))
+            else:
+                source.seek(0)
+                yield from pa.ipc.open_stream(source)
+
+    return _arrow_rows(batches(), name, "an Arrow file")
+
+
+def _arrow_rows(batches: Iterator[Any], name: str, kind: str) -> PlacedRows:
+    import pyarrow as pa
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
+        for batch in batches:
+            batch.validate(full=True)  # offsets that point elsewhere would read any memory
+            json_columns = [field.name for field in batch.schema if "arrow.json" in str(field.type)]
+            for start in range(0, len(batch), ARROW_ROWS):
+                for row in batch.slice(start, ARROW_ROWS).to_pylist():
                     number += 1
-                    yield f"{name}, row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise TunesmithError(f"{name}: after {number} rows: {error}; it is damaged, or not a Parquet file") from error
+                    for column in json_columns:
+                        row[column] = _loaded(row[column], batch.schema.field(column).type)
+                    for index in INDEX_COLUMNS:
+                        row.pop(index, None)
+                    yield f"{name}, row {number}", ArrowRow(row)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise TunesmithError(f"{name}: after {number} rows: {error}; it is damaged, or not {kind}") from error
+
+
+def _loaded(value: Any, kind: Any) -> Any:
+    """A value whose type `kind` has JSON text in it, as `datasets` stores values of several types, with that loaded."""
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _loaded(value[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_loaded(item, kind.value_type) for item in value]
+    return value
 
 
 # The hub
@@ -463,15 +409,4 @@ def _hub(name: str, split: str) -> PlacedRows:
             "Check the name and the connection, or download it and give a file."
         ) from error
     for number, row in enumerate(dataset, start=1):
-        yield f"{name} ({split}), row {number}", row
-
-
-READERS: dict[str, Callable[[Path, str], PlacedRows]] = {
-    ".jsonl": partial(_by_line, row_of=_json_line),
-    ".ndjson": partial(_by_line, row_of=_json_line),
-    ".json": _json,
-    ".csv": partial(_table, delimiter=","),
-    ".tsv": partial(_table, delimiter="\t"),
-    ".parquet": _parquet,
-    ".txt": partial(_by_line, row_of=lambda line: {"text": line.text.rstrip("\r\n")}),
-}
+        yield f"{name} ({split}), row {number}", ArrowRow(row)

@@ -92,8 +92,7 @@ class ChatTemplate:
         self.eos: str = tokenizer.eos_token
         tokens = tokenizer.added_tokens_decoder
         self.ends = tuple(tokens[i].content for i in end_ids(tokenizer) if i in tokens)
-        special = {token.content for token in tokens.values() if token.special} | {*self.ends}
-        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.special = special_pattern(tokenizer)
 
     def program(self, tools: list[Any] | None) -> "_Program":
         """The template in the sandbox of `transformers`. A tokenizer may have another one for rows with tools."""
@@ -475,6 +474,14 @@ def _parts(message: Fields) -> dict[str, Any]:
     """A message whose content is a list of parts."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the special tokens of a tokenizer, and those that can end a text."""
+    tokens = tokenizer.added_tokens_decoder
+    special = {token.content for token in tokens.values() if token.special}
+    special |= {tokens[i].content for i in end_ids(tokenizer) if i in tokens}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:

@@ -14,6 +14,7 @@ the template's own switch is turned so that the prompt fits. Where there is none
 block that the prompt opens, the model has to generate the block's end first (`closed`).
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -177,12 +178,24 @@ def turn_of(chat: Chat, index: int) -> Turn:
     """
     try:
         turn = _best(chat, index)
+    except TunesmithError as error:
+        raise _of_message(chat, index, error) from error
+    check_turn(chat, index, turn)
+    return turn
+
+
+def check_turn(chat: Chat, index: int, turn: Turn) -> None:
+    """Raises TunesmithError unless the turn is what the message says, and its end."""
+    try:
         _check_answer(chat, index, turn)
         _check_calls(chat, index, turn)
     except TunesmithError as error:
-        hint = "" if index == len(chat.messages) - 1 else "\nTo leave this turn out, give the message `weight: 0`"
-        raise TunesmithError(f"message {index + 1} (assistant): {error}{hint}") from error
-    return turn
+        raise _of_message(chat, index, error) from error
+
+
+def _of_message(chat: Chat, index: int, error: TunesmithError) -> TunesmithError:
+    hint = "" if index == len(chat.messages) - 1 else "\nTo leave this turn out, give the message `weight: 0`"
+    return TunesmithError(f"message {index + 1} (assistant): {error}{hint}")
 
 
 def _best(chat: Chat, index: int) -> Turn:
@@ -401,7 +414,7 @@ def _check_calls(chat: Chat, index: int, turn: Turn) -> None:
     for number, call in enumerate(chat.messages[index].get("tool_calls") or (), start=1):
         function = call.get("function", call)
         for value in (function.get("name"), *_texts(chat.conversation.messages[index].fields, number)):
-            if value and not _shows(turn.generated, value):
+            if value and not shows(turn.generated, value):
                 raise TunesmithError(
                     f"the template does not show {value[:80]!r} of call {number}. Set `chat_template_path` to a "
                     "template that shows all calls of a message, or divide the message into one for each call"
@@ -421,11 +434,11 @@ def _texts(message: Fields, number: int) -> Iterator[str]:
                 waiting += values
 
 
-def _shows(text: str, value: str) -> bool:
+def shows(text: str, value: str) -> bool:
     """Whether `text` holds `value` as it is, or in JSON in one way or another."""
-    import json
-
-    forms = {value, value.strip(), json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]}
+    if value in text:
+        return True
+    forms = {value.strip(), json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]}
     forms |= {json.dumps(form)[1:-1] for form in [*forms]}
     return any(form in text for form in forms)
 

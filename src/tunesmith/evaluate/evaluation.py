@@ -136,7 +136,7 @@ def questions(source: Source, counts: Counts) -> list[Question]:
 
     Raises TunesmithError for what can't be read, and where no row is left.
     """
-    options = FormatOptions(columns=source.columns, arrow=False)
+    options = FormatOptions(columns=source.columns)
     rows = read_rows(source.data, source.split, default_split="test")
     asked: list[Question] = []
     for place, row in parse_rows(rows, options):
@@ -284,15 +284,15 @@ def _as_chat(first: Question, tokenizer: Any, settings: Settings, record: "RunRe
 def _ids(question: Question, tokenizer: Any, as_chat: bool) -> list[int]:
     from jinja2 import TemplateError
 
+    from tunesmith.data.prompts import prompt_ids, text_ids
     from tunesmith.data.sandbox import TooLong
-    from tunesmith.model.generate import prompt_ids, text_ids
 
     try:
         if isinstance(question.prompt, str) and not as_chat:
             return text_ids(tokenizer, question.prompt)
         prompt = question.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return prompt_ids(tokenizer, messages, question.arguments)
+        return prompt_ids(tokenizer, messages, question.arguments, keep_specials=True)
     except (TemplateError, TooLong, ValueError, TypeError, OverflowError) as error:
         ours = isinstance(error, TunesmithError)
         raise TunesmithError(

@@ -9,12 +9,14 @@ import json
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+from tunesmith.data.columns import ANSWERS, guessed_columns, named_column, question_columns
 from tunesmith.data.formats import FormatOptions, detect, parse_rows
+from tunesmith.data.messages import TurnOptions, names_in
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, TrainOn
@@ -23,20 +25,6 @@ Kind = Literal["conversation", "pair", "text", "tokens"]
 SAMPLE = 5_000
 MOST_LABELS = 200
 """With more different answers than that, they are not counted."""
-
-QUESTIONS = (
-    *("instruction", "question", "query", "prompt", "user", "human", "request", "problem", "source", "input", "text"),
-    *("sentence", "review", "message", "問題", "问题", "提問", "提问", "指令", "題目", "题目", "輸入", "输入", "質問"),
-    *("文本", "內容", "内容"),
-)
-ANSWERS = (
-    *("output", "answer", "response", "completion", "target", "reply", "assistant", "solution", "label", "category"),
-    *("class", "intent", "sentiment", "summary", "translation", "答案", "回答", "回覆", "回复", "輸出", "输出", "標籤"),
-    *("标签", "類別", "类别", "分類", "分类", "摘要", "応答"),
-)
-CONTEXTS = ("context", "input", "passage", "background", "背景", "上下文", "補充", "补充")
-TEXTS = ("content", "body", "document", "article", "passage", "文本", "內容", "内容", "文章", "正文")
-"""What columns are called elsewhere, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +113,13 @@ class _Tally:
             self.labels = None if len(self.labels) > MOST_LABELS else self.labels
 
 
-def look(rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]) -> Survey:
-    """Reads all of `rows`, (place, row) pairs. Raises TunesmithError, with the place, for one that can't be trained on
-    or has another shape than the first."""
-    options = FormatOptions(columns=columns, arrow=False)
+def look(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str], template: str | None = None
+) -> Survey:
+    """Reads all of `rows`, (place, row) pairs. `template` is the source of the chat template, which may know roles of
+    its own. Raises TunesmithError, with the place, for a row that can't be trained on or has another shape than the
+    first."""
+    options = FormatOptions(columns=columns, turns=TurnOptions(known_roles=names_in(template)))
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
@@ -184,47 +175,16 @@ def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, st
     Raises TunesmithError for preference pairs, whose better side is the user's to choose.
     """
     try:
-        known: str | None = detect(row, FormatOptions(arrow=False))
+        known: str | None = detect(row, FormatOptions())
     except TunesmithError:
         if row.get("chosen") is not None and row.get("rejected") is not None:
             raise
         known = None
-    answer = _named_column(row, ANSWERS)
-    if known == "text" and answer is not None:
-        return _pair(row, "text", answer, templated)
+    if known == "text" and (answer := named_column(row, ANSWERS)) is not None:
+        return question_columns(row, "text", answer, templated=templated)
     if known is not None:
         return {}
-    for name, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-            keys = {key for turn in value for key in turn}
-            if keys & {"role", "from"}:
-                return {"messages" if "role" in keys else "conversations": name}
-    question = _named_column(row, QUESTIONS, but=answer)
-    if question is not None and answer is not None:
-        return _pair(row, question, answer, templated)
-    text = _named_column(row, TEXTS)
-    return None if text is None else {"text": text}
-
-
-def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:
-    """The `columns` setting for rows whose column `question` is answered by `answer`."""
-    ours = ("instruction", "output") if templated else ("prompt", "completion")
-    # A name that is ours already needs no line.
-    return {name: theirs for name, theirs in zip(ours, (question, answer), strict=True) if name != theirs}
-
-
-def _pair(row: Mapping[str, Any], question: str, answer: str, templated: bool) -> dict[str, str]:
-    columns = pair_columns(question, answer, templated=templated)
-    context = _named_column(row, CONTEXTS, but=question)
-    if context not in (None, answer, "input") and "prompt" not in columns and templated:
-        columns["input"] = str(context)
-    return columns
-
-
-def _named_column(row: Mapping[str, Any], names: Sequence[str], but: str | None = None) -> str | None:
-    known = {"_".join(str(name).casefold().replace("-", " ").split()): name for name in reversed(list(row))}
-    there = (known[name] for name in names if name in known)
-    return next((name for name in there if name != but and row[name] not in (None, "")), None)
+    return guessed_columns(row, templated=templated)
 
 
 def _with_format(

@@ -55,7 +55,7 @@ def facts_of(options: Options) -> tuple["Facts", list[str]]:
     name, template = options.model or _asked_model(options), options.template
     tokenizer, run = _model(name, template)
     columns = _chosen_columns(options, rows, tokenizer.chat_template is not None)
-    survey = look(rows, columns)
+    survey = look(rows, columns, tokenizer.chat_template)
     about = survey.facts
     if about.kind == "conversation" and tokenizer.chat_template is None:
         template = "chatml"
@@ -107,9 +107,9 @@ def _data(options: Options) -> tuple[tuple[str, ...], "Rows"]:
     if options.data:
         return options.data, joined([read_rows(name) for name in options.data])
     if not options.asks:
-        raise TunesmithError("no data; write --data rows.jsonl: a file, or a name on the hub")
+        raise TunesmithError("no data; write --data rows.jsonl: a file, a folder, or a name on the hub")
     while True:
-        name = ask("Your rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a name on the hub")
+        name = ask("Your rows: a file (.jsonl, .json, .csv, .parquet, ...), a folder, or a name on the hub")
         try:
             return (name,), read_rows(name)
         except TunesmithError as error:
@@ -190,7 +190,7 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
         raise TunesmithError(f"{place}: {error}") from error
     if proposed is None and not options.asks:
         try:
-            detect(first, FormatOptions(arrow=False))
+            detect(first, FormatOptions())
         except TunesmithError as error:
             raise TunesmithError(f"{place}: {error}\nHere: --columns instruction=question,output=answer") from error
     if proposed:
@@ -220,7 +220,7 @@ def _parsed_columns(text: str) -> dict[str, str]:
 
 def _asked_columns(row: Mapping[str, Any], templated: bool) -> dict[str, str]:
     """Which column asks and which answers, of those that are texts."""
-    from tunesmith.init.facts import pair_columns
+    from tunesmith.data.columns import pair_columns
 
     texts = [str(name) for name, value in row.items() if isinstance(value, str)]
     if not texts:

@@ -13,7 +13,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from tunesmith.data.sandbox import time_limit
+from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model as Model
 from tunesmith.model.adapters import base_model, has_virtual_tokens
@@ -118,41 +118,6 @@ def stream(
     streamer = _Streamer(tokenizer, write)
     answer_ids(model, tokenizer, [prompt_ids(tokenizer, messages)], sampling, streamer)
     return "".join(streamer.pieces)
-
-
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, arguments: Mapping[str, Any] | None = None
-) -> list[int]:
-    """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
-    one message is the text to go on with. `arguments` are the chat template's, `tools` among them."""
-    if tokenizer.chat_template is not None:
-        with time_limit():
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=False,
-                **(arguments or {}),
-            )
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    elif len(messages) == 1:
-        return text_ids(tokenizer, messages[0]["content"])
-    else:
-        raise TunesmithError(
-            f"the tokenizer has no chat template, so a prompt is one text; this one is {len(messages)} messages"
-        )
-    if not ids:
-        raise TunesmithError("the prompt is empty")
-    return list(ids)
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text to go on with. Raises TunesmithError where there are none."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids = ids[:-1]
-    if not ids:
-        raise TunesmithError("the prompt is empty")
-    return list(ids)
 
 
 def room_of(model: Model) -> int | None:

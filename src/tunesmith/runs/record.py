@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.data.folders import is_file_name
 from tunesmith.home import DEMO, DEMO_FOLDER
 from tunesmith.runs.files import as_json, from_json, last_part, read, unreadable, write_whole
 from tunesmith.secrets import known_secrets, scrub
@@ -13,7 +14,6 @@ from tunesmith.secrets import known_secrets, scrub
 RUN = "run.json"
 FORMAT = 1
 """Raise it with a change that an older version would read wrongly."""
-DATA_FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 Text = str | tuple[dict[str, Any], ...]
@@ -53,14 +53,11 @@ class Origin:
 
     @classmethod
     def of_data(cls, name: str | None) -> "Origin":
-        """From `data` in a recipe: a file, or a name on the hub, which may end in `:configuration`. None is for rows
-        that a program made."""
+        """From `data` in a recipe: files here, or a name on the hub, which may end in `:configuration`. None is for
+        rows that a program made."""
         if name is None:
             return cls(kind="memory", name="rows made by a program")
-        hub_id, _, configuration = name.partition(":")
-        on_hub = HUB_ID.fullmatch(hub_id) and re.fullmatch(r"[\w.-]*", configuration)
-        is_file = Path(name).expanduser().exists() or Path(name).suffix.lower() in DATA_FILES
-        return cls(kind="file", name=last_part(name)) if is_file or not on_hub else cls(kind="hub", name=name)
+        return cls(kind="file", name=last_part(name)) if is_file_name(name) else cls(kind="hub", name=name)
 
 
 ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "loha": "LoHa", "lokr": "LoKr", "vera": "VeRA"}

@@ -45,7 +45,12 @@ NEUTRAL: dict[str, Any] = {
 }
 """Fields that are not built, with the one value that asks for nothing."""
 COMMON = frozenset(("model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop"))
-CHAT = COMMON | frozenset(("messages", "max_completion_tokens", "tools", "tool_choice", "chat_template_kwargs"))
+CHAT = COMMON | frozenset(
+    ("messages", "max_completion_tokens", "tools", "tool_choice", "chat_template_kwargs", "specials_in_content")
+)
+SPECIALS = ("text", "keep")
+"""What text of a message is that reads as a control token: ordinary characters, or the token where the model was
+trained so."""
 COMPLETION = COMMON | {"prompt"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"))
@@ -77,11 +82,13 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chat:
-    """`arguments` are the chat template's, tools among them. `functions` names the tools."""
+    """`arguments` are the chat template's, tools among them. `functions` names the tools. `keep_specials`: text that
+    reads as a control token is to be one."""
 
     messages: list[dict[str, Any]]
     arguments: dict[str, Any]
     functions: frozenset[str]
+    keep_specials: bool = False
 
 
 # Requests
@@ -158,8 +165,12 @@ def parse_chat(body: Body) -> Chat:
     refused = sorted(arguments.keys() & TEMPLATE_ARGUMENTS)
     if refused:
         raise RequestError(f"chat_template_kwargs can't set {refused[0]}", param="chat_template_kwargs")
+    specials = body.get("specials_in_content") or "text"
+    if specials not in SPECIALS:
+        raise RequestError(f"specials_in_content is one of {', '.join(SPECIALS)}", param="specials_in_content")
     tools = _tools(body)
     return Chat(
+        keep_specials=specials == "keep",
         messages=[_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
         arguments=arguments | ({"tools": tools} if tools else {}),
         functions=frozenset(tool["function"]["name"] for tool in tools),

@@ -24,8 +24,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.errors import TunesmithError
-from tunesmith.model.generate import Model, Sampling, prompt_ids, room_of, text_ids
+from tunesmith.model.generate import Model, Sampling, room_of
 from tunesmith.serve import answer, protocol
 from tunesmith.serve.answer import Call, Cancelled, Finished, Job, Question
 from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, error, event
@@ -215,7 +216,10 @@ class Service:
             raise RequestError("this model has no chat template; ask /v1/completions to go on with a text")
         if chat.functions and not self._has_tools:
             raise RequestError("this model's chat template has no place for tools", param="tools")
-        ids = await self._in_reader(lambda: prompt_ids(self._tokenizer, chat.messages, chat.arguments), "messages")
+        tokenizer, keep = self._tokenizer, chat.keep_specials
+        ids = await self._in_reader(
+            lambda: prompt_ids(tokenizer, chat.messages, chat.arguments, keep_specials=keep), "messages"
+        )
         calls = bool(chat.functions) and self._finds_calls
         question = self._question(ids, options, "messages", answer.OPENING if calls else None)
         reply = Reply(model=self._settings.name, is_chat=True, include_usage=options.include_usage)

@@ -101,6 +101,7 @@ class SFTConfig(TrainingArguments):
     on_bad_row: OnBadRow = _setting(
         "error", "A row that can't be read or used: error | skip (counted, and kept in skipped_rows.jsonl)."
     )
+    merge_turns: bool = _setting(False, "Join neighbouring messages of one role by a blank line.")
     overlong: Overlong = _setting("truncate", "Examples over max_length: truncate | drop | split | error.")
     truncate_prompt: bool = _setting(False, "Shorten an overlong row's prompt from the left instead of its completion.")
     truncation_mode: str = _setting("keep_start", "Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")

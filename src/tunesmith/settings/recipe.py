@@ -29,7 +29,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
         str | list[str] | dict[str, Any],
-        "The training data: a file, a name on the hub, a list of them, or named sources {name: {path, weight, ...}}.",
+        "The training data: a file, a folder, a pattern, a name on the hub, a list of them, or named sources "
+        "{name: {path, weight, ...}}.",
     ),
     "eval_data": (str | list[str] | None, "The evaluation data. With it, eval_strategy is epoch unless you set it."),
     "output": (str, "The folder that the run is written to; the same as output_dir."),
@@ -41,8 +42,8 @@ KEYS: dict[str, tuple[Any, str]] = {
         Literal["8bit", "4bit"] | None,
         "Keep the base model's weights in 8 or 4 bits (needs lora, and bitsandbytes).",
     ),
-    "split": (str, "The split of training data from the hub. Default: train."),
-    "eval_split": (str, "The split of evaluation data from the hub. Default: test."),
+    "split": (str, "The split of training data that has several. Default: train."),
+    "eval_split": (str, "The split of evaluation data that has several. Default: test."),
 }
 """The keys that SFTConfig doesn't have: type and help."""
 
@@ -55,7 +56,7 @@ SOURCE_KEYS: dict[str, Any] = {
     "columns": dict[str, str],
     "text_field": str,
 }
-"""The keys of a named source: where it is, which split of the hub's, how often each row is used or how many rows, the
+"""The keys of a named source: where it is, which of its splits, how often each row is used or how many rows, the
 share held out for evaluation, and its own columns."""
 
 ALIASES = {

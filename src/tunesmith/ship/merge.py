@@ -21,9 +21,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.devices import here
-from tunesmith.model.generate import prompt_ids, stop_ids
+from tunesmith.model.generate import stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
 from tunesmith.model.precision import DTYPES, PrecisionName

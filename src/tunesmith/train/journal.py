@@ -273,11 +273,10 @@ class Journal:
             why = "the weights are spread over processes, of which none can answer alone"
             self._tell(trainer.state.global_step, f"sample_prompts: no prompt is answered, since {why}")
             return
-        arguments: Any = self._args.chat_template_kwargs or {}
         tokenizer, model = cast(PreTrainedTokenizerBase, trainer.processing_class), cast(Model, trainer.model)
         for trained_on in (False, True):  # rows that are trained on show less, but better than none
             if not self._asked:
-                self._asked = chosen(self._data.rows(trained_on), count, model, tokenizer, arguments)
+                self._asked = chosen(self._data.rows(trained_on), count, model, tokenizer)
                 self._trained_on = trained_on
 
     def answer(self) -> None:

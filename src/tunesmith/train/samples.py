@@ -8,10 +8,11 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.data.sandbox import TooLong
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
-from tunesmith.model.generate import Answer, Sampling, generate_from_ids, prompt_ids, room_of, text_ids
+from tunesmith.model.generate import Answer, Sampling, generate_from_ids, room_of
 from tunesmith.model.head import in_evaluation
 from tunesmith.runs.describe import prompts_of
 from tunesmith.runs.record import Prompt, Sample
@@ -31,26 +32,26 @@ class Asked:
     ids: list[int]
 
 
-def chosen(
-    rows: Iterable[Row], count: int, model: Model, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
-) -> list[Asked]:
+def chosen(rows: Iterable[Row], count: int, model: Model, tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
     """The first `count` different prompts of `rows` that leave room for an answer, as the run trains on them: messages
-    through the chat template with `arguments`, texts as they are."""
+    through the chat template, texts as they are."""
     room = room_of(model)
     longest = LONGEST_PROMPT if room is None else min(LONGEST_PROMPT, room - 1)
     found: list[Asked] = []
     for prompt in prompts_of(rows, 4 * count):
-        ids = _ids(prompt, tokenizer, arguments)
+        ids = _ids(prompt, tokenizer)
         if 0 < len(ids) <= longest and len(found) < count:
             found.append(Asked(prompt=prompt, ids=ids))
     return found
 
 
-def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> list[int]:
+def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """No tokens for what the template refuses."""
     asked = prompt.prompt
     try:
-        return text_ids(tokenizer, asked) if isinstance(asked, str) else prompt_ids(tokenizer, asked, arguments)
+        if isinstance(asked, str):
+            return text_ids(tokenizer, asked)
+        return prompt_ids(tokenizer, asked, keep_specials=True)
     except (TemplateError, TooLong, ValueError, TypeError, OverflowError):
         return []
 

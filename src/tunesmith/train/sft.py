@@ -14,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator
 from tunesmith.data.dataset import DataPreparer, Source
 from tunesmith.data.mixture import DataSource
+from tunesmith.data.prompts import remember
 from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, base_model, starting_point
@@ -84,6 +85,7 @@ class SFTTrainer(BaseTrainer):
         data = DataPreparer(args, tokenizer, formatting_func)
         by_row = compute_metrics is not None
         train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
+        remember(tokenizer, data.form)
         preflight = data.preflight()
         preflight.stop_on_problems()
         data.save_skipped()

@@ -1,0 +1,110 @@
+"""The prompt that a conversation is at inference, in the form that the model was trained in.
+
+A run may have turned a switch of its chat template, so that answers without reasoning follow a prompt without thinking.
+What it turned is kept with the tokenizer, in `tokenizer_config.json`, and asked for wherever the model answers. Text of
+a message that reads as a control token stays text: nobody who asks can end his turn and open another.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunesmith.data.content import MARKED, control_tokens, marked
+from tunesmith.data.sandbox import time_limit
+from tunesmith.data.template import special_pattern
+from tunesmith.data.tokenize import untrimmed, without_prefix
+from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEY = "tunesmith"
+"""In `tokenizer_config.json`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedForm:
+    """How a run rendered its conversations: with which arguments of the chat template, and whether text that reads as a
+    control token was one (`keep`) or ordinary characters (`text`)."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    specials: Literal["keep", "text"] = "text"
+
+
+def remember(tokenizer: "PreTrainedTokenizerBase", form: TrainedForm) -> None:
+    """Keep the form with the tokenizer, where it is not that of any model."""
+    tokenizer.init_kwargs.pop(KEY, None)
+    kept: dict[str, Any] = {"chat_template_kwargs": dict(form.arguments)} if form.arguments else {}
+    if form.specials == "keep":
+        kept["specials_in_content"] = "keep"
+    if kept:
+        tokenizer.init_kwargs[KEY] = kept
+
+
+def form_of(tokenizer: "PreTrainedTokenizerBase") -> TrainedForm:
+    """The form in which the model of this tokenizer was trained, as far as that was kept."""
+    kept = getattr(tokenizer, "init_kwargs", {}).get(KEY)
+    arguments = kept.get("chat_template_kwargs") if isinstance(kept, dict) else None
+    specials = kept.get("specials_in_content") if isinstance(kept, dict) else None
+    return TrainedForm(
+        arguments=arguments if isinstance(arguments, dict) else {}, specials="keep" if specials == "keep" else "text"
+    )
+
+
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    keep_specials: bool = False,
+) -> list[int]:
+    """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
+    one message is the text to go on with. `arguments` are the chat template's, `tools` among them; those that the model
+    was trained with need not be given. `keep_specials`: text of a message that reads as a control token is one, where
+    the model was trained so.
+    """
+    if tokenizer.chat_template is None:
+        if len(messages) == 1:
+            return text_ids(tokenizer, messages[0]["content"])
+        raise TunesmithError(
+            f"the tokenizer has no chat template, so a prompt is one text; this one is {len(messages)} messages"
+        )
+    form, turns = form_of(tokenizer), [dict(message) for message in messages]
+    literal = [] if keep_specials and form.specials == "keep" else control_tokens(turns, special_pattern(tokenizer))
+    with time_limit():
+        text = tokenizer.apply_chat_template(
+            marked(turns, literal) if literal else turns,
+            add_generation_prompt=True,
+            tokenize=False,
+            **{**form.arguments, **(arguments or {})},
+        )
+    if literal:
+        ids = _ids_in_parts(tokenizer, str(text))
+    else:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise TunesmithError("the prompt is empty")
+    return list(ids)
+
+
+def _ids_in_parts(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text that is cut at its marks, within what would be control tokens."""
+    backend = untrimmed(tokenizer)
+    bounds = [0, *(place for mark in MARKED.finditer(text) for place in mark.span()), len(text)]
+    parts = [text[start:stop] for start, stop in [*pairwise(bounds)][::2]]
+    ids: list[int] = backend.encode(parts[0], add_special_tokens=False).ids
+    bare = without_prefix(backend)
+    for part in parts[1:]:
+        ids += bare.encode(part, add_special_tokens=False).ids
+    return ids
+
+
+def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text to go on with. Raises TunesmithError where there are none."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids = ids[:-1]
+    if not ids:
+        raise TunesmithError("the prompt is empty")
+    return list(ids)
