@@ -84,9 +84,10 @@ def test_completions_must_begin_with_an_answer() -> None:
 
 
 def test_weights_of_other_messages_are_refused_where_they_would_count() -> None:
-    messages = [{**user("Hi"), "weight": 0.0}, assistant("Yes")]
-    with pytest.raises(TunesmithError, match=r"message 1 has weight 0.0; only assistant turns can"):
+    messages = [{**user("Hi"), "weight": 0.5}, assistant("Yes")]
+    with pytest.raises(TunesmithError, match=r"message 1 has weight 0.5; only assistant turns can"):
         supervised("chatml", messages, "all")
+    assert supervised("chatml", [{**user("Hi"), "weight": 0.0}, assistant("Yes")], "all") == ["Yes<|im_end|>"]
 
 
 @pytest.mark.parametrize(

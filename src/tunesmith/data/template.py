@@ -186,25 +186,36 @@ class ChatTemplate:
         Raises TunesmithError when it shows them in no way.
         """
         forms = [(text, ids) for text in (False, True) for ids in (False, True)]
-        for text, ids in forms:
-            styles = [CallStyle(text=text, ids=ids, content=content) for content in ("", None)]
-            shown = [(len(call), i) for i, style in enumerate(styles) if (call := self._shown_call(style))]
-            if shown:  # where a template takes both contents, it may show one of them as an answer of its own
-                return styles[min(shown)[1]]
-        raise TunesmithError("the chat template does not show tool calls; set `chat_template_path` to one that does")
+        refused: TunesmithError | None = None
+        for answered in (True, False):  # some refuse a call without its result, and some any result
+            for text, ids in forms:
+                shown = list[tuple[int, CallStyle]]()
+                for content in ("", None):
+                    style = CallStyle(text=text, ids=ids, content=content)
+                    try:
+                        call = self._shown_call(style, answered=answered)
+                    except TunesmithError as error:
+                        refused = refused or error
+                        continue
+                    if call:
+                        shown.append((len(call), style))
+                if shown:  # where a template takes both contents, it may show one of them as an answer of its own
+                    return min(shown, key=lambda found: found[0])[1]
+        raise TunesmithError(
+            "the chat template does not show tool calls; set `chat_template_path` to one that does"
+            + ("" if refused is None or "tool_calls" not in self.program([TOOL]).source else f"\nIt says: {refused}")
+        )
 
-    def _shown_call(self, style: "CallStyle") -> str:
+    def _shown_call(self, style: "CallStyle", *, answered: bool) -> str:
         """A conversation with a call in this style as text; nothing where its arguments are not shown as JSON is."""
         call = {"type": "function", "function": {"name": "probe", "arguments": {"key": PROBES[0]}}}
-        message = {"role": "assistant", "content": style.content, "tool_calls": style.calls([call])}
-        answer = style.result({"role": "tool", "name": "probe", "content": "probe"}, style.calls([call])[0])
-        for more in ([], [answer]):
-            talk = [self.shaped(turn) for turn in (_user("probe"), message, *more)]
-            text = self._try(talk, tools=[TOOL])
-            before, found, _ = text.partition(PROBES[0])
-            if found and not before.endswith(("{'key': '", '\\"key\\": \\"')):
-                return text
-        return ""
+        calls = style.calls([call])
+        message = {"role": "assistant", "content": style.content, "tool_calls": calls}
+        answer = style.result({"role": "tool", "name": "probe", "content": "probe"}, calls[0])
+        talk = [self.shaped(turn) for turn in (_user("probe"), message, *([answer] if answered else []))]
+        text = self.render(talk, tools=[TOOL])
+        before, found, _ = text.partition(PROBES[0])
+        return text if found and not before.endswith(("{'key': '", '\\"key\\": \\"')) else ""
 
     # How it switches the thinking
 

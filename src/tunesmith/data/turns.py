@@ -135,10 +135,10 @@ def _adapted(conversation: Conversation, template: ChatTemplate) -> list[Fields]
         if fields.get("role") == "assistant" and template.reasoning is not None:
             fields = _with_reasoning_apart(fields)
             content = fields.get("content")
+        if isinstance(content, list):  # as one text: some templates show only the first part
+            fields["content"] = content = "".join(part["text"] for part in content)
         if parts and isinstance(content, str):
             fields["content"] = [{"type": "text", "text": content}]
-        elif not parts and isinstance(content, list):
-            fields["content"] = "".join(part["text"] for part in content)
         if style is not None and "tool_calls" in fields:
             fields["tool_calls"] = style.calls(fields["tool_calls"])
             fields["content"] = fields.get("content") or style.content
@@ -395,6 +395,16 @@ def _check_answer(chat: Chat, index: int, turn: Turn) -> None:
     message, generated, template = chat.messages[index], turn.generated, chat.template
     _, answer = said(message)
     if answer and answer not in generated:
+        if message.get("tool_calls") and not any(line in generated for line in answer.splitlines() if line.strip()):
+            raise TunesmithError(
+                f"the template does not show what the assistant says beside its calls, {answer[:80]!r}. Take it out of "
+                "the row, give it a message of its own, or set `chat_template_path` to a template that shows it"
+            )
+        if not generated.strip():
+            raise TunesmithError(
+                f"the template does not show what the assistant says, {answer[:80]!r}, while it is the last message; "
+                "set `chat_template_path` to one that does"
+            )
         change = f"from {answer[:80]!r} to {generated[:80]!r}"
         raise TunesmithError(f"the template changes what the assistant says, {change}: what is to be supervised?")
     if message.get("tool_calls"):
