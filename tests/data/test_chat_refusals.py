@@ -70,7 +70,7 @@ def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
 
 def test_a_template_that_turns_the_order_around_is_refused() -> None:
     source = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    with pytest.raises(TunesmithError, match=r"message 2 .*changes what the assistant says, from 'Yes' to ''"):
+    with pytest.raises(TunesmithError, match=r"message 2 .*does not show what the assistant says, 'Yes', while it is"):
         render(conversation(TWO), with_template(source))
     with pytest.raises(TunesmithError, match=r"message 2 .*the template does not show|its end can't be found"):
         render(conversation(TWO), with_template(source), turns="whole", prompt_mismatch="accept")

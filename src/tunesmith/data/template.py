@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.runtime import new_context
 
 from tunesmith.data.formats import template_arguments
@@ -34,10 +34,11 @@ NO_ARGUMENTS: Fields = MappingProxyType({})
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SWITCH = re.compile("think|reason", re.IGNORECASE)
 """What the argument is called that switches the thinking."""
-TAG = r"[<\[◁][^<>\[\]\s◁▷]*(?:think|thought|reason)[^<>\[\]\s◁▷]*[>\]▷]"
+TAG = r"(?:[<\[◁][^<>\[\]\s◁▷]*(?:think|thought|reason)[^<>\[\]\s◁▷]*[>\]▷]|<\|channel>thought|<channel\|>)"
 REASONING_TAG = re.compile(TAG, re.IGNORECASE)
 REASONING_END = re.compile(rf"(?:{TAG}\s*)+\Z", re.IGNORECASE)
 """How a generation prompt ends that opens the reasoning, or closes it at once."""
+EMPTY_BLOCK = re.compile(rf"({TAG})(\s*)({TAG})(\s*)", re.IGNORECASE)
 LINES = re.compile(rf"({TAG}|(?<=\n))", re.IGNORECASE)
 TOOL = {
     "type": "function",
@@ -238,10 +239,10 @@ class ChatTemplate:
 
     @cached_property
     def reasoning(self) -> Reasoning | None:
-        """How it writes the reasoning of a last answer; None where it never shows any."""
+        """How it writes the reasoning of a last answer; None where it has no form for any."""
         question = self.shaped({"role": "user", "content": PROBES[0]})
         spoken = self.shaped({"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)})
-        answers = [spoken]
+        answers = [thinking_parts(spoken) if self.thinks_in_parts else spoken]
         with suppress(TunesmithError):
             if "tool_calls" in self.program(None).source:
                 call = {"type": "function", "function": {"name": PROBES[1], "arguments": {"key": "probe"}}}
@@ -256,12 +257,38 @@ class ChatTemplate:
                     asked = (self._try([question], ask=True, arguments=way) for way in (NO_ARGUMENTS, *self.switches))
                     tails = (text.partition(PROBES[0])[2] for text in asked)
                     opening = next((before[len(tail) :] for tail in tails if tail and before.startswith(tail)), "")
-                    if answer is not spoken:  # of what follows, only the block's end
+                    if answer is not answers[0]:  # of what follows, only the block's end
                         pieces = self.cuts(between)
                         stop = next(i for i, piece in enumerate(pieces) if piece.strip()) + 1
                         between = "".join(pieces[:stop])
                     return Reasoning(opening=opening, closing=between)
+        return self._empty_reasoning()
+
+    def _empty_reasoning(self) -> Reasoning | None:
+        """The form of a block without reasoning that stands in a prompt or before an answer."""
+        talk = [self.shaped(_user(PROBES[0])), self.shaped({"role": "assistant", "content": PROBES[1]})]
+        texts = [self._try(talk[:1], ask=True, arguments=way) for way in (NO_ARGUMENTS, *self.switches)]
+        for text in (*texts, self._try(talk).partition(PROBES[1])[0]):
+            for opening, inside, closing, behind in EMPTY_BLOCK.findall(text.rpartition(PROBES[0])[2]):
+                if closing_tag(opening) == closing:
+                    before, after = (inside[:1], inside[1:]) if inside.strip(" ") else ("", "")
+                    opened = any(prompt.endswith(opening + before) for prompt in texts)
+                    return Reasoning(opening="" if opened else opening + before, closing=after + closing + behind)
         return None
+
+    @cached_property
+    def thinks_in_parts(self) -> bool:
+        """Whether it shows reasoning only as a part of the content, as those of Mistral's reasoning models do."""
+        if "thinking" not in self.program(None).source:
+            return False
+        question = self.shaped(_user(PROBES[0]))
+        answer = {"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)}
+        ways = (NO_ARGUMENTS, *self.switches)
+        if any(REASON in self._try([question, self.shaped(answer)], arguments=way) for way in ways):
+            return False
+        text = self._try([question, thinking_parts(answer)]).partition(PROBES[0])[2]
+        before, shown, _ = text.partition(PROBES[1])
+        return bool(shown) and REASON in before and "type" not in before
 
     @cached_property
     def _closers(self) -> tuple[str, ...]:
@@ -269,7 +296,8 @@ class ChatTemplate:
         source = self.program(None).source
         tags = [tag for tag in REASONING_TAG.findall(source) if not closing_tag(tag)]
         shown = [self.reasoning.closing.strip()] if self.reasoning is not None else []
-        return tuple(dict.fromkeys([*shown, *tags, *self.program(None).cut_behind]))
+        cuts = [cut for cut in self.program(None).cut_behind if not (REASONING_TAG.fullmatch(cut) and closing_tag(cut))]
+        return tuple(dict.fromkeys([*shown, *tags, *cuts]))
 
     def block(self, tail: str, rest: str) -> tuple[str, Block] | None:
         """What follows the assistant's header in `rest`, and the block that `tail` ends with.
@@ -291,13 +319,16 @@ class ChatTemplate:
         if not own.strip():
             closer = next((closer for closer in self._closers if more.lstrip().startswith(closer)), "")
             text = next((piece for piece in reversed(pieces) if piece.strip()), "").strip()
+            closing = closing_tag(text) if REASONING_TAG.fullmatch(text) else ""
+            if closing and closing not in more:  # opened in the prompt and in the answer, and never closed
+                closer = closing
             if closer and text:
-                return more, Block(text=text, kind="open", closing=self._closing(closer))
+                return more, Block(text=text, kind="open", closing=self._closing(closer, tail))
             return more, Block()
         if any(closer in own for closer in self._closers):
             return more, Block(text=own, kind="closed")
         if closer := self._closer_of(own):
-            return more, Block(text=own.strip(), kind="open", closing=self._closing(closer))
+            return more, Block(text=own.strip(), kind="open", closing=self._closing(closer, own))
         for first in range(len(pieces)):  # what stands before the header may differ
             header = "".join(pieces[first:])
             if header.strip() and header in rest:
@@ -313,11 +344,11 @@ class ChatTemplate:
             return self.reasoning.closing.strip()
         return self._closers[0] if len(self._closers) == 1 else ""
 
-    def _closing(self, closer: str) -> str:
-        """`closer` with the white space that the template writes around it."""
+    def _closing(self, closer: str, opened: str) -> str:
+        """`closer` with the white space that the template writes around it: as that behind what opens the block."""
         if self.reasoning is not None and closer in self.reasoning.closing:
             return self.reasoning.closing
-        return f"\n{closer}\n\n"
+        return f"\n{closer}\n\n" if opened.endswith("\n") else closer
 
     def block_of(self, arguments: Fields) -> Block:
         """The block that a plain generation prompt ends with."""
@@ -364,8 +395,8 @@ class _Program:
 
     @property
     def names(self) -> set[str]:
-        """The arguments that it asks for."""
-        return meta.find_undeclared_variables(self._tree)
+        """The arguments that it may ask for: all names that it reads, those among them that it sets itself too."""
+        return {node.name for node in self._tree.find_all(nodes.Name) if node.ctx == "load"}
 
     @property
     def cut_behind(self) -> list[str]:
@@ -464,12 +495,22 @@ def call_id(function: Fields, index: int) -> str:
 def closing_tag(tag: str) -> str:
     """The tag that closes what `tag` opens; nothing where `tag` closes something itself."""
     inner, name = tag[:1], tag[1:]
+    if tag.startswith("<|channel>"):
+        return "<channel|>"
     for begin, end in (("START", "END"), ("start", "end"), ("begin", "end"), ("BEGIN", "END")):
         if begin in tag:
             return tag.replace(begin, end)
     if not tag or name.startswith("/") or re.search("end|/", tag, re.IGNORECASE):
         return ""
     return f"{inner}/{name}"
+
+
+def thinking_parts(message: Fields) -> dict[str, Any]:
+    """An answer whose reasoning is a part of its content."""
+    content, reasoning = message["content"], message["reasoning_content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    parts = [{"type": "thinking", "thinking": reasoning}, *([{"type": "text", "text": text}] if text else [])]
+    return {**message, "content": parts}
 
 
 def reasoning_fields(text: str) -> dict[str, str]:

@@ -34,6 +34,7 @@ from tunesmith.data.template import (
     common_length,
     common_pieces,
     reasoning_fields,
+    thinking_parts,
 )
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation
@@ -129,12 +130,15 @@ def _adapted(conversation: Conversation, template: ChatTemplate) -> list[Fields]
     calling = any("tool_calls" in message for message in messages)
     style = template.call_style if calling else None
     adapted, open_calls, parts = list[Fields](), list[Fields](), template.wants_parts
+    thinks_in_parts = template.thinks_in_parts
     for message in messages:
         fields = {**message}
         content = fields.get("content")
         if fields.get("role") == "assistant" and template.reasoning is not None:
             fields = _with_reasoning_apart(fields)
             content = fields.get("content")
+            reasoning = next((fields[name] for name in reasoning_fields("") if fields.get(name)), None)
+            fields = fields if reasoning is None else {**reasoning_fields(reasoning), **fields}
         if isinstance(content, list):  # as one text: some templates show only the first part
             fields["content"] = content = "".join(part["text"] for part in content)
         if parts and isinstance(content, str):
@@ -145,6 +149,8 @@ def _adapted(conversation: Conversation, template: ChatTemplate) -> list[Fields]
             open_calls = [*fields["tool_calls"]]
         elif fields.get("role") == "tool" and open_calls:
             fields = _answering(fields, open_calls, style)
+        if thinks_in_parts and fields.get("reasoning_content") and fields.get("role") == "assistant":
+            fields = thinking_parts(fields)
         adapted.append(fields)
     return adapted
 
@@ -209,11 +215,12 @@ def _best(chat: Chat, index: int) -> Turn:
             exact[i] = turn
             if _fits(chat, turn, reasoning):
                 return turn
-        if (not turn or reasoning) and (turn := _composed(chat, index, reasoning, arguments)) is not None:
+        if (turn := _composed(chat, index, reasoning, arguments)) is not None:
             composed[i] = turn
             if not turn.closed and not turn.dropped and not reasoning:
                 return turn
-    turns = [*composed.values(), *exact.values()] if reasoning else [*exact.values(), *composed.values()]
+    ended = [turn for turn in exact.values() if not reasoning and _ends_thinking(chat, turn)]
+    turns = [*ended, *composed.values(), *exact.values()]
     for turn in turns:
         if not turn.dropped and (not reasoning or reasoning in turn.generated):
             return turn
@@ -231,6 +238,12 @@ def _fits(chat: Chat, turn: Turn, reasoning: str) -> bool:
         return reasoning in turn.generated
     block = chat.template.block_of(turn.arguments)
     return block.kind != "open" or not turn.prompt.rstrip().endswith(block.text)
+
+
+def _ends_thinking(chat: Chat, turn: Turn) -> bool:
+    """Whether a turn begins with the end of the thinking that its prompt opens."""
+    closing = chat.template.block_of(turn.arguments).closing.strip()
+    return bool(closing) and turn.generated.lstrip().startswith(closing)
 
 
 def _exact(chat: Chat, index: int, arguments: Fields) -> Turn | None:
@@ -333,14 +346,18 @@ def _composed(chat: Chat, index: int, reasoning: str, arguments: Fields) -> Turn
 
 def _joined(chat: Chat, turn: Turn, block: Block, reasoning: str) -> Turn:
     """The turn with its reasoning, or the end of reasoning that its prompt opens, before its answer."""
-    answer, known = _behind_block(chat.template, turn.generated), chat.template.reasoning
+    generated, known = turn.generated, chat.template.reasoning
+    answer = _behind_block(chat.template, generated, reasoning)
     if block.kind == "open":
+        if reasoning and reasoning in generated:
+            return replace(turn, generated=generated[generated.index(reasoning) :])
         return replace(turn, generated=reasoning + block.closing + answer.lstrip(), closed=not reasoning)
     if not reasoning:
-        return replace(turn, generated=answer if block.kind == "closed" else turn.generated)
+        return replace(turn, generated=answer if block.kind == "closed" else generated)
     if block.kind == "" and known is not None:
-        return replace(turn, generated=known.opening + reasoning + known.closing + answer.lstrip())
-    return replace(turn, dropped=True)
+        begun = next((piece for piece in chat.template.pieces(known.closing)[-1:] if answer.startswith(piece)), "")
+        return replace(turn, generated=known.opening + reasoning + known.closing + answer.removeprefix(begun).lstrip())
+    return replace(turn, generated=answer, dropped=True)
 
 
 def _behind_the_message_before(
@@ -356,14 +373,15 @@ def _behind_the_message_before(
         yield tail, rest
 
 
-def _behind_block(template: ChatTemplate, rest: str) -> str:
-    """A turn without the reasoning block that it begins with."""
+def _behind_block(template: ChatTemplate, rest: str, reasoning: str) -> str:
+    """A turn without the reasoning that it begins with, and without what encloses that."""
     closings = [] if template.reasoning is None else [template.reasoning.closing.strip()]
     if tag := REASONING_TAG.match(rest.lstrip()):
         closings.append(tag[0] if not closing_tag(tag[0]) else closing_tag(tag[0]))
     for closing in closings:
         before, found, after = rest.partition(closing)
-        if found and (REASONING_TAG.match(before.lstrip()) or not before.strip()):
+        shown = bool(reasoning) and reasoning in before
+        if found and (shown or REASONING_TAG.match(before.lstrip()) or not before.strip()):
             return after
     return rest
 
@@ -377,7 +395,7 @@ def said(message: Fields) -> tuple[str, str]:
     Reasoning has a field of its own, or stands in the text before the tag that closes it.
     """
     content = message.get("content") or ""
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     field = next((message[name] for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)), "")
     tags = [*REASONING_TAG.finditer(text)]
     closing = next((tag for tag in reversed(tags) if not closing_tag(tag[0])), None)
