@@ -324,7 +324,7 @@ class ChatTemplate:
                 closer = closing
             if closer and text:
                 return more, Block(text=text, kind="open", closing=self._closing(closer, tail))
-            return more, Block()
+            return more, Block(kind="closed" if tail.rstrip().endswith(self._closers) else "")
         if any(closer in own for closer in self._closers):
             return more, Block(text=own, kind="closed")
         if closer := self._closer_of(own):

@@ -220,7 +220,8 @@ def _best(chat: Chat, index: int) -> Turn:
             if not turn.closed and not turn.dropped and not reasoning:
                 return turn
     ended = [turn for turn in exact.values() if not reasoning and _ends_thinking(chat, turn)]
-    turns = [*ended, *composed.values(), *exact.values()]
+    opened = [turn for turn in composed.values() if chat.template.block_of(turn.arguments).kind == "open"]
+    turns = [*ended, *opened, *composed.values(), *exact.values()]
     for turn in turns:
         if not turn.dropped and (not reasoning or reasoning in turn.generated):
             return turn
@@ -295,7 +296,8 @@ def _through_its_end(chat: Chat, index: int, prompt: str, through: str, argument
 def _first_end(chat: Chat, index: int, start: int, through: str) -> int:
     """Where the text ends that is generated at most: with the first end-of-sequence token behind what the turn says."""
     message = chat.messages[index]
-    said_until = through.rfind(said(message)[1], start) if not message.get("tool_calls") else -1
+    last = [call.get("function", call).get("name") for call in message.get("tool_calls") or ()][-1:]
+    said_until = through.rfind(last[0] if last else said(message)[1], start)
     end = through.find(chat.template.eos, said_until) if said_until >= 0 else -1
     return end + len(chat.template.eos) if end >= 0 else len(through)
 
@@ -354,7 +356,7 @@ def _joined(chat: Chat, turn: Turn, block: Block, reasoning: str) -> Turn:
         return replace(turn, generated=reasoning + block.closing + answer.lstrip(), closed=not reasoning)
     if not reasoning:
         return replace(turn, generated=answer if block.kind == "closed" else generated)
-    if block.kind == "" and known is not None:
+    if block.kind == "" and known is not None and known.opening.strip():
         begun = next((piece for piece in chat.template.pieces(known.closing)[-1:] if answer.startswith(piece)), "")
         return replace(turn, generated=known.opening + reasoning + known.closing + answer.removeprefix(begun).lstrip())
     return replace(turn, generated=answer, dropped=True)
