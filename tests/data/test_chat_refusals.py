@@ -11,7 +11,6 @@ from tests.data.styles import (
     calls,
     conversation,
     render,
-    spans,
     supervised,
     template,
     user,
@@ -64,7 +63,9 @@ def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     for talk, refused in ((TWO, "message 2"), ([*ONE, *TWO], "message 2")):
-        with pytest.raises(TunesmithError, match=rf"{refused} \(assistant\): [^$]*`turns: whole` with `prompt_mismatch"):
+        with pytest.raises(
+            TunesmithError, match=rf"{refused} \(assistant\): [^$]*`turns: whole` with `prompt_mismatch"
+        ):
             render(conversation(talk), with_template(source))
 
 

@@ -116,16 +116,8 @@ def _table(surveys: Sequence["Survey"]) -> "Table":
         table.add_column(column, overflow="fold")
     for survey in surveys:
         switches = ", ".join(f"{key}={value}" for switch in survey.switches for key, value in switch.items())
-        table.add_row(survey.name, *(cell(survey, kind) for kind in KINDS), switches)
+        table.add_row(survey.name, *(survey.cell(kind) for kind in KINDS), switches)
     return table
-
-
-def cell(survey: "Survey", kind: Any) -> str:
-    """How the talks of a kind came out: the word, or how many of each."""
-    counts = survey.counts(kind)
-    if len(counts) == 1:
-        return str(next(iter(counts)))
-    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("whole", "each", "refused") if counts[outcome])
 
 
 def _by_reason(surveys: Sequence["Survey"], what: str) -> dict[str, dict[str, list[str]]]:

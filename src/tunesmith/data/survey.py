@@ -72,6 +72,14 @@ class Survey:
         """How many talks of a kind came out how."""
         return Counter(trial.outcome for trial in self.trials if trial.talk.kind == kind)
 
+    def cell(self, kind: Kind) -> str:
+        """How the talks of a kind came out: `each` where some of those with several turns need it."""
+        counts = self.counts(kind)
+        refused, trained = counts["refused"], "each" if counts["each"] else "whole"
+        if not refused:
+            return trained
+        return "refused" if refused == counts.total() else f"{trained}, {refused} refused"
+
     def refusals(self) -> dict[str, list[str]]:
         """The reasons of what was refused, less what is of one talk in them, and the talks."""
         reasons: dict[str, list[str]] = {}

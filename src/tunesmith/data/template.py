@@ -319,9 +319,8 @@ class ChatTemplate:
         if not own.strip():
             closer = next((closer for closer in self._closers if more.lstrip().startswith(closer)), "")
             text = next((piece for piece in reversed(pieces) if piece.strip()), "").strip()
-            closing = closing_tag(text) if REASONING_TAG.fullmatch(text) else ""
-            if closing and closing not in more:  # opened in the prompt and in the answer, and never closed
-                closer = closing
+            if REASONING_TAG.fullmatch(text):  # it is opened in the prompt, and where the answer is rendered, too
+                closer = closer or closing_tag(text)
             if closer and text:
                 return more, Block(text=text, kind="open", closing=self._closing(closer, tail))
             return more, Block(kind="closed" if tail.rstrip().endswith(self._closers) else "")
