@@ -59,7 +59,8 @@ SUPERVISED: dict[str, tuple[list[str], list[str] | None]] = {
     "nemotron3": (
         ["think></think>[[Yes<|im_end|>]]", "stant\n<think>\n[[Well\n</think>\nBecause<|im_end|>]]"],
         [
-            'stant\n<think>\n[[Hm\n</think>\n\n<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>\n<|im_end|>]]',
+            "stant\n<think>\n[[Hm\n</think>\n\n"
+            '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>\n<|im_end|>]]',
             "think></think>[[Yes<|im_end|>]]",
         ],
     ),
@@ -121,7 +122,8 @@ SUPERVISED: dict[str, tuple[list[str], list[str] | None]] = {
     "kimi": (
         ["t<|im_middle|>[[<think></think>Yes<|im_end|>]]", "t<|im_middle|>[[<think>Well</think>Because<|im_end|>]]"],
         [
-            't<|im_middle|>[[<think>Hm</think><|call_begin|>5oyWpMfiB<|call_argument|>{"x": 1}<|call_end|>f<|im_end|>]]',
+            "t<|im_middle|>[[<think>Hm</think>"
+            '<|call_begin|>5oyWpMfiB<|call_argument|>{"x": 1}<|call_end|>f<|im_end|>]]',
             "t<|im_middle|>[[<think></think>Yes<|im_end|>]]",
         ],
     ),

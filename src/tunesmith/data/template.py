@@ -494,8 +494,8 @@ def call_id(function: Fields, index: int) -> str:
 def closing_tag(tag: str) -> str:
     """The tag that closes what `tag` opens; nothing where `tag` closes something itself."""
     inner, name = tag[:1], tag[1:]
-    if tag.startswith("<|channel>"):
-        return "<channel|>"
+    if "channel" in tag:
+        return "<channel|>" if tag.startswith("<|") else ""
     for begin, end in (("START", "END"), ("start", "end"), ("begin", "end"), ("BEGIN", "END")):
         if begin in tag:
             return tag.replace(begin, end)

@@ -296,8 +296,13 @@ def _through_its_end(chat: Chat, index: int, prompt: str, through: str, argument
 def _first_end(chat: Chat, index: int, start: int, through: str) -> int:
     """Where the text ends that is generated at most: with the first end-of-sequence token behind what the turn says."""
     message = chat.messages[index]
-    last = [call.get("function", call).get("name") for call in message.get("tool_calls") or ()][-1:]
-    said_until = through.rfind(last[0] if last else said(message)[1], start)
+    texts = [said(message)[1]]
+    if calls := message.get("tool_calls"):
+        texts = [str(calls[-1].get("function", calls[-1]).get("name"))]
+        texts += _texts(chat.conversation.messages[index].fields, len(calls))
+        texts += [json.dumps(text, ensure_ascii=False)[1:-1] for text in texts]
+        texts = [text for text in texts if text]
+    said_until = max(place + len(text) if (place := through.rfind(text, start)) >= 0 else -1 for text in texts)
     end = through.find(chat.template.eos, said_until) if said_until >= 0 else -1
     return end + len(chat.template.eos) if end >= 0 else len(through)
 
