@@ -39,7 +39,7 @@ def test_the_texts_of_a_kind_are_shown_with_what_is_supervised(folder: Path) -> 
     assert result.stdout == (
         "qwen35.jinja: system: whole\nrendered with {'enable_thinking': False}\n"
         "<|im_start|>system\nAnswer in few words.<|im_end|>\n<|im_start|>user\nWho wrote Faust?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n[[Goethe.<|im_end|>]]\n---\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n[[Goethe.<|im_end|>]]\n\n---\n"
     )
 
 

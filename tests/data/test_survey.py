@@ -1,4 +1,4 @@
-"""A template alone is tried with conversations of every kind; the page on chat templates has the table of the styles."""
+"""A template alone is tried with conversations of every kind; a page of the docs has the table of the styles."""
 
 import json
 from pathlib import Path
@@ -45,6 +45,16 @@ STYLES = {
 """The templates of this folder and the families whose style they have."""
 
 
+REASONS = {
+    "does not show tool calls": "no calls",
+    "one call at a time": "one call at a time",
+    "beside its calls": "text beside calls is lost",
+    "must alternate": "roles must alternate",
+    "begins with it": "no answer may come first",
+}
+"""What the table says for a reason."""
+
+
 def survey_of(name: str) -> Survey:
     return surveyed(name, tokenizer_for((TEMPLATES / f"{name}.jinja").read_text()))
 
@@ -55,13 +65,15 @@ def surveys() -> dict[str, Survey]:
 
 
 def test_the_page_has_the_table_of_the_styles(surveys: dict[str, Survey]) -> None:
-    lines = [f"| style of | {' | '.join(KINDS)} | switch |", f"| --- |{' --- |' * (len(KINDS) + 1)}"]
+    columns = ("style of", *KINDS, "why refused", "switch")
+    rows = [columns, ["---"] * len(columns)]
     for name, title in STYLES.items():
         survey = surveys[name]
-        switch = ", ".join(f"`{key}`" for found in survey.switches for key in found)
-        lines.append(
-            f"| {' | '.join((title, *(survey.cell(kind) for kind in KINDS), switch))} |".replace("|  |", "| |")
-        )
+        reasons = (next(REASONS[part] for part in REASONS if part in reason) for reason in survey.refusals())
+        switches = ", ".join(f"`{key}`" for found in survey.switches for key in found)
+        cells = (survey.cell(kind) for kind in KINDS)
+        rows.append((title, *cells, ", ".join(dict.fromkeys(reasons)), switches))
+    lines = ("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows)
     table = "\n".join(lines)
     written = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(FINISH)[0].strip()
     assert written == table, f"put this between {BEGIN} and {FINISH}:\n{table}"

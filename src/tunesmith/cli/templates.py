@@ -169,5 +169,6 @@ def _texts(survey: "Survey", kind: str) -> Iterator["Text"]:
                 text.append(document.text[position : span.start])
                 text.append(f"[[{document.text[span.start : span.stop]}]]", style="green")
                 position = span.stop
-            yield text.append(document.text[position:])
+            text.append(document.text[position:])
+            yield text
             yield Text("---", style="dim")
