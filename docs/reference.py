@@ -56,7 +56,8 @@ GROUPS = (
     Group(
         title="Model and chat template",
         text="More on [chat templates](templates.md).",
-        names="model model_init_kwargs trust_remote_code chat_template_path chat_template_kwargs eos_token pad_token",
+        names="model model_init_kwargs trust_remote_code chat_template_path chat_template_kwargs eos_token pad_token "
+        "router_aux_loss_coef",
     ),
     Group(
         title="Data",
@@ -67,7 +68,8 @@ GROUPS = (
     Group(
         title="What is trained on, and the loss",
         text="More on [masks](templates.md).",
-        names="train_on completion_only_loss assistant_only_loss allow_no_eos loss_type label_smoothing_factor "
+        names="train_on completion_only_loss assistant_only_loss turns prompt_mismatch marks drop_reasoning "
+        "specials_in_content allow_no_eos loss_type label_smoothing_factor "
         "neftune_noise_alpha average_tokens_across_devices",
     ),
     Group(

@@ -11,20 +11,21 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["tests.train.children", "tests.faults.children", "tunesmith.cli.main", "uvicorn"]
+REPO = Path(__file__).resolve().parents[1]
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
     """A process that runs `target`."""
     context: Any = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     child = context.Process(target=target, args=args)
-    child.start()
+    with chdir(REPO):  # from where the server finds what it is to import; the first test to ask may be anywhere
+        child.start()
     return child
 
 

@@ -64,3 +64,10 @@ def test_a_public_name_is_the_object_of_the_module_that_defines_it(name: str) ->
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
     with pytest.raises(AttributeError, match=r"module 'tunesmith' has no attribute 'SFTTrainr'"):
         _ = tunesmith.SFTTrainr
+
+
+def test_what_scripts_import_from_trl_says_what_to_write() -> None:
+    with pytest.raises(ImportError, match="no DataCollatorForCompletionOnlyLM; write SFTConfig"):
+        exec("from tunesmith import DataCollatorForCompletionOnlyLM")
+    with pytest.raises(ImportError, match="import it from trl, beside SFTConfig and SFTTrainer from tunesmith"):
+        exec("from tunesmith import ModelConfig, SFTTrainer, TrlParser")

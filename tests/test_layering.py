@@ -108,7 +108,9 @@ def imports_of(importer: str) -> tuple[Import, ...]:
     )
 
 
-ALL_IMPORTS = [found for module in MODULES for found in imports_of(module)]
+def all_imports() -> Iterator[Import]:
+    for module in MODULES:
+        yield from imports_of(module)
 
 
 def is_ours(module: str) -> bool:
@@ -161,7 +163,7 @@ def test_every_module_belongs_to_a_layer() -> None:
 
 def test_imports_go_down_the_layers_only() -> None:
     wrong = []
-    for found in ALL_IMPORTS:
+    for found in all_imports():
         if found.importer == ROOT or not is_ours(found.module) or found.module.startswith(f"{ROOT}.__"):
             continue
         if found.module == ROOT or (place_of(found.module) is None and found.module not in MODULES):
@@ -203,7 +205,7 @@ def test_every_library_that_the_source_imports_is_a_declared_dependency() -> Non
     declared = {normal(requirement.split(">")[0]) for requirement in wanted}
     distributions = packages_distributions()
     missing = []
-    for found in ALL_IMPORTS:
+    for found in all_imports():
         library = found.module.split(".")[0]
         if is_ours(found.module) or library in sys.stdlib_module_names or library == "__future__":
             continue

@@ -14,7 +14,7 @@ from tests.shell_lines import check
         'pip install "tunesmith[serve]"',
         "KEY=$(openssl rand -hex 16) PORT=1 tunesmith serve runs/first --host 0.0.0.0 --allow-remote",
         ".venv/bin/pre-commit install",
-        '.venv/bin/pytest tests/data/test_pack.py -m "not slow"',
+        '.venv/bin/pytest tests/test_tree.py -m "not slow"',
     ],
 )
 def test_what_works_passes(line: str) -> None:

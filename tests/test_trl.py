@@ -42,7 +42,7 @@ def test_each_of_trls_choices_is_taken_or_refused_by_name(name: str, choice: str
 
 
 def test_the_trainer_takes_trls_arguments_in_trls_order() -> None:
-    assert arguments_of(SFTTrainer) == ARGUMENTS
+    assert arguments_of(SFTTrainer) == [*ARGUMENTS, "model_init", "older"]
 
 
 @pytest.mark.documented

@@ -32,9 +32,28 @@ _DEFINED_IN = {
     "clone_chat_template": "tunesmith.model.tokens",
 }
 
+_COMMAND_LINE = "it is TRL's own command line: import it from trl, beside SFTConfig and SFTTrainer from tunesmith"
+_IN_TRL = {
+    **dict.fromkeys(("ModelConfig", "ScriptArguments", "TrlParser", "DatasetMixtureConfig"), _COMMAND_LINE),
+    **dict.fromkeys(("get_dataset", "get_peft_config", "get_quantization_config"), _COMMAND_LINE),
+    "get_kbit_device_map": _COMMAND_LINE,
+    "DataCollatorForCompletionOnlyLM": "write SFTConfig(assistant_only_loss=True), and no data_collator",
+    "DataCollatorForLanguageModeling": "leave data_collator out: batches are made without padding",
+    "ConstantLengthDataset": "write SFTConfig(packing=True)",
+    "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
+    **dict.fromkeys(
+        ("DPOTrainer", "DPOConfig", "KTOTrainer", "KTOConfig", "RewardTrainer", "RewardConfig", "GRPOTrainer"),
+        "tunesmith does supervised fine-tuning: import it from trl, whose trainers load what was tuned here",
+    ),
+}
+"""What scripts import from TRL beside the trainer, and what to write here."""
+
 
 def __getattr__(name: str) -> object:
-    """The public name `name`, imported from the module that defines it; raises AttributeError for any other."""
+    """The public name `name`, imported from the module that defines it; raises AttributeError for any other, and
+    ImportError with the way on for what TRL has."""
+    if name in _IN_TRL:
+        raise ImportError(f"tunesmith has no {name}; {_IN_TRL[name]}")
     if name not in _DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(_DEFINED_IN[name]), name)

@@ -21,7 +21,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
     """What the model was asked, in place of the tiny model's random answers: its answer is the number of messages."""
     asked: list[list[dict[str, str]]] = []
 
-    def stream(model: Any, tokenizer: Any, messages: Any, write: Any, sampling: Sampling) -> str:
+    def stream(model: Any, tokenizer: Any, messages: Any, write: Any, sampling: Sampling, **_: Any) -> str:
         if messages[-1]["content"] == "too long":
             raise TunesmithError("the prompt has 300 tokens")
         if messages[-1]["content"] == "stop":

@@ -18,6 +18,8 @@ from tunesmith.runs.files import METRICS, SAMPLES, append, read_lines
 from tunesmith.runs.record import RunRecord
 
 RUNNER = CliRunner()
+WIDTHS = (1200, 400)
+"""Of a desk's screen, and of a phone's, in pixels."""
 app = typer.Typer(cls=Commands)
 app.command()(report)
 
@@ -136,7 +138,6 @@ def test_nothing_sticks_out_or_gets_too_small_to_read_on_a_desk_or_on_a_phone_li
     name: str, pages: dict[str, Path], tmp_path: Path
 ) -> None:
     for dark, background in ((False, "rgb(255, 255, 255)"), (True, "rgb(20, 23, 26)")):
-        for width in (1200, 400):
-            found = measured(pages[name], tmp_path, width=width, dark=dark)
+        for width, found in zip(WIDTHS, measured(pages[name], tmp_path, widths=WIDTHS, dark=dark), strict=True):
             assert (found.needed, found.background) == (width, background)
             assert found.smallest >= 8

@@ -146,6 +146,11 @@ def test_the_first_rows_are_those_of_each_source_and_what_is_not_trained_on_come
 def test_an_unprepared_data_set_is_passed_on_when_asked_for(prepare: Prepare) -> None:
     dataset = Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, 6]}])
     assert prepare(dataset, dataset_kwargs={"skip_prepare_dataset": True}) is dataset
+    masked = Dataset.from_list([{"input_ids": [1, 2], "assistant_masks": [0, 1], "completion_mask": [0, 1]}])
+    with pytest.raises(
+        TunesmithError, match=r"assistant_masks and completion_mask would be ignored. Add a 'labels' col"
+    ):
+        prepare(masked, dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def test_splits_are_not_mixed_as_if_they_were_sources(preparer: Callable[..., DataPreparer]) -> None:
@@ -307,7 +312,7 @@ def test_a_null_that_somebody_wrote_is_trained_on(
     text = {"messages": CALLS[0]["messages"], "tools": json.dumps([{"name": "f", "default": None}])}
     Dataset.from_list([text]).to_parquet(tmp_path / "rows.parquet")
     prepare = preparer(max_length=None)
-    for source, shown in (("rows.jsonl", '"arguments": {"city": null}'), ("rows.parquet", '"default": null}]')):
+    for source, shown in (("rows.jsonl", '"arguments": {"city": null}'), ("rows.parquet", '"default": null}')):
         (ids,) = prepare(read_rows(str(tmp_path / source)), "train", packing=False)["input_ids"]
         assert shown in tokenizer.decode(ids)
 

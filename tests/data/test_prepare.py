@@ -1,5 +1,6 @@
 """Preparing data: the same with one process or several, cached by content, never from an old cache."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -182,6 +183,22 @@ def test_a_dataset_is_known_by_its_content_and_a_live_transform_is_not_cached() 
     assert identity(one.map(lambda row: {"prompt": row["prompt"] + "!"})) != identity(one)
     assert identity(one.with_transform(lambda batch: batch)) is None
     assert identity([object()]) is None
+
+
+def test_the_collector_leaves_old_objects_out_meanwhile_and_is_as_it_was_afterwards(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    before, meanwhile = gc.get_threshold(), []
+
+    def rows() -> Iterator[Any]:
+        meanwhile.append(gc.get_threshold())
+        yield from placed(ROWS)
+
+    prepare(rows(), preparation, store=Store(tmp_path))
+    assert meanwhile == [(*before[:2], 2**30)]
+    with pytest.raises(TunesmithError, match="is empty"):
+        prepare(placed([]), preparation, store=Store(tmp_path))
+    assert gc.get_threshold() == before
 
 
 def test_nothing_left_is_an_error_with_the_reasons(preparation: Preparation, tmp_path: Path) -> None:

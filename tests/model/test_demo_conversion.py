@@ -3,6 +3,7 @@
 import logging
 import sys
 from base64 import urlsafe_b64decode
+from functools import cache
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ def test_the_conversion_is_silent_and_restores_what_was_set(
 def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))  # once for weights and tokenizer
         return demo.demo_model_path()
 
 

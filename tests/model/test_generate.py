@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
-from tunesmith.model.generate import Sampling, generate, prompt_ids, stop_ids, stream
+from tunesmith.model.generate import Sampling, generate, stop_ids, stream
 from tunesmith.model.load import load_model, load_tokenizer
 
 PROMPTS = [[{"role": "user", "content": "say " + "x" * length}] for length in (1, 30, 4, 12, 7)]

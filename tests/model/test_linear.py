@@ -83,6 +83,18 @@ def test_base_weights_that_are_trained_beside_adapters_have_their_gradients() ->
     assert_same(outcome(model), expected)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
+def test_biases_that_are_trained_beside_adapters_have_their_gradients(library: bool, name: str, bias: Any) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", bias=bias, init_lora_weights=False)
+    model = get_peft_model(tiny(name), config).train()
+    expected = outcome(model)
+    biases = {key for key in expected if key.endswith("base_layer.bias")}
+    assert len(biases) == (6 if name == "qwen2" else 8)
+    speed_up(model)
+    assert_same(outcome(model), expected)
+
+
 def test_layers_with_a_bias_and_several_tokens_per_row_are_adapted_alike(library: bool) -> None:
     torch.manual_seed(0)
     inside = nn.Sequential(nn.Linear(6, 5))

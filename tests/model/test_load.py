@@ -187,7 +187,7 @@ def test_code_of_a_model_runs_only_when_asked_for(copy: Path) -> None:
     (copy / "own.py").write_text(code)
     edit(copy / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"})
     for loader in (load_model, load_tokenizer):
-        with pytest.raises(TunesmithError, match=r"needs code of its own.*trust_remote_code: true"):
+        with pytest.raises(TunesmithError, match=r"needs custom code.*trust_remote_code: true"):
             loader(str(copy))
     with pytest.raises(SystemExit):
         load_model(str(copy), trust_remote_code=True)

@@ -296,7 +296,7 @@ def test_the_users_config_is_not_changed() -> None:
 
 def test_adapters_that_cannot_train_rows_are_refused() -> None:
     with pytest.raises(
-        TunesmithError, match=r"brings 1 new tokens, and adapters can't train single rows here \(IA3Config"
+        TunesmithError, match=r"there are 1 new tokens, and adapters can't train single rows here \(IA3Config"
     ):
         train_new_tokens(IA3Config(target_modules=["q_proj"], feedforward_modules=[]), llama(), [255])
 

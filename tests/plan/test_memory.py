@@ -22,7 +22,7 @@ from tunesmith.model.head import from_hidden
 from tunesmith.model.linear import speed_up
 from tunesmith.objectives.supervised import supervised_loss
 from tunesmith.plan.footprint import GRADIENTS, Count, Shape, scaling, timeline
-from tunesmith.plan.memory import LIBRARIES, Run, as_if_quantized, count, largest, plan
+from tunesmith.plan.memory import LIBRARIES, Memory, Method, Run, as_if_quantized, count, largest, plan
 from tunesmith.settings.lora import lora_config
 
 LORA = {"r": 4}
@@ -43,6 +43,11 @@ def config_of(name: str, **settings: Any) -> Any:
 def run_of(config: Any, **settings: Any) -> Run:
     defaults: dict[str, Any] = {"device": CPU, "precision": "fp32", "rows": 2, "length": 64}
     return Run(config=config, lora=lora_config(LORA), **defaults | settings)
+
+
+def memory_of(method: Method, config: Any, **settings: Any) -> Memory:
+    run = run_of(config, **settings)
+    return count(run, method).memory(run.rows, run.length)
 
 
 class RealCount(Count):
@@ -112,39 +117,40 @@ def test_gradient_checkpointing_keeps_a_layers_input_alone() -> None:
 def test_what_is_kept_is_what_the_method_keeps() -> None:
     config = config_of("llama", vocab_size=512)
     weights = tiny("llama", vocab_size=512).num_parameters()
-    memory = {name: plan(run_of(config), name).memory for name in ("full", "lora")}
+    memory: dict[str, Memory] = {"full": memory_of("full", config), "lora": memory_of("lora", config)}
     assert memory["full"].weights >= 4 * weights
     assert memory["full"].optimizer == 8 * weights
     assert memory["full"].adapters == 0
     adapters = sum(p.numel() for p in adapt(tiny("llama", vocab_size=512), lora_config(LORA)).parameters()) - weights
     assert memory["lora"].adapters == 4 * adapters
     assert memory["lora"].optimizer == 8 * adapters
-    eight = plan(run_of(config, optimizer="adamw_8bit"), "lora").memory
+    eight = memory_of("lora", config, optimizer="adamw_8bit")
     assert eight.optimizer == pytest.approx(2.1 * adapters, abs=200)
-    factored = plan(run_of(config, optimizer="adafactor"), "full").memory
+    factored = memory_of("full", config, optimizer="adafactor")
     assert factored.optimizer < memory["full"].optimizer / 8
     assert all(item.overhead >= LIBRARIES for item in memory.values())
 
 
 def test_accumulated_gradients_are_there_in_the_forward_too() -> None:
     config = config_of("llama", vocab_size=4096, hidden_size=64)
-    alone, more = (plan(run_of(config, accumulation=n, rows=8, length=256), "full").memory for n in (1, 2))
+    alone, more = (memory_of("full", config, accumulation=n, rows=8, length=256) for n in (1, 2))
     assert more.gradients >= 2 * 4 * 4096 * 64  # of the embeddings and the head
     assert more.total > alone.total
 
 
 def test_half_precision_halves_what_is_frozen() -> None:
     config = config_of("llama", vocab_size=512)
-    whole, half = (plan(run_of(config, precision=name), "lora").memory for name in ("fp32", "bf16"))
+    whole, half = (memory_of("lora", config, precision=name) for name in ("fp32", "bf16"))
     assert half.weights == pytest.approx(whole.weights / 2, rel=0.02)
     assert half.adapters == whole.adapters
-    full = plan(run_of(config, precision="bf16"), "full").memory
+    full = memory_of("full", config, precision="bf16")
     assert full.weights >= whole.weights  # the master weights stay in fp32
 
 
 def test_quantized_layers_have_the_bytes_of_their_weights() -> None:
     config = config_of("llama", hidden_size=128, intermediate_size=256, vocab_size=64, head_dim=32)
-    kept = {name: plan(run_of(config, precision="bf16"), name).memory.weights for name in ("lora", "8bit", "4bit")}
+    methods: tuple[Method, ...] = ("lora", "8bit", "4bit")
+    kept = {name: memory_of(name, config, precision="bf16").weights for name in methods}
     linear = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
     assert kept["lora"] - kept["8bit"] == pytest.approx(linear, rel=0.05)  # 2 bytes to 1, and scales
     assert kept["lora"] - kept["4bit"] == pytest.approx(1.484 * linear, rel=0.02)

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,18 +37,21 @@ class Measured:
     background: str
 
 
-FRAME = """<!doctype html>
-<style>body {{ margin: 0 }} iframe {{ width: {width}px; height: 900px; border: 0 }}</style>
-<iframe src="{page}"></iframe>
+FRAMES = """<!doctype html>
+<style>body {{ margin: 0 }} iframe {{ height: 900px; border: 0; display: block }}</style>
+{frames}
 <script>
-document.querySelector("iframe").addEventListener("load", event => {{
-  const page = event.target.contentDocument;
-  const heights = Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height);
-  const found = [page.documentElement.scrollWidth, Math.floor(Math.min(...heights))];
-  document.title = found.join(" ") + " " + getComputedStyle(page.body).backgroundColor;
+addEventListener("load", () => {{
+  document.title = Array.from(document.querySelectorAll("iframe"), frame => {{
+    const page = frame.contentDocument;
+    const heights = Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height);
+    const found = [page.documentElement.scrollWidth, Math.floor(Math.min(...heights))];
+    return found.join(" ") + " " + getComputedStyle(page.body).backgroundColor;
+  }}).join("; ");
 }});
 </script>
 """
+FRAME = '<iframe src="{page}" style="width: {width}px"></iframe>'
 
 
 def look(page: Path, folder: Path, *, size: str = "1200,2400", dark: bool = False) -> Seen:
@@ -60,16 +64,18 @@ def look(page: Path, folder: Path, *, size: str = "1200,2400", dark: bool = Fals
     return Seen(dom=seen.stdout, console=console, picture=picture)
 
 
-def measured(page: Path, folder: Path, *, width: int, dark: bool = False) -> Measured:
-    """Lays the file `page` out in a frame `width` pixels wide: no window of the browser gets that narrow."""
+def measured(page: Path, folder: Path, *, widths: Sequence[int], dark: bool = False) -> list[Measured]:
+    """Lays the file `page` out in frames of `widths`, in pixels: no window of the browser gets as narrow as a phone."""
     _needs_browser()
-    frame = folder / f"frame-{width}.html"
-    frame.write_text(FRAME.format(width=width, page=page.as_uri()), encoding="utf-8")
+    file = folder / "frames.html"
+    frames = "\n".join(FRAME.format(width=width, page=page.as_uri()) for width in widths)
+    file.write_text(FRAMES.format(frames=frames), encoding="utf-8")
     flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", *_scheme(dark)]
-    dumped = _run([*flags, "--allow-file-access-from-files", "--dump-dom", frame.as_uri()])
-    found = re.search(r"<title>(\d+) (\d+) ([^<]+)</title>", dumped.stdout)
-    assert found, dumped.stdout + dumped.stderr
-    return Measured(needed=int(found[1]), smallest=int(found[2]), background=found[3])
+    dumped = _run([*flags, "--allow-file-access-from-files", "--dump-dom", file.as_uri()])
+    title = re.search("<title>([^<]+)</title>", dumped.stdout)
+    assert title, dumped.stdout + dumped.stderr
+    parts = [part.split(" ", 2) for part in title[1].split("; ")]
+    return [Measured(needed=int(needed), smallest=int(smallest), background=rest) for needed, smallest, rest in parts]
 
 
 def _needs_browser() -> None:

@@ -248,13 +248,13 @@ def test_old_ones_go_only_when_the_new_one_verifies(tmp_path: Path) -> None:
     folders = [written(tmp_path, step) for step in (2, 9, 10)]
     (folders[2] / "model.safetensors").write_text("damaged")
     with pytest.raises(TunesmithError, match="checkpoint-10"):
-        rotate(tmp_path, 1, None)
+        rotate(folders[2], 1, None)
     assert checkpoints(tmp_path) == folders
     written(tmp_path, 10)
-    rotate(tmp_path, None, None)
-    rotate(tmp_path, 2, str(folders[0]))
+    rotate(folders[2], None, None)
+    rotate(folders[2], 2, str(folders[0]))
     assert checkpoints(tmp_path) == [folders[0], folders[2]]
-    rotate(tmp_path, 1, None)
+    rotate(folders[2], 1, None)
     assert checkpoints(tmp_path) == [folders[2]]
 
 

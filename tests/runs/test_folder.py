@@ -2,42 +2,38 @@
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import event, start
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.folder import only_run_in
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from tunesmith.runs.folder import only_run_in
 
-with only_run_in(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def hold(folder: Path, held: Any) -> None:
+    with only_run_in(folder):
+        held.set()
+        time.sleep(60)
 
 
 def test_a_second_run_is_refused_with_the_owner_until_the_first_is_gone(
     tmp_path: Path, trainer_of: Callable[..., Any]
 ) -> None:
     run = tmp_path / "run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    held = event()
+    holder = start(hold, run, held)
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+        assert held.wait(60)
         trainer = trainer_of(output_dir=str(run))
         with pytest.raises(TunesmithError, match=rf"writing to .*run already: process {holder.pid} on .*, since 2"):
             trainer.train()
     finally:
         os.kill(holder.pid, signal.SIGKILL)
-        holder.wait()
+        holder.join()
     trainer.train()
     assert trainer.state.global_step == 1
     trainer.train()  # and the folder is free again afterwards

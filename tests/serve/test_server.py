@@ -16,7 +16,8 @@ from openai import OpenAI
 from peft import PromptTuningConfig, get_peft_model
 
 from tests.serve.running import serving
-from tunesmith.model.generate import Answer, Sampling, generate_from_ids, prompt_ids, text_ids
+from tunesmith.data.prompts import prompt_ids, text_ids
+from tunesmith.model.generate import Answer, Sampling, generate_from_ids
 from tunesmith.model.load import load_run
 from tunesmith.serve.server import Access
 

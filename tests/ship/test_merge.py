@@ -72,6 +72,27 @@ MIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
+QWEN3_MOE = MIXTRAL | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["gate_proj", "up_proj", "down_proj"]], ids=["all", "by name"])
+def test_experts_that_are_adapted_by_their_earlier_names_are_merged(
+    target: Any, tmp_path: Path, tiny_model: Path
+) -> None:
+    run = save_run(tmp_path, tiny("qwen3_moe", VOCABULARY, **QWEN3_MOE), lora(target_modules=target), tiny_model)
+    _, model = merged(run)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert difference(logits(model), with_adapters(run)) < 1e-5
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert not torch.equal(model.get_parameter(name), base.get_parameter(name))
+
+
 def test_experts_are_merged(tmp_path: Path, tiny_model: Path) -> None:
     config = lora(target_modules=["q_proj"], target_parameters=EXPERTS)
     run = save_run(tmp_path, tiny("gpt_oss", VOCABULARY), config, tiny_model)

@@ -205,6 +205,15 @@ def test_a_start_that_is_lost_is_refused(start: str, run: Path) -> None:
         merge(run, run.parent / "merged")
 
 
+def test_a_base_model_that_has_moved_is_named(run: Path) -> None:
+    expected = with_adapters(run)
+    moved = (run.parent / "base").rename(run.parent / "elsewhere")
+    with pytest.raises(TunesmithError, match=r"the base model of .*no folder .*base.*; name it with base \(--base\)"):
+        merge(run, run.parent / "merged")
+    _, model = merged(run, base=str(moved), check=True)
+    assert difference(logits(model), expected) < 1e-5
+
+
 def test_a_quantized_base_is_refused(run: Path) -> None:
     path = run.parent / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))

@@ -71,7 +71,7 @@ def test_every_other_command_gives_one_json_object(run: tuple[Path, Any], rows: 
     inspected = alone(RUNNER.invoke(app, ["inspect", recipe, "--row", "1", "--json"]))
     pieces = inspected["rows"][0]["documents"][0]["pieces"]
     assert "yes" in "".join(piece["text"] for piece in pieces if piece["weight"])
-    assert alone(RUNNER.invoke(app, ["plan", recipe, "--json"]))["methods"]
+    assert alone(RUNNER.invoke(app, ["plan", recipe, "--json", "--method", "lora"]))["methods"]
     evaluated = RUNNER.invoke(app, ["eval", folder, "--data", str(rows), "--json", "--max-new-tokens", "2"])
     assert alone(evaluated)["rows"] == 8
     answered = RUNNER.invoke(app, ["chat", folder, "--prompt", "say it", "--max-new-tokens", "3", "--json"])

@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -33,6 +35,17 @@ KINDS: dict[str, Any] = {
     "olora": LoraConfig(r=4, target_modules=LAYERS, init_lora_weights="olora"),
     "ranks by layer": LoraConfig(
         r=4, target_modules=LAYERS, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 16}, layers_to_transform=[1]
+    ),
+    "pissa beside what is trained whole": LoraConfig(
+        r=4,
+        target_modules=LAYERS,
+        init_lora_weights="pissa_niter_4",  # type: ignore[arg-type]
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"k_proj": 16},
+        modules_to_save=["norm"],
+        trainable_token_indices=[40, 41],
     ),
     "biases": LoraConfig(target_modules=["q_proj"], bias="all"),
     "head": LoraConfig(target_modules=LAYERS, modules_to_save=["lm_head"]),
@@ -105,6 +118,75 @@ def test_what_moved_base_weights_is_saved_as_plain_lora_of_twice_the_rank(
         saved = json.loads((Path(trainer.args.output_dir) / "adapter_config.json").read_text())
         assert (saved["r"], saved["init_lora_weights"]) == (8, True)
     assert trainer.model.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("way", ["trainer", "model"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa by a random method", "olora"])
+def test_adapters_are_saved_for_the_base_whatever_the_folder_is_called_and_whoever_saves(
+    kind: str, way: str, base: str, trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = trainer_of(model=base, peft_config=KINDS[kind], max_steps=2)
+    trainer.train()
+    for name in ("checkpoint-final", "my-checkpoint-final"):
+        folder = str(tmp_path / name)
+        if way == "trainer":
+            trainer.save_model(folder)
+        else:
+            trainer.model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+
+
+def test_of_several_adapters_the_one_with_a_start_is_saved_for_the_base(
+    base: str, trainer_of: Callable[..., Any]
+) -> None:
+    whole: Any = AutoModelForCausalLM.from_pretrained(base)
+    model: Any = peft.get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.add_adapter("second", KINDS["pissa by a random method"])
+    model.set_adapter("second")
+    trainer = trainer_of(model=model, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder / "second"))
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_a_start_that_was_prepared_from_data_is_saved_for_the_base(
+    base: str, trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="corda")
+    config.corda_config = CordaConfig(corda_method="kpm")
+    preprocess_corda(model, config, run_model=lambda: model(input_ids=torch.arange(3, 120)[None]))
+    trainer = trainer_of(model=model, peft_config=config, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trainer.args.output_dir)
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=2e-5)
+
+
+def test_a_checkpoint_of_adapters_that_belong_onto_moved_weights_is_not_loaded_as_a_model(
+    base: str, trainer_of: Callable[..., Any]
+) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(model=base, peft_config=KINDS["pissa by a random method"], **settings)
+    trainer.train()
+    with pytest.raises(TunesmithError, match=r"init_lora_weights='pissa_niter_4'.*go on with the run"):
+        load_run(str(Path(trainer.args.output_dir) / "checkpoint-2"))
+
+
+def test_who_may_read_saved_weights_says_the_umask(base: str, trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(model=base, peft_config=KINDS["lora"], **settings)
+    trainer.train()
+    trainer.save_model()
+    run = Path(trainer.args.output_dir)
+    weights = {file.relative_to(run).as_posix(): file.stat().st_mode & 0o777 for file in run.rglob("*.safetensors")}
+    plain = (run / "adapter_config.json").stat().st_mode & 0o777
+    names = ["adapter_model", "checkpoint-1/adapter_model", "checkpoint-1/optimizer", "checkpoint-1/random"]
+    assert weights == {f"{name}.safetensors": plain for name in names}
 
 
 def test_a_resumed_pissa_run_ends_where_an_uninterrupted_one_does(base: str, trainer_of: Callable[..., Any]) -> None:
@@ -217,6 +299,20 @@ def test_a_run_starts_from_saved_adapters_at_step_zero(
         trainer_of(model=str(tmp_path / "first"), peft_config=KINDS["lora"])
 
 
+def test_the_base_model_of_saved_adapters_is_found_from_anywhere(
+    base: str, trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = peft.get_peft_model(AutoModelForCausalLM.from_pretrained("base"), LoraConfig(target_modules=["q_proj"]))
+    for arguments in ({"model": "base", "peft_config": KINDS["lora"]}, {"model": loaded}):
+        trainer = trainer_of(**arguments, output_dir="run")
+        trainer.save_model()
+        saved = json.loads(Path("run/adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == base
+    monkeypatch.chdir("/")
+    load_run(str(tmp_path / "run"))
+
+
 def test_of_several_adapters_the_active_one_is_trained(base: str, trainer_of: Callable[..., Any]) -> None:
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=LAYERS, r=4))
     model.add_adapter("second", LoraConfig(target_modules=LAYERS, r=2))
@@ -289,7 +385,8 @@ def test_the_share_that_is_trained_is_said(base: str, trainer_of: Callable[..., 
         (LoraConfig(target_modules=r"model\.layer\..*"), "matches the full name of no module, such as lm_head"),
         (LoraConfig(target_modules=LAYERS, modules_to_save=["head"]), "modules_to_save has 'head', which the model"),
         (LoraConfig(target_modules=LAYERS, layers_to_transform=[1, 2]), "has 2; the model's layers are 0 to 1"),
-        (LoraConfig(target_modules=LAYERS, rank_pattern={"qq": 2}), "rank_pattern keys did not match any"),
+        (LoraConfig(target_modules=LAYERS, rank_pattern={"qq": 2}), "rank_pattern has 'qq', which matches nothing"),
+        (LoraConfig(target_modules=LAYERS, alora_invocation_tokens=[5]), "alora_invocation_tokens switches the adapt"),
         (LoraConfig(target_parameters=["experts.weight"]), "target_parameters has 'experts.weight', which the model"),
         (LoraConfig(target_modules=LAYERS, task_type="SEQ_CLS"), "task_type is SEQ_CLS"),
         (LoraConfig(target_modules=LAYERS, layer_replication=[(0, 2), (0, 2)]), "layer_replication makes another"),
@@ -301,6 +398,19 @@ def test_what_would_train_nothing_or_something_else_is_refused(
 ) -> None:
     with pytest.raises(TunesmithError, match=message):
         trainer_of(peft_config=adapters)
+
+
+def test_a_start_that_rounds_the_base_weights_is_refused(trainer_of: Callable[..., Any]) -> None:
+    config = LoraConfig(target_modules=LAYERS)
+    config.init_lora_weights = "loftq"  # which needs scipy, where it is given to the constructor
+    with pytest.raises(TunesmithError, match=r"'loftq' rounds the base weights.*quantize: 4bit"):
+        trainer_of(peft_config=config)
+
+
+def test_what_peft_itself_stumbles_over_is_an_error_that_names_it(trainer_of: Callable[..., Any]) -> None:
+    config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights="pissa")
+    with pytest.raises(TunesmithError, match=r"peft can't make these adapters for GptOssForCausalLM \(AttributeError"):
+        trainer_of("gpt_oss", peft_config=config)
 
 
 def test_experts_are_adapted_by_the_names_of_their_parameters(trainer_of: Callable[..., Any]) -> None:

@@ -149,3 +149,33 @@ def test_a_loss_of_zero_is_an_event(trainer_of: Callable[..., Any], caplog: pyte
         (2, "the loss is exactly 0: no token of the step is supervised, or none is left to learn")
     ]
     assert "Step 2: the loss is exactly 0" in caplog.text
+
+
+# Weights without a gradient
+
+
+def test_weights_that_the_models_code_cuts_off_stop_the_run_before_anything_moves(
+    trainer_of: Callable[..., Any],
+) -> None:
+    trainer = trainer_of(max_steps=2)
+    before = weights_of(trainer)
+    for name in ("q_proj", "k_proj"):
+        layer = getattr(trainer.model.model.layers[1].self_attn, name)
+        layer.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(TunesmithError, match=r"2 of 21 weights .* although their layers ran.*layers\.1\.self_attn\.q"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
+
+
+def test_a_layer_that_did_not_run_is_told_and_no_reason_to_stop(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(max_steps=2)
+    trainer.model.model.image_encoder = torch.nn.Linear(2, 2)
+    trainer.train()
+    assert trainer.events == [
+        (
+            1,
+            "2 of 23 weights that are to be trained got no gradient, because their layers did not run: "
+            "model.image_encoder.weight, model.image_encoder.bias",
+        )
+    ]
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.model.token_models import EOS, llama, phi, small_tokenizer
-from tunesmith import SFTConfig, SFTTrainer, TunesmithError
+from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template
 from tunesmith.model.load import load_run
 
 ROWS = [
@@ -232,3 +232,109 @@ def test_new_tokens_for_a_model_that_has_adapters_are_refused(tmp_path: Path) ->
     model = trainer(llama(), tmp_path, tokenizer=small_tokenizer(), chat_template_path="plain", lora=True).model
     with pytest.raises(TunesmithError, match="the model has adapters already; call clone_chat_template"):
         trainer(model, tmp_path, tokenizer=small_tokenizer())
+
+
+# Tokens that were added before a trainer saw them
+
+
+WITH_TOKEN = [{"prompt": "ab", "completion": "<x>y<z>"}]
+
+
+def by_hand(base: str, *, resize: bool = True, tokens: list[str] | None = None) -> tuple[Any, Any]:
+    model, tokenizer = load(Path(base))
+    tokenizer.add_tokens(tokens or ["<x>", "<z>", "<unused>"])
+    if resize:
+        model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
+
+
+def on_tokens(model: Any, tokenizer: Any, output: Path, **arguments: Any) -> Any:
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    args = SFTConfig(output_dir=str(output), disable_tqdm=True, **settings)
+    given: dict[str, Any] = {"train_dataset": WITH_TOKEN, "processing_class": tokenizer}
+    return SFTTrainer(model, args=args, **given | arguments)
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@each_head
+def test_the_rows_of_tokens_that_were_added_by_hand_are_trained_from_where_they_are(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model, tokenizer = by_hand(save_base(make(), tmp_path / "base"))
+    before = model.get_input_embeddings().weight.detach().clone()
+    run = on_tokens(model, tokenizer, tmp_path / "run", peft_config=LORA)
+    embeddings = run.model.get_base_model().get_input_embeddings()
+    assert run.model.peft_config["default"].trainable_token_indices["model.embed_tokens"] == [257, 258]
+    torch.testing.assert_close(embeddings(torch.arange(260)), before, rtol=0, atol=0)
+    run.train()
+    moved = (embeddings(torch.arange(260)) - before).abs().amax(dim=1)
+    assert (moved[[257, 258]] > 1e-3).all()
+    assert not moved[:257].any()
+    run.save_model()
+    saved, _ = load_run(str(tmp_path / "run"))
+    ids = torch.tensor([[65, 257, 66, 258]])
+    with torch.no_grad():
+        found, expected = (each.cpu().eval()(input_ids=ids).logits for each in (saved, run.model))
+    torch.testing.assert_close(found[..., :259], expected[..., :259], rtol=0, atol=1e-6)
+
+
+def test_the_rows_of_a_cloned_chat_template_are_trained(tmp_path: Path) -> None:
+    model, tokenizer = load(Path(save_base(untied(), tmp_path / "base")))
+    model, tokenizer, added = clone_chat_template(model, tokenizer, source_tokenizer_path="chatml")
+    run = on_tokens(model, tokenizer, tmp_path / "run", peft_config=LORA, train_dataset=ROWS)
+    assert run.model.peft_config["default"].trainable_token_indices == {"model.embed_tokens": added, "lm_head": added}
+    run.train()
+    run.save_model()
+    saved, _ = load_run(str(tmp_path / "run"))
+    ids = torch.tensor([[257, 65, 66, 258]])
+    with torch.no_grad():
+        found, expected = (each.cpu().eval()(input_ids=ids).logits for each in (saved, run.model))
+    torch.testing.assert_close(found[..., :259], expected[..., :259], rtol=0, atol=1e-6)
+
+
+def test_adapters_that_leave_new_rows_alone_are_refused_and_those_that_train_them_are_not(tmp_path: Path) -> None:
+    model, tokenizer = by_hand(save_base(llama(), tmp_path / "base"))
+    with pytest.raises(
+        TunesmithError, match=r"never saw \(257 '<x>', 258 '<z>'\).*trainable_token_indices=\[257, 258\]"
+    ):
+        on_tokens(get_peft_model(model, LORA), tokenizer, tmp_path / "run")
+    model, tokenizer = by_hand(str(tmp_path / "base"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[257, 258], task_type="CAUSAL_LM")
+    assert on_tokens(get_peft_model(model, config), tokenizer, tmp_path / "run").trainable.trained
+    model, tokenizer = by_hand(str(tmp_path / "base"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    run = on_tokens(model, tokenizer, tmp_path / "run", peft_config=config)
+    assert run.model.peft_config["default"].trainable_token_indices is None
+
+
+def test_a_token_without_a_row_is_named_where_the_data_has_it(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    for config in (None, LORA):
+        model, tokenizer = by_hand(base, resize=False)
+        with pytest.raises(
+            TunesmithError, match=r"lacks \(257 '<x>', 258 '<z>'\): its embeddings have 257 rows.*resize"
+        ):
+            on_tokens(model, tokenizer, tmp_path / "run", peft_config=config)
+    held_out: dict[str, Any] = {"train_dataset": [{"text": "ab"}], "eval_dataset": {"held out": WITH_TOKEN}}
+    with pytest.raises(TunesmithError, match=r"the model lacks \(257 '<x>', 258 '<z>'\)"):
+        on_tokens(model, tokenizer, tmp_path / "run", **held_out)
+    model, tokenizer = by_hand(base, resize=False, tokens=["<unused>"])
+    on_tokens(model, tokenizer, tmp_path / "run")
+
+
+def test_rows_beyond_the_tokens_are_fine(tmp_path: Path) -> None:
+    base = save_base(llama(rows=300), tmp_path / "base")
+    model, tokenizer = load(Path(base))
+    run = on_tokens(model, tokenizer, tmp_path / "run", peft_config=LORA)
+    assert run.model.peft_config["default"].trainable_token_indices is None
+    model, tokenizer = by_hand(base, resize=False)
+    run = on_tokens(model, tokenizer, tmp_path / "run", peft_config=LORA)
+    assert run.model.peft_config["default"].trainable_token_indices == {"model.embed_tokens": [257, 258]}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from typer.testing import CliRunner
 
 from tests.models import tiny
@@ -121,6 +122,7 @@ def test_the_command_line_quantizes(bits: str, base: str, tmp_path: Path) -> Non
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(str(row).replace("'", '"') for row in PAIR_ROWS))
     run = ["train", "--model", base, "--data", str(data), "--output", str(tmp_path / "run"), "--use-cpu"]
+    run += ["--sample-prompts", "0"]
     result = CliRunner().invoke(app, [*run, "--quantize", bits, "--lora", "r=4", "--max-steps", "2"])
     assert result.exit_code == 0, result.output
     assert "trains 8,192 of" in result.stdout, result.stdout
@@ -177,3 +179,28 @@ def test_no_layer_says_in_each_step_that_it_rounds_its_input(caplog: pytest.LogC
 def test_other_words_are_refused() -> None:
     with pytest.raises(TunesmithError, match=r"quantize is '2bit'; choose 8bit | 4bit"):
         quantization("2bit", torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bits", "settings", "message"),
+    [
+        ("8bit", {"use_dora": True}, "use_dora needs the weights' norms.*quantize: 4bit"),
+        ("4bit", {"init_lora_weights": "pissa"}, "'pissa' can't start on 4bit weights"),
+        ("4bit", {"init_lora_weights": "olora"}, "'olora' can't start on 4bit weights"),
+        ("8bit", {"init_lora_weights": "orthogonal"}, "'orthogonal' can't start on 8bit weights"),
+    ],
+    ids=["dora", "pissa", "olora", "orthogonal"],
+)
+def test_adapters_that_quantized_weights_have_no_start_for_are_refused(
+    bits: Any, settings: dict[str, Any], message: str, base: str, trainer_of: Callable[..., Any]
+) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", **settings)
+    with pytest.raises(TunesmithError, match=message):
+        trainer_of(model=base, peft_config=config, quantization_config=quantization(bits, torch.float32))
+
+
+def test_a_gguf_is_no_model_to_train(base: str, trainer_of: Callable[..., Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.hf_quantizer = AutoHfQuantizer.from_config(GgufConfig())  # as where it was read from such a file
+    with pytest.raises(TunesmithError, match=r"quantized \(gguf\).*not even adapters.*dequantize=True"):
+        trainer_of(model=model, peft_config=LORA)

@@ -16,8 +16,17 @@ from transformers import TrainerCallback
 from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, weights_of
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
+from tunesmith.model.load import newest_checkpoint
 from tunesmith.runs import folder as disk
-from tunesmith.runs.checkpoints import PICKLES, Identity, checkpoints, verify
+from tunesmith.runs.checkpoints import (
+    CURRENT,
+    MANIFEST,
+    PICKLES,
+    Identity,
+    all_checkpoints,
+    checkpoints,
+    verify,
+)
 from tunesmith.runs.states import read_state
 from tunesmith.train.identity import identity_of
 
@@ -242,6 +251,81 @@ def test_a_checkpoint_of_another_tool_is_read_when_allowed_but_never_run(run: Ru
     torch.save(Path("x"), checkpoint / "optimizer.pt")  # an object of a class, which reading would have to make
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         run("other", allow_pickle=True).train(resume_from_checkpoint=str(checkpoint))
+
+
+# In a folder that was used before
+
+
+def test_a_fresh_run_in_a_used_folder_keeps_and_resumes_its_own_checkpoints(
+    run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    run(max_steps=12, save_steps=6).train()
+    expected = trained(run("whole", learning_rate=1e-3))
+    caplog.clear()
+    broken_off(run(learning_rate=1e-3, save_total_limit=1), 5)
+    assert "holds checkpoints of an earlier run: checkpoint-6, checkpoint-12. They stay" in caplog.text
+    assert [item.name for item in checkpoints(folder)] == ["checkpoint-4"]
+    assert [item.name for item in all_checkpoints(folder)] == ["checkpoint-4", "checkpoint-6", "checkpoint-12"]
+    resumed = run(learning_rate=1e-3, save_total_limit=1)
+    assert largest_difference(trained(resumed, resume_from_checkpoint=True), expected) == 0.0
+    assert resumed.state.global_step == 8
+    assert [item.name for item in checkpoints(folder)] == ["checkpoint-8"]
+    assert [item.name for item in all_checkpoints(folder)] == ["checkpoint-8", "checkpoint-12"]
+    assert newest_checkpoint(folder) == folder / "checkpoint-8"
+
+
+def test_a_run_that_saved_nothing_is_not_taken_for_the_one_before(run: Runs, tmp_path: Path) -> None:
+    expected = trained(run())
+    broken_off(run(), 1)  # before its first save
+    with pytest.raises(TunesmithError, match=r"the last run there saved none, and checkpoint-8 is of an earlier run"):
+        run().train(resume_from_checkpoint=True)
+    earlier = run()
+    earlier.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))  # and not from its last
+    assert largest_difference(weights_of(earlier), expected) == 0.0
+    assert [item.name for item in checkpoints(tmp_path / "run")] == ["checkpoint-8"]
+
+
+def test_a_run_that_stops_before_its_first_step_leaves_the_folder_to_the_one_before(run: Runs) -> None:
+    expected = trained(run())
+    broken_off(run(), 0)
+    assert largest_difference(trained(run(), resume_from_checkpoint=True), expected) == 0.0
+
+
+def test_the_best_checkpoint_is_none_of_an_earlier_run(run: Runs, tmp_path: Path) -> None:
+    settings = {"eval_dataset": UNEVEN_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
+    run().train()
+    again = run(metric_for_best_model="loss", save_steps=4, **settings)
+    again.train()
+    assert again.state.best_global_step == 2  # the loss falls, and more is better here
+    assert again.state.best_model_checkpoint is None
+
+
+def test_checkpoints_without_a_run_are_one_run(run: Runs, tmp_path: Path) -> None:
+    """Version 0.1 wrote them so."""
+    folder = tmp_path / "run"
+    expected = trained(run("whole"))
+    broken_off(run(), 5)
+    (folder / CURRENT).unlink()
+    for checkpoint in checkpoints(folder):
+        file = checkpoint / MANIFEST
+        values = json.loads(file.read_text())
+        del values["run"], values["sha256"]
+        file.write_text(json.dumps(values | {"format": 1}))
+    resumed = run(save_total_limit=2)
+    assert largest_difference(trained(resumed, resume_from_checkpoint=True), expected) == 0.0
+    assert [item.name for item in all_checkpoints(folder)] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_checkpoints_that_can_not_say_whose_they_are_keep_a_fresh_run_out(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "checkpoint-9").mkdir(parents=True)
+    trainer = run()
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(TunesmithError, match=r"holds checkpoint-9 of an earlier run, and the checkpoints of FSDP"):
+        trainer.keeper.begin(None)
+    assert trainer.keeper.begin(True) is True
 
 
 # Saving

@@ -5,7 +5,6 @@ out of memory that never divides a pair, the journal and the log.
 """
 
 import inspect
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from tests.forked import finished, start
 from tests.models import tiny
 from tests.train.runs import largest_difference, weights_of
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, one_group_of
@@ -169,10 +169,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     try:
         unbroken = trainer_in(tmp_path / "unbroken")
         unbroken.train()
-        process = multiprocessing.get_context("spawn").Process(target=_train, args=(str(tmp_path / "killed"), 5))
-        process.start()
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
+        assert finished(start(_train, str(tmp_path / "killed"), 5)) == -signal.SIGKILL
         resumed = trainer_in(tmp_path / "killed")
         resumed.train(resume_from_checkpoint=True)
     finally:

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError
@@ -29,7 +37,17 @@ def frozen(model: Any) -> Any:
 
 # A name, what the trainer is given, and what it says. A function is called with a model.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no data": ({"train_dataset": None}, "train_dataset is missing: give a Dataset, an IterableDataset or a list"),
+    "what is no model": ({"model": lambda _: nn.Linear(2, 2)}, "model is Linear; give a name, a folder, 'demo', or a"),
+    "two models": ({"model_init": lambda: None}, "model and model_init both say what is trained; give one"),
+    "all splits": (
+        {"train_dataset": DatasetDict(train=Dataset.from_list(TEXT_ROWS), test=Dataset.from_list(TEXT_ROWS))},
+        "train_dataset has the splits train, test, of which one is to train on: dataset['train']",
+    ),
+    "nothing to evaluate on": (
+        {"eval_strategy": "epoch"},
+        "eval_strategy is epoch, and there is nothing to evaluate on",
+    ),
+    "no data": ({"train_dataset": None}, "`train_dataset` is required: give a Dataset, an IterableDataset or a list"),
     "empty data": ({"train_dataset": []}, "train data: the data set is empty"),
     "stream without end": ({"train_dataset": stream(), "max_steps": -1}, "a stream of unknown length: set max_steps"),
     "packed stream": ({"train_dataset": stream(), "packing": True}, "train: packing needs all lengths"),
@@ -97,6 +115,20 @@ def test_is_refused_with_a_reason(
     make_model = arguments.get("model", lambda model: model)
     with pytest.raises(TunesmithError, match=re.escape(message)):
         trainer_of(**arguments | {"model": make_model(model_of())})
+
+
+def test_a_model_is_loaded_as_trls_script_says(tiny_model: Path, config: Callable[..., SFTConfig]) -> None:
+    init = {"revision": "main", "trust_remote_code": False, "attn_implementation": None, "torch_dtype": "bfloat16"}
+    trainer = SFTTrainer(str(tiny_model), args=config(model_init_kwargs=init), train_dataset=TEXT_ROWS)
+    model: Any = trainer.model
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_config_of_another_class_keeps_the_tokens_it_names(tiny_model: Path, config: Callable[..., Any]) -> None:
+    args = TrainingArguments(output_dir=str(config().output_dir), report_to="none", use_cpu=True, hub_token="secret")
+    trainer = SFTTrainer(str(tiny_model), args=args, train_dataset=TEXT_ROWS, max_seq_length=32)
+    made: Any = trainer.args
+    assert (made.hub_token, made.eos_token, made.max_length) == ("secret", None, 32)
 
 
 def test_an_encoder_is_refused_when_its_first_batch_comes(trainer_of: Callable[..., Any]) -> None:

@@ -26,7 +26,7 @@ from tests.train.runs import (
     trained,
     weights_of,
 )
-from tunesmith import SFTConfig, SFTTrainer
+from tunesmith import SFTConfig, SFTTrainer, TunesmithError
 
 # The data
 
@@ -370,3 +370,19 @@ def test_a_stream_is_an_iterable_dataset_after_preparation(trainer_of: Callable[
     assert isinstance(trainer.train_dataset, IterableDataset)
     first = next(iter(trainer.train_dataset))
     assert {name for name, value in first.items() if value is not None} == {"input_ids", "labels"}
+
+
+def test_an_optimizer_that_has_none_of_the_trained_weights_is_refused_and_some_are_named(
+    trainer_of: Callable[..., Any], model_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TunesmithError, match="the optimizer has none of the weights that are trained"):
+        trainer_of(model=model, optimizers=(optimizer, None), peft_config=LoraConfig(target_modules=["q_proj"]))
+    model = model_of()
+    trainer_of(model=model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+    assert "The optimizer that was given lacks" not in caplog.text
+    model = model_of()
+    norm = torch.optim.SGD(model.model.norm.parameters(), lr=0.1)
+    trainer_of(model=model, optimizers=(norm, None))
+    assert "lacks 20 of 21 weights with requires_grad, which stay as they are: model.embed_tokens.weight" in caplog.text

@@ -1,5 +1,6 @@
 """`tunesmith chat`: talk to a run."""
 
+import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token. Higher: freer.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
+    keep_specials: Annotated[
+        bool, typer.Option("--keep-specials", help="Let text that reads as a control token be one, if trained so.")
+    ] = False,
     trust_remote_code: TRUST = False,
 ) -> None:
     """Talk to a run, to a model, or to the demo model.
@@ -31,12 +35,15 @@ def chat(
     """
     if mode().as_json and prompt is None:
         raise TunesmithError("--json is for one answer; give the question, --prompt TEXT")
+    from tunesmith.data.prompts import form_of
     from tunesmith.model.generate import Sampling
     from tunesmith.model.load import load_run
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     model, tokenizer = load_run(run, trust_remote_code=trust_remote_code, progress=_say)
-    conversation = Conversation(model, tokenizer, system, sampling)
+    if arguments := form_of(tokenizer).arguments:
+        _say(f"The chat template is given {json.dumps(dict(arguments))}, as in training.")
+    conversation = Conversation(model, tokenizer, system, sampling, keep_specials=keep_specials)
     if prompt is not None:
         answer = conversation.answer(prompt)
         finish({"run": run, "system": system, "prompt": prompt, "answer": answer}, lambda: None)
@@ -47,11 +54,14 @@ def chat(
 class Conversation:
     """The messages so far; `answer` adds two, and prints the second as it is generated."""
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None, sampling: "Sampling") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, system: str | None, sampling: "Sampling", *, keep_specials: bool = False
+    ) -> None:
         self.has_roles = tokenizer.chat_template is not None
         if system is not None and not self.has_roles:
             raise TunesmithError("this model has no chat template, so there is no place for a system message")
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._keep_specials = keep_specials
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -65,7 +75,9 @@ class Conversation:
 
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = stream(self._model, self._tokenizer, messages, _write, self._sampling)
+            answer = stream(
+                self._model, self._tokenizer, messages, _write, self._sampling, keep_specials=self._keep_specials
+            )
         finally:
             _write("\n")
         if self.has_roles:

@@ -32,6 +32,9 @@ def merge(
         bool, typer.Option("--check/--no-check", help="Compare what was written with the adapters.")
     ] = True,
     adapter: Annotated[str | None, typer.Option(help="The subfolder of RUN that holds the adapters.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model, if it is not where the adapters say.")
+    ] = None,
     trust_remote_code: TRUST = False,
 ) -> None:
     """Merge the adapters of a run into their base model.
@@ -49,6 +52,7 @@ def merge(
         prompts=prompt or None,
         check=check,
         adapter=adapter,
+        base=base,
         trust_remote_code=trust_remote_code,
     )
     report = merge_run(run, output, options, progress=note)

@@ -37,6 +37,7 @@ def serve(
     missing = [library for library in ("starlette", "uvicorn") if find_spec(library) is None]
     if missing:
         raise TunesmithError(f'serve needs {" and ".join(missing)}: pip install "tunesmith[serve]"')
+    from tunesmith.data.prompts import form_of
     from tunesmith.model.generate import Sampling
     from tunesmith.model.load import load_run
     from tunesmith.serve.server import KEY, Server, Service, Settings, access_for, bind, url_of
@@ -45,6 +46,8 @@ def serve(
     defaults = Sampling(max_new_tokens=max_tokens, temperature=temperature)
     with bind(host, port) as bound:  # before the weights load: a port in use shows at once
         model, tokenizer = load_run(run, trust_remote_code=trust_remote_code, progress=note)
+        if arguments := form_of(tokenizer).arguments:
+            note(f"The chat template is given {json.dumps(dict(arguments))}, as in training.")
         folder = Path(run).expanduser()
         name = name or (folder.resolve().name if folder.is_dir() and run != "demo" else run)
         service = Service(model, tokenizer, Settings(name=name, defaults=defaults, access=access))

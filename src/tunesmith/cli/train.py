@@ -212,14 +212,14 @@ def _say_preflight(trainer: "SFTTrainer") -> None:
 
 def _check_resume(wanted: bool | str | None, output: Path) -> None:
     """Before anything is loaded: is there a checkpoint to go on from?"""
-    from tunesmith.runs.checkpoints import PARTIALS, STATE, checkpoints
+    from tunesmith.runs.checkpoints import PARTIALS, STATE, checkpoints, none_to_go_on_from
 
     if isinstance(wanted, str):
         if not (Path(wanted) / STATE).is_file():
             raise TunesmithError(f"resume_from_checkpoint: {wanted} is no checkpoint: it has no {STATE}")
     # One that was cut short may lack nothing but its name, which the trainer sees.
     elif wanted and not checkpoints(output) and not any(output.glob(PARTIALS)):
-        raise TunesmithError(f"resume_from_checkpoint: there is no checkpoint in {output}; leave it out to start anew")
+        raise TunesmithError(none_to_go_on_from(output))
 
 
 def _is_main() -> bool:

@@ -207,6 +207,12 @@ class DataPreparer:
             if not isinstance(source, Prepared):
                 kind = type(source).__name__
                 raise TunesmithError(f"{split}: skip_prepare_dataset needs a datasets.Dataset, not {kind}")
+            names = set(source.column_names or ())
+            if (masks := sorted(names & {"assistant_masks", "completion_mask"})) and "labels" not in names:
+                raise TunesmithError(
+                    f"{split}: skip_prepare_dataset takes rows as they are, and {' and '.join(masks)} would be "
+                    "ignored. Add a 'labels' column, -100 where nothing is supervised, or drop skip_prepare_dataset"
+                )
             return source
         options = self._options(packing)
         if isinstance(source, IterableDataset):

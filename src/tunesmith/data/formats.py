@@ -247,6 +247,7 @@ def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
         value = options.formatting_func(dict(row))
     except Exception as error:
         if isinstance(error, TunesmithError) or not options.skip_bad:
+            error.add_note("formatting_func is called with one row, and not with a batch: it returns the row's text")
             raise
         raise TunesmithError(f"formatting_func raised {type(error).__name__}: {error}") from error
     if isinstance(value, str):

@@ -44,7 +44,12 @@ def remember(tokenizer: "PreTrainedTokenizerBase", form: TrainedForm) -> None:
 
 def form_of(tokenizer: "PreTrainedTokenizerBase") -> TrainedForm:
     """The form in which the model of this tokenizer was trained, as far as that was kept."""
-    kept = getattr(tokenizer, "init_kwargs", {}).get(KEY)
+    return form_in(getattr(tokenizer, "init_kwargs", {}))
+
+
+def form_in(settings: Mapping[str, Any]) -> TrainedForm:
+    """The form that `tokenizer_config.json` has."""
+    kept = settings.get(KEY)
     arguments = kept.get("chat_template_kwargs") if isinstance(kept, dict) else None
     specials = kept.get("specials_in_content") if isinstance(kept, dict) else None
     return TrainedForm(

@@ -32,7 +32,10 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What a layer may pass to its attention. An argument outside these sets is an error by name: ignoring it could train
 # another model than the one that was loaded.
 HANDLED = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"}
-HARMLESS = {"position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "deterministic"}
+HARMLESS = {
+    *("position_ids", "position_embeddings", "cache_position", "use_cache", "deterministic"),
+    *("output_attentions", "output_router_logits"),
+}
 PAD_INSTEAD = "set padding_free: false (and packing: false) to train this model"
 
 

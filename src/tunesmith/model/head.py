@@ -9,10 +9,12 @@ Shapes: B rows, T tokens a row, S target positions, H hidden size, V vocabulary.
 """
 
 import functools
+import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -28,6 +30,8 @@ from tunesmith.model.linear import product
 from tunesmith.model.quantize import bits_of
 
 logger = logging.getLogger(__name__)
+BALANCING = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+"""What models' functions for the load-balancing loss take."""
 CHECKED_TOKENS = 4
 """Size of each of the two documents that the first batch is checked with."""
 
@@ -69,11 +73,13 @@ Objective: TypeAlias = Callable[[Predictions], Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What an objective made of the predictions, and the model's own `outputs`, where they were wanted. Not a tuple, in
-    which `accelerate` would turn all logits into float32."""
+    """What an objective made of the predictions, the model's own `outputs`, where they were wanted, and of a mixture of
+    experts the load-balancing loss (scalar), where that is trained. Not a tuple, in which `accelerate` would turn all
+    logits into float32."""
 
     outcome: Any
     outputs: Any = None
+    router_loss: Tensor | None = None
 
 
 def head_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, form: LogitForm) -> Tensor:
@@ -98,28 +104,75 @@ class _Path:
     documents: bool = False
 
 
-def answer_objectives(model: PreTrainedModel) -> None:
+def answer_objectives(model: PreTrainedModel, *, routers: bool = False) -> None:
     """Let `model(..., targets=Targets, objective=Objective)` return an `Answer`, with `with_outputs=True` with the
     model's own outputs in it, logits of all positions among them. Other calls are unchanged.
 
     `lengths`, the token counts of the documents in a flat row, restricts attention to them; `parents` says which of
-    them continue another (`document_map`).
+    them continue another (`document_map`). With `routers`, answers have the load-balancing loss of the batch's tokens,
+    padding left out.
     The first such call checks on a few tokens what the fast paths take for granted, and raises TunesmithError for a
     model whose tokens see later ones, or tokens of other documents.
     """
     original = model.forward
+    balance = Routers(model) if routers else None
     plain = getattr(original, "__func__", None) or (lambda _self, *args, **kwargs: original(*args, **kwargs))
-    path = _Path()
+    path, config = _Path(), model.config.get_text_config()
 
     @functools.wraps(plain)
     def forward(self: PreTrainedModel, *args: Any, objective: Objective | None = None, **kwargs: Any) -> Any:
         if objective is None:
             return plain(self, *args, **kwargs)
         assert not args  # a batch is given by name
-        return _predicted(self, functools.partial(plain, self), path, objective, kwargs)
+        # Of a batch that is a row of documents, the model can't take its load-balancing loss itself.
+        quiet = {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
+        answer = functools.partial(_predicted, self, functools.partial(plain, self, **quiet), path, objective, kwargs)
+        return answer() if balance is None else balance.with_loss(self, answer, kwargs)
 
     # A method, not a function: a deep copy of the model, and accelerate's wrapper, bind it to themselves.
     model.forward = MethodType(forward, model)
+
+
+class Routers:
+    """The load-balancing loss of a mixture-of-experts `model`, by the function of its own modeling file: E times the
+    sum over E experts of the share of tokens that were sent there times the mean probability of being sent there.
+
+    Raises TunesmithError for a model that has no such loss.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        self._function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        takes = [] if self._function is None else list(inspect.signature(self._function).parameters)
+        if not hasattr(config, "output_router_logits") or takes != BALANCING:
+            raise TunesmithError(
+                f"router_aux_loss_coef: {type(model).__name__} has no load-balancing loss that can be trained here; "
+                "leave it unset, and output_router_logits off"
+            )
+        experts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts")]
+        self._experts = getattr(model, "num_experts", None) or next(number for number in experts if number)
+        self._top = getattr(model, "num_experts_per_tok", None) or config.num_experts_per_tok
+
+    def with_loss(self, model: PreTrainedModel, answer: Callable[[], Answer], batch: Mapping[str, Any]) -> Answer:
+        """What `answer` says, and the loss of the decoder's last call in it."""
+        logits: list[Any] = []
+        decoder = model.base_model
+
+        def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"output_router_logits": True}
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            logits[:] = [output.router_logits]
+
+        hooks = (decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(note))
+        try:
+            answered = answer()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert self._function is not None
+        loss = self._function(logits[0], self._experts, self._top, batch.get("attention_mask"))
+        return replace(answered, router_loss=loss)
 
 
 def _predicted(

@@ -119,7 +119,8 @@ class _Linear(torch.autograd.Function):
 
 
 class _Adapted(torch.autograd.Function):
-    """x (T, I), frozen weight (O, I) and bias, A (R, I), B (O, R) -> x @ (weight + scaling * B @ A).T + bias (T, O)."""
+    """x (T, I), frozen weight (O, I), bias (O,) or None, A (R, I), B (O, R) ->
+    x @ (weight + scaling * B @ A).T + bias (T, O)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Any:
@@ -136,7 +137,8 @@ class _Adapted(torch.autograd.Function):
         dx = product(dy, weight.t()).addmm_(v, a, alpha=ctx.scaling) if ctx.needs_input_grad[0] else None
         # The long side of a skinny product is its rows: the other way round it takes two to four times as long.
         da, db = product(v.t(), x.t()), product(u.t(), dy.t()).t()
-        return dx, None, None, da.mul_(ctx.scaling), db.mul_(ctx.scaling), None
+        dbias = dy.sum(dim=0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, da.mul_(ctx.scaling), db.mul_(ctx.scaling), None
 
 
 def speed_up(model: nn.Module) -> None:
@@ -177,7 +179,8 @@ def _lora_forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 
 def _plain_adapter(layer: LoraLinear) -> str | None:
-    """The name of the one adapter that is at work, when it is LoRA without any extra on a frozen linear layer."""
+    """The name of the one adapter that is at work, when it is LoRA without any extra on a linear layer whose weight is
+    frozen. What can be trained then is A, B and the layer's own bias, and `_Adapted` has the gradients of these."""
     base = layer.get_base_layer()
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or type(base) is not nn.Linear:

@@ -3,6 +3,7 @@
 Weights are read from safetensors only, and code that comes with a model runs only when the user says so.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LOST_STARTS = ("pissa_niter", "loftq", "corda", "lora_ga")
+"""Ways to start adapters that change the base weights and can't be repeated: they draw numbers, or need data."""
 
 
 def resolve_model(name: str, progress: Progress | None = None) -> str:
@@ -150,6 +153,7 @@ def load_adapted(
     path = resolve_model(name)
     if not _has(path, ADAPTER_WEIGHTS):  # `peft` would take pickled ones
         raise TunesmithError(f"{path} has {ADAPTERS}, but not {ADAPTER_WEIGHTS}: adapters in safetensors are needed")
+    refuse_lost_start(path)
     base, revision = base_of(path)
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, **(revision | kwargs))
     rows = len(load_tokenizer(path, trust_remote_code=trust_remote_code))
@@ -157,6 +161,20 @@ def load_adapted(
         model.resize_token_embeddings(rows, mean_resizing=False)
     with _explained(name, "adapters of "):
         return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
+
+
+def refuse_lost_start(path: str) -> None:
+    """Raises TunesmithError for adapters in the folder or of the hub's name `path` that belong onto other weights than
+    those of the base model: they would be loaded without a word, and be another model."""
+    file = Path(path) / ADAPTERS if Path(path).is_dir() else Path(str(cached_file(path, ADAPTERS)))
+    start = json.loads(file.read_text(encoding="utf-8")).get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(LOST_STARTS):  # before peft wants what it needs to start them
+        raise TunesmithError(
+            f"{path}: these adapters were started with init_lora_weights={start!r}, which changed the base model's "
+            "weights, and the change was not saved. In a checkpoint, go on with the run (resume_from_checkpoint): what "
+            "it saves at its end is plain LoRA. Elsewhere, convert them where they were trained: "
+            "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...), see the peft documentation"
+        )
 
 
 def holds_adapters(name: str) -> bool:
@@ -242,7 +260,7 @@ def _refuse_code(path: str, revision: str | None) -> None:
     settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
         raise TunesmithError(
-            f"model {path} needs code of its own, which comes with its files and would run here; read it, and set "
+            f"model {path} needs custom code, which comes with its files and would run here; read it, and set "
             "trust_remote_code: true if you trust it"
         )
 

@@ -91,6 +91,25 @@ def bits_of(model: nn.Module) -> Bits | None:
     return "4bit" if getattr(model, "is_loaded_in_4bit", False) else None
 
 
+def refuse_untrainable(model: nn.Module) -> None:
+    """Raises TunesmithError for a base model whose weights are packed in a way that passes on no gradient, as GGUF."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_trainable or getattr(quantizer, "is_qat_trainable", False):
+        return
+    method = quantizer.quantization_config.quant_method
+    name = str(getattr(method, "value", method))
+    unpack = ""
+    if name == "gguf":
+        unpack = (
+            ". Or unpack this one: from_pretrained(folder, gguf_file=..., quantization_config=GgufConfig("
+            "dequantize=True)), then save_pretrained, of model and tokenizer"
+        )
+    raise TunesmithError(
+        f"the model's weights are quantized ({name}), which passes on no gradient: not even adapters can be trained; "
+        f"take the original model, with quantize: 4bit or 8bit{unpack}"
+    )
+
+
 def keep_quantized(model: nn.Module) -> None:
     """Let none of the base model's weights be trained, nor changed otherwise: on CPUs with bfloat16, the first
     evaluation would repack weights of 4 bits into another layout, whose scales are rounded, for good."""

@@ -62,26 +62,26 @@ BUILT_IN = {
 def clone_chat_template(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    source: str | Path,
+    source_tokenizer_path: str | Path,
     resize_to_multiple_of: int | None = 64,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
-    """Give `model` and `tokenizer` the chat template of `source`, and the tokens that it needs. Both are changed.
+    """Give `model` and `tokenizer` the chat template of a source, and the tokens that it needs. Both are changed.
 
-    `source` is a folder or a name on the hub (template, special tokens, end and padding token are its tokenizer's), a
-    `.jinja` file (a template alone), or chatml | llama3 | zephyr | mistral | gemma | alpaca | plain; a folder of such
-    a name is written "./chatml". The embeddings grow to a multiple of `resize_to_multiple_of` rows, and never shrink;
-    the rows of new tokens, and those above the last token, are the mean of the others.
+    `source_tokenizer_path` is a folder or a name on the hub (template, special tokens, end and padding token are its
+    tokenizer's), a `.jinja` file (a template alone), or chatml | llama3 | zephyr | mistral | gemma | alpaca | plain; a
+    folder of such a name is written "./chatml". The embeddings grow to a multiple of `resize_to_multiple_of` rows, and
+    never shrink; the rows of new tokens, and those above the last token, are the mean of the others.
 
-    Returns the model, the tokenizer, and the ids of the tokens that were added. Adapters train them when told so, by
-    `trainable_token_indices={"embed_tokens": ids, "lm_head": ids}`. Saved adapters fit onto the base model only where
-    the rows are as many as the tokens: then pass `resize_to_multiple_of=None`. `SFTConfig.chat_template_path` takes
-    care of both.
+    Returns the model, the tokenizer, and the ids of the tokens that were added. A trainer that is given a `peft_config`
+    trains their rows; adapters that are made elsewhere need `trainable_token_indices={"embed_tokens": ids, "lm_head":
+    ids}`. For `peft` alone, saved adapters fit onto the base model only where the rows are as many as the tokens: then
+    pass `resize_to_multiple_of=None`. `SFTConfig.chat_template_path` takes care of both.
 
     Raises TunesmithError for a source that can't be used and a model that has adapters already.
     """
     if isinstance(model, PeftModel):
         raise TunesmithError("the model has adapters; clone the chat template before they are added")
-    added = extend_tokenizer(tokenizer, source)
+    added = extend_tokenizer(tokenizer, source_tokenizer_path)
     resize_for(model, tokenizer, added, resize_to_multiple_of)
     for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None:
@@ -193,6 +193,22 @@ def resize_for(
                 parameter[new] = parameter[: new[0]].mean(0, dtype=torch.float32).to(parameter.dtype)
 
 
+def tokens_lacking_in(base: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> set[int]:
+    """The ids of tokens that were added to `tokenizer`, and that the tokenizer of the model `base` does not have: the
+    model never saw them. Empty where that tokenizer can't be loaded."""
+    try:
+        known = load_tokenizer(base, trust_remote_code=trust_remote_code).get_vocab()
+    except TunesmithError:
+        return set()
+    return {i for token, i in tokenizer.get_added_vocab().items() if known.get(token) != i}
+
+
+def trains_rows(model: PeftModel) -> bool:
+    """Whether the adapters of `model` train rows of the input embeddings."""
+    embeddings = model.get_base_model().get_input_embeddings()  # type: ignore[operator]
+    return any(parameter.requires_grad for parameter in embeddings.parameters())
+
+
 def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence[int]) -> PeftConfig:
     """A copy of `config` whose adapters train the rows of the `added` tokens too, in the input embeddings and the head.
 
@@ -210,8 +226,8 @@ def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence
     if not hasattr(config, "trainable_token_indices") or (tied and biased):
         reason = "a tied head with a bias" if tied and biased else type(config).__name__
         raise TunesmithError(
-            f"the chat template brings {len(added)} new tokens, and adapters can't train single rows here ({reason}). "
-            "Take a template whose tokens the vocabulary has, such as plain, or train without adapters"
+            f"there are {len(added)} new tokens, and adapters can't train single rows here ({reason}). Take a chat "
+            "template whose tokens the vocabulary has, such as plain, or train without adapters"
         )
     whole = [name for name in names if biased and layers[name] is head]
     changed: Any = copy.copy(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunesmith.errors import TunesmithError
-from tunesmith.runs.checkpoints import STATE, checkpoints
+from tunesmith.runs.checkpoints import STATE, all_checkpoints, checkpoints
 from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, from_json, read, read_lines
 from tunesmith.runs.record import RUN, RunRecord, Text
 
@@ -123,7 +123,7 @@ def read_run(run: str | Path) -> RunData:
     if not folder.is_dir():
         raise TunesmithError(f"there is no folder {run}; give the folder that a run was saved to")
     folder = folder.resolve()
-    if folder in checkpoints(folder.parent) and not (folder / METRICS).is_file():
+    if folder in all_checkpoints(folder.parent) and not (folder / METRICS).is_file():
         folder = folder.parent
     record = RunRecord.read(folder)
     lines = read_lines(folder / METRICS) or _logged(folder, record)

@@ -3,6 +3,10 @@
 A checkpoint is written to `.checkpoint-N.partial-XXXX/checkpoint-N` beside its place, flushed to the disk, described by
 `manifest.json` (the size and SHA-256 of every file, and what the run was), and renamed to `checkpoint-N`. Who looks for
 checkpoints sees the whole of it or nothing.
+
+A folder that is used again holds the checkpoints of several runs. Each manifest has the id of its run, and `.run`
+beside the checkpoints has that of the last run that took a step there: only its checkpoints are counted, resumed and
+removed.
 """
 
 import hashlib
@@ -14,13 +18,17 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import follow_umask, write_whole
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+CURRENT = ".run"
+FORMAT = 2
 """Raise it with a change that an older version would read wrongly."""
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTIALS = ".checkpoint-*.partial-*"
@@ -61,8 +69,10 @@ class Identity:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What `manifest.json` says. `files` has the size in bytes and the SHA-256 of each file; `environment` what a run
-    may change but what changes its rounding: device, threads, processes; `onednn` is the library of matrix products."""
+    may change but what changes its rounding: device, threads, processes; `onednn` is the library of matrix products.
+    `run` is the id of the run, empty in what version 0.1 wrote."""
 
+    run: str = ""
     step: int
     identity: Identity
     precision: str
@@ -134,6 +144,7 @@ def finish(folder: Path, manifest: Manifest) -> Path:
     A checkpoint of that step that is there already is replaced. Raises OSError.
     """
     (folder / MANIFEST).unlink(missing_ok=True)  # of a first try, which failed
+    follow_umask(folder)
     described = replace(manifest, files={name: _described(folder / name) for name in _files(folder)})
     (folder / MANIFEST).write_text(described.to_json(), encoding="utf-8")
     _flush(folder)
@@ -170,14 +181,18 @@ def remove_partials(run: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but never the newest, nor the one at `best`. Nothing is removed
-    before the newest is read again and found to be as it was written."""
-    found = checkpoints(run)
-    if limit is None or limit < 1 or len(found) <= limit:
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints of the run that wrote `newest` beyond `limit`, but never `newest` itself, nor the
+    one at `best`. Those of other runs stay. Nothing is removed before `newest` is read again and found to be as it was
+    written."""
+    if limit is None or limit < 1:
         return
-    verify(found[-1])
-    kept = {found[-1]} | ({Path(best)} if best is not None else set())
+    run = _run_of(newest)
+    found = [folder for folder in all_checkpoints(newest.parent) if _run_of(folder) == run]
+    if len(found) <= limit:
+        return
+    verify(newest)
+    kept = {newest} | ({Path(best)} if best is not None else set())
     removable = [folder for folder in found if folder not in kept and folder.resolve() not in kept]
     for folder in removable[: max(0, len(found) - max(limit, len(kept)))]:
         _remove(folder)
@@ -228,13 +243,63 @@ def _flush_folder(folder: Path) -> None:
         os.close(opened)
 
 
+# Whose they are
+
+
+def new_run() -> str:
+    """The id of a run that begins now; later ones sort behind it."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid4().hex[:8]}"
+
+
+def take_over(folder: Path, run: str) -> None:
+    """The folder is that of `run` from now on. Raises OSError."""
+    write_whole(folder / CURRENT, f"{run}\n")
+
+
+def run_in(folder: Path) -> str:
+    """The id of the run whose folder this is: the last that took a step in it, or where none has said so, the last of
+    those that wrote its checkpoints; empty for one of version 0.1."""
+    try:
+        return (folder / CURRENT).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return max((_run_of(item) or "" for item in all_checkpoints(folder)), default="")
+
+
+def belongs_to(folder: Path, run: str) -> bool:
+    """Whether the checkpoint in `folder` is there, and was written by `run`."""
+    return folder.is_dir() and _run_of(folder) == run
+
+
+def _run_of(folder: Path) -> str | None:
+    """The id of the run that wrote a checkpoint, empty for one of version 0.1 or another tool; None where the manifest
+    is lost or can't be read."""
+    if not (folder / MANIFEST).is_file():
+        return "" if _pickles(folder) else None
+    try:
+        return Manifest.read(folder).run
+    except TunesmithError:
+        return None
+
+
 # Reading
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run by step, the newest last."""
-    steps = {item: int(found[1]) for item in run.glob("checkpoint-*") if (found := NAME.fullmatch(item.name))}
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by step, the newest last, whichever run wrote them."""
+    steps = {item: int(found[1]) for item in folder.glob("checkpoint-*") if (found := NAME.fullmatch(item.name))}
     return sorted((item for item in steps if item.is_dir()), key=lambda item: steps[item])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of the run whose folder this is (`run_in`) by step, the newest last; with those whose manifest
+    can't be read, which nobody goes on from."""
+    current = run_in(folder)
+    return [item for item in all_checkpoints(folder) if _run_of(item) in (current, None)]
+
+
+def others(folder: Path, run: str) -> list[Path]:
+    """The checkpoints in a folder that other runs than `run` wrote, by step."""
+    return [item for item in all_checkpoints(folder) if _run_of(item) not in (run, None)]
 
 
 def verify(folder: Path) -> Manifest:
@@ -265,7 +330,8 @@ def reason_against(folder: Path) -> str | None:
 
 
 def newest_whole(run: Path, *, allow_pickle: bool = False) -> Chosen:
-    """The newest checkpoint of a run that verifies, or with `allow_pickle` that another tool wrote.
+    """The newest checkpoint of the run in the folder `run` that verifies, or with `allow_pickle` that another tool
+    wrote.
 
     Raises:
         TunesmithError: there is none; says what was passed over.
@@ -276,10 +342,18 @@ def newest_whole(run: Path, *, allow_pickle: bool = False) -> Chosen:
             return replace(checked(folder, allow_pickle=allow_pickle), skipped=tuple(skipped))
         except TunesmithError as error:
             skipped.append(str(error))
-    raise TunesmithError(
-        f"resume_from_checkpoint: there is no checkpoint in {run} to go on from{_listed(skipped)}"
-        + ("" if skipped else "; leave it out to start anew")
-    )
+    raise TunesmithError(none_to_go_on_from(run, skipped))
+
+
+def none_to_go_on_from(run: Path, skipped: Sequence[str] = ()) -> str:
+    """What to say where the run in the folder `run` has no checkpoint; `skipped` says what was passed over, and why."""
+    text = f"resume_from_checkpoint: there is no checkpoint in {run} to go on from"
+    if earlier := others(run, run_in(run)):
+        return (
+            f"{text}: the last run there saved none, and {earlier[-1].name} is of an earlier run. Name it to go on "
+            f"with that one (resume_from_checkpoint: {earlier[-1]}), or leave it out to start anew{_listed(skipped)}"
+        )
+    return f"{text}{_listed(skipped)}" + ("" if skipped else "; leave it out to start anew")
 
 
 def checked(folder: Path, *, allow_pickle: bool = False) -> Chosen:
@@ -291,7 +365,7 @@ def checked(folder: Path, *, allow_pickle: bool = False) -> Chosen:
     """
     if not (folder / STATE).is_file():
         raise TunesmithError(f"{folder} is no checkpoint: it has no {STATE}")
-    pickles = sorted(item.name for pattern in PICKLES for item in folder.glob(pattern))
+    pickles = _pickles(folder)
     foreign = not (folder / MANIFEST).is_file()
     needs = foreign or not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
     if pickles and needs and not allow_pickle:
@@ -302,6 +376,10 @@ def checked(folder: Path, *, allow_pickle: bool = False) -> Chosen:
     if foreign and pickles:
         return Chosen(folder=folder, manifest=None)
     return Chosen(folder=folder, manifest=verify(folder))
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(item.name for pattern in PICKLES for item in folder.glob(pattern))
 
 
 def _listed(lines: Sequence[str]) -> str:

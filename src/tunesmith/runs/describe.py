@@ -3,8 +3,8 @@
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,16 @@ LEFT_OUT_OF_ADAPTERS = re.compile(
 def versions() -> dict[str, str]:
     """The versions of tunesmith, Python and the libraries that compute."""
     numbers = {"tunesmith": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            numbers[name] = version(name)
-    return numbers
+    return numbers | {name: number for name in LIBRARIES if (number := _installed(name)) is not None}
+
+
+@cache
+def _installed(name: str) -> str | None:
+    """The version of a package, whose metadata are read once: each checkpoint says them."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def method_of(model: Any) -> Method:

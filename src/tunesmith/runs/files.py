@@ -53,6 +53,17 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def follow_umask(folder: Path) -> None:
+    """Lets the umask decide who may read the weights in `folder` and below it, as it does for other files: safetensors
+    shuts out everybody else. Raises OSError."""
+    probe = folder / f".{uuid4().hex[:8]}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
+
+
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """Adds one line, which is in the file when this returns. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
 # ruff: noqa: RUF009  (`_setting` is `dataclasses.field` with a line of help)
 
+import functools
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.settings.coerce import byte_count
+from tunesmith.settings.older import by_todays_names
 from tunesmith.types import TrainOn
 
 LossType = Literal["nll", "dft", "chunked_nll"]
@@ -27,7 +29,6 @@ COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 """The others record CUDA graphs, one for each length of a batch."""
 
 UNSUPPORTED = {
-    "router_aux_loss_coef": "this loss is not supported; leave it unset",
     "use_liger_kernel": "Liger replaces the forward that computes our loss, which never makes the full logits either",
     "liger_kernel_config": "Liger is not used; leave it unset",
     "use_cache": "training computes without a cache, whose entries it would never read; leave it off",
@@ -75,7 +76,9 @@ class SFTConfig(TrainingArguments):
         False, "Run Python code that comes with the model. Off: such a model is an error."
     )
     router_aux_loss_coef: float | None = _setting(
-        None, "Load-balancing loss of mixture-of-experts models: not supported, leave unset."
+        None,
+        "Weight of the load-balancing loss of a mixture of experts; unset, that of the model's config where it has "
+        "output_router_logits on.",
     )
     chat_template_path: str | None = _setting(
         None,
@@ -116,18 +119,18 @@ class SFTConfig(TrainingArguments):
     assistant_only_loss: bool = _setting(False, "TRL's name for train_on: assistant.")
     turns: Turns = _setting(
         "auto",
-        "How a conversation is rendered: whole (one text) | each (a text for each answer, as inference sees it; what "
-        "they begin with in common is computed once) | auto (whole where that is what inference sees, else each).",
+        "A conversation as one text (whole), as a text for each answer as inference sees it (each), or auto: whole "
+        "where that is what inference sees, else each.",
     )
     prompt_mismatch: PromptMismatch = _setting(
         "error",
-        "With turns: whole, accept answers in the form that history has, though inference renders another prompt: "
-        "error | accept.",
+        "With turns: whole, answers in the form that history has, though inference renders another prompt: error "
+        "| accept.",
     )
     marks: Marks = _setting(
         "verified",
-        "Where a template has {% generation %} blocks: verified (what the model generates is supervised, and a "
-        "difference is noted) | template (the blocks as they are).",
+        "Of a template with {% generation %} blocks: verified (supervise what the model generates, note a difference) "
+        "| template (the blocks).",
     )
     drop_reasoning: DropReasoning = _setting(
         "note", "Rows with reasoning that the chat template does not show: note (count them) | error."
@@ -135,7 +138,7 @@ class SFTConfig(TrainingArguments):
     specials_in_content: SpecialsInContent = _setting(
         "keep",
         "Text of a message that reads as a control token: keep (it is one, as with other tools) | text (ordinary "
-        "characters, here and in chat, eval and serve) | error.",
+        "characters) | error.",
     )
     allow_no_eos: bool = _setting(False, "Accept data in which no supervised token ends a text: the model won't stop.")
     loss_type: LossType = _setting("nll", "nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
@@ -218,16 +221,21 @@ class SFTConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise TunesmithError(f"{name} is {value!r}; write an object, e.g. {{key: value}}")
+        init: Any = self.model_init_kwargs or {}
+        self.trust_remote_code = self.trust_remote_code or bool(init.get("trust_remote_code"))
         unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
         if unknown:
-            raise TunesmithError(f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset")
+            raise TunesmithError(
+                f"dataset_kwargs: {min(unknown)!r} is unknown; the one key is skip_prepare_dataset. Special tokens are "
+                "where the chat template puts them, and texts get those of the tokenizer: leave other keys out"
+            )
 
     @property
     def resolved_train_on(self) -> TrainOn | None:
         """What the three fields say together; None leaves it to the format of the rows."""
         if self.train_on is not None:
             return self.train_on
-        if self.assistant_only_loss:
+        if self.assistant_only_loss and not self.completion_only_loss:
             return "assistant"
         if self.completion_only_loss is None:
             return None
@@ -247,6 +255,13 @@ class SFTConfig(TrainingArguments):
             self.loss_type = "nll"
 
     def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise TunesmithError(f"{name} is {getattr(self, name)}; write 1 or more")
+        if self.logging_strategy == "steps" and not self.logging_steps > 0:
+            raise TunesmithError(
+                f"logging_steps is {self.logging_steps}; write 1 to log each step, or set logging_strategy: no"
+            )
         if self.memory_limit is not None:
             try:
                 byte_count(self.memory_limit)
@@ -283,6 +298,8 @@ class SFTConfig(TrainingArguments):
         }
         if self.completion_only_loss is False and self.train_on == "completion":
             named["completion_only_loss"] = "not completion"
+        if self.assistant_only_loss and self.completion_only_loss:
+            del named["assistant_only_loss"]  # of a completion, only the assistant's turns are trained on anyway
         choices = {name: value for name, value in named.items() if value is not None}
         if len(set(choices.values())) > 1:
             listed = " and ".join(f"{name} ({value})" for name, value in choices.items())
@@ -348,6 +365,10 @@ class SFTConfig(TrainingArguments):
                 raise TunesmithError(f"torch_compile is True, and so is {name}, {reason}; drop one")
 
     def _refuse_unsupported(self) -> None:
+        if (self.router_aux_loss_coef or 0.0) < 0:
+            raise TunesmithError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}; a weight of 0 or more, such as 0.001, is needed"
+            )
         for name, reason in UNSUPPORTED.items():
             if value := getattr(self, name):
                 raise TunesmithError(f"{name} is {value!r}: {reason}")
@@ -376,3 +397,23 @@ class SFTConfig(TrainingArguments):
             self.use_cpu = True  # `transformers` allows bf16 without a GPU only with this said
         if self.use_cpu:
             self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
+
+
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that make a config like `args`; `to_dict` blacks out every token, also those of the tokenizer."""
+    settings: dict[str, Any] = args.to_dict()
+    return settings | {name: getattr(args, name) for name in settings if name.endswith("_token")}
+
+
+def _accept_older_names() -> None:
+    """`SFTConfig(evaluation_strategy="steps")` means what it meant; a name that is unknown or gone is our error."""
+    make, names = SFTConfig.__init__, [item.name for item in fields(SFTConfig) if item.init]
+
+    @functools.wraps(make)
+    def init(self: SFTConfig, *args: Any, **settings: Any) -> None:
+        make(self, *args, **by_todays_names(settings, names, "SFTConfig"))
+
+    SFTConfig.__init__ = init  # type: ignore[method-assign]
+
+
+_accept_older_names()

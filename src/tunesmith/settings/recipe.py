@@ -16,6 +16,7 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.coerce import BOOLEANS, UniqueKeyLoader, coerce, described, expected, members_of
 from tunesmith.settings.helps import HELPS
+from tunesmith.settings.older import LEAVE_OUT, RENAMED
 
 if TYPE_CHECKING:
     from tunesmith.settings.config import SFTConfig
@@ -69,7 +70,6 @@ OTHER_NAMES = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
-    "max_seq_length": "max_length",
     "seq_len": "max_length",
     "dataset": "data",
     "dataset_name": "data",
@@ -226,7 +226,10 @@ def _renamed(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
 def _setting(name: str, place: str) -> Setting:
     settings = all_settings()
     if name not in settings:
-        hint = f"; did you mean {OTHER_NAMES[name]!r}?" if name in OTHER_NAMES else nearest(name, settings)
+        if name in LEAVE_OUT:
+            raise TunesmithError(f"{place}: {name} is no setting any more, leave it out: {LEAVE_OUT[name]}")
+        other = (OTHER_NAMES | RENAMED).get(name)
+        hint = f"; did you mean {other!r}?" if other else nearest(name, settings)
         raise TunesmithError(f"{place}: unknown setting {name!r}{hint} (`tunesmith train --fields` lists all)")
     return settings[name]
 

@@ -9,7 +9,6 @@ Shapes: R rows of the embeddings, H hidden size.
 """
 
 import copy
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,15 +27,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.load import ADAPTER_WEIGHTS, ADAPTERS
+from tunesmith.model.load import ADAPTER_WEIGHTS, ADAPTERS, refuse_lost_start
 from tunesmith.ship.shards import Piece, Weights
 
 NAME = "default"
 """What `peft` calls the adapters here, however they were called in training."""
 REPEATED = ("pissa", "olora")
 """Ways to start adapters that take their start away from the base weights, and do it again whenever they are loaded."""
-LOST = ("pissa_niter", "loftq", "corda", "lora_ga")
-"""Ways to start adapters that change the base weights and can't be repeated: they draw numbers, or need data."""
 
 ENDS = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight")
 """What follows the name of an adapted embedding where its weights were saved whole."""
@@ -51,14 +48,7 @@ def adapter_settings(folder: Path) -> PeftConfig:
         if not (folder / file).is_file():
             raise TunesmithError(f"{folder} has no {file}: the folder of a run that trained adapters is needed")
     with explained(f"the adapters in {folder} can't be read"):
-        start = json.loads((folder / ADAPTERS).read_text(encoding="utf-8")).get("init_lora_weights")
-        if isinstance(start, str) and start.startswith(LOST):  # before peft wants what it needs to start them
-            raise TunesmithError(
-                f"{folder}: these adapters were started with init_lora_weights={start!r}, which changed the base "
-                "model's weights, and the change was not saved. Convert them to plain LoRA where they were trained: "
-                "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...), see the peft "
-                "documentation"
-            )
+        refuse_lost_start(str(folder))
         settings = PeftConfig.from_pretrained(str(folder))
     kind = PeftType(settings.peft_type).value
     if settings.is_prompt_learning or settings.is_adaption_prompt:

@@ -8,12 +8,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tunesmith.data.prompts import form_in
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.files import loss_name
 from tunesmith.runs.record import Origin, RunRecord, Sample, prompt_text, setting_text
@@ -65,6 +66,8 @@ class ModelFolder:
     adapter: dict[str, Any] | None
     has_tokenizer: bool
     has_template: bool
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the chat template in training."""
 
     @classmethod
     def read(cls, folder: Path) -> "ModelFolder":
@@ -73,6 +76,7 @@ class ModelFolder:
             adapter=read_settings(folder / "adapter_config.json"),
             has_tokenizer=settings is not None,
             has_template=(folder / "chat_template.jinja").is_file() or bool((settings or {}).get("chat_template")),
+            template_arguments=form_in(settings or {}).arguments,
         )
 
     @property
@@ -311,6 +315,9 @@ def _summary(card: Card) -> str:
             "\n\nThe base model was trained from its 4-bit (Q4_1) form, unpacked to float32. On the original weights, "
             "which the name above stands for, answers may differ a little."
         )
+    if card.model.template_arguments:
+        given = ", ".join(f"`{name}={value!r}`" for name, value in card.model.template_arguments.items())
+        note += f"\n\nIts conversations were rendered with {given} for the chat template: ask it so, too."
     return f"{model}, by supervised fine-tuning with tunesmith.{note}"
 
 
@@ -324,7 +331,10 @@ def _snippet(card: Card) -> str:
         return PIPELINE_CODE.format(repo=card.repo) + (CHAT_PIPELINE if is_chat else TEXT_PIPELINE)
     tokenizer = card.repo if card.model.has_tokenizer else card.base_id or card.repo
     load = ADAPTER_CODE.format(tokenizer=tokenizer, repo=card.repo)
-    return load + (CHAT_ANSWER if is_chat else TEXT_ANSWER) + GENERATE
+    answer = CHAT_ANSWER if is_chat else TEXT_ANSWER
+    for name, value in card.model.template_arguments.items():
+        answer = answer.replace('return_tensors="pt")', f'return_tensors="pt", {name}={value!r})')
+    return load + answer + GENERATE
 
 
 def _results_section(card: Card) -> list[str]:

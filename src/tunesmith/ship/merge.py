@@ -28,6 +28,7 @@ from tunesmith.model.generate import stop_ids
 from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
 from tunesmith.model.load import run_folder as newest
 from tunesmith.model.precision import DTYPES, PrecisionName
+from tunesmith.runs.files import follow_umask
 from tunesmith.settings.coerce import byte_count
 from tunesmith.ship.adapted import (
     AdaptedModel,
@@ -73,7 +74,8 @@ class MergeOptions:
     `dtype` None keeps the format of the base model's files. `max_shard_size` ("2GB", "500MB") is the size of the files,
     and about the memory that is needed. After merging, the answers to `prompts` (None: a few built in) are compared;
     `tolerance` is the largest difference of logits relative to the largest logit, None one for the format. `check`
-    False leaves that out. `adapter` names a subfolder of the run, for those that were not saved as default.
+    False leaves that out. `adapter` names a subfolder of the run, for those that were not saved as default; `base` the
+    base model, where it is no longer what the adapters call it.
     """
 
     dtype: PrecisionName | None = None
@@ -82,6 +84,7 @@ class MergeOptions:
     prompts: Sequence[str] | None = None
     check: bool = True
     adapter: str | None = None
+    base: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -189,6 +192,7 @@ def merge(
     say(f"Merging the adapters of {len(job.adapted.layers)} layers with the weights of {job.base} ...")
     with workplace(target) as folder:
         files = _write(job, folder, options)
+        follow_umask(folder)
         drift = None
         if options.check:
             say("Comparing what was written with the adapters on their base model ...")
@@ -229,8 +233,11 @@ def _adapter_folder(run: Path, adapter: str | None) -> Path:
 
 def _prepare(folder: Path, options: MergeOptions, progress: Progress | None) -> _Job:
     settings = adapter_settings(folder)
-    base, revision = base_of(str(folder))
-    path = resolve_model(base, progress)
+    base, revision = (options.base, {}) if options.base is not None else base_of(str(folder))
+    try:
+        path = resolve_model(base, progress)
+    except TunesmithError as error:
+        raise TunesmithError(f"the base model of {folder}: {error}; name it with base (--base)") from error
     trust = options.trust_remote_code
     config = load_config(base, trust_remote_code=trust, **revision)
     _refuse_quantized(config, base, folder)
@@ -274,7 +281,8 @@ def _refuse_quantized(config: PreTrainedConfig, base: str, folder: Path) -> None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     raise TunesmithError(
         f"the base model {base} is quantized ({getattr(method, 'value', method)}), and adapters are merged into 16- or "
-        f"32-bit weights: write the name of the original model as base_model_name_or_path in {folder / ADAPTERS}"
+        "32-bit weights: name the original model with base (--base), or as base_model_name_or_path in "
+        f"{folder / ADAPTERS}"
     )
 
 

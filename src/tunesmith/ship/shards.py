@@ -112,7 +112,7 @@ def stored_weights(path: str, revision: str | None = None) -> StoredWeights:
                 if kind not in DTYPES:
                     raise TunesmithError(
                         f"the base model {path} is quantized: {name} is stored as {kind}. Adapters are merged into 16- "
-                        "or 32-bit weights; name the original model as base_model_name_or_path in adapter_config.json"
+                        "or 32-bit weights; name the original model with base (--base)"
                     )
                 stored[name] = Stored(file=file, name=name, dtype=DTYPES[kind])
     return StoredWeights(stored)

@@ -1,14 +1,16 @@
-"""Numbers that go wrong: steps without a finite loss and gradient are left out, and said to be."""
+"""Numbers that go wrong: steps without a finite loss and gradient are left out, and said to be. A weight that is to be
+trained and gets no gradient stops the run."""
 
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -20,6 +22,8 @@ from tunesmith.settings.config import SFTConfig
 BAD_BATCHES = "bad_batches.jsonl"
 REMEMBERED = 20
 """Logged losses that a new one is compared with."""
+NAMED = 3
+"""Weights that a message names."""
 SPIKE = 2.0
 """A loss is a spike from so many times the median of those before it on, if that is also one nat more."""
 
@@ -42,6 +46,64 @@ class Losses:
         return None
 
 
+class FirstGradients:
+    """Whether the first step reaches every weight of `model` that is to be trained.
+
+    A weight may have no gradient for one reason: its layer did not run. An expert to which no token was sent is such a
+    layer, and so is the image encoder while texts are trained on. Where the layer ran, and autograd recorded it, its
+    output went on without the weight, and would in every step.
+
+    An adapter belongs to the layer that it sits on: `peft` calls that one, and not always what is inside of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: dict[str, nn.Module] = {}
+        self._ran: set[nn.Module] = set()
+        for path, module in model.named_modules():  # those outside come first
+            for name, parameter in module.named_parameters(prefix=path, recurse=isinstance(module, BaseTunerLayer)):
+                if parameter.requires_grad:
+                    self._layers.setdefault(name, module)
+        self._hooks = [layer.register_forward_pre_hook(self._note) for layer in set(self._layers.values())]
+
+    def _note(self, layer: nn.Module, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._ran.add(layer)
+
+    def forget(self) -> None:
+        """The step begins again, or its gradients were not those of a step."""
+        self._ran.clear()
+
+    def end(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def judge(self, model: nn.Module) -> str | None:
+        """What to say of weights whose layer did not run; None for nothing. Raises TunesmithError for those whose layer
+        ran. `model` has the gradients of the step."""
+        weights = dict(model.named_parameters())
+        without = [name for name in self._layers if name in weights and weights[name].grad is None]
+        if len(without) == len(self._layers):  # an optimizer that works within the backward has used them up
+            return None
+        lost = [name for name in without if self._layers[name] in self._ran]
+        if lost:
+            raise TunesmithError(
+                f"{len(lost)} of {len(self._layers)} weights that are to be trained got no gradient in the first step, "
+                f"although their layers ran, and would stay as they are: {_listed(lost)}. Freeze them with "
+                "requires_grad_(False) if that is meant; else the model's code cuts them off (detach, no_grad)"
+            )
+        if without:
+            return (
+                f"{len(without)} of {len(self._layers)} weights that are to be trained got no gradient, because their "
+                f"layers did not run: {_listed(without)}"
+            )
+        return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
 class Guard:
     """A step whose gradient is not finite changes nothing: not the weights, not the optimizer. Its rows are written to
     `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run. `tell` hears of each, with the step."""
@@ -51,10 +113,28 @@ class Guard:
         self.bad_steps = self._in_a_row = 0
         self._losses = Losses()
         self._batches: list[tuple[Mapping[str, Any] | Batch, Tensor]] = []
+        self._first: FirstGradients | None = None
 
     def begin(self) -> None:
         """A run begins: what an earlier one left of a step it did not finish is not its."""
         self._in_a_row, self._batches = 0, []
+        self.end()
+        trainer = self._trainer
+        # FSDP and DeepSpeed keep gradients elsewhere, and hooks would have compiled layers compiled once more.
+        elsewhere = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        if not elsewhere and not trainer.args.torch_compile:
+            self._first = FirstGradients(cast(nn.Module, trainer.model))
+
+    def end(self) -> None:
+        """The run is over."""
+        if self._first is not None:
+            self._first.end()
+            self._first = None
+
+    def forget_step(self) -> None:
+        """The step begins again."""
+        if self._first is not None:
+            self._first.forget()
 
     def state(self) -> dict[str, int]:
         return {"bad_steps": self.bad_steps, "in_a_row": self._in_a_row}
@@ -76,11 +156,22 @@ class Guard:
         losses = torch.stack([loss.float() for _, loss in batches])
         if bool(losses.isfinite().all()) if scaled else math.isfinite(float(norm)):
             self._in_a_row = 0
+            self._check_first()
             return
+        self.forget_step()
         if not scaled:
             for parameter in model.parameters():
                 parameter.grad = None
         self._note_bad(batches, float(norm))
+
+    def _check_first(self) -> None:
+        if self._first is None:
+            return
+        first, self._first = self._first, None
+        first.end()
+        missing = first.judge(cast(nn.Module, self._trainer.model))
+        if missing is not None:
+            self._tell(self._trainer.state.global_step + 1, missing)
 
     def judge(self, loss: float) -> None:
         """A loss that is logged."""

@@ -56,6 +56,8 @@ HOOKS = (
     _hook("init_hf_repo", "makes the hub's repository", "token"),
     _hook("_build_accelerator_args", "keeps accelerate from compiling the whole model"),
     _hook("train", "chooses the checkpoint, holds the folder", "resume_from_checkpoint"),
+    _hook("_hp_search_setup", "a search changes what training reads only", "trial"),
+    _hook("call_model_init", "prepares each model of a search", "trial"),
     _hook("_set_signature_columns_if_needed", "says which columns reach the collator"),
     _hook("_get_dataloader", "batches by tokens and by length", "dataset", "description", "batch_size", "is_training"),
     _hook("get_total_train_batch_size", "counts the rows of a step", "args"),

@@ -29,13 +29,18 @@ from tunesmith.runs.checkpoints import (
     Chosen,
     Identity,
     Manifest,
+    all_checkpoints,
     begin,
+    belongs_to,
     checked,
     discard,
     finish,
+    new_run,
     newest_whole,
+    others,
     remove_partials,
     rotate,
+    take_over,
 )
 from tunesmith.runs.describe import versions
 from tunesmith.runs.folder import check_space, estimated_size, twice
@@ -81,6 +86,8 @@ class Keeper:
     def __init__(self, trainer: Trainer, meter: Meter, parts: Mapping[str, Part]) -> None:
         self._trainer, self._meter, self._parts = trainer, meter, parts
         self._writer = Writer()
+        self._run = ""
+        self._taken_over = False
         self._identity: Identity | None = None
         self._resumed_from: Chosen | None = None
         self._written_size = 0
@@ -89,6 +96,7 @@ class Keeper:
         self._epoch_done = False
         self._place: StreamPlace | None = None
         self._pending: Path | None = None
+        self._folder: Path | None = None
 
     @property
     def _args(self) -> SFTConfig:
@@ -110,9 +118,11 @@ class Keeper:
         """
         self._identity = self._resumed_from = None
         self._written_size = 0
-        if self.left_to_others:
-            return resume_from_checkpoint
         run = Path(str(self._args.output_dir))
+        if self.left_to_others:
+            if not resume_from_checkpoint:
+                self._check_unused(run)
+            return resume_from_checkpoint
         if self._args.should_save:  # before choosing: what lacked only its last renaming is whole
             remove_partials(run)
         if resume_from_checkpoint:
@@ -120,6 +130,8 @@ class Keeper:
             self._check_same(self._resumed_from)
             manifest = self._resumed_from.manifest
             self._written_size = 0 if manifest is None else manifest.size
+        self._run, self._taken_over = self._run_that_goes_on(run, named=resume_from_checkpoint is not True), False
+        self._say_what_stays(run)
         if self._args.save_strategy != "no":
             self._check_before_saving(run)
         return None if self._resumed_from is None else str(self._resumed_from.folder)
@@ -152,6 +164,36 @@ class Keeper:
         for line in chosen.skipped:
             logger.warning("Passed over: %s.", line)
         return chosen
+
+    def _run_that_goes_on(self, folder: Path, *, named: bool) -> str:
+        """The id of this run. A checkpoint that was `named` may have others of its run behind it, or be elsewhere: then
+        another run begins there."""
+        chosen = self._resumed_from
+        if chosen is None:
+            return new_run()
+        own = "" if chosen.manifest is None else chosen.manifest.run
+        if not named:
+            return own
+        behind = [item for item in all_checkpoints(folder) if belongs_to(item, own)][-1:]
+        return own if behind and behind[0].resolve() == chosen.folder.resolve() else new_run()
+
+    def _say_what_stays(self, folder: Path) -> None:
+        if self._trainer.is_world_process_zero() and (earlier := others(folder, self._run)):
+            logger.warning(
+                "%s holds checkpoints of an earlier run: %s. They stay, save_total_limit does not count them, and "
+                "resuming does not take them; where this run saves at the same step, its checkpoint replaces them.",
+                folder,
+                ", ".join(item.name for item in earlier),
+            )
+
+    def _check_unused(self, folder: Path) -> None:
+        """Raises TunesmithError where checkpoints that don't say whose they are would be taken for this run's."""
+        if self._args.save_strategy != "no" and (earlier := all_checkpoints(folder)):
+            raise TunesmithError(
+                f"{folder} holds {earlier[-1].name} of an earlier run, and the checkpoints of FSDP and DeepSpeed do "
+                "not say whose they are: this run's would be taken for older ones. Take another output folder, or go "
+                "on with resume_from_checkpoint"
+            )
 
     def _check_same(self, chosen: Chosen) -> None:
         """Raises TunesmithError for a checkpoint of another run, and takes over how this one rounds."""
@@ -329,11 +371,21 @@ class Keeper:
             folder, self._pending = self._pending, None
             self._restore_random(folder)
 
-    def note_epoch(self) -> None:
-        """`transformers` counts the part of an epoch from where the loader began."""
+    def note_step(self) -> None:
+        """A step is over: the folder is this run's. `transformers` counts the part of an epoch from where the loader
+        began."""
+        if not self._taken_over and not self.left_to_others and self._args.should_save:
+            self._take_over(Path(str(self._args.output_dir)))
         if self._taken_before:
             steps = self._trainer.state.max_steps * self._args.gradient_accumulation_steps
             self._trainer.state.epoch = self._epoch + self._taken / steps
+
+    def _take_over(self, folder: Path) -> None:
+        self._taken_over = True
+        try:
+            take_over(folder, self._run)
+        except OSError as error:  # a disk that is full is told of where something is lost by it
+            logger.warning("%s is not marked as this run's: %s.", folder, error)
 
     # Saving
 
@@ -347,6 +399,19 @@ class Keeper:
         self._trainer.accelerator.wait_for_everyone()
         return run / f"checkpoint-{self._trainer.state.global_step}"
 
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """What is saved to `folder` within is a checkpoint, whoever writes it."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._folder = None
+
+    def writes(self, folder: Path) -> bool:
+        """Whether `folder` is the checkpoint that is being written; its name says nothing."""
+        return folder == self._folder
+
     def wait(self) -> None:
         """Until nothing is being written any more. Raises what went wrong."""
         self._writer.wait()
@@ -359,7 +424,7 @@ class Keeper:
         state = self._trainer.state
         if state.best_global_step and self._args.save_strategy != "no":
             folder = run / f"checkpoint-{state.best_global_step}"
-            if state.best_global_step == state.global_step or folder.is_dir():
+            if state.best_global_step == state.global_step or belongs_to(folder, self._run):
                 state.best_model_checkpoint = str(folder)
 
     def _write(self, run: Path, states: Mapping[str, Packed]) -> None:
@@ -375,18 +440,21 @@ class Keeper:
 
         def rest(folder: Path) -> None:
             if weights is not None:
-                trainer._save(str(folder), state_dict=weights())
+                with self.writing(folder):
+                    trainer._save(str(folder), state_dict=weights())
             for name, state in states.items():
                 state.write(folder, name)
             (folder / STATE).write_text(text, encoding="utf-8")
-            self._written_size = Manifest.read(finish(folder, manifest)).size
-            rotate(run, self._args.save_total_limit, best)
+            written = finish(folder, manifest)
+            self._written_size = Manifest.read(written).size
+            rotate(written, self._args.save_total_limit, best)
 
         def start() -> Path:
             folder = begin(run, step)
             with _discarded_on_failure(folder):
                 if weights is None:
-                    trainer.save_model(str(folder), _internal_call=True)
+                    with self.writing(folder):
+                        trainer.save_model(str(folder), _internal_call=True)
             return folder
 
         def whole(folder: Path) -> None:
@@ -434,6 +502,7 @@ class Keeper:
 
     def _manifest(self, step: int) -> Manifest:
         return Manifest(
+            run=self._run,
             step=step,
             identity=self._identity_now(),
             precision=self._args.precision,

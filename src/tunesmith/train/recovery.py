@@ -62,10 +62,14 @@ class Recovery:
         if args.rehearse == "always" and not (self.enabled and isinstance(trainer.train_dataset, Dataset)):
             raise TunesmithError(
                 "rehearse is 'always', but what the largest micro-batch is can't be told of a stream, of a "
-                "data_collator of yours, or over several processes; set rehearse: auto"
+                "data_collator or a compute_loss of yours, or over several processes; set rehearse: auto"
             )
-        if args.memory_limit is not None:
-            limit_memory(base_model(cast(Model, trainer.model)), byte_count(args.memory_limit))
+        self.watch(cast(Model, trainer.model))
+
+    def watch(self, model: Model) -> None:
+        """`model` is what is trained from now on."""
+        if self._args.memory_limit is not None:
+            limit_memory(base_model(model), byte_count(self._args.memory_limit))
 
     def begin(self) -> None:
         """A run begins: a step that an earlier one did not finish is not gone on with."""

@@ -2,13 +2,16 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tunesmith.errors import TunesmithError, nearest
@@ -17,10 +20,19 @@ from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import answer_objectives
 from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_tokenizer
 from tunesmith.model.precision import compute_dtype, settle_precision
-from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized
-from tunesmith.model.tokens import extend_tokenizer, resize_for, save_rows_only, train_new_tokens
-from tunesmith.settings.config import SFTConfig
+from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized, refuse_untrainable
+from tunesmith.model.tokens import (
+    extend_tokenizer,
+    resize_for,
+    save_rows_only,
+    tokens_lacking_in,
+    train_new_tokens,
+    trains_rows,
+)
+from tunesmith.settings.config import SFTConfig, settings_of
 
+BATCH_OF_ROWS = 10_000
+"""Rows of a data set that are looked at together."""
 ROWS_MULTIPLE = 64
 """Grown embeddings have a multiple of so many rows, which matrix products on GPUs are fastest with."""
 NO_ADAPTERS = "8-bit and 4-bit weights can't be trained; give a peft_config, e.g. LoraConfig() (--lora)"
@@ -29,12 +41,17 @@ logger = logging.getLogger(__name__)
 
 
 def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
-    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model."""
+    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model. Raises
+    TunesmithError for adapters on what is no model of `transformers`."""
+    if isinstance(model, PeftModel) and not isinstance(model.get_base_model(), PreTrainedModel):
+        raise TunesmithError(
+            f"model has adapters on {type(model.get_base_model()).__name__}, which is no model of transformers"
+        )
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
         args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
     elif not isinstance(args, SFTConfig):
-        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+        args = SFTConfig(**settings_of(args))
     settle_precision(args)
     return args
 
@@ -71,16 +88,40 @@ def prepare_tokenizer(
     return tokenizer, added
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The tokens of a run: its `tokenizer`, the ids `added` to it by a chat template, and those `used` in the data
+    (None: of a stream nobody knows). `given`: somebody else has prepared the tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    added: Sequence[int]
+    used: Collection[int] | None
+    given: bool
+
+
+def used_ids(train: Any, evaluated: Any) -> set[int] | None:
+    """The token ids in prepared data, of which `evaluated` may be several sets by name, or None; None where the
+    training data is a stream, or has no ids."""
+    if not isinstance(train, Dataset) or "input_ids" not in train.column_names:
+        return None
+    ids: set[int] = set()
+    for dataset in (train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            rows = dataset.select_columns("input_ids").with_format("arrow").iter(BATCH_OF_ROWS)
+            ids.update(i for table in rows for i in pc.unique(pc.list_flatten(table.column(0))).to_pylist())
+    return ids
+
+
 def prepare_model(
     model: str | Model,
     args: SFTConfig,
     peft_config: PeftConfig | None,
     quantization_config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    added: Sequence[int],
+    vocabulary: Vocabulary,
 ) -> Model:
-    """The model with its adapters, its frozen weights in the compute precision, and a row for each token; `added` are
-    the ids of new tokens, whose rows are trained. A `model` that names saved adapters goes on training these."""
+    """The model with its adapters, its frozen weights in the compute precision, and a row for each token of the
+    `vocabulary`; the rows of new tokens are trained. A `model` that names saved adapters goes on training these."""
+    base = model if isinstance(model, str) else base_model(model).config.name_or_path
     if isinstance(model, str):
         model = _load(model, args, peft_config, quantization_config)
     else:
@@ -90,9 +131,24 @@ def prepare_model(
         ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
+    refuse_untrainable(base_model(model))
     if bits_of(base_model(model)):
         keep_quantized(model)
-    new = [] if args.chat_template_path is None else _new_tokens(model, tokenizer, added)
+    tokenizer = vocabulary.tokenizer
+    new = [] if args.chat_template_path is None else _new_tokens(model, tokenizer, vocabulary.added)
+    if not new:
+        _refuse_tokens_beyond(model, vocabulary)
+    by_hand: list[int] = []
+    if vocabulary.given and base and (peft_config is not None or isinstance(model, PeftModel)):
+        lacking = tokens_lacking_in(base, tokenizer, args.trust_remote_code)
+        by_hand = sorted(lacking.difference(new) & set(lacking if vocabulary.used is None else vocabulary.used))
+    if by_hand and isinstance(model, PeftModel) and not trains_rows(model):
+        raise TunesmithError(
+            f"the data has tokens that {base} never saw ({_named(by_hand, tokenizer)}), and the model's adapters leave "
+            f"their embeddings as they are. Make them with trainable_token_indices={by_hand[:3]}, or give the trainer "
+            "the model without adapters and peft_config, which trains these rows; if they were trained before, save "
+            "the model with its tokenizer and load it from there"
+        )
     if peft_config is None:
         if new:
             resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
@@ -104,11 +160,15 @@ def prepare_model(
                 "load adapters with is_trainable=True"
             )
     else:
-        model = _with_adapters(model, peft_config, tokenizer, new)
+        model = _with_adapters(model, peft_config, tokenizer, new, by_hand)
     if isinstance(model, PeftModel):
         for name in model.peft_config:
             if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
                 raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+        for config in model.peft_config.values():
+            folder = Path(config.base_model_name_or_path or "")
+            if config.base_model_name_or_path and folder.is_dir():  # saved adapters are loaded from anywhere
+                config.base_model_name_or_path = str(folder.absolute())
         if args.activation_checkpointing and not has_virtual_tokens(model):
             model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
@@ -121,6 +181,9 @@ def prepare_model(
 
 def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    init.pop("trust_remote_code", None)  # which `args` say
+    if "torch_dtype" in init:  # its name in `transformers`, once
+        init["dtype"] = init.pop("torch_dtype")
     if quantization_config is not None:
         if "quantization_config" in init:
             raise TunesmithError("quantization_config is given twice: to the trainer and in model_init_kwargs")
@@ -146,7 +209,7 @@ def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantizati
 
 def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> list[int]:
     """The tokens whose rows hold nothing yet: those `added` to the tokenizer, now or before it was given to us."""
-    rows: int = base_model(model).get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    rows = _rows(model)
     beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
     if not beyond <= tokenizer.added_tokens_decoder.keys():
         raise TunesmithError(
@@ -157,14 +220,45 @@ def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequenc
     if new and isinstance(model, PeftModel):
         raise TunesmithError(
             f"the tokenizer has {len(new)} tokens that the model lacks, and the model has adapters already; call "
-            "clone_chat_template(model, tokenizer, source) before adding them, or give the bare model and peft_config"
+            "clone_chat_template(model, tokenizer, source_tokenizer_path) before adding them, or give the bare model "
+            "and peft_config"
         )
     return new
 
 
+def _refuse_tokens_beyond(model: Model, vocabulary: Vocabulary) -> None:
+    """Raises for ids in the data that the embeddings have no row for. Tokens that no row uses are left alone."""
+    rows = _rows(model)
+    beyond = sorted(i for i in vocabulary.used or () if i >= rows)
+    if beyond:
+        raise TunesmithError(
+            f"the data has tokens that the model lacks ({_named(beyond, vocabulary.tokenizer)}): its embeddings have "
+            f"{rows} rows. If the tokens were added to the tokenizer, give the model rows for them before: "
+            "model.resize_token_embeddings(len(tokenizer)); else it is the tokenizer of another model"
+        )
+
+
+def _rows(model: Model) -> int:
+    """How many tokens the input embeddings have a row for, whatever `peft` has put around them."""
+    embeddings = base_model(model).get_input_embeddings()
+    rows = (getattr(module, "num_embeddings", None) for module in embeddings.modules())
+    return next(number for number in rows if isinstance(number, int))
+
+
+def _named(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    shown = [f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids[:3]]
+    return ", ".join(shown) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+
+
 def _with_adapters(
-    model: Model, peft_config: PeftConfig, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]
+    model: Model,
+    peft_config: PeftConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    new: Sequence[int],
+    by_hand: Sequence[int],
 ) -> PeftModel:
+    """With adapters that train the rows of tokens: those that are `new`, which are made here, and those that somebody
+    made `by_hand`, which stay as they are until then."""
     if isinstance(model, PeftModel):
         raise TunesmithError(
             "the model has adapters and peft_config asks for more; merge them first (model.merge_and_unload()), "
@@ -173,23 +267,39 @@ def _with_adapters(
     if new:
         # No padding rows: loading the adapters, `peft` grows the base model to as many rows as there are tokens.
         resize_for(model, tokenizer, new, None)
-        peft_config = train_new_tokens(peft_config, model, new)
+    if by_hand:
+        logger.info("Trains the embeddings of tokens that the base model never saw: %s.", _named(by_hand, tokenizer))
+    rows = sorted({*new, *by_hand})
+    if rows:
+        peft_config = train_new_tokens(peft_config, model, rows)
     adapted = adapt(model, peft_config)
-    if new:
+    if rows:
         save_rows_only(adapted)
     return adapted
 
 
-def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False) -> bool:
-    """Let the model answer objectives; returns whether it takes flat batches. Says so when it can't, and whether rows
-    will be `grouped` by length then."""
+def router_coefficient(model: Model, args: SFTConfig) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied by: what `args` says, else what the model's
+    config says where that has `output_router_logits` on; 0 where it is not trained."""
+    config = base_model(model).config.get_text_config()
+    given = args.router_aux_loss_coef
+    if given is None:
+        return float(config.router_aux_loss_coef) if getattr(config, "output_router_logits", False) else 0.0
+    return given
+
+
+def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False, routers: bool = False) -> bool:
+    """Let the model answer objectives, with `routers` with its load-balancing loss; returns whether it takes flat
+    batches. Says so when it can't, and whether rows will be `grouped` by length then."""
     base = base_model(model)
     if base.get_output_embeddings() is None:
         raise TunesmithError(f"{type(base).__name__} has no output layer over the vocabulary; use a causal LM class")
     if has_virtual_tokens(model):
+        if routers:
+            raise TunesmithError("router_aux_loss_coef: virtual tokens leave the experts as they are; set it to 0")
         logger.warning("Batches are padded: the adapters put tokens of their own in front of each row.")
         return False
-    answer_objectives(base)
+    answer_objectives(base, routers=routers)
     if not flat:
         return False
     reason = supports_documents(base)

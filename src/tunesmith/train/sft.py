@@ -1,15 +1,18 @@
 """Supervised fine-tuning: data prepared and checked, a model made ready, cross-entropy on supervised tokens."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
+from os import PathLike
 from typing import Any, TypeAlias, cast
 
 import torch
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PredictionOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import HPSearchBackend, PredictionOutput, number_of_arguments
 
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator
 from tunesmith.data.dataset import DataPreparer, Source
@@ -17,26 +20,42 @@ from tunesmith.data.mixture import DataSource
 from tunesmith.data.prompts import remember
 from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, base_model, starting_point
+from tunesmith.model.adapters import Model, StartingPoint, base_model, starting_point
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
 from tunesmith.model.linear import speed_up
 from tunesmith.model.quantize import check_optimizer
 from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import SFTConfig, settings_of
+from tunesmith.settings.older import by_todays_names
+from tunesmith.train.evaluations import check_data
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
+from tunesmith.train.overrides import PlainCollator, overridden
 from tunesmith.train.setup import (
+    Vocabulary,
     align_tokens,
     as_sft_config,
     check_trackers,
     prepare_model,
     prepare_tokenizer,
     ready_for_batches,
+    router_coefficient,
+    used_ids,
 )
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row
 
+PREPARED_BY = {
+    *(SFTConfig.__annotations__.keys() - {"learning_rate", "logging_steps", "max_bad_steps"}),
+    *("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy"),
+}
+"""Settings that a search can't change on a trainer that is made."""
+OF_BACKENDS = {"assignments", "metric", "wandb"}
+"""What backends of a search put beside the settings."""
+HELD_OUT = {"test", "validation", "eval", "dev"}
+
+logger = logging.getLogger(__name__)
 Sources: TypeAlias = Source | Mapping[str, Source]
 
 
@@ -52,16 +71,23 @@ class SFTTrainer(BaseTrainer):
     `compute_loss_func(outputs, labels, num_items_in_batch)` and `compute_metrics` get logits from padded batches; the
     latter must make them less where those of all rows would fill more than half of the memory that is free.
 
+    A subclass may override `compute_loss`, `training_step` or `prediction_step`, as one of TRL's trainer does: it gets
+    dictionaries of padded `input_ids`, `attention_mask` and unshifted `labels` (`train.overrides`). `batch_loss` is the
+    way to another loss that keeps batches without padding.
+
+    `model_init` makes the model in place of `model`, anew for each `train`, as `hyperparameter_search` needs it; it may
+    take the trial. Settings that TRL's trainer once took itself (`max_seq_length`, `packing`) go to `args`.
+
     The data is prepared and checked before any weight is loaded. Raises TunesmithError for what would train wrongly.
     """
 
     _tag_names = ("tunesmith", "sft")
-    means = ("entropy", "mean_token_accuracy")
+    means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
     data: DataPreparer
 
     def __init__(
         self,
-        model: str | Model,
+        model: str | Model | None = None,
         args: SFTConfig | TrainingArguments | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Source | Mapping[str, Source | DataSource] | None = None,
@@ -76,27 +102,56 @@ class SFTTrainer(BaseTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+        model_init: Callable[..., str | Model] | None = None,
+        **older: Any,
     ) -> None:
-        args = as_sft_config(args, model)
+        if (tokenizer := older.pop("tokenizer", None)) is not None:  # its name in `transformers`, once
+            if processing_class is not None:
+                raise TunesmithError("tokenizer and processing_class are the same argument; keep processing_class")
+            processing_class = tokenizer
+        given = _given_model(model, model_init)
+        args = as_sft_config(with_arguments(args, older), given)
         _check_arguments(args, train_dataset, compute_loss_func)
         if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
             raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
-        tokenizer, added = prepare_tokenizer(processing_class, model, args)
+        tokenizer, added = prepare_tokenizer(processing_class, given, args)
         data = DataPreparer(args, tokenizer, formatting_func)
         by_row = compute_metrics is not None
         train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
         remember(tokenizer, data.form)
         preflight = data.preflight()
         preflight.stop_on_problems()
+        check_data(args, evaluated)
         data.save_skipped()
         check_fit(args, train, None if by_row else evaluated)
-        set_seed(args.seed)  # adapters start from random numbers
-        model = prepare_model(model, args, peft_config, quantization_config, tokenizer, added)
-        start = starting_point(model)
-        batching = _prepared_for_batches(
-            model, args, tokenizer, data_collator, own_loss=compute_loss_func is None, sized=isinstance(train, Dataset)
+        wants_plain = self._overridden(args)
+
+        vocabulary = Vocabulary(
+            tokenizer=tokenizer, added=added, used=used_ids(train, evaluated), given=processing_class is not None
         )
-        align_tokens(model, tokenizer, data.stops)
+
+        def prepared(model: str | Model) -> tuple[Model, StartingPoint | None, Batching]:
+            model = prepare_model(model, args, peft_config, quantization_config, vocabulary)
+            start = starting_point(model)
+            self.router_coefficient = router_coefficient(model, args) if compute_loss_func is None else 0.0
+            batching = _prepared_for_batches(
+                model,
+                args,
+                tokenizer,
+                data_collator,
+                wants_logits=compute_loss_func is not None,
+                wants_plain=wants_plain,
+                sized=isinstance(train, Dataset),
+                routers=bool(self.router_coefficient),
+            )
+            align_tokens(model, tokenizer, data.stops)
+            return model, start, batching
+
+        set_seed(args.seed)  # adapters start from random numbers
+        self._prepared = prepared
+        model, start, batching = prepared(given)
+        if self.router_coefficient:
+            self.means = (*self.means, "aux_loss")
         self.loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
         super().__init__(
             model,
@@ -116,20 +171,69 @@ class SFTTrainer(BaseTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         model.add_model_tags(list(self._tag_names))
+        self.model_init = cast(Any, model_init)
+
+    def call_model_init(self, trial: Any = None) -> Model:
+        """A fresh model by `model_init`, prepared as the first one was; `train` calls it each time."""
+        model: Any = super().call_model_init(trial)
+        set_seed(self.args.seed)  # adapters and the order of rows are as without it
+        model, self._starting_point, _ = self._prepared(model)
+        model.add_model_tags(list(self._tag_names))
+        self.recovery.watch(model)
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """What a search may change: settings that training reads, not those that rows and models were prepared by."""
+        if self.hp_search_backend is not None and trial is not None:
+            space = set(self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial)
+            if unknown := sorted(space - {item.name for item in fields(self.args)} - OF_BACKENDS):
+                raise TunesmithError(f"hp_space: SFTConfig has no setting {unknown[0]!r}")
+            if fixed := sorted(space & PREPARED_BY):
+                raise TunesmithError(
+                    f"hp_space: {fixed[0]} is what the rows or the model are prepared by, once, before the search; "
+                    "make a trainer for each value"
+                )
+        super()._hp_search_setup(trial)
+
+    def _overridden(self, args: SFTConfig) -> bool:
+        """Whether this is a subclass that overrides a step's hooks, which is said."""
+        names = overridden(type(self), BaseTrainer)
+        if names:
+            packs = "; packs are taken apart, so a batch has more rows than it has packs" if args.packing else ""
+            logger.warning(
+                "%s overrides %s: it gets padded batches in plain dictionaries, whose rows are in the order of the "
+                "loader, and what does not fit into memory is not split%s. Override batch_loss to keep batches without "
+                "padding.",
+                type(self).__name__,
+                " and ".join(names),
+                packs,
+            )
+        return bool(names)
 
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
-        """The cross-entropy of the supervised tokens, times their weights."""
+        """The cross-entropy of the supervised tokens, times their weights. In training, the load-balancing loss of a
+        batch counts by the batch's weight: over all micro-batches and processes of a step, its mean is trained."""
         targets = batch.targets()
         objective = partial(supervised_loss, options=self.loss_options)
         answer = self.predict_targets(model, batch, targets, objective, with_outputs=with_outputs)
         result: Supervised = answer.outcome
+        loss, sums = result.loss, {"entropy": result.entropy.sum(), "mean_token_accuracy": result.correct.sum()}
+        if answer.router_loss is not None:
+            sums["aux_loss"] = answer.router_loss.detach() * len(targets.tokens)
+            if model.training:
+                loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
         return BatchLoss(
-            loss=result.loss,
+            loss=loss,
             count=len(targets.tokens),
-            sums={"entropy": result.entropy.sum(), "mean_token_accuracy": result.correct.sum()},
+            sums=sums,
             nll=result.nll,
             outputs=answer.outputs,
         )
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """TRL's name for whether the load-balancing loss of a mixture of experts is trained."""
+        return bool(cast(SFTConfig, self.args).router_aux_loss_coef)
 
     def evaluate(
         self,
@@ -159,9 +263,29 @@ class SFTTrainer(BaseTrainer):
         return self.data.first_rows()
 
 
+def _given_model(model: Any, model_init: Any) -> str | Model:
+    """The model, or the first one that `model_init` makes. Raises TunesmithError for none, both, and what is none."""
+    if (model is None) == (model_init is None):
+        both = "model and model_init both say what is trained; give one" if model is not None else "model is missing"
+        raise TunesmithError(f"{both}: a name, a folder, 'demo', or a loaded causal language model")
+    if model_init is not None:
+        model = model_init(*(None,) * number_of_arguments(model_init))
+    if isinstance(model, PathLike):
+        model = str(model)
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TunesmithError(
+            f"model is {type(model).__name__}; give a name, a folder, 'demo', or a loaded causal language model of "
+            "transformers or peft"
+        )
+    return model
+
+
 def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any) -> None:
     if train_dataset is None:
-        raise TunesmithError("train_dataset is missing: give a Dataset, an IterableDataset or a list of rows")
+        raise TunesmithError("`train_dataset` is required: give a Dataset, an IterableDataset or a list of rows")
+    if isinstance(train_dataset, DatasetDict | IterableDatasetDict) and train_dataset.keys() & HELD_OUT:
+        splits = ", ".join(train_dataset)
+        raise TunesmithError(f"train_dataset has the splits {splits}, of which one is to train on: dataset['train']")
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
     if args.loss_type == "dft" and compute_loss_func is not None:
@@ -176,15 +300,18 @@ def _prepared_for_batches(
     tokenizer: PreTrainedTokenizerBase,
     data_collator: Any,
     *,
-    own_loss: bool,
+    wants_logits: bool,
+    wants_plain: bool,
     sized: bool,
+    routers: bool,
 ) -> Batching:
-    """How rows become batches: flat ones where the model takes them, else rows of like length together. The model's
-    forward is prepared for them: it answers objectives, and its layers take the faster or the compiled way."""
+    """How rows become batches: flat ones where the model takes them, else rows of like length together; for a loss of
+    the user's padded ones, in plain dictionaries for a subclass. The model's forward is prepared for them: it answers
+    objectives, and its layers take the faster or the compiled way."""
     # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
-    wanted = args.padding_free and own_loss and args.neftune_noise_alpha is None
+    wanted = args.padding_free and not (wants_logits or wants_plain) and args.neftune_noise_alpha is None
     grouped = not args.packing and args.train_sampling_strategy == "random" and sized
-    flat = ready_for_batches(model, flat=wanted, grouped=grouped)
+    flat = ready_for_batches(model, flat=wanted, grouped=grouped, routers=routers)
     # On a GPU, torch.compile makes layers faster by itself.
     if not args.torch_compile or base_model(model).device.type == "cpu":
         speed_up(model)
@@ -194,7 +321,27 @@ def _prepared_for_batches(
     padded = PaddedCollator(pad_token_id=cast(int, tokenizer.pad_token_id), multiple=int(args.pad_to_multiple_of or 1))
     ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
     return Batching(
-        collator=data_collator or ours,
+        collator=data_collator or (PlainCollator(padded=padded) if wants_plain else ours),
         by_row=padded,
         grouped=args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat),
     )
+
+
+def with_arguments(args: SFTConfig | TrainingArguments | None, older: Mapping[str, Any]) -> Any:
+    """`args` with what TRL's trainer was once given itself, such as `max_seq_length` or `packing`.
+
+    Raises:
+        TunesmithError: a name that neither the trainer nor SFTConfig has, or another value in `args`.
+    """
+    if not older:
+        return args
+    if args is None:
+        raise TunesmithError(f"{min(older)} is a setting: write args=SFTConfig({min(older)}=...)")
+    defaults = {item.name: item.default for item in fields(SFTConfig)}
+    settings = by_todays_names(older, defaults, "SFTTrainer")
+    for name, value in settings.items():
+        there = getattr(args, name, defaults[name])
+        if there not in (value, defaults[name]):
+            raise TunesmithError(f"{name} is {value!r} in SFTTrainer and {there!r} in its args; keep that of args")
+    logger.warning("%s: settings are in SFTConfig now.", ", ".join(f"SFTTrainer({name}=...)" for name in older))
+    return SFTConfig(**(settings_of(args) | settings))

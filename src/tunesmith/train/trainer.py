@@ -8,6 +8,7 @@ The hooks of `transformers` stand in the order in which they are called, a few l
     meter      sums over batches, for the log                             train/meter.py
     keeper     checkpoints, and the way back into a run                   train/keeper.py
     journal    the files that a run writes of itself                      train/journal.py
+    overrides  what a subclass that computes its own loss is given        train/overrides.py
 
 A trainer with another objective extends `BaseTrainer`: it says what becomes of a batch (`batch_loss`), by what that is
 divided (`batch_weight`), and how rows become batches (`Batching`). Everything else is the same for all.
@@ -34,12 +35,14 @@ from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
 from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
+from tunesmith.runs.files import follow_umask
 from tunesmith.runs.folder import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.runs.states import kept_random_states
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import SFTConfig
 from tunesmith.train import hooks
+from tunesmith.train.evaluations import check_metric
 from tunesmith.train.guard import Guard
 from tunesmith.train.journal import DataSeen, Journal, record_of
 from tunesmith.train.keeper import Keeper
@@ -47,6 +50,7 @@ from tunesmith.train.limits import check_logits, keep_freed_memory
 from tunesmith.train.loaders import Batching, Loaders
 from tunesmith.train.meter import BatchLoss, Meter
 from tunesmith.train.offload import offloading
+from tunesmith.train.overrides import Overrides, PlainBatch, as_batch
 from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
 
@@ -73,7 +77,7 @@ class BaseTrainer(transformers.Trainer):
     `origins` may say where data came from, by split or source, for the card.
     """
 
-    means: ClassVar[tuple[str, ...]] = ()
+    means: tuple[str, ...] = ()
     """The names in `BatchLoss.sums` whose means are logged."""
     publisher: ClassVar[Any] = None
     """A `Publisher`, where the trainer can send what it has trained."""
@@ -108,6 +112,8 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.optimizer is not None:
+            _check_holds(self.optimizer, cast(nn.Module, self.model))
         self.journal = Journal(
             self,
             data,
@@ -117,10 +123,9 @@ class BaseTrainer(transformers.Trainer):
             write_record=lambda folder: self.record().write(folder),
         )
         self.guard = Guard(self, self.tell)
-        self.recovery = Recovery(
-            self, self.loaders, self.meters["train"], forget=self.journal.forget_step, tell=self.tell
-        )
+        self.recovery = Recovery(self, self.loaders, self.meters["train"], forget=self._forget_step, tell=self.tell)
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
+        self.overrides = Overrides(self, BaseTrainer, self.meters, self._note_batch)
         self.add_callback(_Moments(self.journal))
 
     # Called by the constructor of `transformers`
@@ -168,6 +173,9 @@ class BaseTrainer(transformers.Trainer):
                 run; the disk is full.
         """
         self.journal.page = None
+        check_metric(self, self.means)
+        if self.model is None:  # which a search lets go of between trials, and the checks below are of
+            self.model = self.call_model_init(*args[:1], **{name: kwargs[name] for name in kwargs if name == "trial"})
         settings = cast(SFTConfig, self.args)
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
@@ -188,6 +196,8 @@ class BaseTrainer(transformers.Trainer):
                 if isinstance(error, Exception):
                     self.keeper.give_up()
                 raise
+            finally:
+                self.guard.end()
             self.keeper.wait()
         return output
 
@@ -263,13 +273,23 @@ class BaseTrainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of a micro-batch, when its gradients are there."""
+        self.overrides.reach("training_step")
         loss = self.recovery.step(super().training_step, model, inputs, num_items_in_batch)
-        self.guard.note(inputs, loss)
-        self.journal.note_batch(inputs, loss)
+        self._note_batch(inputs, loss)
         return loss
 
+    def _forget_step(self) -> None:
+        """A step begins again."""
+        self.journal.forget_step()
+        self.guard.forget_step()
+
+    def _note_batch(self, inputs: Any, loss: Tensor) -> None:
+        self.guard.note(inputs, loss)
+        self.journal.note_batch(inputs, loss)
+
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs.to(self.args.device) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
+        ours = isinstance(inputs, Batch | PlainBatch)
+        return inputs.to(self.args.device) if ours else super()._prepare_inputs(inputs)
 
     def compute_loss(
         self,
@@ -280,6 +300,7 @@ class BaseTrainer(transformers.Trainer):
     ) -> Any:
         """The objective's sum over a batch / the weight of the whole step. With `return_outputs`, those of the model,
         too, with the logits of all positions."""
+        self.overrides.reach("compute_loss")
         batch = as_batch(inputs)
         weight = self.batch_weight(batch) if num_items_in_batch is None else num_items_in_batch
         meter = self.meters["train" if cast(nn.Module, self.model).training else "eval"]
@@ -300,7 +321,9 @@ class BaseTrainer(transformers.Trainer):
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
             total = torch.as_tensor(weight, device=outcome.loss.device)
             loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
-        if model.training and self.args.average_tokens_across_devices:
+        if outputs is not None:
+            outputs.loss = loss
+        if model.training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
         return (loss, outputs) if return_outputs else loss
 
@@ -314,17 +337,20 @@ class BaseTrainer(transformers.Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called behind each step, and once more at the end of an epoch."""
-        self.keeper.note_epoch()
+        self.keeper.note_step()
         self.journal.note_step(grad_norm, kwargs.get("learning_rate"))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self.journal.start_clock()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the objective's means, and `num_tokens` (tokens read since the start)."""
-        if "loss" in logs:
+        """Adds the objective's means, and `num_tokens` (tokens read since the start); to the last entry, `train_loss`,
+        those of the steps that were not logged before."""
+        if "loss" in logs or "train_loss" in logs:
             tokens, measured = self.meters["train"].report(self.accelerator)
             logs |= {name: measured[name] for name in self.means if measured}
-            logs["num_tokens"] = tokens
+            if "loss" in logs or measured:
+                logs["num_tokens"] = tokens
+        if "loss" in logs:
             self.guard.judge(logs["loss"])
         super().log(logs, start_time)
 
@@ -353,15 +379,19 @@ class BaseTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
+        labels, weight = inputs.get("labels"), self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
-                return self.compute_loss(model, inputs).detach(), None, None
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), outputs.logits, inputs["labels"]
+                return self.compute_loss(model, inputs, num_items_in_batch=weight).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=weight)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        return loss.detach(), logits, labels
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.keeper.left_to_others:
-            return super()._save_checkpoint(model, trial)
+            step = self.state.global_step
+            with self.keeper.writing(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+                return super()._save_checkpoint(model, trial)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         folder = self.keeper.save(Path(self._get_output_dir(trial=trial)))
@@ -371,13 +401,14 @@ class BaseTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The settings go with the model as JSON; `transformers` would pickle them, and a pickle is code."""
-        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
+        is_checkpoint = self.keeper.writes(folder)
+        start = self._starting_point
+        with start.as_they_are() if start is not None and is_checkpoint else nullcontext():
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(str(output_dir or self.args.output_dir))
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if self._starting_point is not None and not is_checkpoint:
-            self._starting_point.save_for_the_base(cast(PeftModel, self.model), folder)
+        follow_umask(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)
         settings = json.dumps(without_secrets(json.loads(self.args.to_json_string())), indent=2)
         (folder / "training_args.json").write_text(f"{settings}\n", encoding="utf-8")
@@ -433,9 +464,26 @@ class BaseTrainer(transformers.Trainer):
             self.publisher.send_checkpoint(self, checkpoint_folder)
 
 
-def as_batch(inputs: Any) -> Batch:
-    """What a collator made, ours or a user's."""
-    return inputs if isinstance(inputs, Batch) else Batch.of(inputs)
+def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises TunesmithError for an optimizer that was made for other weights than those of `model` that are trained,
+    before adapters were added, say; names those that it lacks."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: id(value) for name, value in model.named_parameters() if value.requires_grad}
+    lacking = [name for name, key in trained.items() if key not in held]
+    if len(lacking) == len(trained):
+        raise TunesmithError(
+            "optimizers: the optimizer has none of the weights that are trained, so nothing would change. It was made "
+            "for another model, or before the adapters: make it from the parameters of a model that has them (without "
+            "peft_config), or give optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}) instead"
+        )
+    if lacking:
+        logger.warning(
+            "The optimizer that was given lacks %d of %d weights with requires_grad, which stay as they are: %s%s.",
+            len(lacking),
+            len(trained),
+            ", ".join(lacking[:3]),
+            ", ..." if len(lacking) > 3 else "",
+        )
 
 
 class _Moments(TrainerCallback):

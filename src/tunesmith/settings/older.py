@@ -1,0 +1,75 @@
+"""Names that earlier versions of TRL and `transformers` had for settings, and what stands in their place."""
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tunesmith.errors import TunesmithError, nearest
+
+RENAMED = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # which below 1 is a share of the run
+    "no_cuda": "use_cpu",
+    "use_liger": "use_liger_kernel",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+}
+"""What has another name, and the same values."""
+
+LEAVE_OUT = {
+    "overwrite_output_dir": "a fresh run may always use a folder again, and its checkpoints say whose they are",
+    "dataset_batch_size": "how many rows are prepared at a time changes nothing",
+    "num_of_sequences": "packing knows the lengths of all rows, and estimates nothing",
+    "chars_per_token": "packing knows the lengths of all rows, and estimates nothing",
+    "infinite": "max_steps says how long a run is",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "half_precision_backend": "precision says what is computed in",
+    "fp16_backend": "precision says what is computed in",
+    "fp16_opt_level": "precision says what is computed in",
+    "use_mps_device": "the device is found",
+    "use_ipex": "the faster library of a CPU is found",
+    "include_inputs_for_metrics": 'include_for_metrics=["inputs"] says it now',
+}
+"""What is to be left out, and why."""
+
+HARMLESS = {"overwrite_output_dir": (True, False), "save_safetensors": (True,), "group_by_length": (False,)}
+"""Values that say what happens anyway."""
+
+logger = logging.getLogger(__name__)
+
+
+def by_todays_names(values: Mapping[str, Any], names: Collection[str], owner: str) -> dict[str, Any]:
+    """`values` by the `names` that `owner` has; what was renamed is said once.
+
+    Raises:
+        TunesmithError: a name that is unknown, or gone; two names for one setting.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        today = name
+        if name not in names:
+            if value in HARMLESS.get(name, ()):
+                continue
+            today, value = _todays(name, value, names, owner)
+            logger.warning("%s: %s is %s=%r now.", owner, name, today, value)
+        if today in found or (today != name and today in values):
+            raise TunesmithError(f"{owner}: {name} and {today} are the same setting; keep {today}")
+        found[today] = value
+    return found
+
+
+def _todays(name: str, value: Any, names: Collection[str], owner: str) -> tuple[str, Any]:
+    if name == "group_by_length":
+        return "train_sampling_strategy", "group_by_length"
+    if name in RENAMED:
+        return RENAMED[name], value
+    if name == "save_safetensors":
+        raise TunesmithError(
+            f"{owner}: save_safetensors is {value!r}; weights are written as safetensors only, drop it"
+        )
+    if name in LEAVE_OUT:
+        raise TunesmithError(f"{owner}: {name} is no setting any more, leave it out: {LEAVE_OUT[name]}")
+    raise TunesmithError(f"{owner} has no setting {name!r}{nearest(name, names)}")
