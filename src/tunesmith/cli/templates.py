@@ -28,8 +28,9 @@ def templates(
         ),
     ],
     show: Annotated[
-        str, typer.Option(metavar="KIND", help="Print the texts of a kind, such as tools, what is supervised in [[ ]].")
-    ] = "",
+        str | None,
+        typer.Option(metavar="KIND", help="Print the texts of a kind, such as tools, what is supervised in [[ ]]."),
+    ] = None,
 ) -> None:
     """Say what a chat template trains on.
 
@@ -82,7 +83,7 @@ def _tokenizers(source: str) -> Iterator[tuple[str, Any]]:
         yield name, tokenizer
 
 
-def _show(surveys: Sequence["Survey"], broken: dict[str, str], kind: str) -> None:
+def _show(surveys: Sequence["Survey"], broken: dict[str, str], kind: str | None) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
