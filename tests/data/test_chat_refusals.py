@@ -55,6 +55,17 @@ def test_an_answer_that_the_template_rewrites_is_refused() -> None:
         render(conversation(ONE), with_template(shouting), "assistant")
 
 
+def test_an_answer_behind_an_answer_that_inference_has_no_header_for_is_refused() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}<|im_start|>assistant\n{% endif %}"
+    )
+    in_a_row = [user("Hi"), assistant("Yes"), assistant("No"), user("Why?"), assistant("Well")]
+    once = with_template(source.replace("<|im_end|>\n{% endfor", "{{ '<|im_end|>' if not loop.last }}\n{% endfor"))
+    with pytest.raises(TunesmithError, match=r"message 3 .*asks for no answer behind an answer[^$]*merge_turns: true"):
+        render(conversation(in_a_row), once)
+
+
 def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
     # Every turn but the last says how long the answer was.
     source = (
@@ -71,7 +82,9 @@ def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
 
 def test_a_template_that_turns_the_order_around_is_refused() -> None:
     source = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    with pytest.raises(TunesmithError, match=r"message 2 .*does not show what the assistant says, 'Yes', while it is"):
+    with pytest.raises(
+        TunesmithError, match=r"message 2 .*changes what the assistant says, from 'Yes' to '<\|im_end\|>'"
+    ):
         render(conversation(TWO), with_template(source))
     with pytest.raises(TunesmithError, match=r"message 2 .*the template does not show|its end can't be found"):
         render(conversation(TWO), with_template(source), turns="whole", prompt_mismatch="accept")

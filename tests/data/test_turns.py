@@ -282,6 +282,21 @@ def test_reasoning_that_the_answer_shows_is_not_said_twice(opened: str) -> None:
     assert rendering.documents[0].text.startswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" + opened)
 
 
+def test_the_header_that_ends_an_answer_ends_it_in_its_own_text_too() -> None:
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content and loop.last }}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = [user("Hi"), assistant("Yes", reasoning_content="Hm"), user("Why?"), assistant("No")]
+    rendering = render(conversation(messages), with_template(source))
+    assert [document.text for document in rendering.documents] == [
+        "<|user|>Hi<|assistant|><think>Hm</think>Yes<|user|>",
+        "<|user|>Hi<|assistant|>Yes<|user|>Why?<|assistant|>No",
+    ]
+    assert spans(rendering) == ["<think>Hm</think>Yes<|user|>", "No"]
+
+
 # What is wrong in a template and yet trains
 
 

@@ -142,7 +142,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: whatever it raises, it refuses
             roles = [str(message.get("role")) for message in messages]
             refused = f"the chat template refuses the conversation ({' '.join(roles)}): {error}"
-            raise TunesmithError("\n".join((refused, *_ways_on(roles, str(error))))) from error
+            raise TunesmithError("\n".join((refused, *_ways_on(roles, str(error), tools)))) from error
 
     def pieces(self, text: str) -> list[str]:
         """`text` cut before and behind each special token."""
@@ -326,7 +326,7 @@ class ChatTemplate:
             return more, Block(kind="closed" if tail.rstrip().endswith(self._closers) else "")
         if any(closer in own for closer in self._closers):
             return more, Block(text=own, kind="closed")
-        if closer := self._closer_of(own):
+        if closer := self._closer_of(own, certain=not header.strip()):
             return more, Block(text=own.strip(), kind="open", closing=self._closing(closer, own))
         for first in range(len(pieces)):  # what stands before the header may differ
             header = "".join(pieces[first:])
@@ -334,14 +334,15 @@ class ChatTemplate:
                 return rest.partition(header)[2], Block()
         return None if self.special.sub("", own).strip() else (more, Block())
 
-    def _closer_of(self, opened: str) -> str:
-        """What closes the reasoning that `opened` opens; nothing where that is not certain."""
+    def _closer_of(self, opened: str, *, certain: bool) -> str:
+        """What closes the reasoning that `opened` opens; nothing where that can't be told. With `certain`, it is not
+        enough that the template has one way to close any."""
         tags = REASONING_TAG.findall(opened)
         if tags and (closing := closing_tag(tags[-1])) and closing in self.program(None).source:
             return closing
         if self.reasoning is not None and self.reasoning.opening.strip() in ("", opened.strip()):
             return self.reasoning.closing.strip()
-        return self._closers[0] if len(self._closers) == 1 else ""
+        return self._closers[0] if len(self._closers) == 1 and not certain else ""
 
     def _closing(self, closer: str, opened: str) -> str:
         """`closer` with the white space that the template writes around it: as that behind what opens the block."""
@@ -437,8 +438,10 @@ def common_pieces(pieces: Sequence[str], text: str) -> str:
     return same
 
 
-def _ways_on(roles: Sequence[str], rule: str) -> Iterator[str]:
-    """What can be done about a conversation that a template refuses by a rule about roles."""
+def _ways_on(roles: Sequence[str], rule: str, tools: list[Any] | None) -> Iterator[str]:
+    """What can be done about a conversation that a template refuses by a rule about roles, or for want of tools."""
+    if tools is None and "NoneType" in rule:
+        yield "If it is a template for rows with tools, this row has none: set `chat_template_path` to another one"
     turns = [role for role in roles if role not in ("system", "developer")]
     if any(first == second != "tool" for first, second in pairwise(turns)):
         yield "Neighbours of one role can be joined to one message: `merge_turns: true`"

@@ -287,7 +287,11 @@ def _through_its_end(chat: Chat, index: int, prompt: str, through: str, argument
     # As in GLM, where the header of the next message is what ends this one.
     if index + 1 < len(chat.messages) and chat.messages[index + 1].get("role") != "assistant":
         further = chat.before(index + 2, arguments=arguments)
-        header = template.special.match(further, len(through)) if further.startswith(through) else None
+        behind = further[len(through) :] if further.startswith(through) else ""
+        if not behind and not chat.messages[index].get("tool_calls"):  # history has the turn in another form
+            with suppress(TunesmithError):
+                behind = chat.after_content(index, index + 2, arguments=arguments)
+        header = template.special.match(behind)
         if header and header[0] in template.ends:
             return through[start:] + header[0]
     return through[start:]
@@ -418,7 +422,7 @@ def said(message: Fields) -> tuple[str, str]:
 def _check_answer(chat: Chat, index: int, turn: Turn) -> None:
     """The turn must be what the message says and its end."""
     message, generated, template = chat.messages[index], turn.generated, chat.template
-    _, answer = said(message)
+    reasoning, answer = said(message)
     if answer and answer not in generated:
         if message.get("tool_calls") and not any(line in generated for line in answer.splitlines() if line.strip()):
             raise TunesmithError(
@@ -432,6 +436,12 @@ def _check_answer(chat: Chat, index: int, turn: Turn) -> None:
             )
         change = f"from {answer[:80]!r} to {generated[:80]!r}"
         raise TunesmithError(f"the template changes what the assistant says, {change}: what is to be supervised?")
+    first = next((text for text in (reasoning, answer) if text and text in generated), "")
+    if first and template.eos in generated[: generated.index(first)]:
+        raise TunesmithError(
+            "the template asks for no answer behind an answer, so that the model would have to write the header "
+            "between them. Join them to one message: `merge_turns: true`"
+        )
     if message.get("tool_calls"):
         return
     tail = generated[generated.rindex(answer) + len(answer) :] if answer else ""
