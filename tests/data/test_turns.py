@@ -391,6 +391,19 @@ def test_calls_have_the_ids_that_rows_give_and_results_those_of_their_calls() ->
     assert "[TOOL_RESULTS]bbbbbbbbb 2[/TOOL_RESULTS][TOOL_RESULTS]aaaaaaaaa 1[/TOOL_RESULTS]" in document.text
 
 
+def test_a_result_has_the_name_of_the_call_that_it_answers() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' + m.name if m.role == 'tool' }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    named = {**result("3"), "name": "own"}
+    messages = [user("Hi"), calls("f", "g", "h"), result("1"), result("2"), named, assistant("Yes")]
+    (document,) = render(conversation(messages, tools=TOOLS), with_template(source)).documents
+    answers = document.text.partition("<|im_start|>tool")[2].split("<|im_start|>tool")
+    assert [answer.partition("<|im_end|>")[0] for answer in answers] == [" f\n1", " g\n2", " own\n3"]
+
+
 # Reasoning
 
 
