@@ -215,11 +215,14 @@ def _best(chat: Chat, index: int) -> Turn:
             exact[i] = turn
             if _fits(chat, turn, reasoning):
                 return turn
-        if (turn := _composed(chat, index, reasoning, arguments)) is not None:
+        if (turn is None or reasoning) and (turn := _composed(chat, index, reasoning, arguments)) is not None:
             composed[i] = turn
             if not turn.closed and not turn.dropped and not reasoning:
                 return turn
     ended = [turn for turn in exact.values() if not reasoning and _ends_thinking(chat, turn)]
+    if not ended and not reasoning:  # the prompt opens the thinking, and the template leaves it open
+        tried = ((i, _composed(chat, index, reasoning, turn.arguments)) for i, turn in exact.items())
+        composed |= {i: turn for i, turn in tried if turn is not None}
     opened = [turn for turn in composed.values() if chat.template.block_of(turn.arguments).kind == "open"]
     turns = [*ended, *opened, *composed.values(), *exact.values()]
     for turn in turns:
