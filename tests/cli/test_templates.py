@@ -29,7 +29,7 @@ def test_a_folder_gives_a_row_a_template_and_the_reasons(folder: Path) -> None:
     assert rows["llama2"] == ["whole"] * 6 + ["refused"] * 3
     assert "refused: the chat template does not show tool calls" in result.stdout
     assert "1 template: llama2" in result.stdout
-    assert "torn: the chat template can't be read" in result.stdout
+    assert "broken: torn: the chat template can't be read" in result.stdout
     assert "2 templates; trained: plain 100.0%" in result.stdout
 
 

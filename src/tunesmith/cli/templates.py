@@ -1,13 +1,14 @@
 """`tunesmith templates`: what a chat template makes of conversations of every kind."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.errors import TunesmithError
-from tunesmith.terminal.output import finish, say
+from tunesmith.terminal.output import finish
 from tunesmith.text import counted
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def templates(
     surveys, broken = list["Survey"](), dict[str, str]()
     for name, tokenizer in _tokenizers(source):
         try:
-            surveys.append(surveyed(name, tokenizer))
+            surveys.append(surveyed(name, tokenizer()))
         except TunesmithError as error:
             broken[name] = str(error)
     if not surveys:
@@ -54,33 +55,25 @@ def templates(
     finish(value, lambda: _show(surveys, broken, show))
 
 
-def _tokenizers(source: str) -> Iterator[tuple[str, Any]]:
-    """The tokenizers with the templates, each with the template's name."""
+def _tokenizers(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The templates by name, each with what makes its tokenizer."""
     from tunesmith.data.survey import tokenizer_for
 
     path = Path(source)
-    files = [path] if path.is_file() else sorted(path.rglob("*.jinja")) if path.is_dir() else []
     if any((path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")) or not path.exists():
         from tunesmith.model.load import load_tokenizer
 
-        yield source, load_tokenizer(source)
+        yield source, partial(load_tokenizer, source)
         return
+    files = [path] if path.is_file() else sorted(path.rglob("*.jinja"))
     if not files:
         raise TunesmithError(f"{source}: there is no .jinja file and no tokenizer in it")
     for file in files:
-        name = file.stem if len(files) > 1 else file.name
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise TunesmithError(f"{file}: a template is text in UTF-8, and this file is not ({error})") from error
-        try:
-            tokenizer = tokenizer_for(text)
-        except TunesmithError as error:
-            if len(files) == 1:
-                raise TunesmithError(f"{file}: {error}") from error
-            say(f"{name}: {error}")
-            continue
-        yield name, tokenizer
+        yield file.stem if len(files) > 1 else file.name, partial(tokenizer_for, text)
 
 
 def _show(surveys: Sequence["Survey"], broken: dict[str, str], kind: str | None) -> None:
