@@ -27,6 +27,7 @@ from tests.data.styles import (
 from tunesmith.data.chat import ACCEPTED, CLOSED, DROPPED, EACH, MARKED, Rendering
 from tunesmith.data.survey import tokenizer_for
 from tunesmith.data.template import ChatTemplate
+from tunesmith.data.turns import said
 from tunesmith.errors import TunesmithError
 
 MIXED = [
@@ -415,6 +416,29 @@ def test_reasoning_that_no_template_shows_is_noted_or_an_error() -> None:
     ):
         render(talk, template("chatml"), drop_reasoning="error")
     assert render(talk, template("qwen3"), drop_reasoning="error").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "answer"),
+    [
+        ("<think>\nHm\n</think>\n\nYes", "Hm", "Yes"),
+        ("Hm\n</think>\n\nYes", "Hm", "Yes"),
+        ("[THINK]Hm[/THINK]Yes", "Hm", "Yes"),
+        ("</think>Yes", "", "Yes"),
+        ("Write <reason>x</reason> here", "", "Write <reason>x</reason> here"),
+        ("End it with [/THINK], and that is all", "", "End it with [/THINK], and that is all"),
+        ("Say <think>a</think> first", "", "Say <think>a</think> first"),
+        ("<think>Hm</think>Say </think> too", "Hm", "Say </think> too"),
+    ],
+)
+def test_only_at_the_beginning_a_block_in_the_text_is_reasoning(content: str, reasoning: str, answer: str) -> None:
+    assert said(assistant(content)) == (reasoning, answer)
+
+
+def test_tags_in_an_answer_stay_in_it() -> None:
+    answer = "Write <reason>x</reason> here"
+    (document,) = render(conversation([user("Hi"), assistant(answer)]), bare("nemotron3")).documents
+    assert document.text.endswith(f"<think></think>{answer}<|im_end|>\n")
 
 
 def test_a_switch_that_the_run_or_the_row_sets_is_left_alone() -> None:

@@ -39,6 +39,8 @@ from tunesmith.data.template import (
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation
 
+THINK, THINK_END = "<think>", "</think>"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
@@ -406,20 +408,18 @@ def _behind_block(template: ChatTemplate, rest: str, reasoning: str) -> str:
 def said(message: Fields) -> tuple[str, str]:
     """The reasoning of a message and its answer, both without white space around them.
 
-    Reasoning has a field of its own, or stands in the text before the tag that closes it.
+    Reasoning has a field of its own, or stands at the beginning of the text, between a tag and the one that closes it;
+    a text behind a prompt that opens the thinking may lack the first. Tags elsewhere are what the answer says.
     """
     content = message.get("content") or ""
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     field = next((message[name] for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)), "")
-    tags = [*REASONING_TAG.finditer(text)]
-    closing = next((tag for tag in reversed(tags) if not closing_tag(tag[0])), None)
-    if closing is None:
+    tag = REASONING_TAG.match(text.lstrip())
+    opening = tag[0] if tag and closing_tag(tag[0]) else ""
+    inside, closed, answer = text.partition(closing_tag(opening) or THINK_END)
+    if not closed or (not opening and THINK in inside):
         return str(field).strip(), text.strip()
-    inside = text[: closing.start()]
-    opening = next((tag for tag in tags if closing_tag(tag[0])), None)
-    if opening is not None and opening.start() < closing.start():
-        inside = inside[opening.end() :]
-    return str(field or inside).strip(), text[closing.end() :].strip()
+    return str(field or inside.lstrip().removeprefix(opening)).strip(), answer.strip()
 
 
 def _check_answer(chat: Chat, index: int, turn: Turn) -> None:
