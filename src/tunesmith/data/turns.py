@@ -466,6 +466,7 @@ def _check_calls(chat: Chat, index: int, turn: Turn) -> None:
                 raise TunesmithError(
                     f"the template does not show {value[:80]!r} of call {number}. Set `chat_template_path` to a "
                     "template that shows all calls of a message, or divide the message into one for each call"
+                    + (", and one for the text beside them" if said(chat.messages[index])[1] else "")
                 )
 
 
