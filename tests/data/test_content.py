@@ -69,7 +69,7 @@ def test_a_message_that_the_template_leaves_out_is_an_error(messages: Any, lost:
     with pytest.raises(TunesmithError, match=rf"message {lost} \({role}\) is not in the rendered text"):
         render(conversation(messages), showing(condition))
     for train_on in ("assistant", "all"):
-        render(conversation(messages), showing(), train_on)  # type: ignore[arg-type]
+        render(conversation(messages), showing(), train_on)
 
 
 def test_a_control_token_in_a_call_or_an_answer_does_not_end_it() -> None:

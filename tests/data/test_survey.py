@@ -82,7 +82,7 @@ def test_the_page_has_the_table_of_the_styles(surveys: dict[str, Survey]) -> Non
 def test_every_style_trains_where_an_expert_would(surveys: dict[str, Survey]) -> None:
     for name, survey in surveys.items():
         for kind in ("plain", "system", "multi-turn", "reasoning", "mixed", "parts"):
-            assert survey.counts(kind)["refused"] == 0, (name, kind)  # type: ignore[arg-type]
+            assert survey.counts(kind)["refused"] == 0, (name, kind)
     assert surveys["llama31"].refusals() == {
         "the chat template refuses the conversation: one call at a time!": ["two calls"],
         "the template does not show what the assistant says beside its calls, .... Take it out of the row, give it a "

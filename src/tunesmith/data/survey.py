@@ -262,6 +262,6 @@ def _end_token(texts: Sequence[str]) -> str:
         behind = SPECIAL.findall(tail)
         common = [token for token in behind if token in SPECIAL.findall(between)]
         named = [token for token in (*common, *behind) if END.search(token) and not BEGIN.search(token)]
-        if found := [*named, *common, *behind]:
+        if found := [*named, *behind]:
             return found[0]
     return ""
