@@ -206,6 +206,11 @@ def groups_of(row: Row) -> list[Group]:
     return [tuple(group) for group in groups.values()]
 
 
+def documents_of(row: Row) -> list[Group]:
+    """The documents of a row, each a group of its own: padded rows share nothing, and can be divided."""
+    return [(example,) for group in groups_of(row) for example in group]
+
+
 def one_group_of(row: Row) -> list[Group]:
     """The documents of a row as one group: a row is a pair, or all answers to a prompt."""
     return [tuple(example for group in groups_of(row) for example in group)]

@@ -28,7 +28,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.types import Row
 
 DECIDING_MODULES = (
-    *("arrow", "chat", "formats", "history", "preflight", "prefix", "prepare", "read", "sandbox", "skipped"),
+    *("arrow", "chat", "content", "formats", "history", "preflight", "prefix", "prepare", "read", "sandbox", "skipped"),
     *("template", "tokenize", "turns"),
 )
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""

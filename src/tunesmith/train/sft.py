@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator
+from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
 from tunesmith.data.dataset import DataPreparer, Source
 from tunesmith.data.mixture import DataSource
 from tunesmith.data.samplers import check_fit
@@ -148,7 +148,8 @@ class SFTTrainer(BaseTrainer):
     def predict(
         self, test_dataset: Source, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Logits (rows, T, V) and labels (rows, T), padded with -100, of rows like those of the constructor."""
+        """Logits (D, T, V) and labels (D, T), padded with -100, of rows like those of the constructor. D is the number
+        of documents: one for each row, but for conversations that are trained turn by turn (`turns`)."""
         prepared = self.data(test_dataset, metric_key_prefix, packing=False)
         return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
 
@@ -189,7 +190,11 @@ def _prepared_for_batches(
     if args.torch_compile:
         assert args.torch_compile_backend is not None
         compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    padded = PaddedCollator(pad_token_id=cast(int, tokenizer.pad_token_id), multiple=int(args.pad_to_multiple_of or 1))
+    padded = PaddedCollator(
+        read=documents_of,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        multiple=int(args.pad_to_multiple_of or 1),
+    )
     ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
     return Batching(
         collator=data_collator or ours,
