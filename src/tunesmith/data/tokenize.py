@@ -504,8 +504,9 @@ def without_prefix(backend: Any) -> Any:
         part = waiting.pop()
         if isinstance(part, dict):
             part |= {name: value for name, value in BARE.items() if name in part}
-            if part.get("type") == "Prepend":
-                part["prepend"] = ""
+            if part.get("type") == "Prepend":  # of nothing, it would give the first character no place
+                part |= {"type": "Sequence", "normalizers": []}
+                del part["prepend"]
             waiting += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
     bare = Tokenizer.from_str(json.dumps(state))
     bare.encode_special_tokens = backend.encode_special_tokens
