@@ -13,9 +13,9 @@ from datasets.table import InMemoryTable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.formats import FormatOptions
 from tunesmith.data.arrow import FlatExamples
 from tunesmith.data.batches import FlatCollator, groups_of
+from tunesmith.data.formats import FormatOptions
 from tunesmith.data.pack import STRATEGIES, pack, pack_dataset, shuffled
 from tunesmith.data.prepare import Preparation, prepare
 from tunesmith.data.read import with_places

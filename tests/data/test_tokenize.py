@@ -445,7 +445,7 @@ def test_turns_that_history_renders_otherwise_are_documents_that_share_what_they
     assert shown(tokenizer, example) == [
         "<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n",
         "(<think>) (\n) (Hm) (\n) (</think>) (\n) (\n) (Yes) (<|im_end|>)",
-        f"Yes {history} (<think>) (\n) (Well) (\n) (</think>) (\n) (\n) (Because) (<|im_end|>) \n",
+        f"Yes {history} (<think>) (\n) (Well) (\n) (</think>) (\n) (\n) (Because) (<|im_end|>)",
     ]
     assert example.parts is not None
     assert example.parts[1] == [-1, 0, 0]

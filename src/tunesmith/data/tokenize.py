@@ -68,8 +68,9 @@ class Counts:
     `notes` say of how many rows something is worth knowing, as `dropped` does. `arguments`: how many turns were
     rendered with these template arguments beside the run's, as JSON; "{}" for none.
 
-    `ends`: how many examples have this end token as their last supervised token, and an end token as that of each of
-    their documents; a model tuned on data without any never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
+    `ends`: how many examples have this end token as their last supervised token (and each of their documents, if they
+    have several, an end token); a model tuned on data without any never stops. `stops`: how many supervised turns and
+    texts end with it; generation is to stop at each of them.
     """
 
     rows: int = 0

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -129,7 +128,8 @@ def _examples(dataset: Any) -> list[list[list[int]]]:
     groups, left = list[list[list[int]]](), EXAMPLES
     for group in chain.from_iterable(map(groups_of, rows)):
         ids = [example.input_ids for example in group]
-        start = max(0, len(commonprefix(ids)) - LONGEST // 2) if len(group) > 1 else 0
+        parted = next((place for place, tokens in enumerate(zip(*ids, strict=False)) if len({*tokens}) > 1), 0)
+        start = max(0, parted - LONGEST // 2)
         parts = [part for document in ids if len(part := document[start : start + LONGEST]) > 1]
         groups += [parts[:left]] if parts else []
         left -= len(parts)
