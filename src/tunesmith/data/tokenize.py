@@ -427,11 +427,12 @@ def _tree(documents: Sequence[Example]) -> Example | None:
         return None
     labels, weights = [IGNORE_INDEX] * len(row.tokens), [1.0] * len(row.tokens)
     for document, places in zip(documents, row.places, strict=True):
-        for place, label, weight in zip(places, document.labels, document.weights or [1.0] * len(places), strict=True):
-            if label != IGNORE_INDEX:
-                if labels[place] != IGNORE_INDEX:
-                    return None
-                labels[place], weights[place] = label, weight
+        for i in np.flatnonzero(np.asarray(document.labels) != IGNORE_INDEX).tolist():
+            place = places[i]
+            if labels[place] != IGNORE_INDEX:
+                return None
+            labels[place] = document.labels[i]
+            weights[place] = 1.0 if document.weights is None else document.weights[i]
     weighted = any(document.weights is not None for document in documents)
     return Example(
         input_ids=row.tokens,
