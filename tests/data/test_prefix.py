@@ -20,13 +20,14 @@ def test_what_documents_share_is_one_segment_and_the_rest_of_each_continues_it()
     first, second, third = [*PROMPT, *ANSWER, 1], [*PROMPT, *ANSWER, 2, 3], [*PROMPT, 4]
     row = share_prefixes([second, [7, 8], third, first])
     assert row is not None
-    assert row.tokens == [7, 8, *PROMPT, 4, *ANSWER, 1, 2, 3]
-    assert row.lengths == [2, 10, 1, 10, 1, 2]
-    assert row.parents == [-1, -1, 1, 1, 3, 3]
-    assert row.positions == [0, 1, *range(10), 10, *range(10, 20), 20, 20, 21]
-    assert row.places[3] == [*range(2, 12), *range(13, 23), 23]
-    assert row.places[0] == [*range(2, 12), *range(13, 23), 24, 25]
-    assert paths(row.parents) == [[0], [1, 2], [1, 3, 4], [1, 3, 5]]
+    assert row.tokens == [*PROMPT, *ANSWER, 2, 3, 1, 4, 7, 8]  # the longest document in one piece
+    assert row.lengths == [10, 10, 2, 1, 1, 2]
+    assert row.parents == [-1, 0, 1, 1, 0, -1]
+    assert row.positions == [*range(10), *range(10, 20), 20, 21, 20, 10, 0, 1]
+    assert row.places[0] == [*range(22)]
+    assert row.places[3] == [*range(20), 22]
+    assert row.places[2] == [*range(10), 23]
+    assert paths(row.parents) == [[0, 1, 2], [0, 1, 3], [0, 4], [5]]
 
 
 def test_a_document_that_begins_another_has_no_segment_of_its_own() -> None:

@@ -15,6 +15,7 @@ from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
     by_document,
+    document_lengths,
     fitting_lengths,
     lengths_of,
     register_sampler,
@@ -183,6 +184,8 @@ def test_documents_that_share_count_once_in_a_flat_batch_and_are_rows_of_a_padde
 def test_rows_of_several_documents_are_divided_for_logits() -> None:
     found = list(by_document(Dataset.from_list([TREE, PLAIN])))
     shared, between = [*range(10, 18)], [*range(20, 28)]
+    assert document_lengths(Dataset.from_list([TREE, PLAIN])).tolist() == [10, 18, 18, 3]
+    assert document_lengths(Dataset.from_list([TREE, PLAIN]).select([1, 1])).tolist() == [3, 3]
     assert found == [
         {"input_ids": [*shared, 18, 19], "labels": [-100] * 9 + [19]},
         {"input_ids": [*shared, *between, 28, 29], "labels": [-100] * 16 + [28, 29]},

@@ -444,8 +444,8 @@ def test_turns_that_history_renders_otherwise_are_documents_that_share_what_they
     history = "<|im_end|> \n <|im_start|> user \n Why <|im_end|> \n <|im_start|> assistant \n"
     assert shown(tokenizer, example) == [
         "<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n",
-        "(<think>) (\n) (Hm) (\n) (</think>) (\n) (\n) (Yes) (<|im_end|>)",
         f"Yes {history} (<think>) (\n) (Well) (\n) (</think>) (\n) (\n) (Because) (<|im_end|>)",
+        "(<think>) (\n) (Hm) (\n) (</think>) (\n) (\n) (Yes) (<|im_end|>)",
     ]
     assert example.parts is not None
     assert example.parts[1] == [-1, 0, 0]

@@ -113,6 +113,15 @@ def lengths_of(dataset: Dataset, *, padded: bool = False) -> Ints:
     return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
 
 
+def document_lengths(dataset: Dataset) -> Ints:
+    """The tokens of each document (D,) of all rows, as `by_document` lays them out."""
+    offsets, sizes = documents(dataset.data)
+    if dataset._indices is None:
+        return sizes  # type: ignore[no-any-return]
+    chosen = dataset._indices.column(0).to_numpy()
+    return np.concatenate([np.zeros(0, np.int64), *(sizes[offsets[row] : offsets[row + 1]] for row in chosen)])
+
+
 def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1, *, padded: bool = False) -> Ints:
     """The tokens that each row takes in a batch (B,), padded to a multiple of `multiple`.
 
