@@ -198,7 +198,8 @@ def test_a_conversation_of_several_documents_is_shown_document_by_document(comma
     text = result.stdout
     for turn, reasoning in enumerate(("so", "so ", "so s")):
         assert f"⟦<think>⏎\n{reasoning.replace('so ', 'so·') if turn == 1 else reasoning}⏎\n" in text
-        assert f"a{turn}<|im_end|>⟧" in text
+    ends = [text.index(f"a{turn}<|im_end|>⟧") for turn in range(3)]
+    assert ends == sorted(ends), "documents are not in the order of their turns"
 
 
 @pytest.mark.parametrize(("packed", "cut"), [(True, False), (False, True)])

@@ -180,8 +180,8 @@ class Batch:
 
 def groups_of(row: Row) -> list[Group]:
     """The documents of a prepared row by groups. A packed row holds several, `seq_lengths` tokens each; where it has
-    `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`). Without `labels`,
-    all tokens are supervised."""
+    `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`), in the order in which
+    they begin to be supervised: that of the turns. Without `labels`, all tokens are supervised."""
     ids = _list(row["input_ids"])
     columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths", "parents")}
     labels = ids if columns["labels"] is None else _list(columns["labels"])
@@ -204,7 +204,11 @@ def groups_of(row: Row) -> list[Group]:
             weights=None if weights is None else [*chain.from_iterable(weights[part] for part in parts)],
         )
         groups.setdefault(path[0], []).append(example)
-    return [tuple(group) for group in groups.values()]
+    return [tuple(sorted(group, key=_first_label) if len(group) > 1 else group) for group in groups.values()]
+
+
+def _first_label(example: Example) -> int:
+    return next((i for i, label in enumerate(example.labels) if label != IGNORE_INDEX), len(example.labels))
 
 
 def documents_of(row: Row) -> list[Group]:

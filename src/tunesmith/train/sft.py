@@ -81,7 +81,7 @@ class SFTTrainer(BaseTrainer):
         if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
             raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
         tokenizer, added = prepare_tokenizer(processing_class, model, args)
-        data = DataPreparer(args, tokenizer, formatting_func)
+        data = DataPreparer(args, tokenizer, formatting_func, shares=data_collator is None)
         by_row = compute_metrics is not None
         train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
         preflight = data.preflight()
