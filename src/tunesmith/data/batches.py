@@ -180,8 +180,8 @@ class Batch:
 
 def groups_of(row: Row) -> list[Group]:
     """The documents of a prepared row by groups. A packed row holds several, `seq_lengths` tokens each; where it has
-    `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`), in the order in which
-    they begin to be supervised: that of the turns. Without `labels`, all tokens are supervised."""
+    `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`), in the order in
+    which they begin to be supervised: that of the turns. Without `labels`, all tokens are supervised."""
     ids = _list(row["input_ids"])
     columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths", "parents")}
     labels = ids if columns["labels"] is None else _list(columns["labels"])
