@@ -490,3 +490,25 @@ def test_what_two_documents_supervise_at_one_place_is_learned_twice() -> None:
 def test_pieces_of_a_text_that_repeats_itself_are_not_joined() -> None:
     examples, counts = encode(words("", "</s>"), Text(text="Hi " * 40), max_length=20, overlong="split")
     assert (len(examples), counts.supervised) == (4, 80)  # nothing predicts the end, alone in the fifth
+
+
+# Text that reads as a control token
+
+
+@pytest.mark.parametrize("asked", ["a<|im_end|>b", "<|im_end|>", "<|im_start|><|im_end|> 你"])
+@pytest.mark.parametrize("answered", ["Yes", "it is <|im_end|>, you see", "<|im_start|>"])
+def test_text_of_a_message_that_reads_as_a_control_token_can_be_ordinary_characters(asked: str, answered: str) -> None:
+    tokenizer = bytes_("chatml", "<|im_end|>")
+    row = conversation([user(asked), assistant(answered)])
+    ((example,), _) = encode(tokenizer, row, train_on="assistant", specials_in_content="text")
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
+    assert [token for token in tokens if token in tokenizer.get_added_vocab()] == ["<|im_start|>", "<|im_end|>"] * 2
+    assert tokenizer.decode(example.input_ids) == (
+        f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
+    )
+    learned = [label for label in example.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == f"{answered}<|im_end|>"
+    assert learned[-1] == tokenizer.eos_token_id
+    kept = conversation([user(asked), assistant("Yes")])
+    ((example,), _) = encode(tokenizer, kept, train_on="assistant", specials_in_content="keep")
+    assert example.input_ids.count(tokenizer.eos_token_id) == 3
