@@ -289,8 +289,7 @@ def test_a_segment_attends_to_all_that_it_continues(
     starts = mask[0, 0, 0].tolist()
     for path in paths(parents):
         places = [place for segment in path for place in range(starts[segment], starts[segment] + lengths[segment])]
-        document = (x[:, :, places] for x in (q, k, v))
-        expected = by_definition(*document, [len(places)], **options)
+        expected = by_definition(q[:, :, places], k[:, :, places], v[:, :, places], [len(places)], **options)
         torch.testing.assert_close(found[:, places], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -55,7 +55,7 @@ def test_conversations_are_evaluated_document_by_document(
         seen.append([[x for x in row if x != -100] for row in prediction.label_ids])
         return {"rows": len(prediction.predictions)}
 
-    common = {"train_dataset": TALKS, "eval_dataset": TALKS, "train_on": "assistant"}
+    common: dict[str, Any] = {"train_dataset": TALKS, "eval_dataset": TALKS, "train_on": "assistant"}
     common |= {"per_device_eval_batch_size": batch}
     plain, metrics = trainer_of(**common), trainer_of(**common, compute_metrics=compute_metrics)
     documents = by_document(plain.eval_dataset)
