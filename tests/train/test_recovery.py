@@ -149,6 +149,14 @@ def test_one_example_turns_checkpointing_on_and_then_stops_the_run(trainer_of: C
         trainer.train()
 
 
+def test_copies_of_an_example_that_are_computed_once_are_not_split_for_ever(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(**SETTINGS | {"train_dataset": UNEVEN_ROWS[-1:] * 8, "max_steps": 1, "rehearse": "off"})
+    device = Small(trainer, tokens=10)
+    trainer.train()
+    assert device.checkpointed > 0
+    assert [text for _, text in trainer.events if "gradient checkpointing is on" in text]
+
+
 def test_other_errors_are_not_swallowed(trainer_of: Callable[..., Any]) -> None:
     trainer = trainer_of(**SETTINGS)
     trainer.model.forward = lambda **_: (_ for _ in ()).throw(RuntimeError("shapes differ"))
