@@ -26,7 +26,8 @@ def rows(train_on_prefix: bool) -> list[dict[str, Any]]:
         made.append({"input_ids": [*front, *row["input_ids"]], "labels": labels})
     weights = [0.5 + i for i in range(len(made[0]["labels"]))]
     made[0]["weights"] = weights
-    return [*made, *token_rows(5, seed=8)]
+    beginning = {name: values[:-1] for name, values in made[2].items()}
+    return [*made, made[1], beginning, *token_rows(5, seed=8)]  # a copy, and what another begins with
 
 
 @pytest.mark.parametrize("train_on_prefix", [True, False], ids=["all", "completion"])
