@@ -11,7 +11,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tests.data.styles import TEMPLATES
 from tests.models import flat
+from tests.train.runs import TALKS
 from tunesmith.cli.data import training_rows
 from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
 from tunesmith.cli.main import Commands
@@ -182,6 +184,22 @@ def test_the_rows_are_those_that_the_trainer_gets(
         mask = [piece.supervised for piece in pieces for _ in piece.ids]
         assert mask == [label != IGNORE_INDEX for label in batch["labels"][0].tolist()]
         assert [document.tokens for document in row.documents] == batch.lengths
+
+
+def test_a_conversation_of_several_documents_is_shown_document_by_document(command: Command, rows: Path) -> None:
+    rows.write_text("".join(json.dumps(talk) + "\n" for talk in TALKS[:1]), encoding="utf-8")
+    result = command("--chat-template-path", str(TEMPLATES / "qwen3.jinja"))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    (title,) = (line for line in lines if line.startswith("example 1 of 1"))
+    assert "computed: what documents share, once), " in title
+    assert title.endswith(", 3 documents, 3 of them with an end token")
+    assert sum(line.startswith("── document ") for line in lines) == 3
+    text = result.stdout
+    for turn, reasoning in enumerate(("so", "so ", "so s")):
+        assert f"⟦<think>⏎\n{reasoning.replace('so ', 'so·') if turn == 1 else reasoning}⏎\n" in text
+    ends = [text.index(f"a{turn}<|im_end|>⟧") for turn in range(3)]
+    assert ends == sorted(ends), "documents are not in the order of their turns"
 
 
 @pytest.mark.parametrize(("packed", "cut"), [(True, False), (False, True)])

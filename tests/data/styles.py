@@ -34,7 +34,10 @@ ADDED = "<think> </think> <tool_call> </tool_call> <tool_response> </tool_respon
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """A template, what it gives, and which conversations it takes."""
+    """A template, what it gives, and which conversations it takes.
+
+    `changes`: it renders an answer in another form while it is the last, or what stands before it.
+    """
 
     name: str
     pieces: Callable[[Turns], Pieces]
@@ -42,6 +45,7 @@ class Style:
     bos: str | None = None
     reasoning: bool = False
     alternates: bool = False
+    changes: bool = False
 
     @property
     def source(self) -> str:
@@ -228,16 +232,16 @@ STYLES = {
         Style(name="llama3", pieces=llama3, eos="<|eot_id|>", bos="<s>"),
         Style(name="gemma", pieces=gemma, eos="</s>", bos="<s>", alternates=True),
         Style(name="phi3", pieces=phi3, eos="<|endoftext|>"),
-        Style(name="mistral", pieces=mistral, eos="</s>", bos="<s>"),
-        Style(name="qwen3", pieces=qwen3, eos="<|im_end|>", reasoning=True),
-        Style(name="deepseek", pieces=deepseek, eos="</s>", bos="<s>", reasoning=True),
+        Style(name="mistral", pieces=mistral, eos="</s>", bos="<s>", changes=True),
+        Style(name="qwen3", pieces=qwen3, eos="<|im_end|>", reasoning=True, changes=True),
+        Style(name="deepseek", pieces=deepseek, eos="</s>", bos="<s>", reasoning=True, changes=True),
         Style(name="merged_system", pieces=merged_system, eos="</s>"),
         Style(name="stripped", pieces=stripped, eos="</s>"),
         Style(name="endless", pieces=endless, eos="</s>"),
         Style(name="glm", pieces=glm, eos="<|endoftext|>"),
         Style(name="indexed", pieces=indexed, eos="</s>"),
-        Style(name="harmony", pieces=harmony, eos="<|return|>", reasoning=True),
-        Style(name="last_end", pieces=last_end, eos="</s>"),
+        Style(name="harmony", pieces=harmony, eos="<|return|>", reasoning=True, changes=True),
+        Style(name="last_end", pieces=last_end, eos="</s>", changes=True),
         Style(name="two_ends", pieces=two_ends, eos="<|end_turn|>", bos="<s>"),
     )
 }

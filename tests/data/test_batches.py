@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.models import flat, padded
-from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, one_group_of
+from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of, one_group_of
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Example
 
@@ -224,6 +224,19 @@ def test_a_group_is_never_divided(collator: Any) -> None:
     assert [len(group) for group in batch.groups] == [2, 2]
     parts = collator.split(batch, 1)
     assert [documents(part) for part in parts] == [[([5, 6, 7], [-100, 6, 7]), ([5, 8], [-100, 8])]] * 2
+
+
+def test_documents_of_a_conversation_stay_together_where_they_share_and_are_divided_where_they_do_not() -> None:
+    front = [*range(10, 20)]
+    tree = {"input_ids": [*front, 5, 6, 7], "seq_lengths": [10, 1, 2], "parents": [-1, 0, 0]}
+    row = tree | {"labels": [-100] * 10 + [5, 6, 7]}
+    first, second = ([*front, 5], [-100] * 10 + [5]), ([*front, 6, 7], [-100] * 10 + [6, 7])
+    together, apart = FlatCollator(), PaddedCollator(read=documents_of)
+    batch = together([row, row])
+    assert (batch.computed_tokens, batch.parents) == (26, [-1, 0, 0, -1, 3, 3])
+    assert [documents(part) for part in together.split(batch, 20)] == [[first, second]] * 2
+    assert [part.computed_tokens for part in together.split(batch, 20)] == [13, 13]
+    assert [documents(part) for part in apart.split(apart([row]), 20)] == [[first], [second]]
 
 
 def test_the_targets_of_an_example_leave_its_first_token_out() -> None:

@@ -12,6 +12,7 @@ from tests.data.styles import (
     assistant,
     calls,
     conversation,
+    render,
     result,
     spans,
     supervised,
@@ -20,8 +21,9 @@ from tests.data.styles import (
     user,
     words,
 )
-from tunesmith.data import chat
-from tunesmith.data.chat import ChatTemplate, Rendered, render
+from tunesmith.data import template as module
+from tunesmith.data.chat import Rendering
+from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX
@@ -48,7 +50,8 @@ WITH_TOOLS = [
 ]
 
 # The ids of `words` for TALK, `*` behind each supervised one. In the first: 3 <|im_start|>, 47 system, 45 a line break,
-# 54 44 55 "Be brief", 4 <|im_end|>, 48 user, 51 Hi, 49 assistant, 52 Yes, 56 91 "Why?", 57 Because.
+# 54 44 55 "Be brief", 4 <|im_end|>, 48 user, 51 Hi, 49 assistant, 52 Yes, 56 91 "Why?", 57 Because. With a `|` between
+# the documents of a template that renders earlier answers otherwise.
 LITERAL = {
     "chatml": "3 47 45 54 44 55 4 45 3 48 45 51 4 45 3 49 45 52* 4* 45 3 48 45 56 91 4 45 3 49 45 57* 4* 45",
     "generation": "3 47 45 54 44 55 4 45 3 48 45 51 4 45 3 49 45 52* 4* 45 3 48 45 56 91 4 45 3 49 45 57* 4* 45",
@@ -61,12 +64,18 @@ LITERAL = {
     ),
     "gemma": "1 9 48 45 54 44 55 45 45 51 10 45 9 50 45 52* 10* 45 9 48 45 56 91 10 45 9 50 45 57* 10* 45",
     "phi3": "13 45 54 44 55 14 45 11 45 51 14 45 12 45 52* 14* 45 11 45 56 91 14 45 12 45 57* 14* 45 15",
-    "mistral": "1 16 44 51 17 44* 52* 2* 16 44 54 44 55 45 45 56 91 17 44* 57* 2*",
-    "qwen3": (
-        "3 47 45 54 44 55 4 45 3 48 45 51 4 45 3 49 45 52* 4* 45 3 48 45 56 91 4 45 3 49 45 36* 45* 58* 45* 37* 45* "
-        "45* 57* 4* 45"
+    "mistral": (
+        "1 16 44 54 44 55 45 45 51 17 44* 52* 2* | 1 16 44 51 17 44 52 2 16 44 54 44 55 45 45 56 91 17 44* 57* 2*"
     ),
-    "deepseek": "1 54 44 55 23 51 24 52* 2* 23 56 91 24 36 45 58* 45* 37* 45* 45* 57* 2*",
+    "qwen3": (
+        "3 47 45 54 44 55 4 45 3 48 45 51 4 45 3 49 45 36* 45* 59* 45* 37* 45* 45* 52* 4* | "
+        "3 47 45 54 44 55 4 45 3 48 45 51 4 45 3 49 45 52 4 45 3 48 45 56 91 4 45 3 49 45 36* 45* 58* 45* 37* 45* "
+        "45* 57* 4*"
+    ),
+    "deepseek": (
+        "1 54 44 55 23 51 24 36 45 59* 45* 37* 45* 45* 52* 2* | "
+        "1 54 44 55 23 51 24 52 2 23 56 91 24 36 45 58* 45* 37* 45* 45* 57* 2*"
+    ),
     "merged_system": (
         "94 94 94 44 64 92 45 54 44 55 45 45 51 45 45 94 94 94 44 65 92 45 52* 2* 45 45 94 94 94 44 64 92 45 56 91 "
         "45 45 94 94 94 44 65 92 45 57* 2* 45 45"
@@ -79,38 +88,47 @@ LITERAL = {
         "56 91 45 45 72 92 44* 57* 2* 45 45"
     ),
     "harmony": (
-        "28 47 30 54 44 55 14 28 48 30 51 14 28 49 29* 73* 30* 52* 14 28 48 30 56 91 14 28 49 29* 74* 30* 58* 14* "
+        "28 47 30 54 44 55 14 28 48 30 51 14 28 49 29* 74* 30* 59* 14* 28* 49* 29* 73* 30* 52* 31* | "
+        "28 47 30 54 44 55 14 28 48 30 51 14 28 49 29 73 30 52 14 28 48 30 56 91 14 28 49 29* 74* 30* 58* 14* "
         "28* 49* 29* 73* 30* 57* 31*"
     ),
-    "last_end": "68 92 44 51 45 69 92 44* 52* 45 68 92 44 56 91 45 69 92 44* 57* 2*",
+    "last_end": "68 92 44 51 45 69 92 44* 52* 2* | 68 92 44 51 45 69 92 44 52 45 68 92 44 56 91 45 69 92 44* 57* 2*",
     "two_ends": "1 32 13 54 44 55 35 32 11 51 35 32 12 33* 52* 34* 35* 32 11 56 91 35 32 12 33* 57* 34* 35*",
 }
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_ids_and_masks_of_every_style_are_these(name: str) -> None:
-    style, marked = STYLES[name], LITERAL[name].split()
-    encoder = Encoder(words(style.name, style.eos, style.bos), EncodeOptions(train_on="assistant"))
+    style = STYLES[name]
+    encoder = Encoder(words(style.name, style.eos, style.bos), EncodeOptions(train_on="assistant", share=False))
     talk = TALK[1:] if name == "last_end" else TALK  # which knows no system message
-    (example,) = encoder.encode([("row 0", conversation(talk))], Counts())
-    ids = [int(token.rstrip("*")) for token in marked]
-    assert example.input_ids == ids
-    assert example.labels == [i if token.endswith("*") else IGNORE_INDEX for i, token in zip(ids, marked, strict=True)]
-    assert example.weights is None
+    examples = encoder.encode([("row 0", conversation(talk))], Counts())
+    for example, document in zip(examples, LITERAL[name].split("|"), strict=True):
+        ids = [int(token.rstrip("*")) for token in document.split()]
+        marked = [token.endswith("*") for token in document.split()]
+        assert example.input_ids == ids
+        assert example.labels == [i if mark else IGNORE_INDEX for i, mark in zip(ids, marked, strict=True)]
+        assert example.weights is None
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_the_text_is_what_inference_renders(style: Style) -> None:
     tokenizer = words(style.name, style.eos, style.bos)
-    expected = tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert render(conversation(TALK), ChatTemplate(tokenizer), "all").text == expected
+    talk = TALK[1:] if style.name == "last_end" else TALK
+    (document,) = render(conversation(talk), ChatTemplate(tokenizer), "all").documents
+    assert document.text == tokenizer.apply_chat_template(talk, tokenize=False)
+    for document in render(conversation(talk), ChatTemplate(tokenizer)).documents:
+        for span in document.spans:
+            index = next(i for i, message in enumerate(talk) if message["content"] in document.text[span.start :])
+            prompt = tokenizer.apply_chat_template(talk[:index], tokenize=False, add_generation_prompt=True)
+            assert document.text[: span.start] == prompt
 
 
 def test_reasoning_has_the_names_it_has_at_inference() -> None:
     messages = [user("Hi"), assistant("Yes", reasoning="Hm")]
     tokenizer = words("qwen3", "<|im_end|>")
-    rendered = render(conversation(messages), ChatTemplate(tokenizer), "assistant")
-    assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered = render(conversation(messages), ChatTemplate(tokenizer))
+    assert rendered.documents[0].text == tokenizer.apply_chat_template(messages, tokenize=False)
     assert spans(rendered) == ["<think>\nHm\n</think>\n\nYes<|im_end|>"]
 
 
@@ -120,9 +138,9 @@ def test_reasoning_has_the_names_it_has_at_inference() -> None:
         (
             "qwen3",
             [
-                '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>',
-                "Yes<|im_end|>",
-                '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
+                '<think>\n\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>',
+                "<think>\n\n</think>\n\nYes<|im_end|>",
+                '<think>\n\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
                 '<tool_call>\n{"name": "g", "arguments": {"x": 2}}\n</tool_call><|im_end|>',
                 "<think>\n\n</think>\n\nBecause<|im_end|>",
             ],
@@ -161,7 +179,7 @@ def test_tool_calls_are_supervised_and_their_results_are_not(name: str, expected
     assert supervised(name, WITH_TOOLS, tools=TOOLS) == expected
 
 
-def test_reasoning_that_history_drops_ends_at_the_last_question_in_a_row_of_tool_calls() -> None:
+def test_reasoning_that_history_drops_is_generated_where_inference_has_it() -> None:
     messages = [
         user("Hi"),
         calls("f", reasoning_content="Hm"),
@@ -173,12 +191,14 @@ def test_reasoning_that_history_drops_ends_at_the_last_question_in_a_row_of_tool
         assistant("Because", reasoning_content="Well"),
     ]
     call = '<tool_call>\n{{"name": "{}", "arguments": {{"x": 1}}}}\n</tool_call><|im_end|>'
-    assert supervised("qwen3", messages) == [
-        call.format("f"),
-        "Yes<|im_end|>",
-        "<think>\nWell\n</think>\n\n" + call.format("g"),
-        "<think>\nWell\n</think>\n\nBecause<|im_end|>",
+    rendering = render(conversation(messages), template("qwen3"))
+    assert [[document.text[span.start : span.stop] for span in document.spans] for document in rendering.documents] == [
+        ["<think>\nHm\n</think>\n\n" + call.format("f"), "<think>\nHm\n</think>\n\nYes<|im_end|>"],
+        ["<think>\nWell\n</think>\n\n" + call.format("g"), "<think>\nWell\n</think>\n\nBecause<|im_end|>"],
     ]
+    assert rendering.documents[1].text.startswith(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" + call.format("f") + "\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "glm", "llama3", "generation", "endless", "merged_system", "phi3"])
@@ -194,7 +214,7 @@ def test_two_answers_in_a_row_are_two_turns(name: str) -> None:
         ("generation", ["Yes<|im_end|>", "No<|im_end|>"]),
         ("phi3", ["Yes<|end|>", "No<|end|>"]),
         ("glm", ["\nYes<|user|>", "\nNo"]),
-        ("deepseek", ["Yes</s>", "\n</think>\n\nNo</s>"]),
+        ("deepseek", ["\n</think>\n\nYes</s>", "\n</think>\n\nNo</s>"]),
         ("merged_system", ["Yes</s>", "No</s>"]),
     ],
 )
@@ -222,7 +242,10 @@ def test_reasoning_in_the_text_counts_as_reasoning() -> None:
         user("Why?"),
         assistant("<think>\nWell\n</think>\n\nNo"),
     ]
-    assert supervised("qwen3", messages) == ["Yes<|im_end|>", "<think>\nWell\n</think>\n\nNo<|im_end|>"]
+    assert supervised("qwen3", messages) == [
+        "<think>\nHm\n</think>\n\nYes<|im_end|>",
+        "<think>\nWell\n</think>\n\nNo<|im_end|>",
+    ]
 
 
 def test_a_model_that_is_told_not_to_think_does_not_generate_the_empty_reasoning() -> None:
@@ -244,11 +267,13 @@ def test_all_renderings_of_a_run_have_the_same_time(monkeypatch: pytest.MonkeyPa
             cls.ticks += 1
             return cls(2024, 12, 31, 23, 59, cls.ticks)
 
-    monkeypatch.setattr(chat, "datetime", Clock)
+    monkeypatch.setattr(module, "datetime", Clock)
     once = template("dated", eos="<|im_end|>")
     for _ in range(2):
-        rendered = render(conversation(TALK), once, "assistant")
-        assert rendered.text.startswith("<|im_start|>system\nToday: 31 December 2024 23:59:01.000000<|im_end|>\n")
+        rendered = render(conversation(TALK), once)
+        assert rendered.documents[0].text.startswith(
+            "<|im_start|>system\nToday: 31 December 2024 23:59:01.000000<|im_end|>\n"
+        )
         assert spans(rendered) == ["Yes<|im_end|>", "Because<|im_end|>"]
 
 
@@ -257,25 +282,8 @@ def test_a_template_of_its_own_for_tools_is_used_with_tools() -> None:
     both = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", unk_token="<unk>")
     both.chat_template = {"default": tokenizer.chat_template, "tool_use": words("qwen3", "<|im_end|>").chat_template}
     messages = [user("Hi"), calls("f"), result("1"), assistant("Yes")]
-    assert "<tool_call>" in render(conversation(messages, tools=TOOLS), ChatTemplate(both), "assistant").text
+    assert "<tool_call>" in render(conversation(messages, tools=TOOLS), ChatTemplate(both)).documents[0].text
     assert spans(render(conversation(TALK), ChatTemplate(both), "assistant")) == ["Yes<|im_end|>", "Because<|im_end|>"]
-
-
-def test_a_single_turn_takes_two_renderings_and_the_whole_text_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = []
-
-    def counting(self: Any, messages: Any, **kwargs: Any) -> str:
-        rendered.append(kwargs)
-        return original(self, messages, **kwargs)
-
-    original = chat.Chat.render
-    monkeypatch.setattr(chat.Chat, "render", counting)
-    for name in ("chatml", "llama2", "llama3", "gemma", "qwen3", "deepseek", "harmony", "generation", "endless"):
-        for train_on, most in (("assistant", 2), ("completion", 2), ("last_assistant", 2), ("all", 1)):
-            rendered.clear()
-            row = conversation([user("Hi"), assistant("Yes")], prompt_length=1)
-            render(row, template(name), train_on)  # type: ignore[arg-type]
-            assert len(rendered) <= most, name
 
 
 def test_a_template_without_generation_prompt_makes_the_model_write_the_header() -> None:
@@ -304,14 +312,15 @@ def test_last_assistant_supervises_the_last_turn_only() -> None:
 def test_a_completion_is_supervised_from_the_end_of_the_prompt() -> None:
     rendered = render(conversation(TALK, prompt_length=4), template("chatml"), "completion")
     assert spans(rendered) == ["Because<|im_end|>"]
-    assert rendered.prompt is not None
-    assert rendered.text[: rendered.prompt].endswith("<|im_start|>assistant\n")
+    (document,) = rendered.documents
+    assert document.prompt is not None
+    assert document.text[: document.prompt].endswith("<|im_start|>assistant\n")
 
 
 def test_of_a_completion_with_several_turns_the_answers_are_supervised() -> None:
     messages = [user("Hi"), calls("f"), result("1"), assistant("Yes")]
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
-    expected = [call, "<think>\n\n</think>\n\nYes<|im_end|>"]
+    expected = ["<think>\n\n</think>\n\n" + call, "<think>\n\n</think>\n\nYes<|im_end|>"]
     assert supervised("qwen3", messages, "completion", prompt_length=1) == expected
 
 
@@ -321,18 +330,22 @@ def test_with_a_prompt_no_turn_of_it_is_supervised() -> None:
 
 def test_the_whole_text_is_one_span() -> None:
     rendered = render(conversation(TALK), template("chatml"), "all")
-    assert spans(rendered) == [rendered.text]
+    assert spans(rendered) == [rendered.documents[0].text]
 
 
-def weighted(rendered: Rendered) -> list[tuple[str, float]]:
-    return [(rendered.text[span.start : span.stop], span.weight) for span in rendered.spans]
+def weighted(rendered: Rendering) -> list[tuple[str, float]]:
+    return [
+        (document.text[span.start : span.stop], span.weight)
+        for document in rendered.documents
+        for span in document.spans
+    ]
 
 
 def test_weights_of_messages_and_rows_multiply_and_zero_supervises_nothing() -> None:
     messages = [user("Hi"), assistant("Yes", weight=0), user("Why?"), assistant("No", weight=0.5)]
     rendered = render(conversation(messages, weight=0.5), template("chatml"), "assistant")
     assert weighted(rendered) == [("No<|im_end|>", 0.25)]
-    assert render(conversation(messages, weight=0.0), template("chatml"), "assistant").spans == ()
+    assert spans(render(conversation(messages, weight=0.0), template("chatml"))) == []
 
 
 def test_a_turn_of_weight_zero_need_not_be_found() -> None:

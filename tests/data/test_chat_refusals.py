@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.data.styles import assistant, calls, conversation, spans, supervised, template, user, with_template, words
-from tunesmith.data.chat import ChatTemplate, render
+from tests.data.styles import (
+    assistant,
+    calls,
+    conversation,
+    render,
+    supervised,
+    template,
+    user,
+    with_template,
+    words,
+)
+from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation
@@ -19,40 +29,41 @@ TWO = [user("Hi"), assistant("Yes"), user("Why?"), assistant("No")]
 @pytest.mark.parametrize(
     ("name", "messages", "message"),
     [
-        (
-            "generation_header",
-            ONE,
-            r"mark \['<\|im_start\|>assistant\\nYes<\|im_end\|>'\] of it, but .* 'Yes<\|im_end\|>'",
-        ),
-        ("generation_no_end", ONE, r"mark \['Yes'\] of it, but the model generates 'Yes<\|im_end\|>'"),
-        ("drops_think", ONE, r"inference: .*<\|Assistant\|><think>\\n'\n  training:  .*<\|Assistant\|>Yes</s>'"),
-        ("drops_think", TWO, r"message 4 \(assistant\): the prompt that inference would render is not the beginning"),
-        ("always_asks", ONE, r"writes '<\|im_start\|>assistant' behind the turn's end"),
-        ("counted", ONE, r"part at character 13:\n  inference: .*1 of 1.*\n  training:  .*1 of 2"),
-        ("counted", TWO, r"message 2 \(assistant\): the prompt that inference would render"),
         ("chatml", [user("Hi"), calls("f")], "does not show tool calls"),
-        ("llama2", [user("Hi"), user("Hi"), assistant("Yes")], r"\(user user assistant\): roles must alternate"),
+        (
+            "llama2",
+            [user("Hi"), user("Hi"), assistant("Yes")],
+            r"\(user user assistant\): roles must alternate[^\n]*\nNeighbours .*: `merge_turns: true`$",
+        ),
+        (
+            "gemma",
+            [assistant("Yes"), user("Hi"), assistant("Yes")],
+            r"must alternate[^\n]*\nIt begins with the assistant: put a message of the user before it, or",
+        ),
         ("gemma", [user("Hi"), assistant("Yes"), assistant("No")], "Conversation roles must alternate"),
         ("llama2", [user("Hi"), assistant("Yes"), assistant("No")], "roles must alternate"),
-        (
-            "harmony",
-            [user("Hi"), assistant("Yes"), assistant("No")],
-            r"message 3 \(assistant\): the prompt that inference",
-        ),
-        ("parts", ONE, r"changes what the assistant says, from 'Yes' to '<\|im_end\|>"),
     ],
 )
 def test_what_cannot_be_supervised_with_certainty_is_refused(name: str, messages: Any, message: str) -> None:
     with pytest.raises(TunesmithError, match=message):
-        spans(
-            render(conversation(messages), template(name, eos="<|im_end|>" if "gen" in name else "</s>"), "assistant")
-        )
+        render(conversation(messages), template(name))
 
 
 def test_an_answer_that_the_template_rewrites_is_refused() -> None:
     shouting = words("chatml", "<|im_end|>").chat_template.replace("message['content']", "message['content'] | upper")
     with pytest.raises(TunesmithError, match="changes what the assistant says, from 'Yes' to 'YES"):
         render(conversation(ONE), with_template(shouting), "assistant")
+
+
+def test_an_answer_behind_an_answer_that_inference_has_no_header_for_is_refused() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}<|im_start|>assistant\n{% endif %}"
+    )
+    in_a_row = [user("Hi"), assistant("Yes"), assistant("No"), user("Why?"), assistant("Well")]
+    once = with_template(source.replace("<|im_end|>\n{% endfor", "{{ '<|im_end|>' if not loop.last }}\n{% endfor"))
+    with pytest.raises(TunesmithError, match=r"message 3 .*asks for no answer behind an answer[^$]*merge_turns: true"):
+        render(conversation(in_a_row), once)
 
 
 def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
@@ -62,21 +73,21 @@ def test_an_answer_that_changes_what_follows_it_is_refused() -> None:
         "{{ '!' * (m.content | length) if not loop.last }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(TunesmithError, match="message 2"):
-        render(conversation(TWO), with_template(source), "assistant")
+    for talk, refused in ((TWO, "message 2"), ([*ONE, *TWO], "message 2")):
+        with pytest.raises(
+            TunesmithError, match=rf"{refused} \(assistant\): [^$]*`turns: whole` with `prompt_mismatch"
+        ):
+            render(conversation(talk), with_template(source))
 
 
 def test_a_template_that_turns_the_order_around_is_refused() -> None:
     source = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    with pytest.raises(TunesmithError, match="its end can't be found"):
-        render(conversation(TWO), with_template(source), "assistant")
-
-
-def test_a_prompt_that_is_no_beginning_of_the_text_is_refused_in_the_middle_of_a_completion_too() -> None:
-    row = conversation([user("Hi"), assistant("Yes"), user("Why?")], prompt_length=1)
-    assert spans(render(row, template("drops_think"), "assistant")) == ["Yes</s>"]
-    with pytest.raises(TunesmithError, match="not the beginning of the text to train on"):
-        render(row, template("drops_think"), "completion")
+    with pytest.raises(
+        TunesmithError, match=r"message 2 .*changes what the assistant says, from 'Yes' to '<\|im_end\|>'"
+    ):
+        render(conversation(TWO), with_template(source))
+    with pytest.raises(TunesmithError, match=r"message 2 .*the template does not show|its end can't be found"):
+        render(conversation(TWO), with_template(source), turns="whole", prompt_mismatch="accept")
 
 
 def test_completions_must_begin_with_an_answer() -> None:
@@ -87,9 +98,10 @@ def test_completions_must_begin_with_an_answer() -> None:
 
 
 def test_weights_of_other_messages_are_refused_where_they_would_count() -> None:
-    messages = [{**user("Hi"), "weight": 0.0}, assistant("Yes")]
-    with pytest.raises(TunesmithError, match=r"message 1 has weight 0.0; only assistant turns can"):
+    messages = [{**user("Hi"), "weight": 0.5}, assistant("Yes")]
+    with pytest.raises(TunesmithError, match=r"message 1 has weight 0.5; only assistant turns can"):
         supervised("chatml", messages, "all")
+    assert supervised("chatml", [{**user("Hi"), "weight": 0.0}, assistant("Yes")], "all") == ["Yes<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -129,10 +141,10 @@ def test_arguments_that_are_not_the_templates_are_refused(kwargs: Mapping[str, A
 
 
 def test_a_row_is_named_in_the_error() -> None:
-    encoder = Encoder(words("drops_think", "</s>", "<s>"), EncodeOptions(train_on="assistant"))
+    encoder = Encoder(words("chatml", "<|im_end|>"), EncodeOptions(train_on="assistant"))
     rows: list[tuple[str, Conversation]] = [
         ("row 0", conversation([user("Hi")])),
-        ("rows.jsonl, line 2", conversation(ONE)),
+        ("rows.jsonl, line 2", conversation([user("Hi"), calls("f")])),
     ]
-    with pytest.raises(TunesmithError, match=r"^rows.jsonl, line 2: message 2 \(assistant\): "):
+    with pytest.raises(TunesmithError, match=r"^rows.jsonl, line 2: the chat template does not show tool calls"):
         encoder.encode(rows, Counts())

@@ -11,11 +11,12 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tests.train.runs import END, PAIR_ROWS, TEXT_ROWS, TEXTS
+from tests.train.runs import END, PAIR_ROWS, REASONING, TALKS, TEXT_ROWS, TEXTS
 from tunesmith import TunesmithError
 from tunesmith.data.dataset import DataPreparer
 from tunesmith.data.mixture import DataSource
 from tunesmith.data.read import joined, read_rows
+from tunesmith.data.samplers import by_document
 from tunesmith.types import Text
 
 Prepare = Callable[..., Any]
@@ -326,3 +327,36 @@ def test_the_same_values_with_nulls_of_arrow_and_with_nulls_of_the_user_are_diff
     for name, source in sources.items():
         made, _ = prepare.mixture({"same": source}, packing=False, eval_packing=False)
         assert ("null" in tokenizer.decode(made[0]["input_ids"])) == (name == "b")
+
+
+def test_a_conversation_of_several_documents_is_one_example_in_the_preflight(
+    preparer: Callable[..., DataPreparer], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = REASONING
+    prepare = preparer(train_on="assistant", max_length=256)
+    dataset = prepare([*TALKS, TALKS[0]], "train", packing=False)
+    report = prepare.reports["train"]
+    assert (report.counts.examples, report.duplicates, report.without_end) == (5, 1, 0)
+    assert [max(parents) for parents in dataset["parents"]] == [1, 1, 1, 1, 1]
+    assert report.longest == max(map(len, dataset["input_ids"])) < 256
+    assert report.counts.tokens == sum(map(len, dataset["input_ids"]))
+    # Each turn once: the block of its reasoning, its answer, and its end, of a token a character.
+    spoken = [m for talk in [*TALKS, TALKS[0]] for m in talk["messages"] if m["role"] == "assistant"]
+    block = len("<think>\n" + "\n</think>\n\n") + 1
+    assert report.counts.supervised == sum(block + len(m["reasoning_content"] + m["content"]) for m in spoken)
+    assert prepare.preflight().problems == []
+
+
+def test_a_conversation_is_divided_rather_than_cut_where_its_documents_are_short_enough(
+    preparer: Callable[..., DataPreparer], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = REASONING
+    whole = preparer(train_on="assistant", max_length=None)(TALKS[:1], "train", packing=False)
+    longest = max(len(row["input_ids"]) for row in by_document(whole))
+    prepare = preparer(train_on="assistant", max_length=longest)
+    for packing in (False, True):
+        dataset = prepare(TALKS[:1], "train", packing=packing)
+        assert {*map(tuple, by_document(dataset)["labels"])} == {*map(tuple, by_document(whole)["labels"])}
+        assert len(dataset) > 1
+        assert prepare.counts["train"].truncated == 0
+        assert all(len(ids) <= longest for ids in dataset["input_ids"])

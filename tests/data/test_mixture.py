@@ -4,9 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from datasets.table import InMemoryTable
 
-from tunesmith.data.mixture import DataSource, epoch_examples, mixture_order, split_rows
+from tunesmith.data.arrow import FlatExamples
+from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.types import Example
 
 ROWS = list(range(100))
 
@@ -70,3 +74,18 @@ def test_a_mixture_is_shuffled_together_and_another_source_changes_nothing_in_th
 def test_a_mixture_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TunesmithError, match=message):
         DataSource(rows=[], **given)
+
+
+def test_examples_of_one_document_stay_one_beside_those_of_several() -> None:
+    def made(*rows: Example) -> Dataset:
+        part = Dataset(InMemoryTable(FlatExamples.of(rows).table()))
+        return part.select_columns([name for name in part.column_names if part[0][name] is not None])
+
+    plain = made(Example(input_ids=[5, 6], labels=[5, 6]), Example(input_ids=[7], labels=[7]))
+    trees = made(Example(input_ids=[1, 2, 3], labels=[1, 2, 3], parts=([1, 1, 1], [-1, 0, 0])))
+    weighted = made(Example(input_ids=[8], labels=[8], weights=[0.5]))
+    both = concatenated([plain, trees, weighted])
+    assert both["seq_lengths"][:] == [[2], [1], [1, 1, 1], [1]]
+    assert both["parents"][:] == [[-1], [-1], [-1, 0, 0], [-1]]
+    assert both["weights"][:] == [[1.0, 1.0], [1.0], [1.0, 1.0, 1.0], [0.5]]
+    assert "seq_lengths" not in concatenated([plain, weighted]).column_names

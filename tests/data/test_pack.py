@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from datasets.table import InMemoryTable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.data.arrow import FlatExamples
+from tunesmith.data.batches import FlatCollator, groups_of
 from tunesmith.data.formats import FormatOptions
-from tunesmith.data.pack import STRATEGIES, pack, shuffled
+from tunesmith.data.pack import STRATEGIES, pack, pack_dataset, shuffled
 from tunesmith.data.prepare import Preparation, prepare
 from tunesmith.data.read import with_places
-from tunesmith.data.tokenize import EncodeOptions
+from tunesmith.data.tokenize import EncodeOptions, joined
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import load_tokenizer
+from tunesmith.types import IGNORE_INDEX, Example
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 MAX_LENGTH = st.integers(1, 24)
@@ -189,3 +194,66 @@ def test_instruction_rows_fill_packs_of_2048_to_98_9_percent(shared_data: Path) 
     lengths = [len(ids) for ids in dataset["input_ids"]]
     assert sum(lengths) == 200_471
     assert len(packed(lengths, 2048)) == 99
+
+
+# Documents that share what they begin with
+
+TOKEN = st.integers(3, 4)
+PART = st.lists(TOKEN, min_size=1, max_size=3).map(lambda tokens: [token for token in tokens for _ in range(6)])
+
+
+@st.composite
+def conversation(draw: st.DrawFn) -> list[Example]:
+    """Documents of one row, each of which continues a beginning of the one before it and supervises what it adds."""
+    history, documents = draw(PART), []
+    for number in range(draw(st.integers(1, 4))):
+        answer = [10 * number + 10, *draw(st.lists(TOKEN, max_size=9))]
+        ids, learned = [*history, *answer], [IGNORE_INDEX] * len(history) + answer
+        weights = draw(st.sampled_from([None, [float(number + 1)] * len(ids)]))
+        documents.append(Example(input_ids=ids, labels=learned, weights=weights))
+        history = [*history, *draw(PART)]
+    return documents
+
+
+def learned(documents: Any) -> list[tuple[tuple[int, ...], float]]:
+    """Each supervised token with all that is before it, and its weight."""
+    return sorted(
+        (tuple(document.input_ids[: i + 1]), 1.0 if document.weights is None else document.weights[i])
+        for document in documents
+        for i, label in enumerate(document.labels)
+        if i and label != IGNORE_INDEX
+    )
+
+
+@given(st.lists(conversation(), min_size=1, max_size=6))
+def test_trees_and_packs_of_them_teach_what_the_documents_do(rows: list[list[Example]]) -> None:
+    limit = max(60, *(len(document.input_ids) for documents in rows for document in documents))
+    examples = [example for documents in rows for example in joined(documents, limit)]
+    expected = learned(document for documents in rows for document in documents)
+    dataset = Dataset(InMemoryTable(FlatExamples.of(examples).table()))
+    packed = pack_dataset(dataset, limit)
+    for rows_of in (dataset, packed):
+        batch = FlatCollator()(list(rows_of))
+        assert learned(batch.documents) == expected
+        assert all(len(row["input_ids"]) <= limit for row in rows_of)
+        groups = [group for row in rows_of for group in groups_of(row)]
+        assert len(groups) == len(examples)
+        places = range(batch.labels.shape[1]) if batch.places is None else batch.places.tolist()
+        ids, positions = batch.input_ids[0].tolist(), batch["position_ids"][0].tolist()
+        assert [ids[place] for place in places] == [t for document in batch.documents for t in document.input_ids]
+        assert [positions[place] for place in places] == [i for d in batch.documents for i in range(len(d.input_ids))]
+        targets = batch.targets()
+        assert len(targets.tokens) == len(expected)
+    assert FlatCollator()(list(packed)).computed_tokens <= sum(len(example.input_ids) for example in examples)
+
+
+def test_packs_keep_the_segments_of_trees_and_move_them() -> None:
+    tree = Example(input_ids=[*range(10, 20)], labels=[*range(10, 20)], parts=([8, 1, 1], [-1, 0, 0]))
+    alone = Example(input_ids=[5, 6, 7], labels=[5, 6, 7])
+    dataset = Dataset(InMemoryTable(FlatExamples.of([alone, tree, alone]).table()))
+    packed = pack_dataset(dataset.remove_columns("weights"), 16)
+    assert packed["seq_lengths"][:] == [[8, 1, 1, 3, 3]]
+    assert packed["parents"][:] == [[-1, 0, 0, -1, -1]]
+    assert pack_dataset(dataset.select([0, 1]).remove_columns("weights"), 12)["parents"][:] == [[-1, 0, 0], [-1]]
+    with pytest.raises(TunesmithError, match="packing_strategy wrapped cuts documents, and these share parts"):
+        pack_dataset(dataset, 16, "wrapped")

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
+    by_document,
+    document_lengths,
     fitting_lengths,
     lengths_of,
     register_sampler,
@@ -156,6 +159,47 @@ def test_lengths_follow_a_selection_of_rows() -> None:
     assert lengths_of(dataset.select([2, 0])).tolist() == [7, 4]
     assert lengths_of(dataset.select(range(1, 3))).tolist() == [2, 7]
     assert lengths_of(dataset.with_format("torch")).tolist() == [4, 2, 7, 1]
+
+
+TREE: dict[str, Any] = {
+    "input_ids": [*range(10, 32)],
+    "labels": [-100] * 9 + [19, *[-100] * 8, 28, 29, -100, 31],
+    "seq_lengths": [8, 2, 8, 2, 2],
+    "parents": [-1, 0, 0, 2, 2],
+}
+"""Three documents of 10, 18, and 18 tokens."""
+PLAIN: dict[str, Any] = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "seq_lengths": [3], "parents": [-1]}
+
+
+def test_documents_that_share_count_once_in_a_flat_batch_and_are_rows_of_a_padded_one() -> None:
+    dataset = Dataset.from_list([PLAIN, TREE, PLAIN | {"seq_lengths": None, "parents": None}])
+    rows = list(dataset)
+    for padded, expected in ((False, [3, 22, 3]), (True, [3, 54, 3])):
+        assert lengths_of(dataset, padded=padded).tolist() == expected
+        assert lengths_of(dataset.select([1]), padded=padded).tolist() == expected[1:2]
+        collator = PaddedCollator() if padded else FlatCollator()
+        assert [collator([row]).computed_tokens for row in rows] == expected
+
+
+def test_rows_of_several_documents_are_divided_for_logits() -> None:
+    found = list(by_document(Dataset.from_list([TREE, PLAIN])))
+    shared, between = [*range(10, 18)], [*range(20, 28)]
+    assert document_lengths(Dataset.from_list([TREE, PLAIN])).tolist() == [10, 18, 18, 3]
+    assert document_lengths(Dataset.from_list([TREE, PLAIN]).select([1, 1])).tolist() == [3, 3]
+    assert found == [
+        {"input_ids": [*shared, 18, 19], "labels": [-100] * 9 + [19]},
+        {"input_ids": [*shared, *between, 28, 29], "labels": [-100] * 16 + [28, 29]},
+        {"input_ids": [*shared, *between, 30, 31], "labels": [-100] * 17 + [31]},
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    ]
+    alone = Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, 6]}])
+    assert by_document(alone) is alone
+
+
+def test_blank_rows_beside_trees_have_documents_without_labels() -> None:
+    longer = with_blank_rows(Dataset.from_list([TREE]), 2)
+    assert all(example.target_count == 0 for group in groups_of(longer[1]) for example in group)
+    assert FlatCollator()(list(longer)).supervised == FlatCollator()([TREE]).supervised
 
 
 def test_a_row_over_the_budget_is_named_with_what_to_write() -> None:

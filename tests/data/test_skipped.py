@@ -104,12 +104,13 @@ def test_bad_rows_of_a_python_list_are_left_out_at_every_stage(
 
 def test_a_row_that_a_template_refuses_is_skipped_with_its_content(preparer: Callable[..., DataPreparer]) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, turns[1]], "tag": 7}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    calling = {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tag": 7}
     preparing_run = preparer()
-    assert len(preparing_run([{"messages": turns}, parts, {"messages": turns}], "train", packing=False)) == 2
+    assert len(preparing_run([{"messages": turns}, calling, {"messages": turns}], "train", packing=False)) == 2
     (record,) = preparing_run.skipped["train"]
-    assert record["reason"].startswith("the chat template refuses the conversation (user assistant)")
-    assert (record["row"], record["content"]) == (1, parts)
+    assert record["reason"].startswith("the chat template does not show tool calls")
+    assert (record["row"], record["content"]) == (1, calling)
 
 
 def test_several_sources_and_what_they_hold_out_skip_too(

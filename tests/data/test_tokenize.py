@@ -1,6 +1,8 @@
 """Texts and conversations to supervised tokens: what straddles, what ends, what is cut, what weighs."""
 
+import json
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.styles import assistant, bytes_, conversation, system, user, words
-from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, token_range, untrimmed
+from tunesmith.data.arrow import FlatExamples
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, joined, token_range, untrimmed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example, Row, Text, Tokens
 
@@ -52,12 +55,38 @@ def llama(*, eos: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def whole_words() -> Any:
+    """A token for each word between white space, as classifiers of old have."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "Sentiment": 4, "positive": 5, ":": 6, "Yes": 7, "No": 8}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def metaspace(scheme: Any) -> Any:
+    """As newer conversions of SentencePiece have it: the space in front comes with the words."""
+    made = json.loads(llama().backend_tokenizer.to_str())
+    made |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}}
+    backend = Tokenizer.from_str(json.dumps(made))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS: dict[str, Any] = {
+    "bytes": lambda: bytes_("", "</s>"),
+    "llama": llama,
+    "llama with an end": lambda: llama(eos=True),
+    "metaspace first": lambda: metaspace("first"),
+    "metaspace always": lambda: metaspace("always"),
+    "words": lambda: words("", "</s>"),
+    "whole words": whole_words,
+}
+
 # The bounds of what is supervised
 
 
-def test_a_token_that_straddles_the_end_of_the_prompt_is_not_supervised() -> None:
+def test_a_token_that_would_straddle_the_end_of_the_prompt_is_cut_there() -> None:
     tokenizer = bytes_("", "</s>")
-    assert marked(tokenizer, Text(text="a: b", prompt="a:")) == "a :Ġ (b) (</s>)"
+    assert marked(tokenizer, Text(text="a: b", prompt="a:")) == "a : (Ġ) (b) (</s>)"
     assert marked(tokenizer, Text(text="a: b", prompt="a: ")) == "a :Ġ (b) (</s>)"
     assert marked(tokenizer, Text(text="a: b", prompt="a")) == "a (:Ġ) (b) (</s>)"
 
@@ -69,25 +98,51 @@ def test_a_token_that_straddles_the_end_of_a_span_is_not_in_it() -> None:
     assert [token_range(encoding, *span) for span in spans] == [(0, 1), (0, 1), (0, 2), (2, 3)]
 
 
-def test_the_ids_are_those_of_the_whole_text() -> None:
+PAIRS = [
+    ("a:", " b"),
+    ("a: ", "b"),
+    ("a: ", "the"),
+    ("Yes ", "No"),
+    ("a ", "你"),
+    ("你", "😀 你"),
+    ("a\n", "\nb"),
+    (" ", " a "),
+    ("Sentiment: ", "positive"),
+    ("a b", "b a"),
+]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(("prompt", "completion"), PAIRS)
+def test_the_prompt_is_tokenized_as_inference_does_and_the_completion_is_learned_whole(
+    kind: str, prompt: str, completion: str
+) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    ((example,), _) = encode(tokenizer, Text(text=prompt + completion, prompt=prompt))
+    first = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    # What inference sends: the prompt, without an end token that the tokenizer would add.
+    alone = tokenizer(prompt).input_ids
+    assert example.input_ids[:first] == (alone[:-1] if alone[-1:] == [tokenizer.eos_token_id] else alone)
+    assert example.labels[first:] == example.input_ids[first:]
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(example.input_ids[first:-1])
+    assert kind in ("words", "whole words") or text.strip() == completion.strip()
+    assert len(example.input_ids) - first > 1, "no token of the completion is learned"
+
+
+def test_a_text_that_is_supervised_whole_has_the_ids_of_the_tokenizer() -> None:
     for tokenizer in (bytes_("", "</s>"), llama()):
-        for prompt, completion in [
-            ("a:", " b"),
-            ("a: ", "b"),
-            ("你", "😀 你"),
-            ("", "a"),
-            ("a\n", "\nb"),
-            (" ", " a "),
-        ]:
-            ((example,), _) = encode(tokenizer, Text(text=prompt + completion, prompt=prompt))
-            assert example.input_ids == [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
+        for text in ("a: b", "a", "你😀 你", "a\n\nb"):
+            for row in (Text(text=text), Text(text=text, prompt="")):
+                ((example,), _) = encode(tokenizer, row)
+                assert example.input_ids == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
 
 
 def test_all_tokens_of_a_character_of_several_bytes_are_supervised() -> None:
     tokenizer = bytes_("", "</s>")
     assert marked(tokenizer, Text(text="a😀", prompt="a")) == "a (ð) (ŁĺĢ) (</s>)".replace("ŁĺĢ", "Łĺ) (Ģ")
-    # A space and the first byte of the character are one token: it straddles, the other bytes do not.
-    assert marked(tokenizer, Text(text="a 你", prompt="a ")) == "a Ġä (½) (ł) (</s>)"
+    # A space and the first byte of the character would be one token.
+    assert marked(tokenizer, Text(text="a 你", prompt="a ")) == "a Ġ (ä) (½) (ł) (</s>)"
     assert marked(tokenizer, Text(text="a 你", prompt="a")) == "a (Ġä) (½) (ł) (</s>)"
 
 
@@ -101,8 +156,8 @@ def test_offsets_count_white_space_whatever_the_tokenizer_says() -> None:
     assert 'trim_offsets":true' in tokenizer.backend_tokenizer.to_str()
     trimmed = tokenizer.backend_tokenizer.encode("a the")
     assert trimmed.offsets[-1] == (2, 5)  # " the" is one token, and its space is left out
-    # By these offsets the token would lie behind the prompt "a ", which it does not.
-    assert marked(tokenizer, Text(text="a the", prompt="a ")) == "a Ġthe (</s>)"
+    # By these offsets the token would lie behind the prompt "a ", which it does not: it has to be cut.
+    assert marked(tokenizer, Text(text="a the", prompt="a ")) == "a Ġ (t) (he) (</s>)"
     assert 'trim_offsets":true' in tokenizer.backend_tokenizer.to_str()  # the tokenizer itself is as it was
 
 
@@ -111,7 +166,7 @@ def test_offsets_are_mended_inside_a_sequence_of_processors() -> None:
     added = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", backend.token_to_id("</s>"))])
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), added])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
-    assert marked(tokenizer, Text(text="a the", prompt="a ")) == "</s> a Ġthe (</s>)"
+    assert marked(tokenizer, Text(text="a the", prompt="a ")) == "</s> a Ġ (t) (he) (</s>)"
 
 
 def test_a_normalizer_that_drops_characters_moves_no_bound() -> None:
@@ -358,3 +413,102 @@ def test_the_prompt_of_a_conversation_gives_way_too() -> None:
     pair = conversation([system("Be brief"), user("Hi"), assistant("Yes")], prompt_length=2)
     shown = marked(words("chatml", "<|im_end|>"), pair, max_length=8, truncate_prompt=True)
     assert shown == "<|im_end|> \n <|im_start|> assistant \n (Yes) (<|im_end|>) \n"
+
+
+# Documents of one conversation
+
+REASONED = conversation(
+    [
+        user("Hi"),
+        assistant("Yes", reasoning_content="Hm"),
+        user("Why"),
+        assistant("Because", reasoning_content="Well"),
+    ]
+)
+
+
+def shown(tokenizer: Any, example: Example) -> list[str]:
+    """The segments of an example, supervised tokens in brackets."""
+    assert example.parts is not None
+    tokens = [
+        token if label == IGNORE_INDEX else f"({token})"
+        for token, label in zip(tokenizer.convert_ids_to_tokens(example.input_ids), example.labels, strict=True)
+    ]
+    rest = iter(tokens)
+    return [" ".join(islice(rest, length)) for length in example.parts[0]]
+
+
+def test_turns_that_history_renders_otherwise_are_documents_that_share_what_they_begin_with() -> None:
+    tokenizer = words("qwen3", "<|im_end|>")
+    ((example,), counts) = encode(tokenizer, REASONED, train_on="assistant")
+    history = "<|im_end|> \n <|im_start|> user \n Why <|im_end|> \n <|im_start|> assistant \n"
+    assert shown(tokenizer, example) == [
+        "<|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n",
+        f"Yes {history} (<think>) (\n) (Well) (\n) (</think>) (\n) (\n) (Because) (<|im_end|>)",
+        "(<think>) (\n) (Hm) (\n) (</think>) (\n) (\n) (Yes) (<|im_end|>)",
+    ]
+    assert example.parts is not None
+    assert example.parts[1] == [-1, 0, 0]
+    assert (counts.ends, counts.stops) == ({tokenizer.eos_token_id: 1}, {tokenizer.eos_token_id: 2})
+    assert (counts.examples, counts.tokens, counts.supervised) == (1, len(example.input_ids), 18)
+
+
+def test_documents_of_a_conversation_are_divided_where_together_they_are_too_long() -> None:
+    tokenizer = words("qwen3", "<|im_end|>")
+    ((together,), _) = encode(tokenizer, REASONED, train_on="assistant")
+    size = len(together.input_ids)
+    ((whole,), counts) = encode(tokenizer, REASONED, train_on="assistant", max_length=size)
+    assert (whole, counts.truncated) == (together, 0)
+    (first, second), counts = encode(tokenizer, REASONED, train_on="assistant", max_length=size - 1)
+    assert (first.parts, second.parts, counts.truncated, counts.lost_tokens) == (None, None, 0, 0)
+    assert [sum(label != IGNORE_INDEX for label in example.labels) for example in (first, second)] == [9, 9]
+    apart, _ = encode(tokenizer, REASONED, train_on="assistant", share=False)
+    assert apart == [first, second]
+
+
+def test_an_example_ends_where_all_of_its_documents_do() -> None:
+    tokenizer = words("qwen3", "<|im_end|>")
+    encoder, end = Encoder(tokenizer, EncodeOptions()), tokenizer.eos_token_id
+    ids, hidden = [*range(30, 40), 41, end, 42, end], [IGNORE_INDEX] * 10
+    parts = [10, 2, 2], [-1, 0, 0]
+    found = []
+    for answers in ([41, end, 42, end], [41, end, 42, IGNORE_INDEX], [41, end, IGNORE_INDEX, IGNORE_INDEX]):
+        counts, example = Counts(), Example(input_ids=ids, labels=hidden + answers, parts=parts)
+        encoder.count(FlatExamples.of([example, Example(input_ids=[5, end], labels=[5, end])]), counts)
+        found.append((counts.ends[end], counts.stops[end]))
+    assert found == [(2, 3), (1, 2), (2, 2)]  # the last has nothing supervised in its second document
+
+
+def test_what_two_documents_supervise_at_one_place_is_learned_twice() -> None:
+    twice = Example(input_ids=[*range(3, 20)], labels=[*range(3, 20)])
+    assert joined([twice, twice], None) == [twice, twice]
+    once = Example(input_ids=[*range(3, 21)], labels=[*[IGNORE_INDEX] * 17, 20])
+    (tree,) = joined([twice, once], None)
+    assert (tree.labels, tree.parts) == ([*range(3, 21)], ([17, 1], [-1, 0]))
+
+
+def test_pieces_of_a_text_that_repeats_itself_are_not_joined() -> None:
+    examples, counts = encode(words("", "</s>"), Text(text="Hi " * 40), max_length=20, overlong="split")
+    assert (len(examples), counts.supervised) == (4, 80)  # nothing predicts the end, alone in the fifth
+
+
+# Text that reads as a control token
+
+
+@pytest.mark.parametrize("asked", ["a<|im_end|>b", "<|im_end|>", "<|im_start|><|im_end|> 你"])
+@pytest.mark.parametrize("answered", ["Yes", "it is <|im_end|>, you see", "<|im_start|>"])
+def test_text_of_a_message_that_reads_as_a_control_token_can_be_ordinary_characters(asked: str, answered: str) -> None:
+    tokenizer = bytes_("chatml", "<|im_end|>")
+    row = conversation([user(asked), assistant(answered)])
+    ((example,), _) = encode(tokenizer, row, train_on="assistant", specials_in_content="text")
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
+    assert [token for token in tokens if token in tokenizer.get_added_vocab()] == ["<|im_start|>", "<|im_end|>"] * 2
+    assert tokenizer.decode(example.input_ids) == (
+        f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
+    )
+    learned = [label for label in example.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == f"{answered}<|im_end|>"
+    assert learned[-1] == tokenizer.eos_token_id
+    kept = conversation([user(asked), assistant("Yes")])
+    ((example,), _) = encode(tokenizer, kept, train_on="assistant", specials_in_content="keep")
+    assert example.input_ids.count(tokenizer.eos_token_id) == 3

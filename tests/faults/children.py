@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,15 @@ class Plan:
         for what in self.whats:
             for once in (False,) if what == "kill" else self.onces:
                 sample = self.once_sample if once else self.sample
-                chosen = numbers if sample is None else sorted(draw.sample(numbers, min(sample, calls)))
+                chosen = numbers if sample is None else _spread(draw, numbers, min(sample, calls))
                 for number in chosen:
                     yield Harm(what=what, number=number, once=once)
+
+
+def _spread(draw: random.Random, numbers: range, count: int) -> list[int]:
+    """`count` of the numbers, one drawn from each of as many parts: from the beginning, the middle and the end."""
+    bounds = [len(numbers) * part // count for part in range(count + 1)]
+    return [numbers[draw.randrange(start, stop)] for start, stop in pairwise(bounds)]
 
 
 class _Harmed(TrainerCallback):

@@ -21,8 +21,10 @@ from tests.models import (
     tiny,
     token_rows,
 )
+from tunesmith.data.prefix import paths
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import (
+    _runs,
     attend_documents,
     document_map,
     is_document_map,
@@ -262,6 +264,33 @@ def test_a_layer_attends_by_the_definition(options: dict[str, Any], lengths: lis
     found = attend_documents(Layer().eval(), q, k, v, document_map(lengths), **arguments)
     assert found.is_contiguous()  # some models call view() on it
     torch.testing.assert_close(found, by_definition(q, k, v, lengths, **options), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 0.5, "window": 2}], ids=["plain", "window", "all"])
+@pytest.mark.parametrize(
+    ("lengths", "parents", "runs"),
+    [
+        ([2, 3, 1, 2, 1], [-1, 0, 1, 0, 3], [[(0, 6)], [(0, 2), (6, 9)]]),
+        ([2, 3, 1, 2, 1], [-1, 0, 1, 1, 0], [[(0, 6)], [(0, 5), (6, 8)], [(0, 2), (8, 9)]]),
+        ([3, 1, 2, 2, 1], [-1, 0, 0, -1, 2], [[(0, 4)], [(0, 3), (4, 6)], [(6, 8)], [(0, 3), (4, 6), (8, 9)]]),
+    ],
+    ids=["forks once", "forks twice", "two trees"],
+)
+def test_a_segment_attends_to_all_that_it_continues(
+    lengths: list[int], parents: list[int], runs: list[Any], options: dict[str, Any]
+) -> None:
+    """Each path of segments, laid out as a document of its own, attends as a document does."""
+    q, k, v = qkv()
+    arguments = {"sliding_window" if name == "window" else name: value for name, value in options.items()}
+    mask = document_map(lengths, parents)
+    assert _runs(mask[0, 0, 0].tolist(), mask[0, 0, 1].tolist()) == runs
+    found = attend_documents(Layer().eval(), q, k, v, mask, **arguments)
+    assert found.is_contiguous()
+    starts = mask[0, 0, 0].tolist()
+    for path in paths(parents):
+        places = [place for segment in path for place in range(starts[segment], starts[segment] + lengths[segment])]
+        expected = by_definition(q[:, :, places], k[:, :, places], v[:, :, places], [len(places)], **options)
+        torch.testing.assert_close(found[:, places], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"softcap": 100.0}], ids=["sdpa", "eager"])

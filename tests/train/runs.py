@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tests.data.styles import TEMPLATES
 from tunesmith import SFTTrainer
 
 TEXTS = ["a", "on", "the mat", "sat there, it seems", "cat", "A longer line of text.", "of", "it is so, and so on"]
@@ -14,6 +15,21 @@ PAIR_ROWS = [{"prompt": text[:-1] or "?", "completion": text[-1:] * (i + 1)} for
 _ALPHABET = "the quick brown fox jumps over the lazy dog, again and again"
 UNEVEN_ROWS = [{"prompt": _ALPHABET[: 1 + i * 7 % 23], "completion": _ALPHABET[: 1 + i * 5 % 17]} for i in range(24)]
 """24 rows of 3 to 40 tokens."""
+TALKS: list[dict[str, Any]] = [
+    {
+        "messages": [
+            message
+            for turn in range(3)
+            for message in (
+                {"role": "user", "content": f"{word} {turn}?"},
+                {"role": "assistant", "content": f"{word}{turn}", "reasoning_content": "so so"[: 2 + turn]},
+            )
+        ]
+    }
+    for word in ("a", "bc", "def", "gh")
+]
+"""Conversations of which the template REASONING makes three documents each: it leaves earlier reasoning out."""
+REASONING = (TEMPLATES / "qwen3.jinja").read_text()
 END = 2
 """The id of <|im_end|>."""
 

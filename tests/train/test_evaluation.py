@@ -9,7 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.train.runs import PAIR_ROWS, token_losses
+from tests.train.runs import PAIR_ROWS, REASONING, TALKS, token_losses
+from tunesmith.data.samplers import by_document
 from tunesmith.errors import TunesmithError
 from tunesmith.train import limits as logits
 
@@ -41,6 +42,30 @@ def test_weights_count_in_evaluation_too(trainer_of: Callable[..., Any]) -> None
     weights = torch.cat([torch.full_like(row, 1.0 + i) for i, row in enumerate(losses)])
     expected = (torch.cat(losses) * weights).sum() / weights.sum()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_conversations_are_evaluated_document_by_document(
+    batch: int, trainer_of: Callable[..., Any], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = REASONING
+    seen: list[Any] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.append([[x for x in row if x != -100] for row in prediction.label_ids])
+        return {"rows": len(prediction.predictions)}
+
+    common: dict[str, Any] = {"train_dataset": TALKS, "eval_dataset": TALKS, "train_on": "assistant"}
+    common |= {"per_device_eval_batch_size": batch}
+    plain, metrics = trainer_of(**common), trainer_of(**common, compute_metrics=compute_metrics)
+    documents = by_document(plain.eval_dataset)
+    expected = torch.cat(token_losses(plain.model, documents)).mean().item()
+    assert plain.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    found = metrics.evaluate()
+    assert (found["eval_loss"], found["eval_rows"]) == (pytest.approx(expected, abs=1e-5), 12)
+    learned = [[x for x in row if x != -100] for row in documents["labels"]]
+    assert seen == [learned]
+    assert [[x for x in row if x != -100] for row in plain.predict(TALKS).label_ids] == learned
 
 
 def test_several_eval_sets_are_reported_by_name(trainer_of: Callable[..., Any]) -> None:

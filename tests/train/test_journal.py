@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig
 
 from tests.models import flat, padded
-from tests.train.runs import PAIR_ROWS, UNEVEN_ROWS, token_losses, trained
+from tests.train.runs import PAIR_ROWS, REASONING, TALKS, UNEVEN_ROWS, token_losses, trained
 from tests.train.test_guard import poison
 from tunesmith import SFTTrainer
+from tunesmith.data.samplers import by_document
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
@@ -174,6 +175,29 @@ def test_the_loss_of_each_example_is_what_the_model_gives_it_alone(
     assert text == {f"{row['prompt']}{row['completion']}<|im_end|>" for row in rows}
     learned = {"".join(part for part, mark in entry["parts"] if mark) for entry in found["easiest"]}
     assert learned == {f"{row['completion']}<|im_end|>" for row in rows}
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 512}, {"padding_free": False}], ids=str)
+def test_each_document_of_a_conversation_has_a_loss_of_its_own(
+    settings: dict[str, Any], trainer_of: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = REASONING
+    common = {"num_train_epochs": 1, "max_steps": -1, "learning_rate": 0.0, "train_on": "assistant"}
+    trainer = trainer_of(train_dataset=TALKS, **common | settings)
+    documents = by_document(trainer.data.examples["train"])
+    expected = sorted(float(losses.mean()) for losses in token_losses(trainer.model, documents))
+    trainer.train()
+    found = read(tmp_path / "run" / EXAMPLES)
+    assert found is not None
+    assert found["rows"] == len(expected) == 12
+    assert [entry["loss"] for entry in found["easiest"]] == pytest.approx(expected[:KEPT], rel=1e-4)
+    learned = sorted("".join(part for part, mark in entry["parts"] if mark) for entry in found["hardest"])
+    assert learned == sorted(
+        f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}<|im_end|>"
+        for row in TALKS
+        for message in row["messages"]
+        if message["role"] == "assistant"
+    )
 
 
 def test_a_row_that_stands_out_is_the_hardest_and_one_seen_again_is_there_once() -> None:

@@ -9,7 +9,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from tests.models import flat
-from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, weights_of
+from tests.train.runs import REASONING, TALKS, UNEVEN_ROWS, largest_difference, trained, weights_of
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
 from tunesmith.train import limits as memory
@@ -62,6 +62,21 @@ def test_split_micro_batches_end_in_the_same_weights(
     assert largest_difference(trained(trainer), expected) < 1e-6
     assert max(device.seen) <= 60
     assert any("same gradients" in text for _, text in trainer.events)
+
+
+@pytest.mark.parametrize(("name", "room", "parts"), [("llama", 250, 4), ("gpt_neo", 130, 12)])
+def test_a_conversation_is_split_only_where_its_documents_share_nothing(
+    name: str, room: int, parts: int, trainer_of: Callable[..., Any], tokenizer: Any
+) -> None:
+    """Documents that share what they begin with stay in one flat part; padded rows are documents of their own."""
+    tokenizer.chat_template = REASONING
+    settings = SETTINGS | {"train_dataset": TALKS, "train_on": "assistant", "max_steps": 1, "rehearse": "off"}
+    expected = trained(trainer_of(name, **settings))
+    trainer = trainer_of(name, **settings)
+    device = Small(trainer, tokens=room)
+    assert largest_difference(trained(trainer), expected) < 1e-6
+    assert len(device.seen) == parts
+    assert device.checkpointed == 0
 
 
 def test_what_was_counted_is_counted_once(trainer_of: Callable[..., Any]) -> None:
@@ -132,6 +147,14 @@ def test_one_example_turns_checkpointing_on_and_then_stops_the_run(trainer_of: C
     trainer.model.forward = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(TunesmithError, match=r"tokens, which is one example, with gradient checkpointing on. Lower"):
         trainer.train()
+
+
+def test_copies_of_an_example_that_are_computed_once_are_not_split_for_ever(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(**SETTINGS | {"train_dataset": UNEVEN_ROWS[-1:] * 8, "max_steps": 1, "rehearse": "off"})
+    device = Small(trainer, tokens=10)
+    trainer.train()
+    assert device.checkpointed > 0
+    assert [text for _, text in trainer.events if "gradient checkpointing is on" in text]
 
 
 def test_other_errors_are_not_swallowed(trainer_of: Callable[..., Any]) -> None:

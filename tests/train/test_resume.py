@@ -13,7 +13,7 @@ from datasets import IterableDataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from tests.train.runs import UNEVEN_ROWS, largest_difference, trained, watched, weights_of
+from tests.train.runs import REASONING, TALKS, UNEVEN_ROWS, largest_difference, trained, watched, weights_of
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import newest_checkpoint
@@ -96,6 +96,19 @@ def test_it_ends_where_an_uninterrupted_run_does(settings: dict[str, Any], run: 
     for folder in checkpoints(Path(str(resumed.args.output_dir))):
         verify(folder)
         assert not [item for pattern in (*PICKLES, "*.bin") for item in folder.rglob(pattern)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"packing": True, "max_length": 256}, {"max_tokens_per_batch": 256, "per_device_train_batch_size": 8}],
+    ids=["rows", "packs", "tokens"],
+)
+def test_conversations_of_several_documents_go_on_too(settings: dict[str, Any], run: Runs, tokenizer: Any) -> None:
+    tokenizer.chat_template = REASONING
+    settings |= {"train_dataset": TALKS, "train_on": "assistant"}
+    expected = trained(run("whole", **settings))
+    broken_off(run(**settings), 5)
+    assert largest_difference(trained(run(**settings), resume_from_checkpoint=True), expected) == 0.0
 
 
 def test_an_evaluation_that_is_not_repeated_changes_nothing(run: Runs) -> None:

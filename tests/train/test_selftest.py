@@ -219,6 +219,31 @@ def test_the_documents_of_a_pack_are_examples(config: Callable[..., SFTConfig]) 
     assert EXAMPLES == 4
 
 
+TREE = {
+    "input_ids": [*range(3, 73), 5, 6, 7, *range(80, 90)],
+    "seq_lengths": [70, 3, 10],
+    "parents": [-1, 0, 0],
+}
+"""Two documents that begin alike for longer than the test looks."""
+
+
+def test_documents_that_share_are_tested_as_they_are_trained_around_where_they_part(
+    config: Callable[..., SFTConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.from_list([TREE, *token_rows(9)])
+    found = check(config, dataset)
+    assert found is not None
+    assert [test.tokens for test in found.documents] == [LONGEST // 2 + 3, LONGEST // 2 + 10, 9]
+    right = attention.attend_documents
+
+    def forgetful(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, **kwargs: Any) -> Tensor:
+        return right(module, q, k, v, documents[:, :, :1], **kwargs)  # no segment sees what it continues
+
+    monkeypatch.setattr(attention, "attend_documents", forgetful)
+    with pytest.raises(TunesmithError, match="self-test: LlamaForCausalLM gives other losses"):
+        check(config, dataset)
+
+
 def test_off_is_off(config: Callable[..., SFTConfig]) -> None:
     assert check_before_training(None, None, config(self_test="off"), flat=True) is None  # type: ignore[arg-type]
 

@@ -18,6 +18,8 @@ from tests.models import PADDED
 from tests.train.runs import (
     END,
     PAIR_ROWS,
+    REASONING,
+    TALKS,
     TEXT_ROWS,
     TEXTS,
     Weights,
@@ -267,22 +269,37 @@ def test_an_optimizer_of_the_users_is_used(
     assert largest_difference(trained(trainer), expected) < 1e-7
 
 
+def padded_by_hand(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    size = max(len(row["input_ids"]) for row in rows)
+    pads = [size - len(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": torch.tensor([row["input_ids"] + [0] * n for row, n in zip(rows, pads, strict=True)]),
+        "labels": torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, pads, strict=True)]),
+        "attention_mask": torch.tensor([[1] * (size - n) + [0] * n for n in pads]),
+    }
+
+
 def test_a_collator_of_the_users_is_used(trainer_of: Callable[..., Any]) -> None:
     calls = []
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         calls.append(len(rows))
-        size = max(len(row["input_ids"]) for row in rows)
-        pads = [size - len(row["input_ids"]) for row in rows]
-        return {
-            "input_ids": torch.tensor([row["input_ids"] + [0] * n for row, n in zip(rows, pads, strict=True)]),
-            "labels": torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, pads, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (size - n) + [0] * n for n in pads]),
-        }
+        return padded_by_hand(rows)
 
     found = trained(trainer_of(optim="sgd", data_collator=collate))
     assert calls == [8]
     assert largest_difference(found, trained(trainer_of(optim="sgd"))) < 1e-6
+
+
+def test_a_collator_of_the_users_gets_each_document_of_a_conversation_as_a_row(
+    trainer_of: Callable[..., Any], tokenizer: Any
+) -> None:
+    tokenizer.chat_template = REASONING
+    common = {"optim": "sgd", "train_dataset": TALKS, "train_on": "assistant", "per_device_train_batch_size": 12}
+    own = trainer_of(data_collator=padded_by_hand, **common)
+    assert sorted(own.train_dataset.column_names) == ["input_ids", "labels"]
+    assert len(own.train_dataset) == 12
+    assert largest_difference(trained(own), trained(trainer_of(**common))) < 1e-6
 
 
 def test_plain_training_arguments_will_do(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.train.runs import largest_difference, trained
+from tests.train.runs import REASONING, TALKS, largest_difference, trained
 from tunesmith import SFTTrainer, TunesmithError
+from tunesmith.data.samplers import by_document
 from tunesmith.train import offload
 
 Make = Callable[..., SFTTrainer]
@@ -77,3 +78,30 @@ def test_the_forward_runs_with_activations_offloaded_when_asked(
     trainer.args.activation_offloading = True  # the config refuses it on a CPU
     trainer.train()
     assert asked == [True]
+
+
+def test_each_way_of_batching_conversations_gives_the_weights_of_their_documents(
+    trainer_of: Make, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = REASONING
+    common = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "train_on": "assistant", "max_length": 512}
+    shared = trainer_of(train_dataset=TALKS, **common)
+    (batch,) = shared.get_train_dataloader()
+    assert [len(group) for group in batch.groups] == [3, 3, 3, 3]
+    documents = by_document(shared.train_dataset)
+    rows = trainer_of(train_dataset=list(documents), per_device_train_batch_size=12, **common | {"train_on": None})
+    assert rows.data.counts["train"].examples == 12
+    expected = trained(rows)
+    ways: list[dict[str, Any]] = [
+        {"share_prefix": "auto"},
+        {"share_prefix": "off"},
+        {"packing": True},
+        {"padding_free": False},
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"max_tokens_per_batch": 512, "gradient_accumulation_steps": 4},
+    ]
+    for settings in ways:
+        assert largest_difference(trained(trainer_of(train_dataset=TALKS, **common | settings)), expected) < 1e-5, (
+            settings
+        )

@@ -2,7 +2,8 @@
 
 import random as random_numbers
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,10 +97,12 @@ def prepared(
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
         batch = FlatCollator()([dataset[number - 1]])
-        weights = batch["weights"][0].tolist() if "weights" in batch else None
-        ids, labels = (batch[name][0].tolist() for name in ("input_ids", "labels"))
         title = f"{kind} {number:,} of {len(dataset):,}"
-        rows.append(inspect_row(title, ids, labels, weights, batch.lengths or (), vocabulary))
+        documents = [example.input_ids for example in batch.documents]
+        weights = batch["weights"][0].tolist() if "weights" in batch else None
+        ids, labels = [*chain.from_iterable(documents)], batch.labels[0].tolist()
+        shown = inspect_row(title, ids, labels, weights, [*map(len, documents)], vocabulary)
+        rows.append(replace(shown, computed=batch.computed_tokens))
     facts = _settings(recipe)
     for split, counts in preparer.counts.items():
         facts += [("split", split)] if len(preparer.counts) > 1 else []

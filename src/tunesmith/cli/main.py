@@ -10,7 +10,22 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import chat, check, demo, doctor, export, init, inspect, merge, plan, push, report, serve, train
+from tunesmith.cli import (
+    chat,
+    check,
+    demo,
+    doctor,
+    export,
+    init,
+    inspect,
+    merge,
+    plan,
+    push,
+    report,
+    serve,
+    templates,
+    train,
+)
 from tunesmith.cli.complete import RecipeCommand
 from tunesmith.cli.eval import evaluate
 from tunesmith.errors import TunesmithError
@@ -98,7 +113,7 @@ for command, text, usage in (
 app.command("eval", short_help=summary(evaluate))(evaluate)
 for other in (
     *(init.init, chat.chat, serve.serve, demo.demo, report.report),
-    *(merge.merge, export.export, push.push, doctor.doctor),
+    *(merge.merge, export.export, push.push, templates.templates, doctor.doctor),
 ):
     app.command(short_help=summary(other))(other)
 

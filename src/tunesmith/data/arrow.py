@@ -115,6 +115,22 @@ def segments(table: Any) -> tuple[Any, Any, Any]:
     return offsets, lengths, parents
 
 
+def documents(table: Any) -> tuple[Any, Any]:
+    """The documents of the examples of a table, or of its packs: offsets (N + 1,), and their lengths (D,).
+
+    Each segment that no other continues ends one, which is as long as all that it continues and itself.
+    """
+    offsets, lengths, parents = segments(table)
+    before = np.where(parents < 0, -1, parents + np.repeat(offsets[:-1], np.diff(offsets)))  # in the whole table
+    ends, totals = np.ones(len(lengths), bool), lengths.copy()
+    ends[before[before >= 0]] = False
+    ancestor = before.copy()
+    while len(inner := np.flatnonzero(ancestor >= 0)):  # as often as the deepest tree is deep
+        totals[inner] += lengths[ancestor[inner]]
+        ancestor[inner] = before[ancestor[inner]]
+    return np.concatenate([[0], ends.cumsum()])[offsets], totals[ends]
+
+
 def list_lengths(table: Any, name: str) -> Any:
     """The lengths (N,) of the lists in the column `name` of a table. No value is read."""
     import pyarrow.compute as pc

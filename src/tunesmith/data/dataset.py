@@ -39,15 +39,19 @@ class DataPreparer:
 
     By split: `examples` before they are mixed and packed, `counts` and `reports` of what became of the rows, and the
     rows that `on_bad_row: skip` left out in `skipped`. A stream has counts only.
+
+    `shares`: the documents of a conversation are one row, which only our collators read; without it each is a row.
     """
 
-    def __init__(self, args: SFTConfig, tokenizer: Any, formatting_func: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, args: SFTConfig, tokenizer: Any, formatting_func: Callable[..., Any] | None, *, shares: bool = True
+    ) -> None:
         if formatting_func is not None and args.resolved_train_on == "completion":
             raise TunesmithError(
                 "formatting_func makes texts or conversations; with train_on: completion it must return "
                 "(prompt, completion) pairs, for which completion is the default: leave train_on unset"
             )
-        self.args, self.tokenizer = args, tokenizer
+        self.args, self.tokenizer, self._shares = args, tokenizer, shares
         self.formats = FormatOptions(
             text_field=args.dataset_text_field,
             columns=cast(dict[str, str], args.columns or {}),
@@ -248,7 +252,7 @@ class DataPreparer:
             marks=self.args.marks,
             drop_reasoning=self.args.drop_reasoning,
             specials_in_content=self.args.specials_in_content,
-            share=not cuts,
+            share=self._shares and not cuts,
             max_length=None if cuts else self.args.max_length,
             overlong=self.args.overlong,
             truncate_prompt=self.args.truncate_prompt,

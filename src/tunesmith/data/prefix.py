@@ -4,8 +4,8 @@ A system prompt, tool schemas, or the turns of a conversation before the one tha
 same positions, so in a causal model they have the same hidden states. They become one segment of the row, and what
 follows them one segment each, whose tokens attend to all segments that it continues and to themselves:
 
-    documents  [a b c d]  [a b c e f]  [a b c e g]  [x y]
-    segments   [a b c]  [d]  [e]  [f]  [g]  [x y]     parents  -1  0  0  2  2  -1
+    documents  [a b c d]  [a b c e f]  [a b c e g h]  [x y]
+    segments   [a b c]  [e]  [g h]  [f]  [d]  [x y]     parents  -1  0  1  1  0  -1
 
 Everything here is pure and needs no torch.
 """
@@ -106,6 +106,8 @@ def _grow(row: Segments, documents: Sequence[Sequence[int]], members: list[int])
             if common[i] == stop:
                 runs.append([])
             runs[-1].append(i)
+        # What leads to the longest document comes next, so that all of that one lies in a piece (`model.attention`).
+        runs.sort(key=lambda run: -max(len(arrays[i]) for i in run))
         branches += [_Branch(members=run, begin=begin, parent=parent, front=front) for run in reversed(runs)]
 
 

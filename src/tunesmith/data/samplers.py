@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
-from tunesmith.data.arrow import list_column, list_lengths
+from tunesmith.data.arrow import documents, list_lengths
+from tunesmith.data.batches import groups_of
 from tunesmith.data.pack import pack, shuffled
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
@@ -107,9 +108,19 @@ def lengths_of(dataset: Dataset, *, padded: bool = False) -> Ints:
         raise TunesmithError(f"batches by length need a column input_ids; the data set has {columns}")
     lengths: Ints = list_lengths(dataset.data, "input_ids")
     if padded and "seq_lengths" in dataset.column_names:
-        offsets, sizes = list_column(dataset.data, "seq_lengths")
-        lengths = np.diff(offsets) * np.maximum.reduceat(sizes.astype(np.int64), offsets[:-1])
+        offsets, sizes = documents(dataset.data)
+        lengths = np.diff(offsets) * np.maximum.reduceat(sizes, offsets[:-1])
     return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
+
+
+def document_lengths(dataset: Dataset) -> Ints:
+    """The tokens of each document (D,) of all rows, as `by_document` lays them out."""
+    sizes: Ints
+    offsets, sizes = documents(dataset.data)
+    if dataset._indices is None:
+        return sizes
+    chosen = dataset._indices.column(0).to_numpy()
+    return np.concatenate([np.zeros(0, np.int64), *(sizes[offsets[row] : offsets[row + 1]] for row in chosen)])
 
 
 def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1, *, padded: bool = False) -> Ints:
@@ -195,6 +206,16 @@ def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
             raise TunesmithError(f"{len(batches)} documents are too few for {multiple} processes; start fewer")
         batches[largest : largest + 1] = [documents[: len(documents) // 2], documents[len(documents) // 2 :]]
     return batches
+
+
+def by_document(dataset: Dataset) -> Dataset:
+    """`dataset` with a row for each document, where its rows have several: logits and metrics are those of documents.
+    What documents share is supervised in the first of them."""
+    if "seq_lengths" not in dataset.column_names:
+        return dataset
+    names = [name for name in ("input_ids", "labels", "weights") if name in dataset.column_names]
+    examples = (example for row in dataset for group in groups_of(row) for example in group)
+    return Dataset.from_list([{name: getattr(example, name) for name in names} for example in examples])
 
 
 def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:

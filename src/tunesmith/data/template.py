@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.runtime import new_context
 
 from tunesmith.data.formats import template_arguments
@@ -34,10 +34,11 @@ NO_ARGUMENTS: Fields = MappingProxyType({})
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SWITCH = re.compile("think|reason", re.IGNORECASE)
 """What the argument is called that switches the thinking."""
-TAG = r"[<\[◁][^<>\[\]\s◁▷]*(?:think|thought|reason)[^<>\[\]\s◁▷]*[>\]▷]"
+TAG = r"(?:[<\[◁][^<>\[\]\s◁▷]*(?:think|thought|reason)[^<>\[\]\s◁▷]*[>\]▷]|<\|channel>thought|<channel\|>)"
 REASONING_TAG = re.compile(TAG, re.IGNORECASE)
 REASONING_END = re.compile(rf"(?:{TAG}\s*)+\Z", re.IGNORECASE)
 """How a generation prompt ends that opens the reasoning, or closes it at once."""
+EMPTY_BLOCK = re.compile(rf"({TAG})(\s*)({TAG})(\s*)", re.IGNORECASE)
 LINES = re.compile(rf"({TAG}|(?<=\n))", re.IGNORECASE)
 TOOL = {
     "type": "function",
@@ -139,8 +140,9 @@ class ChatTemplate:
         except TooLong:
             raise
         except Exception as error:  # a template is a program: whatever it raises, it refuses
-            roles = " ".join(str(message.get("role")) for message in messages)
-            raise TunesmithError(f"the chat template refuses the conversation ({roles}): {error}") from error
+            roles = [str(message.get("role")) for message in messages]
+            refused = f"the chat template refuses the conversation ({' '.join(roles)}): {error}"
+            raise TunesmithError("\n".join((refused, *_ways_on(roles, str(error), tools)))) from error
 
     def pieces(self, text: str) -> list[str]:
         """`text` cut before and behind each special token."""
@@ -158,11 +160,11 @@ class ChatTemplate:
         """The generation prompt that the template writes though nobody asked; nothing for most."""
         if (key := repr(arguments)) not in self._trailers:
             self._trailers[key] = ""  # until it is known
-            question = self._shaped(_user(PROBES[0]))
+            question = self.shaped(_user(PROBES[0]))
             asked, plain = (self._try([question], ask=ask, arguments=arguments) for ask in (True, False))
-            answer = self._shaped({"role": "assistant", "content": PROBES[1]})
+            answer = self.shaped({"role": "assistant", "content": PROBES[1]})
             answered = self._try([question, answer], arguments=arguments)
-            if asked == plain:
+            if asked == plain and PROBES[0] in answered[: answered.find(PROBES[1])]:
                 same = common_length(plain[::-1], answered[::-1])
                 pieces = self.cuts(plain[len(plain) - same :])
                 starts = [i for i, piece in enumerate(pieces) if piece in self.headers]
@@ -185,25 +187,36 @@ class ChatTemplate:
         Raises TunesmithError when it shows them in no way.
         """
         forms = [(text, ids) for text in (False, True) for ids in (False, True)]
-        for text, ids in forms:
-            styles = [CallStyle(text=text, ids=ids, content=content) for content in ("", None)]
-            shown = [(len(call), i) for i, style in enumerate(styles) if (call := self._shown_call(style))]
-            if shown:  # where a template takes both contents, it may show one of them as an answer of its own
-                return styles[min(shown)[1]]
-        raise TunesmithError("the chat template does not show tool calls; set `chat_template_path` to one that does")
+        refused: TunesmithError | None = None
+        for answered in (True, False):  # some refuse a call without its result, and some any result
+            for text, ids in forms:
+                shown = list[tuple[int, CallStyle]]()
+                for content in ("", None):
+                    style = CallStyle(text=text, ids=ids, content=content)
+                    try:
+                        call = self._shown_call(style, answered=answered)
+                    except TunesmithError as error:
+                        refused = refused or error
+                        continue
+                    if call:
+                        shown.append((len(call), style))
+                if shown:  # where a template takes both contents, it may show one of them as an answer of its own
+                    return min(shown, key=lambda found: found[0])[1]
+        raise TunesmithError(
+            "the chat template does not show tool calls; set `chat_template_path` to one that does"
+            + ("" if refused is None or "tool_calls" not in self.program([TOOL]).source else f"\nIt says: {refused}")
+        )
 
-    def _shown_call(self, style: "CallStyle") -> str:
+    def _shown_call(self, style: "CallStyle", *, answered: bool) -> str:
         """A conversation with a call in this style as text; nothing where its arguments are not shown as JSON is."""
         call = {"type": "function", "function": {"name": "probe", "arguments": {"key": PROBES[0]}}}
-        message = {"role": "assistant", "content": style.content, "tool_calls": style.calls([call])}
-        answer = style.result({"role": "tool", "name": "probe", "content": "probe"}, style.calls([call])[0])
-        for more in ([], [answer]):
-            talk = [self._shaped(turn) for turn in (_user("probe"), message, *more)]
-            text = self._try(talk, tools=[TOOL])
-            before, found, _ = text.partition(PROBES[0])
-            if found and not before.endswith(("{'key': '", '\\"key\\": \\"')):
-                return text
-        return ""
+        calls = style.calls([call])
+        message = {"role": "assistant", "content": style.content, "tool_calls": calls}
+        answer = style.result({"role": "tool", "name": "probe", "content": "probe"}, calls[0])
+        talk = [self.shaped(turn) for turn in (_user("probe"), message, *([answer] if answered else []))]
+        text = self.render(talk, tools=[TOOL])
+        before, found, _ = text.partition(PROBES[0])
+        return text if found and not before.endswith(("{'key': '", '\\"key\\": \\"')) else ""
 
     # How it switches the thinking
 
@@ -216,7 +229,7 @@ class ChatTemplate:
         program = self.program(None)
         names = sorted(name for name in program.names if SWITCH.search(name) and name not in self.arguments)
         candidates = [{name: value} for name in names for value in (False, True, *program.compared(name))]
-        messages = [self._shaped(_user(PROBES[0]))]
+        messages = [self.shaped(_user(PROBES[0]))]
         plain, found = self._try(messages, ask=True), dict[str, Fields]()
         for arguments in candidates:
             text = self._try(messages, ask=True, arguments=arguments)
@@ -226,10 +239,10 @@ class ChatTemplate:
 
     @cached_property
     def reasoning(self) -> Reasoning | None:
-        """How it writes the reasoning of a last answer; None where it never shows any."""
-        question = self._shaped({"role": "user", "content": PROBES[0]})
-        spoken = self._shaped({"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)})
-        answers = [spoken]
+        """How it writes the reasoning of a last answer; None where it has no form for any."""
+        question = self.shaped({"role": "user", "content": PROBES[0]})
+        spoken = self.shaped({"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)})
+        answers = [thinking_parts(spoken) if self.thinks_in_parts else spoken]
         with suppress(TunesmithError):
             if "tool_calls" in self.program(None).source:
                 call = {"type": "function", "function": {"name": PROBES[1], "arguments": {"key": "probe"}}}
@@ -244,12 +257,38 @@ class ChatTemplate:
                     asked = (self._try([question], ask=True, arguments=way) for way in (NO_ARGUMENTS, *self.switches))
                     tails = (text.partition(PROBES[0])[2] for text in asked)
                     opening = next((before[len(tail) :] for tail in tails if tail and before.startswith(tail)), "")
-                    if answer is not spoken:  # of what follows, only the block's end
+                    if answer is not answers[0]:  # of what follows, only the block's end
                         pieces = self.cuts(between)
                         stop = next(i for i, piece in enumerate(pieces) if piece.strip()) + 1
                         between = "".join(pieces[:stop])
                     return Reasoning(opening=opening, closing=between)
+        return self._empty_reasoning()
+
+    def _empty_reasoning(self) -> Reasoning | None:
+        """The form of a block without reasoning that stands in a prompt or before an answer."""
+        talk = [self.shaped(_user(PROBES[0])), self.shaped({"role": "assistant", "content": PROBES[1]})]
+        texts = [self._try(talk[:1], ask=True, arguments=way) for way in (NO_ARGUMENTS, *self.switches)]
+        for text in (*texts, self._try(talk).partition(PROBES[1])[0]):
+            for opening, inside, closing, behind in EMPTY_BLOCK.findall(text.rpartition(PROBES[0])[2]):
+                if closing_tag(opening) == closing:
+                    before, after = (inside[:1], inside[1:]) if inside.strip(" ") else ("", "")
+                    opened = any(prompt.endswith(opening + before) for prompt in texts)
+                    return Reasoning(opening="" if opened else opening + before, closing=after + closing + behind)
         return None
+
+    @cached_property
+    def thinks_in_parts(self) -> bool:
+        """Whether it shows reasoning only as a part of the content, as those of Mistral's reasoning models do."""
+        if "thinking" not in self.program(None).source:
+            return False
+        question = self.shaped(_user(PROBES[0]))
+        answer = {"role": "assistant", "content": PROBES[1], **reasoning_fields(REASON)}
+        ways = (NO_ARGUMENTS, *self.switches)
+        if any(REASON in self._try([question, self.shaped(answer)], arguments=way) for way in ways):
+            return False
+        text = self._try([question, thinking_parts(answer)]).partition(PROBES[0])[2]
+        before, shown, _ = text.partition(PROBES[1])
+        return bool(shown) and REASON in before and "type" not in before
 
     @cached_property
     def _closers(self) -> tuple[str, ...]:
@@ -257,7 +296,8 @@ class ChatTemplate:
         source = self.program(None).source
         tags = [tag for tag in REASONING_TAG.findall(source) if not closing_tag(tag)]
         shown = [self.reasoning.closing.strip()] if self.reasoning is not None else []
-        return tuple(dict.fromkeys([*shown, *tags, *self.program(None).cut_behind]))
+        cuts = [cut for cut in self.program(None).cut_behind if not (REASONING_TAG.fullmatch(cut) and closing_tag(cut))]
+        return tuple(dict.fromkeys([*shown, *tags, *cuts]))
 
     def block(self, tail: str, rest: str) -> tuple[str, Block] | None:
         """What follows the assistant's header in `rest`, and the block that `tail` ends with.
@@ -267,45 +307,54 @@ class ChatTemplate:
         """
         pieces = self.cuts(tail)
         header = common_pieces(pieces, rest)
+        if not header.strip():  # what stands before the header may differ
+            for first in range(1, len(pieces)):
+                header = "".join(pieces[first:])
+                if header.strip() and header in rest:
+                    return rest.partition(header)[2], Block()
+            header = common_pieces(pieces, rest)
         own, more = tail[len(header) :], rest[len(header) :]
         if own and more.startswith(own.rstrip()):  # they differ in white space
             own, more = "", more[len(own.rstrip()) :].lstrip()
         if not own.strip():
             closer = next((closer for closer in self._closers if more.lstrip().startswith(closer)), "")
             text = next((piece for piece in reversed(pieces) if piece.strip()), "").strip()
+            if REASONING_TAG.fullmatch(text):  # it is opened in the prompt, and where the answer is rendered, too
+                closer = closer or closing_tag(text)
             if closer and text:
-                return more, Block(text=text, kind="open", closing=self._closing(closer))
-            return more, Block()
+                return more, Block(text=text, kind="open", closing=self._closing(closer, tail))
+            return more, Block(kind="closed" if tail.rstrip().endswith(self._closers) else "")
         if any(closer in own for closer in self._closers):
             return more, Block(text=own, kind="closed")
-        if closer := self._closer_of(own):
-            return more, Block(text=own.strip(), kind="open", closing=self._closing(closer))
+        if closer := self._closer_of(own, certain=not header.strip()):
+            return more, Block(text=own.strip(), kind="open", closing=self._closing(closer, own))
         for first in range(len(pieces)):  # what stands before the header may differ
             header = "".join(pieces[first:])
             if header.strip() and header in rest:
                 return rest.partition(header)[2], Block()
         return None if self.special.sub("", own).strip() else (more, Block())
 
-    def _closer_of(self, opened: str) -> str:
-        """What closes the reasoning that `opened` opens; nothing where that is not certain."""
+    def _closer_of(self, opened: str, *, certain: bool) -> str:
+        """What closes the reasoning that `opened` opens; nothing where that can't be told. With `certain`, it is not
+        enough that the template has one way to close any."""
         tags = REASONING_TAG.findall(opened)
         if tags and (closing := closing_tag(tags[-1])) and closing in self.program(None).source:
             return closing
         if self.reasoning is not None and self.reasoning.opening.strip() in ("", opened.strip()):
             return self.reasoning.closing.strip()
-        return self._closers[0] if len(self._closers) == 1 else ""
+        return self._closers[0] if len(self._closers) == 1 and not certain else ""
 
-    def _closing(self, closer: str) -> str:
-        """`closer` with the white space that the template writes around it."""
+    def _closing(self, closer: str, opened: str) -> str:
+        """`closer` with the white space that the template writes around it: as that behind what opens the block."""
         if self.reasoning is not None and closer in self.reasoning.closing:
             return self.reasoning.closing
-        return f"\n{closer}\n\n"
+        return f"\n{closer}\n\n" if opened.endswith("\n") else closer
 
     def block_of(self, arguments: Fields) -> Block:
         """The block that a plain generation prompt ends with."""
         if (key := repr(arguments)) not in self._blocks:
-            question = self._shaped({"role": "user", "content": PROBES[0]})
-            answer = self._shaped({"role": "assistant", "content": PROBES[1]})
+            question = self.shaped({"role": "user", "content": PROBES[0]})
+            answer = self.shaped({"role": "assistant", "content": PROBES[1]})
             tail = self._try([question], ask=True, arguments=arguments).partition(PROBES[0])[2]
             rest = self._try([question, answer], arguments=arguments).partition(PROBES[0])[2]
             found = self.block(tail, rest)
@@ -316,13 +365,14 @@ class ChatTemplate:
         """`text` in pieces: special tokens, tags of reasoning, and lines with their ends."""
         return [part for piece in self.pieces(text) for part in LINES.split(piece) if part]
 
-    def _shaped(self, message: Fields) -> Fields:
+    def shaped(self, message: Fields) -> Fields:
+        """A message whose content is a string, as the template takes it."""
         return _parts(message) if self.wants_parts else message
 
     @cached_property
     def headers(self) -> frozenset[str]:
         """The special tokens that a user's turn begins with: none of them ends an answer."""
-        text = self._try([self._shaped(_user(PROBES[0]))])
+        text = self._try([self.shaped(_user(PROBES[0]))])
         return frozenset(self.special.findall(text.partition(PROBES[0])[0].rpartition(self.eos)[2]))
 
 
@@ -345,8 +395,8 @@ class _Program:
 
     @property
     def names(self) -> set[str]:
-        """The arguments that it asks for."""
-        return meta.find_undeclared_variables(self._tree)
+        """The arguments that it may ask for: all names that it reads, those among them that it sets itself too."""
+        return {node.name for node in self._tree.find_all(nodes.Name) if node.ctx == "load"}
 
     @property
     def cut_behind(self) -> list[str]:
@@ -386,6 +436,19 @@ def common_pieces(pieces: Sequence[str], text: str) -> str:
     while len(pieces) and text.startswith(same + pieces[0]):
         same, pieces = same + pieces[0], pieces[1:]
     return same
+
+
+def _ways_on(roles: Sequence[str], rule: str, tools: list[Any] | None) -> Iterator[str]:
+    """What can be done about a conversation that a template refuses by a rule about roles, or for want of tools."""
+    if tools is None and "NoneType" in rule:
+        yield "If it is a template for rows with tools, this row has none: set `chat_template_path` to another one"
+    turns = [role for role in roles if role not in ("system", "developer")]
+    if any(first == second != "tool" for first, second in pairwise(turns)):
+        yield "Neighbours of one role can be joined to one message: `merge_turns: true`"
+    if turns[:1] == ["assistant"] and len(turns) > 1:
+        yield "It begins with the assistant: put a message of the user before it, or leave that message out"
+    if len(turns) < len(roles) and "system" in rule.lower():
+        yield "Put what the system says at the beginning of the user's first message"
 
 
 def _constants(node: nodes.Node) -> list[nodes.Const]:
@@ -434,12 +497,22 @@ def call_id(function: Fields, index: int) -> str:
 def closing_tag(tag: str) -> str:
     """The tag that closes what `tag` opens; nothing where `tag` closes something itself."""
     inner, name = tag[:1], tag[1:]
+    if "channel" in tag:
+        return "<channel|>" if tag.startswith("<|") else ""
     for begin, end in (("START", "END"), ("start", "end"), ("begin", "end"), ("BEGIN", "END")):
         if begin in tag:
             return tag.replace(begin, end)
     if not tag or name.startswith("/") or re.search("end|/", tag, re.IGNORECASE):
         return ""
     return f"{inner}/{name}"
+
+
+def thinking_parts(message: Fields) -> dict[str, Any]:
+    """An answer whose reasoning is a part of its content."""
+    content, reasoning = message["content"], message["reasoning_content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    parts = [{"type": "thinking", "thinking": reasoning}, *([{"type": "text", "text": text}] if text else [])]
+    return {**message, "content": parts}
 
 
 def reasoning_fields(text: str) -> dict[str, str]:

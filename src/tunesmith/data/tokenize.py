@@ -22,7 +22,7 @@ import numpy as np
 from tunesmith.data.arrow import FlatExamples
 from tunesmith.data.chat import Rendering, RenderOptions, render
 from tunesmith.data.formats import check_characters
-from tunesmith.data.prefix import share_prefixes
+from tunesmith.data.prefix import paths, share_prefixes
 from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.skipped import BadRow, NotTheRow, Place
 from tunesmith.data.template import ChatTemplate, end_ids
@@ -68,8 +68,9 @@ class Counts:
     `notes` say of how many rows something is worth knowing, as `dropped` does. `arguments`: how many turns were
     rendered with these template arguments beside the run's, as JSON; "{}" for none.
 
-    `ends`: how many examples have this end token as their last supervised token; a model tuned on data without any
-    never stops. `stops`: how many supervised turns and texts end with it; generation is to stop at each of them.
+    `ends`: how many examples have this end token as their last supervised token (and each of their documents, if they
+    have several, an end token); a model tuned on data without any never stops. `stops`: how many supervised turns and
+    texts end with it; generation is to stop at each of them.
     """
 
     rows: int = 0
@@ -217,15 +218,18 @@ class Encoder:
                 counts.skip(place, found)
                 continue
             pieces = [piece for document in found for piece in self._at(place, self._fit, *document)]
-            lost = sum(len(document.input_ids) for document, _ in found)
-            lost -= sum(len(piece.input_ids) for piece in pieces)
+            whole = [document for document, _ in found]
             if not pieces:
-                counts.drop(self._reason([document for document, _ in found]), place)
-            elif lost:
+                counts.drop(self._reason(whole), place)
+            elif _tokens(whole) > _tokens(pieces):
                 counts.truncated += 1
-                counts.lost_tokens += lost
-            examples += joined(pieces, self.options.max_length) if self.options.share else pieces
+                counts.lost_tokens += max(0, _tokens(self._shared(whole)) - _tokens(self._shared(pieces)))
+            examples += self._shared(pieces, self.options.max_length)
         return examples
+
+    def _shared(self, documents: Sequence[Example], limit: int | None = None) -> Sequence[Example]:
+        """The documents of one row as examples."""
+        return joined(documents, limit) if self.options.share else documents
 
     def _at(self, place: str, step: Any, *args: Any) -> Any:
         """The result of a step for a row, or a BadRow. Raises TunesmithError for what must not be skipped."""
@@ -333,13 +337,17 @@ class Encoder:
         if examples.parts is not None:
             followed[np.cumsum(examples.parts[1]) - 1] = False
         closing = np.flatnonzero(supervised & ~followed)
-        lasts = {*(np.searchsorted(closing, ends) - 1).tolist()}  # the last place of each example
-        for i, place in enumerate(closing.tolist()):
+        tokens = list[int | None]()  # the end token at each of these places
+        for place in closing.tolist():
             tail = labels[max(0, place - 2) : place + 1].tolist()
-            if (end := self._end_token(tail)) is not None:
+            end = self._end_token(tail)
+            tokens.append(None if end is None else tail[end])
+            if end is not None:
                 counts.stops[tail[end]] = counts.stops.get(tail[end], 0) + 1
-                if i in lasts:
-                    counts.ends[tail[end]] = counts.ends.get(tail[end], 0) + 1
+        for lasts in _last_places(closing, examples):
+            closed = [end for place in lasts if (end := tokens[place]) is not None]
+            if closed and len(closed) == len(lasts):  # all of its documents end with an end token
+                counts.ends[closed[-1]] = counts.ends.get(closed[-1], 0) + 1
 
     def _of_tokens(self, row: Tokens) -> list[tuple[Example, int]]:
         """The row as its owner tokenized it, which has no prompt."""
@@ -383,6 +391,10 @@ class Encoder:
         return f"no supervised token within max_length {limit}"
 
 
+def _tokens(examples: Iterable[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
 def _supervised(example: Example) -> bool:
     """Whether a token has a label that counts: nothing predicts the first. Most examples show it at their end."""
     labels = example.labels
@@ -406,7 +418,8 @@ def joined(documents: Sequence[Example], limit: int | None) -> list[Example]:
 
 
 def _tree(documents: Sequence[Example]) -> Example | None:
-    """Documents as one example; None where two of them share too little."""
+    """Documents as one example; None where two of them share too little, or both supervise a token that they share:
+    it would be learned once, and is meant twice."""
     if len(documents) == 1:
         return documents[0]
     row = share_prefixes([document.input_ids for document in documents], saves=0)
@@ -414,9 +427,12 @@ def _tree(documents: Sequence[Example]) -> Example | None:
         return None
     labels, weights = [IGNORE_INDEX] * len(row.tokens), [1.0] * len(row.tokens)
     for document, places in zip(documents, row.places, strict=True):
-        for place, label, weight in zip(places, document.labels, document.weights or [1.0] * len(places), strict=True):
-            if label != IGNORE_INDEX:
-                labels[place], weights[place] = label, weight
+        for i in np.flatnonzero(np.asarray(document.labels) != IGNORE_INDEX).tolist():
+            place = places[i]
+            if labels[place] != IGNORE_INDEX:
+                return None
+            labels[place] = document.labels[i]
+            weights[place] = 1.0 if document.weights is None else document.weights[i]
     weighted = any(document.weights is not None for document in documents)
     return Example(
         input_ids=row.tokens,
@@ -424,6 +440,25 @@ def _tree(documents: Sequence[Example]) -> Example | None:
         weights=weights if weighted else None,
         parts=(row.lengths, row.parents),
     )
+
+
+def _last_places(closing: Any, examples: FlatExamples) -> Iterator[list[int]]:
+    """For each example, the last of the places `closing` in each of its documents, as indices of them."""
+    if examples.parts is None:
+        yield from ([last] for last in (np.searchsorted(closing, np.cumsum(examples.lengths)) - 1).tolist())
+        return
+    sizes, lengths, parents = examples.parts
+    stops = np.cumsum(lengths)
+    firsts, lasts = np.searchsorted(closing, stops - lengths).tolist(), (np.searchsorted(closing, stops) - 1).tolist()
+    start = 0
+    for size in sizes.tolist():
+        own = parents[start : start + size].tolist()
+        found = list[int]()  # in each segment, or in those that it continues; -1 for none
+        for segment, parent in enumerate(own, start):
+            inherited = found[parent] if parent >= 0 else -1
+            found.append(lasts[segment] if lasts[segment] >= firsts[segment] else inherited)
+        yield [found[path[-1]] for path in paths(own) if found[path[-1]] >= 0]
+        start += size
 
 
 def untrimmed(tokenizer: Any) -> Any:
@@ -471,8 +506,9 @@ def without_prefix(backend: Any) -> Any:
         part = waiting.pop()
         if isinstance(part, dict):
             part |= {name: value for name, value in BARE.items() if name in part}
-            if part.get("type") == "Prepend":
-                part["prepend"] = ""
+            if part.get("type") == "Prepend":  # of nothing, it would give the first character no place
+                part |= {"type": "Sequence", "normalizers": []}
+                del part["prepend"]
             waiting += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
     bare = Tokenizer.from_str(json.dumps(state))
     bare.encode_special_tokens = backend.encode_special_tokens

@@ -34,9 +34,12 @@ from tunesmith.data.template import (
     common_length,
     common_pieces,
     reasoning_fields,
+    thinking_parts,
 )
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation
+
+THINK, THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,22 +132,27 @@ def _adapted(conversation: Conversation, template: ChatTemplate) -> list[Fields]
     calling = any("tool_calls" in message for message in messages)
     style = template.call_style if calling else None
     adapted, open_calls, parts = list[Fields](), list[Fields](), template.wants_parts
+    thinks_in_parts = template.thinks_in_parts
     for message in messages:
         fields = {**message}
         content = fields.get("content")
         if fields.get("role") == "assistant" and template.reasoning is not None:
             fields = _with_reasoning_apart(fields)
             content = fields.get("content")
+            reasoning = next((fields[name] for name in reasoning_fields("") if fields.get(name)), None)
+            fields = fields if reasoning is None else {**reasoning_fields(reasoning), **fields}
+        if isinstance(content, list):  # as one text: some templates show only the first part
+            fields["content"] = content = "".join(part["text"] for part in content)
         if parts and isinstance(content, str):
             fields["content"] = [{"type": "text", "text": content}]
-        elif not parts and isinstance(content, list):
-            fields["content"] = "".join(part["text"] for part in content)
         if style is not None and "tool_calls" in fields:
             fields["tool_calls"] = style.calls(fields["tool_calls"])
             fields["content"] = fields.get("content") or style.content
             open_calls = [*fields["tool_calls"]]
         elif fields.get("role") == "tool" and open_calls:
             fields = _answering(fields, open_calls, style)
+        if thinks_in_parts and fields.get("reasoning_content") and fields.get("role") == "assistant":
+            fields = thinking_parts(fields)
         adapted.append(fields)
     return adapted
 
@@ -209,17 +217,25 @@ def _best(chat: Chat, index: int) -> Turn:
             exact[i] = turn
             if _fits(chat, turn, reasoning):
                 return turn
-        if (not turn or reasoning) and (turn := _composed(chat, index, reasoning, arguments)) is not None:
+        if (turn is None or reasoning) and (turn := _composed(chat, index, reasoning, arguments)) is not None:
             composed[i] = turn
             if not turn.closed and not turn.dropped and not reasoning:
                 return turn
-    turns = [*composed.values(), *exact.values()] if reasoning else [*exact.values(), *composed.values()]
+    ended = [turn for turn in exact.values() if not reasoning and _ends_thinking(chat, turn)]
+    if not ended and not reasoning:  # the prompt opens the thinking, and the template leaves it open
+        tried = ((i, _composed(chat, index, reasoning, turn.arguments)) for i, turn in exact.items())
+        composed |= {i: turn for i, turn in tried if turn is not None}
+    opened = [turn for turn in composed.values() if chat.template.block_of(turn.arguments).kind == "open"]
+    turns = [*ended, *opened, *composed.values(), *exact.values()]
     for turn in turns:
         if not turn.dropped and (not reasoning or reasoning in turn.generated):
             return turn
     if turns:
         return replace(exact.get(0) or turns[0], dropped=True)
-    raise TunesmithError(not_a_prefix(_prompt(chat, index, NO_ARGUMENTS), chat.before(index + 1)))
+    raise TunesmithError(
+        not_a_prefix(_prompt(chat, index, NO_ARGUMENTS), chat.before(index + 1))
+        + "\nTo train it in the form that the whole text has: `turns: whole` with `prompt_mismatch: accept`"
+    )
 
 
 def _fits(chat: Chat, turn: Turn, reasoning: str) -> bool:
@@ -228,6 +244,12 @@ def _fits(chat: Chat, turn: Turn, reasoning: str) -> bool:
         return reasoning in turn.generated
     block = chat.template.block_of(turn.arguments)
     return block.kind != "open" or not turn.prompt.rstrip().endswith(block.text)
+
+
+def _ends_thinking(chat: Chat, turn: Turn) -> bool:
+    """Whether a turn begins with the end of the thinking that its prompt opens."""
+    closing = chat.template.block_of(turn.arguments).closing.strip()
+    return bool(closing) and turn.generated.lstrip().startswith(closing)
 
 
 def _exact(chat: Chat, index: int, arguments: Fields) -> Turn | None:
@@ -250,12 +272,12 @@ def _first_prompt(chat: Chat) -> str:
 
     Nothing can be rendered before such a turn, so the header is looked for in front of its content.
     """
-    user = [{"role": "user", "content": PROBES[0]}]
-    prompt, (first, second) = chat.render(user, ask=True), chat.with_probes(0, None)
+    user = [chat.template.shaped({"role": "user", "content": PROBES[0]})]
+    prompt, (first, second) = chat.render(user, ask=True), chat.with_probes(0, 1)
     header, before = prompt[common_length(prompt, chat.render(user)) :], first[: common_length(first, second)]
     for candidate in (header, REASONING_END.sub("", header)):
         start = before.rfind(candidate) + len(candidate)
-        if candidate.strip() and candidate in before and chat.text.startswith(before[:start]):
+        if candidate.strip() and candidate in before and chat.before(1).startswith(before[:start]):
             return before[:start]
     raise TunesmithError("the conversation begins with it, and the template does not show where its text starts")
 
@@ -270,7 +292,11 @@ def _through_its_end(chat: Chat, index: int, prompt: str, through: str, argument
     # As in GLM, where the header of the next message is what ends this one.
     if index + 1 < len(chat.messages) and chat.messages[index + 1].get("role") != "assistant":
         further = chat.before(index + 2, arguments=arguments)
-        header = template.special.match(further, len(through)) if further.startswith(through) else None
+        behind = further[len(through) :] if further.startswith(through) else ""
+        if not behind and not chat.messages[index].get("tool_calls"):  # history has the turn in another form
+            with suppress(TunesmithError):
+                behind = chat.after_content(index, index + 2, arguments=arguments)
+        header = template.special.match(behind)
         if header and header[0] in template.ends:
             return through[start:] + header[0]
     return through[start:]
@@ -279,7 +305,13 @@ def _through_its_end(chat: Chat, index: int, prompt: str, through: str, argument
 def _first_end(chat: Chat, index: int, start: int, through: str) -> int:
     """Where the text ends that is generated at most: with the first end-of-sequence token behind what the turn says."""
     message = chat.messages[index]
-    said_until = through.rfind(said(message)[1], start) if not message.get("tool_calls") else -1
+    texts = [said(message)[1]]
+    if calls := message.get("tool_calls"):
+        texts = [str(calls[-1].get("function", calls[-1]).get("name"))]
+        texts += _texts(chat.conversation.messages[index].fields, len(calls))
+        texts += [json.dumps(text, ensure_ascii=False)[1:-1] for text in texts]
+        texts = [text for text in texts if text]
+    said_until = max(place + len(text) if (place := through.rfind(text, start)) >= 0 else -1 for text in texts)
     end = through.find(chat.template.eos, said_until) if said_until >= 0 else -1
     return end + len(chat.template.eos) if end >= 0 else len(through)
 
@@ -293,12 +325,14 @@ def _without_openers(chat: Chat, index: int, generated: str) -> str:
     ends = _ends(chat, generated)
     while len(ends) > 1 and (ends[-1].isspace() or ends[-1] in chat.template.headers):
         generated = generated[: -len(ends.pop())]
+    while len(ends) > 1 and (ends[0].isspace() or ends[0] in chat.template.headers):
+        ends = ends[1:]  # the header of an answer that is empty
     if sum(not end.isspace() for end in ends) < 2:
         return generated
     with suppress(TunesmithError):  # nothing may follow
-        content = PROBES[0] if not chat.template.wants_parts else [{"type": "text", "text": PROBES[0]}]
         here = chat.before(index + 1)
-        longer = chat.render([*chat.messages[: index + 1], {"role": "user", "content": content}])
+        question = chat.template.shaped({"role": "user", "content": PROBES[0]})
+        longer = chat.render([*chat.messages[: index + 1], question])
         position = here.rindex("".join(ends))
         common = common_pieces(ends, longer[position:]) if longer[:position] == here[:position] else ""
         if common.strip():
@@ -328,14 +362,18 @@ def _composed(chat: Chat, index: int, reasoning: str, arguments: Fields) -> Turn
 
 def _joined(chat: Chat, turn: Turn, block: Block, reasoning: str) -> Turn:
     """The turn with its reasoning, or the end of reasoning that its prompt opens, before its answer."""
-    answer, known = _behind_block(chat.template, turn.generated), chat.template.reasoning
+    generated, known = turn.generated, chat.template.reasoning
+    answer = _behind_block(chat.template, generated, reasoning)
     if block.kind == "open":
+        if reasoning and reasoning in generated:
+            return replace(turn, generated=generated[generated.index(reasoning) :])
         return replace(turn, generated=reasoning + block.closing + answer.lstrip(), closed=not reasoning)
     if not reasoning:
-        return replace(turn, generated=answer if block.kind == "closed" else turn.generated)
-    if block.kind == "" and known is not None:
-        return replace(turn, generated=known.opening + reasoning + known.closing + answer.lstrip())
-    return replace(turn, dropped=True)
+        return replace(turn, generated=answer if block.kind == "closed" else generated)
+    if block.kind == "" and known is not None and known.opening.strip():
+        begun = next((piece for piece in chat.template.pieces(known.closing)[-1:] if answer.startswith(piece)), "")
+        return replace(turn, generated=known.opening + reasoning + known.closing + answer.removeprefix(begun).lstrip())
+    return replace(turn, generated=answer, dropped=True)
 
 
 def _behind_the_message_before(
@@ -351,14 +389,15 @@ def _behind_the_message_before(
         yield tail, rest
 
 
-def _behind_block(template: ChatTemplate, rest: str) -> str:
-    """A turn without the reasoning block that it begins with."""
+def _behind_block(template: ChatTemplate, rest: str, reasoning: str) -> str:
+    """A turn without the reasoning that it begins with, and without what encloses that."""
     closings = [] if template.reasoning is None else [template.reasoning.closing.strip()]
     if tag := REASONING_TAG.match(rest.lstrip()):
         closings.append(tag[0] if not closing_tag(tag[0]) else closing_tag(tag[0]))
     for closing in closings:
         before, found, after = rest.partition(closing)
-        if found and (REASONING_TAG.match(before.lstrip()) or not before.strip()):
+        shown = bool(reasoning) and reasoning in before
+        if found and (shown or REASONING_TAG.match(before.lstrip()) or not before.strip()):
             return after
     return rest
 
@@ -369,29 +408,43 @@ def _behind_block(template: ChatTemplate, rest: str) -> str:
 def said(message: Fields) -> tuple[str, str]:
     """The reasoning of a message and its answer, both without white space around them.
 
-    Reasoning has a field of its own, or stands in the text before the tag that closes it.
+    Reasoning has a field of its own, or stands at the beginning of the text, between a tag and the one that closes it;
+    a text behind a prompt that opens the thinking may lack the first. Tags elsewhere are what the answer says.
     """
     content = message.get("content") or ""
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     field = next((message[name] for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)), "")
-    tags = [*REASONING_TAG.finditer(text)]
-    closing = next((tag for tag in reversed(tags) if not closing_tag(tag[0])), None)
-    if closing is None:
+    tag = REASONING_TAG.match(text.lstrip())
+    opening = tag[0] if tag and closing_tag(tag[0]) else ""
+    inside, closed, answer = text.partition(closing_tag(opening) or THINK_END)
+    if not closed or (not opening and THINK in inside):
         return str(field).strip(), text.strip()
-    inside = text[: closing.start()]
-    opening = next((tag for tag in tags if closing_tag(tag[0])), None)
-    if opening is not None and opening.start() < closing.start():
-        inside = inside[opening.end() :]
-    return str(field or inside).strip(), text[closing.end() :].strip()
+    return str(field or inside.lstrip().removeprefix(opening)).strip(), answer.strip()
 
 
 def _check_answer(chat: Chat, index: int, turn: Turn) -> None:
     """The turn must be what the message says and its end."""
     message, generated, template = chat.messages[index], turn.generated, chat.template
-    _, answer = said(message)
+    reasoning, answer = said(message)
     if answer and answer not in generated:
+        if message.get("tool_calls") and not any(line in generated for line in answer.splitlines() if line.strip()):
+            raise TunesmithError(
+                f"the template does not show what the assistant says beside its calls, {answer[:80]!r}. Take it out of "
+                "the row, give it a message of its own, or set `chat_template_path` to a template that shows it"
+            )
+        if not generated.strip():
+            raise TunesmithError(
+                f"the template does not show what the assistant says, {answer[:80]!r}, while it is the last message; "
+                "set `chat_template_path` to one that does"
+            )
         change = f"from {answer[:80]!r} to {generated[:80]!r}"
         raise TunesmithError(f"the template changes what the assistant says, {change}: what is to be supervised?")
+    first = next((text for text in (reasoning, answer) if text and text in generated), "")
+    if first and template.eos in generated[: generated.index(first)]:
+        raise TunesmithError(
+            "the template asks for no answer behind an answer, so that the model would have to write the header "
+            "between them. Join them to one message: `merge_turns: true`"
+        )
     if message.get("tool_calls"):
         return
     tail = generated[generated.rindex(answer) + len(answer) :] if answer else ""
@@ -413,6 +466,7 @@ def _check_calls(chat: Chat, index: int, turn: Turn) -> None:
                 raise TunesmithError(
                     f"the template does not show {value[:80]!r} of call {number}. Set `chat_template_path` to a "
                     "template that shows all calls of a message, or divide the message into one for each call"
+                    + (", and one for the text beside them" if said(chat.messages[index])[1] else "")
                 )
 
 

@@ -110,12 +110,8 @@ def attend_documents(
     causally, or within a window that it leaves to the mask.
     """
     offsets, *more = documents[0, 0].tolist()
-    lengths = [stop - start for start, stop in pairwise(offsets)]
-    parents = more[0][:-1] if more else [-1] * len(lengths)
-    seen: list[list[int]] = []  # the segments that each one attends to: those that it continues, and itself
-    for i, parent in enumerate(parents):
-        seen.append([*(seen[parent] if parent >= 0 else ()), i])
-    _refuse_other_attention(module, max(sum(lengths[part] for part in parts) for parts in seen), kwargs)
+    runs = _runs(offsets, more[0]) if more else [[(start, stop)] for start, stop in pairwise(offsets)]
+    _refuse_other_attention(module, max(sum(stop - start for start, stop in run) for run in runs), kwargs)
     scaling = kwargs.get("scaling")
     call = Call(
         scale=q_NTH.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -127,14 +123,37 @@ def attend_documents(
     kernel = attention_cuda.pick(q_NTH, v_KTH, call)
     if kernel is not None and not more:
         return attention_cuda.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
-    # One `split` has one cat as its backward; D slices would each allocate a gradient of the whole row.
-    q, k, v = (x.split(lengths, dim=2) for x in (q_NTH, k_KTH, v_KTH))
     attend = _attend_sdpa if call.softcap is None and call.sinks is None else _attend_eager
-    outputs = []
-    for i, keys in enumerate(seen):
-        k_i, v_i = (x[i] if len(keys) == 1 else torch.cat([x[key] for key in keys], dim=2) for x in (k, v))
-        outputs.append(attend(q[i], k_i, v_i, call).transpose(1, 2))
+    own = [run[-1][1] - run[-1][0] for run in runs]
+    # One `split` has one cat as its backward; slices each allocate a gradient of the whole row.
+    q, k, v = ([*x.split(own, dim=2)] for x in (q_NTH, k_KTH, v_KTH))
+    for i, run in enumerate(runs):
+        if len(run) > 1:
+            k[i], v[i] = (
+                torch.cat([*(x[:, :, start:stop] for start, stop in run[:-1]), pieces[i]], dim=2)
+                for x, pieces in ((k_KTH, k), (v_KTH, v))
+            )
+    outputs = [attend(*heads, call).transpose(1, 2) for heads in zip(q, k, v, strict=True)]
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
+
+
+def _runs(offsets: Sequence[int], parents: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Segments of a row as runs of those that each continue the one before them, in which all attention is causal.
+
+    For each run the ranges of tokens that its last one attends to: what the run continues, and the run itself.
+
+    segments [a][b][c][d] of 2 tokens each, parents -1 0 1 0    runs  [0:6]  [0:2 6:8]
+    """
+    seen: list[list[tuple[int, int]]] = []
+    runs: list[list[tuple[int, int]]] = []
+    for i, (start, stop) in enumerate(pairwise(offsets)):
+        before = seen[parents[i]] if parents[i] >= 0 else []
+        joins = before and before[-1][1] == start
+        seen.append([*before[:-1], (before[-1][0], stop)] if joins else [*before, (start, stop)])
+        if i and parents[i] == i - 1:
+            runs.pop()
+        runs.append(seen[-1])
+    return runs
 
 
 def _refuse_other_attention(module: nn.Module, longest: int, kwargs: dict[str, Any]) -> None:

@@ -114,10 +114,12 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectedRow:
-    """A prepared row; `title` says which ("example 3 of 998"). Packs have several documents."""
+    """A prepared row; `title` says which ("example 3 of 998"). Packs have several documents, and so have conversations
+    that are trained turn by turn; of these, `computed` tokens go through the model, those that they share once."""
 
     title: str
     documents: tuple[Document, ...]
+    computed: int | None = None
 
     def summary(self) -> str:
         if len(self.documents) == 1:
@@ -126,7 +128,8 @@ class InspectedRow:
         supervised = sum(document.supervised for document in self.documents)
         ends = sum(document.ends for document in self.documents)
         documents = f"{len(self.documents)} documents, {ends} of them with an end token"
-        return f"{tokens:,} tokens, {_share(supervised, tokens)}, {documents}"
+        once = "" if self.computed in (None, tokens) else f" ({self.computed:,} computed: what documents share, once)"
+        return f"{tokens:,} tokens{once}, {_share(supervised, tokens)}, {documents}"
 
 
 def _share(supervised: int, tokens: int) -> str:
@@ -141,7 +144,7 @@ def inspect_row(
     lengths: Sequence[int],
     vocabulary: Vocabulary,
 ) -> InspectedRow:
-    """A row of a flat batch: T ids, labels (unshifted) and weights, and the token counts of its documents."""
+    """A row's documents, one after another: T ids, labels (unshifted) and weights, and their token counts."""
     row = pieces(input_ids, labels, weights, lengths, vocabulary)
     documents = tuple(Document(pieces=tuple(part)) for _, part in groupby(row, key=lambda piece: piece.document))
     return InspectedRow(title=title, documents=documents)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunesmith.data.samplers import lengths_of
+from tunesmith.data.samplers import document_lengths
 from tunesmith.errors import TunesmithError
 from tunesmith.model.devices import available
 
@@ -111,7 +111,8 @@ def check_logits(trainer: Trainer, evaluated: Any) -> None:
     for name, dataset in (evaluated if isinstance(evaluated, Mapping) else {"eval": evaluated}).items():
         # How long a stream is, nobody knows.
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names and len(dataset):
-            _check_one(name, len(dataset), int(lengths_of(dataset).max()), vocabulary)
+            lengths = document_lengths(dataset)
+            _check_one(name, len(lengths), int(lengths.max()), vocabulary)
 
 
 def _check_one(name: str, rows: int, longest: int, vocabulary: int) -> None:

@@ -10,11 +10,12 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from tunesmith.data.batches import Batch, Collator
+from tunesmith.data.batches import Batch, Collator, documents_of
 from tunesmith.data.dataset import COLUMNS
 from tunesmith.data.samplers import (
     LengthGroups,
     TokenBatches,
+    by_document,
     fitting_lengths,
     lengths_of,
     register_sampler,
@@ -30,8 +31,8 @@ class Batching:
     """How a run's rows become batches.
 
     `collator` makes those that are trained and evaluated on; any callable, where it is the user's. `by_row` makes those
-    whose logits are wanted: padded rows, in order. `grouped`: rows of like length share a batch. `columns` of a data
-    set reach the collator.
+    whose logits are wanted: padded documents, in order. `grouped`: rows of like length share a batch. `columns` of a
+    data set reach the collator.
     """
 
     collator: Collator | Callable[[list[dict[str, Any]]], Any]
@@ -72,11 +73,13 @@ class Loaders:
 
     def loader(self, plain: Callable[..., Any], dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         """The loader that `plain`, that of `transformers`, makes of the arguments; but metrics and predictions want
-        logits by row, in order, so their batches are padded; the rest may be batches by tokens, or of rows grouped by
-        length."""
+        logits by document, in order, so their batches are padded; the rest may be batches by tokens, or of rows grouped
+        by length."""
         training, world_size = bool(kwargs.get("is_training")), self._args.world_size
         by_row = description == "test" or (self._trainer.compute_metrics is not None and not training)
         by_tokens = self._args.max_tokens_per_batch is not None and not by_row
+        if by_row and isinstance(dataset, Dataset) and self.batching.by_row.read is documents_of:
+            dataset = by_document(dataset)
         if world_size > 1 and isinstance(dataset, Dataset) and not training:
             dataset = with_blank_rows(dataset, world_size * (1 if by_tokens else batch_size))
         deals = self._settle_dealing()

@@ -45,7 +45,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.documents = 0
+        self.examples = 0
         self._sums: dict[str, Any] = defaultdict(float)
 
     def state(self) -> list[float]:
@@ -64,16 +64,16 @@ class Meter:
 
     def snapshot(self) -> Any:
         """What `rewind` goes back to; nothing waits for the device."""
-        return self._tokens, self.documents, deepcopy(self._sums)
+        return self._tokens, self.examples, deepcopy(self._sums)
 
     def rewind(self, snapshot: Any) -> None:
-        self._tokens, self.documents, sums = snapshot
+        self._tokens, self.examples, sums = snapshot
         self._sums = deepcopy(sums)
 
     def read(self, batch: Batch) -> None:
-        """Count the tokens of a batch, padding left out."""
+        """Count the tokens of a batch, padding left out, and its examples: documents that belong together are one."""
         self._sums["tokens"] += batch.tokens
-        self.documents += sum(map(len, batch.groups))
+        self.examples += len(batch.groups)
 
     def add(self, outcome: BatchLoss, weight: Tensor) -> None:
         """Add the outcome of a batch, whose loss is a sum over `weight`."""

@@ -135,9 +135,9 @@ class Recovery:
         tokens, step = largest.computed_tokens, self._trainer.state.global_step + 1
         problem = f"out of memory in a micro-batch of {tokens:,} tokens" + (f" ({reason})" if reason else "")
         args = self._args
-        if len(largest.groups) > 1:
-            collator = cast(Collator, self._loaders.batching.collator)
-            longest = max(collator.cost([group]) for group in largest.groups)
+        collator = cast(Collator, self._loaders.batching.collator)
+        longest = max(collator.cost([group]) for group in largest.groups)
+        if longest < tokens:  # copies of an example, computed once, are no larger together than one alone
             self._most_tokens = max(longest, tokens // 2)
             self._tell(step, f"{problem}: larger ones than {self._most_tokens:,} are split from now on, same gradients")
         elif not args.gradient_checkpointing and not args.torch_compile:

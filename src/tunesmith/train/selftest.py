@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from tunesmith.model.head import in_evaluation
 from tunesmith.model.precision import PrecisionName
 from tunesmith.objectives.supervised import supervised_loss
 from tunesmith.settings.config import SFTConfig
+from tunesmith.types import IGNORE_INDEX, Example
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 4
@@ -99,7 +100,8 @@ def check_before_training(model: Model, dataset: Any, args: SFTConfig, *, flat: 
     examples = [] if reason or not (always or isinstance(dataset, Dataset)) else _examples(dataset)
     if examples:
         assert args.precision != "auto"
-        found = self_test(model, examples, flat=flat, precision=args.precision)
+        rows = [*chain.from_iterable(examples)]
+        found = self_test(model, rows, flat=flat, precision=args.precision, groups=[*map(len, examples)])
         logger.info("%s", found)
         return found
     reason = reason or "the training data has no rows with two tokens in `input_ids` to test on"
@@ -119,16 +121,34 @@ def _impossible(model: Model, args: SFTConfig) -> str:
     return ""
 
 
-def _examples(dataset: Any) -> list[list[int]]:
-    """Ids of the first documents, at most LONGEST of each; a packed row has several."""
+def _examples(dataset: Any) -> list[list[list[int]]]:
+    """Ids of the first documents by groups, at most LONGEST of each; a packed row has several. Of documents that share
+    what they begin with, the places around where they part: there, too, they begin alike."""
     rows = (row for row in islice(iter(dataset), EXAMPLES) if row.get("input_ids") is not None)
-    documents = (example.input_ids[:LONGEST] for row in rows for group in groups_of(row) for example in group)
-    return list(islice((ids for ids in documents if len(ids) > 1), EXAMPLES))
+    groups, left = list[list[list[int]]](), EXAMPLES
+    for group in chain.from_iterable(map(groups_of, rows)):
+        ids = [example.input_ids for example in group]
+        parted = next((place for place, tokens in enumerate(zip(*ids, strict=False)) if len({*tokens}) > 1), 0)
+        start = max(0, parted - LONGEST // 2)
+        parts = [part for document in ids if len(part := document[start : start + LONGEST]) > 1]
+        groups += [parts[:left]] if parts else []
+        left -= len(parts)
+        if left <= 0:
+            break
+    return groups
 
 
-def self_test(model: Model, rows: Sequence[list[int]], *, flat: bool, precision: PrecisionName) -> SelfTest:
+def self_test(
+    model: Model,
+    rows: Sequence[list[int]],
+    *,
+    flat: bool,
+    precision: PrecisionName,
+    groups: Sequence[int] | None = None,
+) -> SelfTest:
     """Compare `model` on `rows`, token ids of at least two each, with itself. It must answer objectives;
-    `flat` says whether its batches are flat or padded. Modes, gradients and random numbers stay as they are.
+    `flat` says whether its batches are flat or padded, `groups` how many of the rows in turn belong together; by
+    default each is alone. Modes, gradients and random numbers stay as they are.
 
     Raises TunesmithError with the losses of each document when they differ, and when they are no numbers.
     """
@@ -138,7 +158,7 @@ def self_test(model: Model, rows: Sequence[list[int]], *, flat: bool, precision:
         alone = [_alone(model, row, device) for row in rows]
         _refuse_no_numbers(torch.cat(alone), model)
         with _compiled_layers_at_work(model):
-            loss, together = _together(model, rows, device, flat=flat)
+            loss, together = _together(model, rows, groups or [1] * len(rows), flat=flat)
     theirs = torch.cat(alone)
     tests = tuple(_test(mine, own) for mine, own in zip(together.split([len(x) for x in alone]), alone, strict=True))
     found = SelfTest(
@@ -177,9 +197,12 @@ def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
     return F.cross_entropy(logits, ids[0, 1:].cpu(), reduction="none")
 
 
-def _together(model: Model, rows: Sequence[list[int]], device: torch.device, *, flat: bool) -> tuple[float, Tensor]:
-    """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training."""
-    batch = (FlatCollator() if flat else PaddedCollator())([{"input_ids": row} for row in rows]).to(device)
+def _together(model: Model, rows: Sequence[list[int]], sizes: Sequence[int], *, flat: bool) -> tuple[float, Tensor]:
+    """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training: groups of
+    these `sizes` share what they begin with."""
+    examples = iter([Example(input_ids=row, labels=[IGNORE_INDEX, *row[1:]]) for row in rows])
+    groups = [tuple(islice(examples, size)) for size in sizes]
+    batch = (FlatCollator() if flat else PaddedCollator()).batch(groups).to(base_model(model).device)
     result = model(**batch.inputs(), targets=batch.targets(), objective=supervised_loss).outcome
     return float(result.loss.detach()), result.nll.float().cpu()
 

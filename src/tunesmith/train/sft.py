@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import HPSearchBackend, PredictionOutput, number_of_arguments
 
-from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator
+from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
 from tunesmith.data.dataset import DataPreparer, Source
 from tunesmith.data.mixture import DataSource
 from tunesmith.data.prompts import remember
@@ -115,7 +115,7 @@ class SFTTrainer(BaseTrainer):
         if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
             raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
         tokenizer, added = prepare_tokenizer(processing_class, given, args)
-        data = DataPreparer(args, tokenizer, formatting_func)
+        data = DataPreparer(args, tokenizer, formatting_func, shares=data_collator is None)
         by_row = compute_metrics is not None
         train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
         remember(tokenizer, data.form)
@@ -254,7 +254,8 @@ class SFTTrainer(BaseTrainer):
     def predict(
         self, test_dataset: Source, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Logits (rows, T, V) and labels (rows, T), padded with -100, of rows like those of the constructor."""
+        """Logits (D, T, V) and labels (D, T), padded with -100, of rows like those of the constructor. D is the number
+        of documents: one for each row, but for conversations that are trained turn by turn (`turns`)."""
         prepared = self.data(test_dataset, metric_key_prefix, packing=False)
         return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
 
@@ -318,7 +319,11 @@ def _prepared_for_batches(
     if args.torch_compile:
         assert args.torch_compile_backend is not None
         compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    padded = PaddedCollator(pad_token_id=cast(int, tokenizer.pad_token_id), multiple=int(args.pad_to_multiple_of or 1))
+    padded = PaddedCollator(
+        read=documents_of,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        multiple=int(args.pad_to_multiple_of or 1),
+    )
     ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
     return Batching(
         collator=data_collator or (PlainCollator(padded=padded) if wants_plain else ours),

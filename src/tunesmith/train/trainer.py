@@ -369,12 +369,12 @@ class BaseTrainer(transformers.Trainer):
         meter.reset()
         with kept_random_states(self.args.device):
             output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
-        documents = torch.tensor(meter.documents, device=self.args.device)
+        examples = torch.tensor(meter.examples, device=self.args.device)
         _, measured = meter.report(self.accelerator)
         metrics = cast(dict[str, float], output.metrics)
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         if not output.num_samples:  # of a stream, whose batches `transformers` can't count
-            output = output._replace(num_samples=int(self.accelerator.reduce(documents, reduction="sum")))
+            output = output._replace(num_samples=int(self.accelerator.reduce(examples, reduction="sum")))
         return output
 
     def prediction_step(
