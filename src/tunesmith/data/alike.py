@@ -55,9 +55,18 @@ def turns_of(chat: Chat, indices: Sequence[int]) -> dict[int, Turn]:
         return turns
     turns = {}
     for run in _exchanges(chat, indices):
-        found = _run(chat, run, run[-1] + 1) if len(run) > FEW else None
-        turns |= found or {i: turn_of(chat, i) for i in run}
+        turns |= _exchange(chat, run) if len(run) > FEW else {i: turn_of(chat, i) for i in run}
     return turns
+
+
+def _exchange(chat: Chat, run: Sequence[int]) -> dict[int, Turn]:
+    """The turns that follow one message of the user."""
+    *calls, last = run
+    if (turns := _run(chat, run, last + 1)) is not None:
+        return turns
+    if (turns := _run(chat, calls, last)) is not None:  # the last answer may change how those before it are rendered
+        return turns | {last: turn_of(chat, last)}
+    return {i: turn_of(chat, i) for i in run}
 
 
 def _exchanges(chat: Chat, indices: Sequence[int]) -> list[list[int]]:
@@ -87,6 +96,8 @@ def _run(chat: Chat, indices: Sequence[int], stop: int) -> dict[int, Turn] | Non
             turns[i] = turn
             continue
         turn = turns.setdefault(i, turns.get(i) or turn_of(chat, i))
+        if i == indices[-1] and turn.text.startswith(text.text.rstrip()):
+            continue  # what ends it may be the header of a message behind this text
         form = _form(chat, i, text, turn)
         if form is None:
             return None
