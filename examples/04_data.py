@@ -32,8 +32,9 @@ from peft import LoraConfig
 from transformers.trainer_callback import PrinterCallback
 
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template
+from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.demo.orders import training_rows
-from tunesmith.model.generate import Sampling, generate_from_ids, prompt_ids, text_ids
+from tunesmith.model.generate import Sampling, generate_from_ids
 from tunesmith.model.load import load_model, load_run, load_tokenizer
 
 HUB = False  # True: models from the Hugging Face hub instead of the demo model

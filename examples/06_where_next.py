@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from tunesmith.model.generate import prompt_ids
+from tunesmith.data.prompts import prompt_ids
 from tunesmith.model.load import load_run
 
 torch.manual_seed(0)

@@ -55,7 +55,7 @@ STEPS = (
         says=("merged: 14 layers merged (LoRA adapters)", "greedy tokens equal"),
         leaves=("merged/model.safetensors", "merged/config.json"),
         tells=(
-            "Merging the adapters of 14 layers with the weights of base ...",
+            "Merging the adapters of 14 layers with the weights of ",
             "Comparing what was written with the adapters",
         ),
     ),
