@@ -71,12 +71,17 @@ class Turn:
 
 
 class Chat:
-    """A conversation bound to its template. `text` is the full rendering, `marks` its `{% generation %}` blocks."""
+    """A conversation bound to its template. `text` is the full rendering, `marks` its `{% generation %}` blocks.
+
+    `reasonless` are the places where the template shows no reasoning, however it is asked: the role before, and whether
+    the turn calls.
+    """
 
     def __init__(self, conversation: Conversation, template: ChatTemplate) -> None:
         self.conversation, self.template = conversation, template
         self.messages = _adapted(conversation, template)
         self._texts: dict[tuple[int, bool, str], str] = {}
+        self.reasonless: set[tuple[Any, bool]] = set()
         self.marks: Marks | None = [] if template.program(conversation.tools).marked else None
         self.text = self.render(self.messages, marks=self.marks)
         self._texts[len(self.messages), False, repr(NO_ARGUMENTS)] = self.text
@@ -209,6 +214,9 @@ def _of_message(chat: Chat, index: int, error: TunesmithError) -> TunesmithError
 def _best(chat: Chat, index: int) -> Turn:
     """The first way to render the turn in which the prompt fits it: plain, else with a switch, else closed by hand."""
     reasoning, _ = said(chat.messages[index])
+    shape = chat.messages[index - 1].get("role") if index else None, bool(chat.messages[index].get("tool_calls"))
+    if reasoning and shape in chat.reasonless and (turn := _exact(chat, index, NO_ARGUMENTS)) is not None:
+        return replace(turn, dropped=reasoning not in turn.generated)
     ways = [NO_ARGUMENTS, *chat.switches()]
     exact, composed = dict[int, Turn](), dict[int, Turn]()
     for i, arguments in enumerate(ways):
@@ -231,6 +239,8 @@ def _best(chat: Chat, index: int) -> Turn:
         if not turn.dropped and (not reasoning or reasoning in turn.generated):
             return turn
     if turns:
+        if 0 in exact:
+            chat.reasonless.add(shape)
         return replace(exact.get(0) or turns[0], dropped=True)
     raise TunesmithError(
         not_a_prefix(_prompt(chat, index, NO_ARGUMENTS), chat.before(index + 1))
