@@ -449,3 +449,46 @@ def test_a_switch_that_the_run_or_the_row_sets_is_left_alone() -> None:
         row = render(conversation(talk, template_kwargs={"enable_thinking": on}), ChatTemplate(tokenizer))
         assert spans(run) == spans(row) == expected
         assert [*map(dict, run.arguments)] == [{}]
+
+
+THOUGHT = [user("Hi"), assistant("Yes", reasoning_content="Hm"), user("Why?"), assistant("Because")]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"turns": "whole", "prompt_mismatch": "accept"}, "chatml"),
+        ({"marks": "template"}, "generation"),
+        ({"train_on": "all"}, "chatml"),
+    ],
+    ids=str,
+)
+def test_reasoning_that_is_lost_is_told_in_whatever_way_a_row_is_rendered(options: dict[str, Any], name: str) -> None:
+    talk = conversation(THOUGHT)
+    assert render(talk, template(name), **options).notes == (DROPPED,)
+    with pytest.raises(TunesmithError, match="drop_reasoning: error"):
+        render(talk, template(name), **options, drop_reasoning="error")
+
+
+def test_what_is_as_inference_sees_it_needs_no_acceptance() -> None:
+    talk = conversation([user("Hi"), assistant("Yes"), user("Why?"), assistant("Because")])
+    assert render(talk, template("chatml"), turns="whole", prompt_mismatch="accept").notes == ()
+
+
+def test_blocks_of_the_template_have_the_weight_of_the_answers_and_stand_for_all_of_them() -> None:
+    halves = [user("Hi"), assistant("Yes", weight=0.5), user("Why?"), assistant("Because", weight=0.5)]
+    (document,) = render(conversation(halves, weight=0.5), template("generation"), marks="template").documents
+    assert [span.weight for span in document.spans] == [0.25, 0.25]
+    for train_on, talk in (
+        ("last_assistant", conversation(THOUGHT)),
+        ("completion", conversation(THOUGHT, prompt_length=3)),
+        ("assistant", conversation([user("Hi"), assistant("Yes", weight=0), user("Why?"), assistant("Because")])),
+    ):
+        with pytest.raises(TunesmithError, match="marks: template supervises the blocks of all answers alike"):
+            render(talk, template("generation"), train_on, marks="template")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"turns": "each"}, {"marks": "template"}], ids=str)
+def test_how_answers_are_trained_is_not_ignored_where_all_is(options: dict[str, Any]) -> None:
+    with pytest.raises(TunesmithError, match=r"(turns: each|marks: template) says .* set train_on: assistant"):
+        render(conversation(THOUGHT), template("generation"), "all", **options)

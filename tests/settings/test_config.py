@@ -126,6 +126,7 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
         ({"torch_compile_mode": "reduce-overhead"}, "choose default | max-autotune-no-cudagraphs"),
         ({"torch_compile": True, "gradient_checkpointing": True}, "torch_compile is True, and so is gradient_check"),
         ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'; only 'keep_start' is supported"),
+        ({"prompt_mismatch": "accept"}, "prompt_mismatch: accept is for turns: whole, and turns is auto"),
         ({"max_length": 1}, "max_length is 1; at least 2 tokens are needed to predict one"),
         ({"packing": True, "max_length": None}, "packing needs max_length, the size of a pack; it is None"),
         ({"packing": True, "padding_free": False}, "which padding_free: false forbids; drop one"),

@@ -26,7 +26,7 @@ from tunesmith.data.content import check_shown, control_tokens, marked, without_
 from tunesmith.data.history import everything, located
 from tunesmith.data.skipped import NotTheRow
 from tunesmith.data.template import ChatTemplate, Fields
-from tunesmith.data.turns import Chat, Turn
+from tunesmith.data.turns import Chat, Turn, not_a_prefix, said, shows
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Rendered, Span, TrainOn
 
@@ -93,25 +93,25 @@ def _rendered(conversation: Conversation, template: ChatTemplate, options: Rende
     if train_on == "all" and others and not any(others):  # rows of tools in which a turn says that it is not trained on
         train_on = "assistant"
     if train_on == "all":
-        check_shown(chat, [chat.text])
+        if options.turns == "each" or options.marks == "template":
+            unused = "turns: each" if options.turns == "each" else "marks: template"
+            raise NotTheRow(
+                f"{unused} says how answers are trained, and here all is trained on: set train_on: assistant"
+            )
         closed = conversation.messages[-1].weight > 0
-        return Rendering(documents=(Rendered(text=chat.text, spans=everything(chat), closed=closed),))
+        return _one_text(chat, Rendered(text=chat.text, spans=everything(chat), closed=closed), options)
     supervised = _supervised(conversation, train_on)
     weights = {i: conversation.messages[i].weight * conversation.weight for i in supervised}
     supervised = [i for i in supervised if weights[i] > 0]
     if options.marks == "template" and chat.marks is not None and supervised:
-        return Rendering(documents=(_marked(chat, conversation, weights),))
+        return _one_text(chat, _marked(chat, weights), options)
     if options.turns == "whole" and options.prompt_mismatch == "accept":
-        return _accepted(chat, supervised, weights, prompt)
+        return _accepted(chat, supervised, weights, options)
     turns = turns_of(chat, supervised)
     notes = list[str]()
     for turn in turns.values():
         notes += [CLOSED] * turn.closed + [DROPPED] * turn.dropped
-    if options.drop_reasoning == "error" and DROPPED in notes:
-        raise TunesmithError(
-            "the row has reasoning that the chat template does not show (drop_reasoning: error); take it out of the "
-            "row, or set `chat_template_path` to a template that shows it"
-        )
+    _check_reasoning(notes, options)
     covers = _covers(chat, turns, each=options.turns == "each")
     check_shown(chat, [chat.text, *(text for text, _ in covers)])
     if len(covers) > 1:
@@ -132,6 +132,23 @@ def _rendered(conversation: Conversation, template: ChatTemplate, options: Rende
     return Rendering(
         documents=documents, notes=tuple(dict.fromkeys(notes)), arguments=tuple(t.arguments for t in turns.values())
     )
+
+
+def _one_text(chat: Chat, document: Rendered, options: RenderOptions, *notes: str) -> Rendering:
+    """The full rendering as the one document, once nothing of the conversation is lost in it."""
+    check_shown(chat, [chat.text])
+    reasoning = (said(message)[0] for message in chat.messages if message.get("role") == "assistant")
+    dropped = [DROPPED] * any(not shows(chat.text, text) for text in reasoning if text)
+    _check_reasoning(dropped, options)
+    return Rendering(documents=(document,), notes=(*notes, *dropped))
+
+
+def _check_reasoning(notes: Sequence[str], options: RenderOptions) -> None:
+    if options.drop_reasoning == "error" and DROPPED in notes:
+        raise TunesmithError(
+            "the row has reasoning that the chat template does not show (drop_reasoning: error); take it out of the "
+            "row, or set `chat_template_path` to a template that shows it"
+        )
 
 
 def _supervised(conversation: Conversation, train_on: TrainOn) -> list[int]:
@@ -159,8 +176,6 @@ def _covers(chat: Chat, turns: Mapping[int, Turn], *, each: bool) -> list[tuple[
 
 
 def _not_whole(chat: Chat, turns: Mapping[int, Turn]) -> str:
-    from tunesmith.data.turns import not_a_prefix
-
     index, turn = next((i, turn) for i, turn in turns.items() if not chat.text.startswith(turn.text))
     reason = not_a_prefix(turn.text, chat.text)
     return (
@@ -169,22 +184,28 @@ def _not_whole(chat: Chat, turns: Mapping[int, Turn]) -> str:
     )
 
 
-def _accepted(chat: Chat, supervised: Sequence[int], weights: Mapping[int, float], prompt: int | None) -> Rendering:
+def _accepted(chat: Chat, supervised: Sequence[int], weights: Mapping[int, float], options: RenderOptions) -> Rendering:
     """The full rendering with the turns where they are in it, whatever inference would render before them."""
-    ranges = {i: located(chat, i) for i in supervised}
+    prompt, found = chat.conversation.prompt_length, {i: located(chat, i) for i in supervised}
+    ranges = {i: (start, stop) for i, (start, stop, _) in found.items()}
     if any(before[1] > after[0] for before, after in pairwise(ranges.values())):
         raise TunesmithError("two turns overlap in the rendered text: the template changes the order of messages")
     spans = tuple(Span(start=start, stop=stop, weight=weights[i]) for i, (start, stop) in ranges.items())
     begin = ranges[prompt][0] if prompt in ranges else None
     document = Rendered(text=chat.text, spans=spans, prompt=begin, closed=len(chat.messages) - 1 in ranges)
-    return Rendering(documents=(document,), notes=(ACCEPTED,))
+    exact = all(is_exact for _, _, is_exact in found.values())
+    return _one_text(chat, document, options, *([] if exact else [ACCEPTED]))
 
 
-def _marked(chat: Chat, conversation: Conversation, weights: Mapping[int, float]) -> Rendered:
-    """The full rendering with the template's own `{% generation %}` blocks."""
-    if len({*weights.values()}) > 1:
-        raise TunesmithError("marks: template can't give turns weights of their own; use marks: verified")
-    spans = tuple(Span(start=start, stop=stop, weight=conversation.weight) for start, stop in chat.marks or ())
+def _marked(chat: Chat, weights: Mapping[int, float]) -> Rendered:
+    """The full rendering with the template's own `{% generation %}` blocks. They don't say whose turn each one is."""
+    answers = [i for i, message in enumerate(chat.messages) if message.get("role") == "assistant"]
+    if [*weights] != answers or len({*weights.values()}) > 1:
+        raise TunesmithError(
+            "marks: template supervises the blocks of all answers alike, and here some are left out or have a weight "
+            "of their own; use marks: verified"
+        )
+    spans = tuple(Span(start=start, stop=stop, weight=weights[answers[0]]) for start, stop in chat.marks or ())
     return Rendered(text=chat.text, spans=spans, closed=False)
 
 

@@ -4,9 +4,7 @@ A message is found from what *follows* it: that is what two renderings with othe
 can't be found so, or whose text is not what the message says, is refused with the reason.
 """
 
-from collections.abc import Sequence
-
-from tunesmith.data.template import REASONING_END
+from tunesmith.data.template import REASONING_END, common_pieces
 from tunesmith.data.turns import Chat, not_a_prefix, said, turn_of
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Span
@@ -20,7 +18,7 @@ def everything(chat: Chat) -> tuple[Span, ...]:
             continue
         if message.role != "assistant":
             raise TunesmithError(f"message {i + 1} has weight {message.weight}; only assistant turns can have one")
-        start, stop = located(chat, i)
+        start, stop, _ = located(chat, i)
         spans += Span(start=position, stop=start), Span(start=start, stop=stop, weight=message.weight)
         position = stop
     spans.append(Span(start=position, stop=len(chat.text)))
@@ -28,15 +26,16 @@ def everything(chat: Chat) -> tuple[Span, ...]:
     return tuple(span for span in weighted if span.weight > 0 and span.start < span.stop)
 
 
-def located(chat: Chat, index: int) -> tuple[int, int]:
-    """Start and stop in the full text of message `index`, from behind the header of the assistant.
+def located(chat: Chat, index: int) -> tuple[int, int, bool]:
+    """Start and stop in the full text of message `index`, from behind the header of the assistant, and whether it is
+    there as inference has it.
 
     Raises TunesmithError when they can't be told with certainty.
     """
     try:
         turn = turn_of(chat, index)
         if chat.text.startswith(turn.text):
-            return turn.start, turn.stop
+            return turn.start, turn.stop, True
     except TunesmithError:
         pass
     try:
@@ -47,7 +46,7 @@ def located(chat: Chat, index: int) -> tuple[int, int]:
             raise TunesmithError("its end can't be found in the rendered text: its content changes what comes after it")
     except TunesmithError as error:
         raise TunesmithError(f"message {index + 1} (assistant): {error}") from error
-    return start, stop
+    return start, stop, False
 
 
 def _start(chat: Chat, index: int) -> int:
@@ -66,16 +65,8 @@ def _stop(chat: Chat, index: int) -> int:
     """Where message `index` ends in the full text: its end is what follows its content now as it did when it was the
     last."""
     text, then, rest = chat.text, chat.after_content(index, index + 1), chat.after_content(index)
-    end = _common_pieces(chat.template.pieces(then), rest)
+    end = common_pieces(chat.template.pieces(then), rest)
     stop = len(text) - len(rest) + len(end)
     if not text.endswith(rest[len(end) :]) or not text[:stop].endswith(end.lstrip()):
         raise TunesmithError("its end can't be found in the rendered text: its content changes what comes after it")
     return stop - (len(end) - len(end.rstrip()))
-
-
-def _common_pieces(pieces: Sequence[str], text: str) -> str:
-    """The longest run of the first `pieces` that `text` begins with."""
-    same = ""
-    while len(pieces) and text.startswith(same + pieces[0]):
-        same, pieces = same + pieces[0], pieces[1:]
-    return same

@@ -291,6 +291,11 @@ class SFTConfig(TrainingArguments):
         self.pad_to_multiple_of = int(text)
 
     def _check_supervision(self) -> None:
+        if self.prompt_mismatch == "accept" and self.turns != "whole":
+            raise TunesmithError(
+                f"prompt_mismatch: accept is for turns: whole, and turns is {self.turns}; write turns: whole, or leave "
+                "prompt_mismatch out"
+            )
         named = {
             "train_on": self.train_on,
             "assistant_only_loss": "assistant" if self.assistant_only_loss else None,

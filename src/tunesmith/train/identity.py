@@ -49,6 +49,7 @@ FREE = {
         "memory_limit",
         "share_prefix",
         "allow_no_eos",
+        "drop_reasoning",
         "trust_remote_code",
         "use_cache",
     ),
