@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.models import flat, gradient_error, gradients, supervised, tiny, token_rows
 from tunesmith.model import attention_cpu as blockwise
+from tunesmith.model import ways
 from tunesmith.model.attention import _causal
 from tunesmith.train.setup import ready_for_batches
 
@@ -128,3 +129,33 @@ def test_a_model_learns_the_same(name: str, shared: bool, monkeypatch: pytest.Mo
     assert bool(calls) == (name != "gemma2")
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     assert gradient_error(results[0][1], results[1][1]) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_trial_within_a_layer_that_is_checkpointed_changes_nothing(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer is computed again in the backward, without the trial, and must save as many tensors as before."""
+    kept, results, tried = ways.state(), list[tuple[Tensor, dict[str, Tensor]]](), list[object]()
+    trial = blockwise._trial
+
+    def record(way: Any, *inputs: Tensor) -> Any:
+        tried.append(way)
+        return trial(way, *inputs)
+
+    monkeypatch.setattr(blockwise, "_trial", record)
+    for competes in (False, True):
+        monkeypatch.setattr(ways, "_forced", None if competes else False)
+        ways.restore({})
+        ways.begin_anew()
+        model: Any = tiny("llama").train()
+        ready_for_batches(model, flat=True)
+        if competes:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        result = supervised(model, flat(token_rows(30, 14)))
+        result.loss.backward()
+        results.append((result.nll, gradients(model)))
+    ways.restore(kept)
+    assert tried
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    assert gradient_error(results[1][1], results[0][1]) < 1e-5

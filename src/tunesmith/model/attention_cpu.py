@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from tunesmith.model import ways
 from tunesmith.model.linear import has_onednn, onednn, onednn_times
@@ -48,12 +49,17 @@ def _trial(way: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        with torch.set_grad_enabled(inputs[0].requires_grad):
+        # Hooks of ours, so that those of a layer that is checkpointed, or offloaded, hear nothing of a trial.
+        with torch.set_grad_enabled(inputs[0].requires_grad), saved_tensors_hooks(_same, _same):
             out = way(*copies, scale)
-        if out.requires_grad:
-            out.backward(torch.ones_like(out))
+            if out.requires_grad:
+                out.backward(torch.ones_like(out))
 
     return run
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
