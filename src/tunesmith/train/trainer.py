@@ -187,6 +187,8 @@ class BaseTrainer(transformers.Trainer):
         main = self.is_world_process_zero()
         with only_run_in(Path(str(settings.output_dir))) if main else nullcontext():
             ways.begin_anew()
+            if settings.world_size > 1:  # each process would choose for itself, and a checkpoint has one set of choices
+                ways.settle()
             checkpoint = self.keeper.begin(resume_from_checkpoint)
             self.meters["train"].begin()
             self.guard.begin()
