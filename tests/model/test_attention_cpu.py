@@ -137,13 +137,13 @@ def test_a_trial_within_a_layer_that_is_checkpointed_changes_nothing(
 ) -> None:
     """The layer is computed again in the backward, without the trial, and must save as many tensors as before."""
     kept, results, tried = ways.state(), list[tuple[Tensor, dict[str, Tensor]]](), list[object]()
-    trial = blockwise._trial
+    trial = ways.attempt
 
-    def record(way: Any, *inputs: Tensor) -> Any:
+    def record(way: Any, *inputs: Any) -> Any:
         tried.append(way)
         return trial(way, *inputs)
 
-    monkeypatch.setattr(blockwise, "_trial", record)
+    monkeypatch.setattr(ways, "attempt", record)
     for competes in (False, True):
         monkeypatch.setattr(ways, "_forced", None if competes else False)
         ways.restore({})

@@ -9,7 +9,7 @@ Rows (K, Q*G, H) are the queries of a key head: row i*G + g is query i of the gr
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from tunesmith.model import ways
 from tunesmith.model.linear import has_onednn, onednn, onednn_times
@@ -40,26 +39,8 @@ def pays(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor) -> bool:
         return False
     heads, size = q_NQH.shape[1], q_NQH.shape[3]
     kind = ("attention", queries.bit_length(), keys.bit_length(), heads, k_KMH.shape[1], size, q_NQH.requires_grad)
-    return ways.is_faster(kind, _trial(_plain, q_NQH, k_KMH, v_KMH), _trial(attend, q_NQH, k_KMH, v_KMH))
-
-
-def _trial(way: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
-    """A way of attention on copies of these inputs, forward and, where that is wanted, backward."""
-    scale = inputs[0].shape[-1] ** -0.5
-
-    def run() -> None:
-        copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        # Hooks of ours, so that those of a layer that is checkpointed, or offloaded, hear nothing of a trial.
-        with torch.set_grad_enabled(inputs[0].requires_grad), saved_tensors_hooks(_same, _same):
-            out = way(*copies, scale)
-            if out.requires_grad:
-                out.backward(torch.ones_like(out))
-
-    return run
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+    inputs, scale = (q_NQH, k_KMH, v_KMH), size**-0.5
+    return ways.is_faster(kind, ways.attempt(_plain, *inputs, scale), ways.attempt(attend, *inputs, scale))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tunesmith.model import ways
+from tunesmith.model.norm import speed_up_norms
 
 SIZE = 1024
 """Tokens, inputs and outputs of the product that decides for compiled layers."""
@@ -144,6 +145,8 @@ def speed_up(model: nn.Module, *, compiled: bool = False) -> None:
     it already. Values agree to rounding. Layers that are to be `compiled` can't try two libraries on the way."""
     global _compiled_by_onednn
     competes = next(model.parameters()).device.type == "cpu" and has_onednn()
+    if not compiled:
+        speed_up_norms(model)
     if compiled:
         competes = _compiled_by_onednn = competes and onednn_is_faster()
     for module in list(model.modules()):

@@ -12,7 +12,11 @@ the first step nothing is tried any more. What is met later goes the way of what
 import ast
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 Kind: TypeAlias = tuple[str, int, *tuple[int | bool, ...]]
 """What is computed, the size that varies from call to call (a power of two), and what does not."""
@@ -42,6 +46,26 @@ def is_faster(kind: Kind, plain: Callable[[], object], other: Callable[[], objec
         _chosen[kind] = _like(kind) if _settled or _spent > SECONDS else _tried(plain, other)
         _spent += time.perf_counter() - started
     return _chosen[kind]
+
+
+def attempt(way: Callable[..., Tensor], *inputs: Any) -> Callable[[], None]:
+    """A way of computing on copies of these inputs, forward and, where one of them wants a gradient, backward."""
+    trained = any(isinstance(x, Tensor) and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+
+    def run() -> None:
+        copies = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+        # Hooks of ours, so that those of a layer that is checkpointed, or offloaded, hear nothing of a trial.
+        with torch.set_grad_enabled(trained), saved_tensors_hooks(_same, _same):
+            out = way(*copies)
+            if out.requires_grad:
+                wanted = [x for x in copies if isinstance(x, Tensor) and x.requires_grad]
+                torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    return run
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _tried(plain: Callable[[], object], other: Callable[[], object]) -> bool:

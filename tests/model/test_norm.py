@@ -1,0 +1,76 @@
+"""RMS norms in fewer passes give the values and gradients of `transformers`, wherever its models have them."""
+
+from typing import Any
+
+import pytest
+import torch
+from tests.models import gradient_error, gradients, tiny
+from torch import Tensor, nn
+
+from tunesmith.model import ways
+from tunesmith.model.norm import speed_up_norms
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[ways.Kind]:
+    """The kinds of calls that go our way: all that ask."""
+    kinds: list[ways.Kind] = []
+    monkeypatch.setattr(ways, "_forced", None)
+    monkeypatch.setattr(ways, "is_faster", lambda kind, *_: kinds.append(kind) or True)
+    return kinds
+
+
+def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = model(input_ids=torch.arange(1, 22).view(1, -1)).logits
+    logits.square().mean().backward()
+    return logits.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_values_and_gradients_are_those_of_the_model(name: str, chosen: list[ways.Kind]) -> None:
+    """Gemma multiplies by 1 + weight, Qwen3 and Gemma 3 have norms of single heads as well."""
+    model: Any = tiny(name).train()
+    logits, expected = step(model)
+    norms = [n for n, module in model.named_modules() if "norm" in n.rpartition(".")[2]]
+    speed_up_norms(model)
+    assert not chosen
+    fast_logits, found = step(model)
+    assert len(chosen) == len(norms)
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-5, atol=1e-5)
+    assert gradient_error(found, expected) < 1e-5
+
+
+def test_only_what_computes_an_rms_norm_is_taken_for_one(chosen: list[ways.Kind]) -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    model = nn.ModuleList(
+        [nn.LayerNorm(8), nn.Linear(8, 8), Scale(), nn.RMSNorm(8, eps=1e-6), nn.RMSNorm(8, eps=1e-6).bfloat16()]
+    )
+    speed_up_norms(model)
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["3"]
+    norm, x = model[3], torch.randn(2, 5, 8)
+    torch.testing.assert_close(norm(x), nn.RMSNorm(8, eps=1e-6)(x))
+    assert len(chosen) == 1
+    norm(x.double()), norm(x[0, 0])  # what it doesn't take goes the plain way
+    assert len(chosen) == 1
+
+
+def test_a_trial_leaves_the_gradient_of_the_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_forced", None)
+    kept = ways.state()
+    ways.restore({})
+    ways.begin_anew()
+    norm, x = nn.ModuleList([nn.RMSNorm(8, eps=1e-6)]), torch.randn(5, 8, requires_grad=True)
+    speed_up_norms(norm)
+    y = norm[0](x)
+    assert [kind[0] for kind in ways._chosen] == ["norm"]
+    assert norm[0].weight.grad is None and x.grad is None
+    y.sum().backward()
+    torch.testing.assert_close(norm[0].weight.grad, nn.functional.normalize(x.detach(), dim=-1).sum(0) * 8**0.5)
+    ways.restore(kept)
