@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from benchmarks.gpu.verdicts import Check, Place, Section, checks_of, judged
 REPO = Path(__file__).resolve().parents[2]
 ALL_SECONDS = 570
 """Of all sections together; one that begins later is not begun."""
+SLOWER = 5
+"""How many times as long a rehearsal may take: it proves no time."""
 LAST_LINES = 5
 """Of the log of a section that crashed, on the page."""
 
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.only.split(",") if options.only else list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--only {unknown[0]}: choose from {', '.join(known)}")
-    if not place.rehearsed and (reason := _no_gpu()):
+    if reason := _no_tests() if place.rehearsed else _no_gpu():
         print(reason, file=sys.stderr)
         return 2
     result = examine([known[name] for name in known if name in names], place)
@@ -105,12 +108,18 @@ def _no_gpu() -> str:
     return "There is no NVIDIA GPU here that torch can use; --rehearse tries the program itself on the CPU."
 
 
+def _no_tests() -> str:
+    """Why nothing can be rehearsed here; empty where it can."""
+    return "" if find_spec("pytest") else "A rehearsal takes the stand-ins of the tests: pip install -e '.[dev]'"
+
+
 # Sections, one process each
 
 
 def examine(sections: Sequence[Section], place: Place) -> dict[str, Any]:
     """Run the sections one after the other; what `gpu.json` holds."""
-    began = time.monotonic()
+    began, patience = time.monotonic(), place.size(1, SLOWER)
+    shutil.rmtree(place.out / "random-model", ignore_errors=True)  # a rehearsal's is smaller
     for folder in ("sections", "logs", "runs"):
         shutil.rmtree(place.out / folder, ignore_errors=True)
         (place.out / folder).mkdir(parents=True)
@@ -118,7 +127,8 @@ def examine(sections: Sequence[Section], place: Place) -> dict[str, Any]:
     for section in sections:
         print(f"==> {section.title}", flush=True)
         started = time.monotonic()
-        checks = in_process_of_its_own(section, place, seconds=min(section.seconds, began + ALL_SECONDS - started))
+        left = began + patience * ALL_SECONDS - started
+        checks = in_process_of_its_own(section, place, seconds=min(patience * section.seconds, left))
         for check in checks:
             print(f"{check.verdict.outcome:8}  {check.name}: {check.verdict.found}", flush=True)
         entries.append(

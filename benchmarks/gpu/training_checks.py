@@ -209,6 +209,8 @@ def _beside_the_cpu(place: Place, way: str, precision: PrecisionName) -> Verdict
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         return left_out("this GPU has no bfloat16")
     expected = place.figures("reference", way).get("losses", [])
+    if not expected:
+        return judged(False, "there are no losses of the CPU to compare with: the section `reference` comes before")
     run = trained(place, f"{way}-{precision}", full=way == "full", precision=precision, **WAYS[way])
     # The first steps in fp16 may be skipped, until the scale of the loss fits.
     compared = 1 if precision == "fp16" else len(expected)
