@@ -58,7 +58,7 @@ def attention(place: Place) -> Iterator[tuple[str, Trial]]:
 
 
 def formats(place: Place) -> Iterator[tuple[str, Trial]]:
-    yield "choice", partial(_choice, place)
+    yield "precision", partial(_choice, place)
 
 
 # Attention

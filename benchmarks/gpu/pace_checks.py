@@ -47,7 +47,7 @@ class Clock(TrainerCallback):
 
 def speed(place: Place) -> Iterator[tuple[str, Trial]]:
     for way in WAYS:
-        yield way, partial(_pace, place, way)
+        yield f"speed, {way}", partial(_pace, place, way)
 
 
 def _pace(place: Place, way: str) -> Verdict:

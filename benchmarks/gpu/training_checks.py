@@ -179,7 +179,7 @@ def apart(losses: Sequence[float], expected: Sequence[float]) -> float:
 
 def chosen(place: Place) -> PrecisionName:
     """What `precision: auto` takes here, by the section that looked at it."""
-    choice: PrecisionName = place.figures("formats", "choice").get("choice", "fp32")
+    choice: PrecisionName = place.figures("formats", "precision").get("choice", "fp32")
     return choice
 
 
