@@ -22,11 +22,12 @@ peer := $(venv)/.peer
 parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
 supported := import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+runs := import accelerate, datasets, peft, torch, transformers
 
 # Else every process would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test faults site docs guide bench check format clean
+.PHONY: help demo test faults site docs guide bench gpu check format clean
 
 help:
 	@echo "Each target installs what it needs into $(venv) first, once."
@@ -37,6 +38,7 @@ help:
 	@echo "make docs     build it, and run what pages, recipes and examples show"
 	@echo "make guide    run the notebooks of the guide, in both languages"
 	@echo "make bench    compare speed and memory with TRL (needs DATA=alpaca_en_demo.json, some 40 minutes)"
+	@echo "make gpu      prove and measure on an NVIDIA GPU what runs there (under 10 minutes, into build/gpu)"
 	@echo "make check    lint, formatting and types: ruff, mypy"
 	@echo "make format   let ruff fix and format the code"
 	@echo "make clean    remove caches and build outputs (the environment stays: rm -r $(venv))"
@@ -72,6 +74,16 @@ bench: $(peer)
 	@mkdir -p build
 	@echo "==> Training in turns with TRL"
 	@$(bin)/python benchmarks/train.py --data "$(DATA)" --json build/bench.json --plot build/bench.svg
+
+# Machines with a GPU often have torch and no network: any Python that has what a run imports will do.
+gpu:
+	@python=; \
+	for candidate in $(bin)/python $(interpreters); do \
+		if "$$candidate" -c '$(runs)' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then $(MAKE) $(installed); python=$(bin)/python; fi; \
+	echo "==> Checking what runs on the GPU"; \
+	"$$python" -m benchmarks.gpu --out build/gpu
 
 check: $(installed)
 	@echo "==> Lint (ruff check)"
