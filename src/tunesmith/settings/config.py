@@ -210,6 +210,7 @@ class SFTConfig(TrainingArguments):
         self._refuse_unsupported()
         self._resolve_precision()
         super().__post_init__()
+        self._check_sampling()
         self._check_token_batches()
         self._check_compile()
         if self.activation_offloading and self.device.type in ("cpu", "mps"):
@@ -327,6 +328,26 @@ class SFTConfig(TrainingArguments):
                 f"truncation_mode is {self.truncation_mode!r}; only 'keep_start' is supported. "
                 "To keep the end of long prompts use truncate_prompt: true"
             )
+
+    def _check_sampling(self) -> None:
+        strategies = ("random", "sequential", "group_by_length", "group_by_prefix", "batch_rebalance")
+        if self.train_sampling_strategy not in strategies:
+            hint = nearest(self.train_sampling_strategy, strategies)
+            raise TunesmithError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; choose {' | '.join(strategies)}{hint}"
+            )
+        if self.train_sampling_strategy != "group_by_prefix":
+            return
+        for name, value, reason in (
+            ("share_prefix", self.share_prefix == "off", "computes nothing once"),
+            ("packing", self.packing, "makes rows of examples that do not begin alike"),
+            ("padding_free", not self.padding_free, "computes each row alone"),
+        ):
+            if value:
+                raise TunesmithError(
+                    f"train_sampling_strategy is 'group_by_prefix', so that a batch computes once what its rows begin "
+                    f"with, and {name}: {getattr(self, name)} {reason}; drop one"
+                )
 
     def _check_token_batches(self) -> None:
         """What says how many rows share a batch, or which, contradicts batches by tokens."""
