@@ -10,8 +10,8 @@ LoRA on the demo model, in two cases:
 
 `off` computes each row alone. `auto` is the default. `grouped` has rows with like beginnings in the same batch
 (`train_sampling_strategy: group_by_prefix`). Each is a process of its own, and they take turns. CPU seconds are of all
-threads; on a machine that others use, OMP_NUM_THREADS=1 keeps threads that wait out of them. `--layers 4` takes the first
-four layers of the model: 32 rows apart need a lot of memory.
+threads; on a machine that others use, OMP_NUM_THREADS=1 keeps threads that wait out of them. `--layers 4` takes the
+first four layers of the model: 32 rows apart need a lot of memory.
 """
 
 import argparse
