@@ -302,12 +302,11 @@ def test_a_long_continuation_attends_in_blocks_as_in_one_piece(
 
     def attended(block: int) -> list[Tensor]:
         monkeypatch.setattr(attention, "BLOCK", block)
-        inputs = [x.double().requires_grad_() for x in qkv(length=30)]
-        out = attend_documents(
-            Layer().eval(), *inputs, document_map([3, 2, 20, 5], [-1, 0, 0, -1]), sliding_window=window
-        )
+        q, k, v = (x.double().requires_grad_() for x in qkv(length=30))
+        mask = document_map([3, 2, 20, 5], [-1, 0, 0, -1])
+        out = attend_documents(Layer().eval(), q, k, v, mask, sliding_window=window)
         (out * torch.arange(out.numel()).view_as(out).sin()).sum().backward()
-        return [out, *(x.grad for x in inputs if x.grad is not None)]
+        return [out, *(x.grad for x in (q, k, v) if x.grad is not None)]
 
     whole, blocks = attended(100), attended(6)
     assert len(whole) == 4

@@ -134,7 +134,7 @@ def test_trees_that_begin_alike_are_computed_as_one_and_are_exact() -> None:
         lengths, parents = [len(front), 9, 3, 4], [-1, 0, 1, 0]
         ids = [*front, *(token + kind for token in token_rows(16, seed=15)[0]["input_ids"])]
         examples.append({"input_ids": ids, "labels": ids, "seq_lengths": lengths, "parents": parents})
-    model = tiny("gpt2", max(len(TOKENIZER), 200), max_position_embeddings=1024).double()
+    model: Any = tiny("gpt2", max(len(TOKENIZER), 200), max_position_embeddings=1024).double()
     answer_objectives(model)
     use_documents(model)
     one_by_one = [padded([row(document)]) for example in examples for (document,) in documents_of(example)]
