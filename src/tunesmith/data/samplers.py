@@ -136,6 +136,11 @@ class PrefixGroups(Sampler[int]):
         self._batch_size, self._seed = batch_size, seed
         self.epoch = 0
 
+    @property
+    def begin_alike(self) -> bool:
+        """Whether so many rows begin alike that a batch can be filled with them."""
+        return bool(self._levels)
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 

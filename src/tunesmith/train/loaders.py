@@ -145,7 +145,8 @@ class Loaders:
         order = None
         if self.batching.shares and not training and len(lengths):
             rows = max(1, args.max_tokens_per_batch // max(1, int(lengths.mean())))
-            order = np.fromiter(PrefixGroups(dataset, rows, seed=None), np.int64)
+            groups = PrefixGroups(dataset, rows, seed=None)
+            order = np.fromiter(groups, np.int64) if groups.begin_alike else None
         return TokenBatches(
             lengths,
             args.max_tokens_per_batch,
