@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.data.samplers import (
     LengthGroups,
+    PrefixGroups,
     TokenBatches,
     by_document,
     document_lengths,
@@ -114,7 +115,79 @@ def test_more_processes_than_documents_is_an_error() -> None:
         TokenBatches(np.array([5, 6]), 20, seed=0, multiple_of=3)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "groups"])
+# Rows that begin alike
+
+
+def rows_of_trees(count: int) -> tuple[Dataset, list[tuple[int, int, int]]]:
+    """Rows of a prompt of 64 tokens, one of 2, tools of 64, one of 3 for each, and 32 tokens of their own; with the
+    prompt, the tools and the number of each."""
+    draw = np.random.default_rng(0)
+    kinds = [(int(draw.integers(2)), int(draw.integers(3)), number) for number in range(count)]
+    rows = [[1000 + p] * 64 + [2000 + 10 * p + t] * 64 + [3000 + number] * 32 for p, t, number in kinds]
+    return Dataset.from_dict({"input_ids": rows}), kinds
+
+
+TREES = rows_of_trees(60)[0]
+
+
+@pytest.mark.parametrize("size", [4, 7])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_batches_hold_rows_that_begin_alike_as_far_as_these_fill_them(size: int, seed: int | None) -> None:
+    dataset, kinds = rows_of_trees(100)
+    sampler = PrefixGroups(dataset, size, seed)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(100))
+        epochs.append(order)
+        batches = [order[start : start + size] for start in range(0, 100, size)]
+        tools = [sum(1 for row in range(100) if kinds[row][:2] == kind) for kind in {kind[:2] for kind in kinds}]
+        prompts = [sum(1 for row in range(100) if kinds[row][0] == prompt) for prompt in (0, 1)]
+        full = [batch for batch in batches if len(batch) == size]
+        alike = [batch for batch in full if len({kinds[row][:2] for row in batch}) == 1]
+        under_one_prompt = [batch for batch in full if len({kinds[row][0] for row in batch}) == 1]
+        assert len(alike) >= sum(count // size for count in tools)
+        assert len(under_one_prompt) >= sum(count // size for count in prompts)
+    assert epochs[0] == list(PrefixGroups(dataset, size, seed))
+    if seed is None:
+        assert epochs[0] == epochs[1]
+    else:
+        together = [groups([order[start : start + size] for start in range(0, 100, size)]) for order in epochs]
+        assert not together[0] & together[1]
+        assert epochs[0] != list(PrefixGroups(dataset, size, seed + 2))
+
+
+def test_rows_without_much_in_common_are_shuffled_as_ever() -> None:
+    draw = np.random.default_rng(1)
+    rows = [[1] * 12 + draw.integers(2, 9999, 100).tolist() for _ in range(50)]
+    order = list(PrefixGroups(Dataset.from_dict({"input_ids": rows}), 5, 0))
+    assert sorted(order) == list(range(50))
+    assert order != list(range(50))
+    assert list(PrefixGroups(Dataset.from_dict({"input_ids": rows}), 5, None)) == list(range(50))
+
+
+def test_rows_are_grouped_as_they_were_selected() -> None:
+    dataset, kinds = rows_of_trees(40)
+    chosen = [*range(39, -1, -3)]
+    order = list(PrefixGroups(dataset.select(chosen), 3, None))
+    assert sorted(order) == list(range(len(chosen)))
+    assert len({kinds[chosen[row]][:2] for row in order[:3]}) == 1
+
+
+def test_batches_by_tokens_take_rows_in_a_given_order() -> None:
+    batches = TokenBatches(np.array([3, 9, 4, 4, 0, 1]), 10, seed=None, order=np.array([5, 4, 3, 2, 1, 0]))
+    assert list(batches) == [[5, 4, 3, 2], [1], [0]]
+    assert len(batches) == 3
+    in_two = TokenBatches(np.array([3, 9, 4, 4, 1]), 10, seed=None, order=np.array([4, 3, 2, 1, 0]), multiple_of=2)
+    assert sorted(row for batch in in_two for row in batch) == [0, 1, 2, 3, 4]
+    assert len(in_two) == 4
+
+
+# On the way through a loader
+
+
+@pytest.mark.parametrize("kind", ["tokens", "groups", "prefixes"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_loader_goes_on_with_the_batches_of_its_epoch(kind: str, processes: int) -> None:
     lengths = np.random.default_rng(0).integers(10, 200, 60)
@@ -125,8 +198,10 @@ def test_a_resumed_loader_goes_on_with_the_batches_of_its_epoch(kind: str, proce
         if kind == "tokens":
             batches = TokenBatches(lengths, 400, seed=0, multiple_of=processes)
             plain = DataLoader(numbers, batch_sampler=batches, collate_fn=list)
-        else:
+        elif kind == "groups":
             plain = DataLoader(numbers, 4, sampler=LengthGroups(lengths, 4, 0), collate_fn=list)
+        else:
+            plain = DataLoader(numbers, 4, sampler=PrefixGroups(TREES, 4, 0), collate_fn=list)
         return register_sampler(prepare_data_loader(plain, num_processes=processes, process_index=rank))
 
     for rank in range(processes):

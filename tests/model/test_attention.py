@@ -23,6 +23,7 @@ from tests.models import (
 )
 from tunesmith.data.prefix import paths
 from tunesmith.errors import TunesmithError
+from tunesmith.model import attention
 from tunesmith.model.attention import (
     _runs,
     attend_documents,
@@ -270,9 +271,9 @@ def test_a_layer_attends_by_the_definition(options: dict[str, Any], lengths: lis
 @pytest.mark.parametrize(
     ("lengths", "parents", "runs"),
     [
-        ([2, 3, 1, 2, 1], [-1, 0, 1, 0, 3], [[(0, 6)], [(0, 2), (6, 9)]]),
-        ([2, 3, 1, 2, 1], [-1, 0, 1, 1, 0], [[(0, 6)], [(0, 5), (6, 8)], [(0, 2), (8, 9)]]),
-        ([3, 1, 2, 2, 1], [-1, 0, 0, -1, 2], [[(0, 4)], [(0, 3), (4, 6)], [(6, 8)], [(0, 3), (4, 6), (8, 9)]]),
+        ([2, 3, 1, 2, 1], [-1, 0, 1, 0, 3], [([0, 1, 2], 3), ([0, 3, 4], 2)]),
+        ([2, 3, 1, 2, 1], [-1, 0, 1, 1, 0], [([0, 1, 2], 3), ([0, 1, 3], 1), ([0, 4], 1)]),
+        ([3, 1, 2, 2, 1], [-1, 0, 0, -1, 2], [([0, 1], 2), ([0, 2], 1), ([3], 1), ([0, 2, 4], 1)]),
     ],
     ids=["forks once", "forks twice", "two trees"],
 )
@@ -283,7 +284,7 @@ def test_a_segment_attends_to_all_that_it_continues(
     q, k, v = qkv()
     arguments = {"sliding_window" if name == "window" else name: value for name, value in options.items()}
     mask = document_map(lengths, parents)
-    assert _runs(mask[0, 0, 0].tolist(), mask[0, 0, 1].tolist()) == runs
+    assert _runs(parents) == runs
     found = attend_documents(Layer().eval(), q, k, v, mask, **arguments)
     assert found.is_contiguous()
     starts = mask[0, 0, 0].tolist()
@@ -291,6 +292,26 @@ def test_a_segment_attends_to_all_that_it_continues(
         places = [place for segment in path for place in range(starts[segment], starts[segment] + lengths[segment])]
         expected = by_definition(q[:, :, places], k[:, :, places], v[:, :, places], [len(places)], **options)
         torch.testing.assert_close(found[:, places], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_long_continuation_attends_in_blocks_as_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """Values and gradients, in float64: 20 queries in blocks of 6."""
+
+    def attended(block: int) -> list[Tensor]:
+        monkeypatch.setattr(attention, "BLOCK", block)
+        q, k, v = (x.double().requires_grad_() for x in qkv(length=30))
+        mask = document_map([3, 2, 20, 5], [-1, 0, 0, -1])
+        out = attend_documents(Layer().eval(), q, k, v, mask, sliding_window=window)
+        (out * torch.arange(out.numel()).view_as(out).sin()).sum().backward()
+        return [out, *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    whole, blocks = attended(100), attended(6)
+    assert len(whole) == 4
+    for one, other in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"softcap": 100.0}], ids=["sdpa", "eager"])

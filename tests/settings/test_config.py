@@ -135,6 +135,13 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
         ({"columns": "question"}, "write an object"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs is [1]; write an object, e.g. {key: value}"),
         ({"dataset_kwargs": {"add_special_tokens": False}}, "dataset_kwargs: 'add_special_tokens' is unknown"),
+        ({"train_sampling_strategy": "group_by_prefixes"}, "did you mean 'group_by_prefix'?"),
+        ({"train_sampling_strategy": "group_by_prefix", "share_prefix": "off"}, "share_prefix: off computes nothing"),
+        ({"train_sampling_strategy": "group_by_prefix", "packing": True}, "packing: True makes rows of examples"),
+        (
+            {"train_sampling_strategy": "group_by_prefix", "padding_free": False},
+            "padding_free: False computes each row",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -9,9 +9,9 @@ import torch
 
 from tests.data.styles import assistant, conversation, system, user, words
 from tests.models import FLAT, flat, gradient_error, gradients, padded, supervised, tiny, token_rows
-from tunesmith.data.batches import Batch
+from tunesmith.data.batches import Batch, documents_of
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
-from tunesmith.model.attention import use_documents
+from tunesmith.model.attention import document_map, use_documents
 from tunesmith.model.head import answer_objectives
 from tunesmith.types import Example
 
@@ -117,3 +117,51 @@ def test_a_conversation_with_reasoning_costs_little_more_than_its_tokens_once() 
     once = len(apart[-1].input_ids) + sum(len(ids) - answer for ids, answer in zip(first, answers, strict=True))
     assert flat([row(tree)]).computed_tokens == len(tree.input_ids) < 1.3 * once
     assert sum(len(document.input_ids) for document in apart) > 2 * once
+
+
+def test_trees_that_begin_alike_are_computed_as_one_and_are_exact() -> None:
+    """Conversations of several documents, and texts, under one system prompt and one of two sets of tools: in float64,
+    their losses and gradients are those of their documents one by one."""
+    (conversation_of_six,) = documents(share=True, weighted=True)
+    prompt, tools = token_rows(20, 12, seed=11)
+    examples = [row(conversation_of_six)]
+    for kind in (0, 1):
+        front = [*prompt["input_ids"], *(token + kind for token in tools["input_ids"])]
+        for own in token_rows(6, 5, 1, seed=12 + kind):
+            ids = [*front, *own["input_ids"]]
+            labels = [*[-100] * 30, *ids[30:]]  # the last tokens of what is shared are supervised in each
+            examples.append({"input_ids": ids, "labels": labels, "weights": [0.5 + i / 7 for i in range(len(ids))]})
+        lengths, parents = [len(front), 9, 3, 4], [-1, 0, 1, 0]
+        ids = [*front, *(token + kind for token in token_rows(16, seed=15)[0]["input_ids"])]
+        examples.append({"input_ids": ids, "labels": ids, "seq_lengths": lengths, "parents": parents})
+    model: Any = tiny("gpt2", max(len(TOKENIZER), 200), max_position_embeddings=1024).double()
+    answer_objectives(model)
+    use_documents(model)
+    one_by_one = [padded([row(document)]) for example in examples for (document,) in documents_of(example)]
+    expected, gradient = outcome(model, *one_by_one)
+    together = flat(examples, share_prefix=True)
+    assert together.parents is not None
+    assert together.places is not None
+    depth = {-1: 0}
+    for segment, parent in enumerate(together.parents):
+        depth[segment] = depth[parent] + 1
+    assert max(depth.values()) >= 4
+    assert together.computed_tokens < 0.9 * flat(examples).computed_tokens
+    assert float(together.weight) == pytest.approx(sum(float(batch.weight) for batch in one_by_one))
+    found, own_gradient = outcome(model, together)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert gradient_error(own_gradient, gradient) < 1e-6
+    # The head sums in float32; hidden states, and gradients of theirs, are in float64 throughout.
+    layers = model.transformer
+    rows_of_each = [torch.tensor([document.input_ids]) for document in together.documents]
+    apart = torch.cat([layers(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows_of_each])
+    mask = document_map(together.lengths or (), together.parents)
+    once = layers(input_ids=together.input_ids, position_ids=together.position_ids, attention_mask=mask)
+    hidden = once.last_hidden_state[0][together.places]
+    torch.testing.assert_close(hidden, apart, rtol=1e-10, atol=1e-12)
+    weights = torch.arange(hidden.numel()).view_as(hidden).sin().double()
+    outcomes = []
+    for states in (hidden, apart):
+        (states * weights).sum().backward()
+        outcomes.append(gradients(model))
+    assert gradient_error(*outcomes) < 1e-10

@@ -66,6 +66,12 @@ def broken_off(trainer: SFTTrainer, step: int) -> None:
         trainer.train()
 
 
+PREFIX_ROWS = [
+    row | {"prompt": ("Answer in one word, please: ", "Translate into another language: ")[i % 2] + row["prompt"]}
+    for i, row in enumerate(UNEVEN_ROWS[:30])
+]
+
+
 def stream() -> IterableDataset:
     made: IterableDataset = IterableDataset.from_generator(lambda: iter(UNEVEN_ROWS[:20]))
     return made
@@ -82,8 +88,9 @@ def stream() -> IterableDataset:
         {"optim": "adamw_bnb_8bit"},
         {"optim": "adafactor", "lr_scheduler_type": "reduce_lr_on_plateau", "eval": True},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}, "neftune_noise_alpha": 5},
+        {"train_sampling_strategy": "group_by_prefix", "train_dataset": PREFIX_ROWS, "gradient_accumulation_steps": 2},
     ],
-    ids=["async", "async adapters", "8-bit optimizer", "plateau", "noise"],
+    ids=["async", "async adapters", "8-bit optimizer", "plateau", "noise", "like beginnings"],
 )
 def test_it_ends_where_an_uninterrupted_run_does(settings: dict[str, Any], run: Runs) -> None:
     if settings.get("eval"):

@@ -116,6 +116,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(name: str, tr
         {"activation_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "group_by_prefix"},
         {"dataloader_num_workers": 2},
     ],
     ids=lambda settings: next(iter(settings)),

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tunesmith.trainers import SFTTrainer
 
 RECIPE = "recipe.yaml"
-SAMPLE_PROMPTS = 3
 USAGE = "[RECIPE.yaml] [--SETTING VALUE]..."
 HELP = """Train a model, as a recipe says.
 
@@ -100,8 +99,6 @@ def run(recipe: "Recipe") -> None:
     if note := settle_precision(recipe.config):
         _say(note)
     resolve_model(recipe.model, _say)
-    if recipe.config.sample_prompts is None:
-        recipe.config.sample_prompts = SAMPLE_PROMPTS
 
     from tunesmith.model.precision import compute_dtype
     from tunesmith.model.quantize import quantization

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunesmith.data.prefix import flat_row, paths
+from tunesmith.data.prefix import SAVES, flat_row, paths, share_prefixes
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example
 
@@ -295,6 +295,25 @@ class FlatCollator(Collator):
         if any(example.weights is not None for example in documents):
             rows["weights"] = _row((_weights(example) for example in documents), np.float32)
         return Batch(labels=_row(example.labels for example in documents), groups=tuple(groups), **rows)
+
+    def regrouped(self, batches: Sequence[Batch]) -> list[Batch]:
+        """As many batches of the same documents, those that begin alike together, where that saves enough, and none
+        computes more than the largest did; else `batches`.
+
+        Of a loss that is a sum over documents, gradients of all batches together stay the same.
+        """
+        if len(batches) < 2 or not self.share_prefix:
+            return [*batches]
+        before = [batch.computed_tokens for batch in batches]
+        groups = [group for batch in batches for group in batch.groups]
+        at_best, enough = share_prefixes([x.input_ids for group in groups for x in group]), (1 - SAVES) * sum(before)
+        if at_best is None or len(at_best.tokens) > enough:
+            return [*batches]
+        groups.sort(key=lambda group: group[0].input_ids)
+        stops = [*accumulate(len(batch.groups) for batch in batches)]
+        parts = [self.batch(groups[start:stop]) for start, stop in zip([0, *stops], stops, strict=False)]
+        after = [part.computed_tokens for part in parts]
+        return parts if sum(after) <= enough and max(after) <= max(before) else [*batches]
 
     def cost(self, groups: Sequence[Group]) -> int:
         shared = flat_row(([example.input_ids for example in group] for group in groups), across=False)

@@ -20,7 +20,8 @@ import numpy as np
 SAVES = 0.1
 """The share of a batch's tokens that sharing must save to be worth its smaller pieces of attention."""
 WORTH = 8
-"""So many tokens a segment of its own must save: each is a call of attention."""
+"""So many tokens a segment of its own must save: each is a part of the keys of all that continue it. On one thread of a
+CPU, segments below a common prompt of 300 tokens took no longer from 4 tokens on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

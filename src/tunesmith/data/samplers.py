@@ -1,4 +1,5 @@
-"""Which documents share a micro-batch: so many tokens of them, or rows of like length where batches are padded."""
+"""Which documents share a micro-batch: so many tokens of them, or rows of like length where batches are padded, or rows
+that begin alike where what they share is computed once."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +23,10 @@ from tunesmith.types import IGNORE_INDEX
 Ints = NDArray[np.int64]
 LEVELS = 32
 """Lengths that differ by less than this part of the mean length count as equal."""
+PREFIX_LEVELS = 10
+"""Prefixes are compared in steps of this part of the mean length: sharing a step saves about a tenth."""
+SHORTEST_PREFIX = 16
+"""Tokens of such a step at the least."""
 
 
 class TokenBatches(Sampler[list[int]]):
@@ -36,12 +41,27 @@ class TokenBatches(Sampler[list[int]]):
     `multiple_of` processes take turns at the batches, so their number is a multiple of that: the batches of most
     documents are halved. (`accelerate` would give some batches twice instead, whose loss would count twice.)
 
-    Without a seed, nothing is drawn: all epochs are the same.
+    Without a seed, nothing is drawn: all epochs are the same. Then rows may have an `order` (B,), in which each batch
+    takes as many as fit.
     """
 
     def __init__(
-        self, lengths: Ints, max_tokens: int, *, seed: int | None, padded: bool = False, multiple_of: int = 1
+        self,
+        lengths: Ints,
+        max_tokens: int,
+        *,
+        seed: int | None,
+        padded: bool = False,
+        multiple_of: int = 1,
+        order: Ints | None = None,
     ) -> None:
+        self._seed = seed
+        self.epoch = 0
+        self._order = order
+        if order is not None:
+            assert seed is None
+            self._batches = _halved(_as_many_as_fit(lengths[order], max_tokens), multiple_of)
+            return
         step = max(1, int(lengths.mean()) // LEVELS)
         # A document without tokens counts as one, so that it is in a batch too.
         self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
@@ -52,8 +72,6 @@ class TokenBatches(Sampler[list[int]]):
             packs = pack(decreasing, max_tokens)
             batches = np.split(packs.document, packs.offsets[1:-1])
         self._batches = _halved(batches, multiple_of)
-        self._seed = seed
-        self.epoch = 0
 
     @property
     def shuffles(self) -> bool:
@@ -67,6 +85,9 @@ class TokenBatches(Sampler[list[int]]):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._order is not None:
+            yield from (self._order[batch].tolist() for batch in self._batches)
+            return
         documents, order = np.arange(len(self._levels)), np.arange(len(self))
         if self._seed is not None:
             documents = shuffled(len(documents), self._seed, self.epoch, 0)
@@ -94,6 +115,99 @@ class LengthGroups(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         yield from get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+
+
+class PrefixGroups(Sampler[int]):
+    """A sampler after which batches of `batch_size` hold rows that begin alike, each row once an epoch.
+
+    Batches are filled from the longest shared beginnings to the shortest. Of the rows of a group, full batches are
+    taken; what is left over joins the groups that share less, and at last all others:
+
+        6 rows, batches of 2    a b c1   a b c2   a b c3   a d   a e   f
+        batches                 [a b c3, a b c1]  [a e, a b c2]  [f, a d]
+
+    Which rows of a group share a batch, which are left over, and the order of the batches are drawn anew for every
+    epoch from `seed` and the epoch, so that a resumed run goes on with the same rows. Without a seed nothing is drawn.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int | None) -> None:
+        self._count = len(dataset)
+        self._levels = _prefix_levels(dataset, batch_size)
+        self._batch_size, self._seed = batch_size, seed
+        self.epoch = 0
+
+    @property
+    def begin_alike(self) -> bool:
+        """Whether so many rows begin alike that a batch can be filled with them."""
+        return bool(self._levels)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _drawn(self, count: int, *key: int) -> Ints:
+        return np.arange(count) if self._seed is None else shuffled(count, self._seed, self.epoch, *key)
+
+    def __iter__(self) -> Iterator[int]:
+        size, place, left = self._batch_size, np.empty(self._count, np.int64), np.ones(self._count, bool)
+        place[self._drawn(self._count, 0)] = np.arange(self._count)
+        batches: list[Ints] = []
+        for level, (rows, groups) in enumerate(reversed(self._levels), start=1):
+            rows, groups = rows[left[rows]], groups[left[rows]]
+            if not len(rows):
+                continue
+            draw = self._drawn(int(groups.max()) + 1, 1, level)[groups]
+            order = np.lexsort((place[rows], draw))
+            rows, counts = rows[order], np.unique(draw[order], return_counts=True)[1]
+            within = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+            full = within < np.repeat(counts // size * size, counts)
+            batches.append(rows[full].reshape(-1, size))
+            left[rows[full]] = False
+            place[rows[~full]] = level * self._count + np.arange((~full).sum())  # neighbours stay neighbours
+        rest = np.flatnonzero(left)
+        rest = rest[np.argsort(place[rest], kind="stable")]
+        whole = len(rest) // size * size
+        chosen = np.concatenate([*batches, rest[:whole].reshape(-1, size)])
+        yield from chosen[self._drawn(len(chosen), 2)].flatten().tolist()
+        yield from rest[whole:].tolist()
+
+
+def _prefix_levels(dataset: Dataset, batch_size: int) -> list[tuple[Ints, Ints]]:
+    """Rows that begin alike with enough others to fill a batch: for each length of beginnings, from the shortest on,
+    the rows (R,) and the group of each (R,). Lengths that make the same groups are one.
+
+    Beginnings are told apart by 64-bit hashes. Two that collide share a batch and no token: which tokens are shared is
+    found out when the batch is made.
+    """
+    if "input_ids" not in dataset.column_names or not len(dataset):
+        return []
+    import pyarrow.compute as pc
+
+    lengths = list_lengths(dataset.data, "input_ids")
+    begins, ids = lengths.cumsum() - lengths, pc.list_flatten(dataset.data.table.column("input_ids")).to_numpy()
+    if dataset._indices is not None:  # a shuffle or a mixture is a list of places in the table
+        chosen = dataset._indices.column(0).to_numpy()
+        begins, lengths = begins[chosen], lengths[chosen]
+    step = max(SHORTEST_PREFIX, int(lengths.mean()) // PREFIX_LEVELS)
+    levels: list[tuple[Ints, Ints]] = []
+    rows, groups = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    for start in range(0, int(lengths.max(initial=0)), step):
+        long_enough = lengths[rows] >= start + step
+        rows, groups = rows[long_enough], groups[long_enough]
+        hashes = groups.astype(np.uint64)
+        for place in range(start, start + step):
+            hashes = (hashes ^ ids[begins[rows] + place].astype(np.uint64)) * np.uint64(1099511628211)  # FNV-1a
+        _, groups, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        enough = counts[groups] >= batch_size
+        rows, groups = rows[enough], groups[enough]
+        if not len(rows):
+            break
+        if levels and len(levels[-1][0]) == len(rows) and len(np.unique(levels[-1][1])) == len(np.unique(groups)):
+            levels.pop()
+        levels.append((rows, groups))
+    return levels
 
 
 def lengths_of(dataset: Dataset, *, padded: bool = False) -> Ints:
@@ -184,7 +298,7 @@ def register_sampler(loader: Any) -> Any:
     batches = getattr(loader, "batch_sampler", None)
     batches = getattr(batches, "batch_sampler", batches)
     for sampler in (batches, getattr(batches, "sampler", None)):
-        if isinstance(sampler, TokenBatches | LengthGroups):
+        if isinstance(sampler, TokenBatches | LengthGroups | PrefixGroups):
             loader.set_sampler(sampler)
     return loader
 
@@ -195,6 +309,16 @@ def _neighbours(decreasing: Ints, max_tokens: int) -> list[Ints]:
     while cuts[-1] < len(decreasing):
         cuts.append(cuts[-1] + max_tokens // int(decreasing[cuts[-1]]))
     return np.split(np.arange(len(decreasing)), cuts[1:-1])
+
+
+def _as_many_as_fit(lengths: Ints, max_tokens: int) -> list[Ints]:
+    """Batches of neighbours, each as many as fit."""
+    ends = np.maximum(lengths, 1).cumsum()
+    cuts = [0]
+    while cuts[-1] < len(ends):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cuts.append(int(ends.searchsorted(before + max_tokens, side="right")))
+    return np.split(np.arange(len(ends)), cuts[1:-1])
 
 
 def _halved(batches: list[Ints], multiple: int) -> list[Ints]:

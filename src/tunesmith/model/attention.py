@@ -36,6 +36,8 @@ HARMLESS = {
     *("position_ids", "position_embeddings", "cache_position", "use_cache", "deterministic"),
     *("output_attentions", "output_router_logits"),
 }
+BLOCK = 256
+"""Queries of one call on a CPU where a mask says what they see: a kernel skips no key that a mask hides."""
 PAD_INSTEAD = "set padding_free: false (and packing: false) to train this model"
 
 
@@ -110,8 +112,10 @@ def attend_documents(
     causally, or within a window that it leaves to the mask.
     """
     offsets, *more = documents[0, 0].tolist()
-    runs = _runs(offsets, more[0]) if more else [[(start, stop)] for start, stop in pairwise(offsets)]
-    _refuse_other_attention(module, max(sum(stop - start for start, stop in run) for run in runs), kwargs)
+    lengths = [stop - start for start, stop in pairwise(offsets)]
+    runs = _runs(more[0][:-1] if more else [-1] * len(lengths))
+    longest = max(sum(lengths[segment] for segment in path) for path, _ in runs)
+    _refuse_other_attention(module, longest, kwargs)
     scaling = kwargs.get("scaling")
     call = Call(
         scale=q_NTH.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -124,36 +128,36 @@ def attend_documents(
     if kernel is not None and not more:
         return attention_cuda.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
     attend = _attend_sdpa if call.softcap is None and call.sinks is None else _attend_eager
-    own = [run[-1][1] - run[-1][0] for run in runs]
     # One `split` has one cat as its backward; slices each allocate a gradient of the whole row.
-    q, k, v = ([*x.split(own, dim=2)] for x in (q_NTH, k_KTH, v_KTH))
-    for i, run in enumerate(runs):
-        if len(run) > 1:
-            k[i], v[i] = (
-                torch.cat([*(x[:, :, start:stop] for start, stop in run[:-1]), pieces[i]], dim=2)
-                for x, pieces in ((k_KTH, k), (v_KTH, v))
-            )
+    q = q_NTH.split([sum(lengths[segment] for segment in path[-own:]) for path, own in runs], dim=2)
+    k, v = (_seen_by(runs, x.split(lengths, dim=2)) for x in (k_KTH, v_KTH))
     outputs = [attend(*heads, call).transpose(1, 2) for heads in zip(q, k, v, strict=True)]
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
 
 
-def _runs(offsets: Sequence[int], parents: Sequence[int]) -> list[list[tuple[int, int]]]:
+def _runs(parents: Sequence[int]) -> list[tuple[list[int], int]]:
     """Segments of a row as runs of those that each continue the one before them, in which all attention is causal.
 
-    For each run the ranges of tokens that its last one attends to: what the run continues, and the run itself.
+    For each run the segments that its last one attends to, itself included, and how many of them, the last ones, are
+    the run.
 
-    segments [a][b][c][d] of 2 tokens each, parents -1 0 1 0    runs  [0:6]  [0:2 6:8]
+    segments [a][b][c][d], parents -1 0 1 0    runs  a b c: ([0, 1, 2], 3)  d: ([0, 3], 1)
     """
-    seen: list[list[tuple[int, int]]] = []
-    runs: list[list[tuple[int, int]]] = []
-    for i, (start, stop) in enumerate(pairwise(offsets)):
-        before = seen[parents[i]] if parents[i] >= 0 else []
-        joins = before and before[-1][1] == start
-        seen.append([*before[:-1], (before[-1][0], stop)] if joins else [*before, (start, stop)])
-        if i and parents[i] == i - 1:
-            runs.pop()
-        runs.append(seen[-1])
+    paths: list[list[int]] = []
+    runs: list[tuple[list[int], int]] = []
+    for segment, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), segment])
+        own = runs.pop()[1] + 1 if segment and parent == segment - 1 else 1
+        runs.append((paths[-1], own))
     return runs
+
+
+def _seen_by(runs: Sequence[tuple[list[int], int]], segments: Sequence[Tensor]) -> list[Tensor]:
+    """The keys, or values, that each run attends to (1, K, M, H), of those of all segments."""
+    return [
+        torch.cat([segments[segment] for segment in path], dim=2) if len(path) > 1 else segments[path[0]]
+        for path, _ in runs
+    ]
 
 
 def _refuse_other_attention(module: nn.Module, longest: int, kwargs: dict[str, Any]) -> None:
@@ -190,6 +194,17 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     windowed = call.window is not None and keys > call.window
     if not call.dropout and not windowed and attention_cpu.pays(q, k, v):
         return attention_cpu.attend(q, k, v, call.scale)
+    if q.device.type != "cpu" or queries <= BLOCK or (queries == keys and not windowed):
+        return _sdpa(q, k, v, call)
+    parts = q.split(BLOCK, dim=2)
+    seen = [keys - queries + min((i + 1) * BLOCK, queries) for i in range(len(parts))]
+    blocks = [_sdpa(part, k[:, :, :stop], v[:, :, :stop], call) for part, stop in zip(parts, seen, strict=True)]
+    return torch.cat(blocks, dim=2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    windowed = call.window is not None and keys > call.window
     mask = None if queries == keys and not windowed else _causal(queries, keys, call.window, q.device)
     # On a CPU the kernel shares key heads itself. On CUDA, asking for that can rule out all but the slowest kernel.
     shared = q.device.type == "cpu"

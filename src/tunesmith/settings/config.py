@@ -192,10 +192,10 @@ class SFTConfig(TrainingArguments):
     async_save: bool = _setting(
         False, "Write checkpoints in a thread, from a copy in main memory, while training goes on."
     )
-    sample_prompts: int | None = _setting(
-        None,
+    sample_prompts: int = _setting(
+        0,
         "So many prompts, held-out ones if there are any, are answered before training, with each evaluation "
-        "and at the end. Unset: 3 in `tunesmith train`, 0 in a program.",
+        "and at the end; it costs the time of so many answers of up to 128 tokens.",
     )
     loraplus_lr_ratio: float | None = _setting(
         None, "LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."
@@ -210,6 +210,7 @@ class SFTConfig(TrainingArguments):
         self._refuse_unsupported()
         self._resolve_precision()
         super().__post_init__()
+        self._check_sampling()
         self._check_token_batches()
         self._check_compile()
         if self.activation_offloading and self.device.type in ("cpu", "mps"):
@@ -271,7 +272,7 @@ class SFTConfig(TrainingArguments):
             raise TunesmithError(f"max_bad_steps is {self.max_bad_steps}; the run can stop after 1 at the earliest")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise TunesmithError(f"dataset_num_proc is {self.dataset_num_proc}; write 1 or more processes")
-        if self.sample_prompts is not None and self.sample_prompts < 0:
+        if self.sample_prompts < 0:
             raise TunesmithError(f"sample_prompts is {self.sample_prompts}; write 0 for none, or how many")
         if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
             raise TunesmithError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; write a number above 0, such as 16")
@@ -327,6 +328,26 @@ class SFTConfig(TrainingArguments):
                 f"truncation_mode is {self.truncation_mode!r}; only 'keep_start' is supported. "
                 "To keep the end of long prompts use truncate_prompt: true"
             )
+
+    def _check_sampling(self) -> None:
+        strategies = ("random", "sequential", "group_by_length", "group_by_prefix", "batch_rebalance")
+        if self.train_sampling_strategy not in strategies:
+            hint = nearest(self.train_sampling_strategy, strategies)
+            raise TunesmithError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; choose {' | '.join(strategies)}{hint}"
+            )
+        if self.train_sampling_strategy != "group_by_prefix":
+            return
+        for name, value, reason in (
+            ("share_prefix", self.share_prefix == "off", "computes nothing once"),
+            ("packing", self.packing, "makes rows of examples that do not begin alike"),
+            ("padding_free", not self.padding_free, "computes each row alone"),
+        ):
+            if value:
+                raise TunesmithError(
+                    f"train_sampling_strategy is 'group_by_prefix', so that a batch computes once what its rows begin "
+                    f"with, and {name}: {getattr(self, name)} {reason}; drop one"
+                )
 
     def _check_token_batches(self) -> None:
         """What says how many rows share a batch, or which, contradicts batches by tokens."""

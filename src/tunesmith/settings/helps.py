@@ -103,8 +103,9 @@ HELPS = {
     "dataloader_in_order": "Take batches in their order; false: as they are ready.",
     "remove_unused_columns": "Drop columns that the model does not take.",
     "label_names": "Names of the labels in a batch of yours; unset, labels.",
-    "train_sampling_strategy": "random | sequential | group_by_length | batch_rebalance (evens out devices).",
-    "length_column_name": "A column with lengths, for the last two of train_sampling_strategy.",
+    "train_sampling_strategy": "random | sequential | group_by_length | group_by_prefix (rows that begin alike share a "
+    "batch) | batch_rebalance (evens out devices).",
+    "length_column_name": "A column with lengths, for group_by_length and batch_rebalance.",
     "ddp_find_unused_parameters": "`find_unused_parameters` of PyTorch's DistributedDataParallel.",
     "ddp_bucket_cap_mb": "`bucket_cap_mb` of DistributedDataParallel.",
     "ddp_broadcast_buffers": "`broadcast_buffers` of DistributedDataParallel.",

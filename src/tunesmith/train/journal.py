@@ -265,7 +265,7 @@ class Journal:
     # Samples
 
     def _choose_prompts(self) -> None:
-        count, trainer = self._args.sample_prompts or 0, self._trainer
+        count, trainer = self._args.sample_prompts, self._trainer
         self._asked = []
         if not count or not self._active or self._data is None:
             return

@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from tunesmith.data.batches import Batch, Collator, documents_of
+from tunesmith.data.batches import Batch, Collator, FlatCollator, documents_of
 from tunesmith.data.dataset import COLUMNS
 from tunesmith.data.samplers import (
     LengthGroups,
+    PrefixGroups,
     TokenBatches,
     by_document,
     fitting_lengths,
@@ -31,19 +33,26 @@ class Batching:
     """How a run's rows become batches.
 
     `collator` makes those that are trained and evaluated on; any callable, where it is the user's. `by_row` makes those
-    whose logits are wanted: padded documents, in order. `grouped`: rows of like length share a batch. `columns` of a
-    data set reach the collator.
+    whose logits are wanted: padded documents, in order. `grouped`: rows of like length, or of like beginnings, share a
+    batch. `regroups`: rows may change places among the micro-batches of a step, because its loss is a sum over
+    documents. `columns` of a data set reach the collator.
     """
 
     collator: Collator | Callable[[list[dict[str, Any]]], Any]
     by_row: Collator
-    grouped: bool = False
+    grouped: Literal["length", "prefix"] | None = None
+    regroups: bool = False
     columns: Sequence[str] = tuple(COLUMNS)
 
     @property
     def is_custom(self) -> bool:
         """Whether the collator is the user's; how much it pads is not known."""
         return not isinstance(self.collator, Collator)
+
+    @property
+    def shares(self) -> bool:
+        """Whether what rows of a batch begin with in common is computed once."""
+        return isinstance(self.collator, FlatCollator) and self.collator.share_prefix
 
     @property
     def padded(self) -> bool:
@@ -85,9 +94,15 @@ class Loaders:
         deals = self._settle_dealing()
         if by_tokens:
             return self._token_loader(dataset, training)
-        if self.batching.grouped and isinstance(dataset, Dataset):
-            grouped = partial(self._length_groups, batch_size=batch_size * world_size)
-            kwargs["sampler_fn"] = SequentialSampler if by_row else grouped
+        grouped = self.batching.grouped or ("prefix" if self.batching.shares and not training else None)
+        if grouped is not None and isinstance(dataset, Dataset):
+            if by_row:
+                kwargs["sampler_fn"] = SequentialSampler
+            elif grouped == "prefix":  # each process takes a whole batch in turn
+                seed = self._seed if training else None
+                kwargs["sampler_fn"] = partial(PrefixGroups, batch_size=batch_size, seed=seed)
+            else:
+                kwargs["sampler_fn"] = partial(self._length_groups, batch_size=batch_size * world_size)
         collator = self.batching.by_row if by_row and not self.batching.is_custom else None
         with self._collating_by(collator, as_dictionary=deals):
             return register_sampler(plain(dataset, description, batch_size, **kwargs))
@@ -126,9 +141,16 @@ class Loaders:
         args = self._args
         assert args.max_tokens_per_batch is not None
         split, multiple = "train" if training else "eval", int(args.pad_to_multiple_of or 1)
+        lengths = fitting_lengths(dataset, split, args.max_tokens_per_batch, multiple, padded=self.batching.padded)
+        order = None
+        if self.batching.shares and not training and len(lengths):
+            rows = max(1, args.max_tokens_per_batch // max(1, int(lengths.mean())))
+            groups = PrefixGroups(dataset, rows, seed=None)
+            order = np.fromiter(groups, np.int64) if groups.begin_alike else None
         return TokenBatches(
-            fitting_lengths(dataset, split, args.max_tokens_per_batch, multiple, padded=self.batching.padded),
+            lengths,
             args.max_tokens_per_batch,
+            order=order,
             seed=self._seed if training else None,
             padded=self.batching.padded,
             multiple_of=args.world_size,
@@ -142,6 +164,13 @@ class Loaders:
         dataset = dataset.select_columns(names) if self._args.remove_unused_columns else dataset
         loader = token_loader(dataset, batches, self._trainer.data_collator, self._args)
         return register_sampler(self._trainer.accelerator.prepare(loader))
+
+    def regrouped(self, batches: Sequence[Any]) -> list[Any]:
+        """The micro-batches of a step, rows that begin alike in the same one where that pays."""
+        ours = all(isinstance(batch, Batch) and batch.groups for batch in batches)
+        if not (ours and self.batching.regroups and self.batching.shares):
+            return [*batches]
+        return list(cast(FlatCollator, self.batching.collator).regrouped(batches))
 
     def rows_of_step(self, rows: int) -> int:
         """The rows of a step, of which `transformers` counts `rows`; of batches by tokens, the mean."""

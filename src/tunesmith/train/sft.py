@@ -325,10 +325,25 @@ def _prepared_for_batches(
         multiple=int(args.pad_to_multiple_of or 1),
     )
     ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
+    by_length = args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat)
+    by_prefix = args.train_sampling_strategy == "group_by_prefix"
+    if by_prefix and not (flat and sized and data_collator is None):
+        reason = (
+            "a stream does not tell its rows before they are read"
+            if not sized
+            else "a data_collator makes the batches"
+            if data_collator is not None
+            else "batches are padded here"
+        )
+        raise TunesmithError(
+            "train_sampling_strategy: group_by_prefix puts rows that begin alike into one batch, which computes once "
+            f"what they share, but {reason}; write random"
+        )
     return Batching(
         collator=data_collator or (PlainCollator(padded=padded) if wants_plain else ours),
         by_row=padded,
-        grouped=args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat),
+        grouped="prefix" if by_prefix else "length" if by_length else None,
+        regroups=not routers,  # whose loss is one of a whole micro-batch
     )
 
 

@@ -263,7 +263,7 @@ class BaseTrainer(transformers.Trainer):
         """All micro-batches of a step, and the number that its loss is divided by."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self.keeper.took(len(batches))
-        return batches, items
+        return self.loaders.regrouped(batches), items
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The weight of a whole step: every micro-batch, and every process."""
