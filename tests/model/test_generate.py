@@ -139,6 +139,7 @@ def test_a_streamed_answer_comes_word_by_word_without_special_tokens(
         streamer.end()
         return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
+    monkeypatch.setattr("tunesmith.model.generate.can_decode", lambda _: False)
     monkeypatch.setattr(model, "generate", speak)
     pieces: list[str] = []
     assert stream(model, tokenizer, PROMPTS[0], pieces.append, Sampling()) == "one two three"

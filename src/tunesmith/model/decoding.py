@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from tunesmith.model.attention import KNOWN_LAYERS
@@ -83,7 +83,7 @@ def can_decode(model: PreTrainedModel) -> bool:
     if (
         getattr(model.config, "is_encoder_decoder", False)
         or getattr(model, "_is_stateful", False)
-        or type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+        or getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation
         or not {"input_ids", "attention_mask", "past_key_values"} <= takes.keys()
         or model.is_remote_code()
         or not _alone()
@@ -161,6 +161,9 @@ class _Layer(DynamicLayer):
     with a window keeps all columns too, and its mask has the window.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, sliding: bool) -> None:
         super().__init__()
         self.is_sliding = sliding
@@ -212,11 +215,24 @@ class _Layer(DynamicLayer):
                 buffer[row, :, : self.length] = buffer[last, :, : self.length]
         self.keys, self.values = (buffer[:last, :, : self.length] for buffer in self.buffers)
 
+    def clear(self) -> None:
+        """Its memory is needed no more."""
+        self.keys = self.values = torch.empty(0)
+        self.buffers = None
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.length
+
+
+class _Cache(Cache):
+    """A model's cache, whose layers are known."""
+
+    def __init__(self, sliding: Sequence[bool]) -> None:
+        self.own = [_Layer(one) for one in sliding]
+        super().__init__(layers=list(self.own))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,7 +242,7 @@ class _Part:
 
     requests: list[Request]
     padding: list[int]
-    cache: Cache
+    cache: _Cache
     logits: Tensor
 
 
@@ -235,7 +251,7 @@ class _Model:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.sliding = [
+        self._sliding = [
             isinstance(layer, DynamicSlidingWindowLayer)
             for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         ]
@@ -243,10 +259,10 @@ class _Model:
         self._places = "position_ids" in takes
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
-    def cache(self) -> Cache:
-        return Cache(layers=[_Layer(sliding) for sliding in self.sliding])
+    def cache(self) -> _Cache:
+        return _Cache(self._sliding)
 
-    def logits(self, ids_BT: Tensor, mask_BW: Tensor | None, positions_BT: Tensor, cache: Cache) -> Tensor:
+    def logits(self, ids_BT: Tensor, mask_BW: Tensor | None, positions_BT: Tensor, cache: _Cache) -> Tensor:
         """fp32 (B, V) of the last tokens, whose row the `cache` continues. No mask: no padding."""
         where = {"position_ids": positions_BT} if self._places else {}
         outputs = self.model(
@@ -258,7 +274,7 @@ class _Model:
             **where,
             **self._last,
         )
-        return outputs.logits[:, -1].to(device=self.model.device, dtype=torch.float32)  # type: ignore[no-any-return]
+        return outputs.logits[:, -1].to(device=self.model.device, dtype=torch.float32)
 
 
 class _Waiting:
@@ -267,7 +283,7 @@ class _Waiting:
     def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
         self._model = _Model(model)
         self._families = deque(families(requests))
-        self._front: Cache | None = None
+        self._front: _Cache | None = None
 
     def __bool__(self) -> bool:
         return bool(self._families)
@@ -299,7 +315,7 @@ class _Waiting:
         logits = self._run([request.ids for request in members], padding, width - family.common, cache)
         return _Part(requests=members, padding=padding, cache=cache, logits=logits)
 
-    def _begin(self, cache: Cache, padding: Sequence[int], common: int, spare: int) -> None:
+    def _begin(self, cache: _Cache, padding: Sequence[int], common: int, spare: int) -> None:
         """The first `common` columns of rows: their padding, and behind it as much of the front as fits. The rest of
         the front of a padded row is computed again, in the columns behind.
 
@@ -307,7 +323,7 @@ class _Waiting:
                                                                - - a | b c g
         """
         assert self._front is not None
-        for layer, front in zip(cache.layers, self._front.layers, strict=True):
+        for layer, front in zip(cache.own, self._front.own, strict=True):
             filled = []
             for tensor in (front.keys, front.values):
                 rows = tensor.new_zeros(len(padding), *tensor.shape[1:])
@@ -317,7 +333,7 @@ class _Waiting:
                 filled.append(rows)
             layer.fill([(filled[0], filled[1])], common, spare)
 
-    def _run(self, rows: Sequence[Sequence[int]], padding: Sequence[int], last: int, cache: Cache) -> Tensor:
+    def _run(self, rows: Sequence[Sequence[int]], padding: Sequence[int], last: int, cache: _Cache) -> Tensor:
         """Logits behind the rows, of which the `cache` has all but the `last` columns."""
         device = self._model.model.device
         filled = [[0] * left + [*ids] for left, ids in zip(padding, rows, strict=True)]
@@ -372,13 +388,13 @@ class _Rows:
         widths = [part.cache.get_seq_length() - left for part, left in zip(parts, spare, strict=True)]
         self._width = max(widths)
         cache = self._model.cache()
-        for index, layer in enumerate(cache.layers):
-            layers = [part.cache.layers[index] for part in parts]
+        for index, layer in enumerate(cache.own):
+            layers = [part.cache.own[index] for part in parts]
             pairs = zip(layers, spare, strict=True)
             filled = [(old.keys[:, :, left:], old.values[:, :, left:]) for old, left in pairs]
             layer.fill(filled, self._width, _spare(self._width))
             for old in layers:  # memory for one layer at a time
-                old.keys = old.values = old.buffers = None
+                old.clear()
         self._padding = [
             self._width - width + before - left
             for part, width, left in zip(parts, widths, spare, strict=True)
@@ -408,10 +424,11 @@ class _Rows:
 
     def _drop(self, row: int) -> None:
         last = len(self.requests) - 1
-        for mine in (self.requests, self._answers, self._padding):
-            mine[row] = mine[last]  # type: ignore[index]
-            mine.pop()
-        for layer in self._cache.layers:
+        lists: tuple[list[Any], ...] = (self.requests, self._answers, self._padding)
+        for one in lists:
+            one[row] = one[last]
+            one.pop()
+        for layer in self._cache.own:
             layer.drop(row, last)
         if row < last:
             for tensor in (self._tokens, self._positions, self._mask):
@@ -432,7 +449,7 @@ class _Rows:
 
     def bytes_per_column(self) -> int:
         """Of one row's keys and values in all layers."""
-        columns = [tensor[0, :, 0] for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
+        columns = [tensor[0, :, 0] for layer in self._cache.own for tensor in (layer.keys, layer.values)]
         return max(1, sum(column.nbytes for column in columns))
 
 

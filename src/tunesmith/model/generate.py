@@ -202,7 +202,7 @@ def _picker(sampling: Sampling) -> Callable[[Tensor], Tensor]:
 
     def draw(logits_BV: Tensor) -> Tensor:
         for warper in warpers:
-            logits_BV = warper(None, logits_BV)  # type: ignore[arg-type]
+            logits_BV = warper(None, logits_BV)
         return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1)[:, 0]
 
     return draw
