@@ -107,7 +107,7 @@ def main() -> None:
     model.eval()
     print(f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, torch {torch.__version__}")
     orders = [prompt_ids(tokenizer, row["messages"][:-1]) for row in held_out_rows()][: arguments.prompts]
-    measured = [compare("demo", model, tokenizer, orders, 72, len(orders), arguments.pairs)]
+    measured = [compare("demo", model, tokenizer, orders, 72, arguments.batch, arguments.pairs)]
     if arguments.data:
         rows = json.loads(arguments.data.read_text())[: arguments.prompts]
         asked = ["\n".join(filter(None, (row["instruction"], row.get("input")))) for row in rows]

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.utils import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMixin
 
 from tunesmith.model.attention import KNOWN_LAYERS
 
@@ -83,7 +83,8 @@ def can_decode(model: PreTrainedModel) -> bool:
     if (
         getattr(model.config, "is_encoder_decoder", False)
         or getattr(model, "_is_stateful", False)
-        or getattr(type(model), "prepare_inputs_for_generation", None) is not GenerationMixin.prepare_inputs_for_generation
+        or getattr(type(model), "prepare_inputs_for_generation", None)
+        is not GenerationMixin.prepare_inputs_for_generation
         or not {"input_ids", "attention_mask", "past_key_values"} <= takes.keys()
         or model.is_remote_code()
         or not _alone()
@@ -126,7 +127,8 @@ def decode(
     `can_decode(model)` must hold, and the model be in evaluation mode.
     """
     waiting = _Waiting(model, requests)
-    batch = _Rows(model)
+    largest = max((len(request.ids) + request.limit for request in requests), default=0)
+    batch = _Rows(model, largest)
     ends = frozenset(stops)
     size = rows or ROWS
     if streamer is not None:
@@ -136,7 +138,6 @@ def decode(
         if waiting and free >= max(1, size // ENTER):
             batch.join(waiting.entering(free))
             if rows is None and size == ROWS and model.device.type == "cpu":
-                largest = max(len(request.ids) + request.limit for request in requests)
                 size = max(ROWS, min(ROWS_ON_CPU, CACHE // (batch.bytes_per_column() * largest)))
                 continue  # more enter before the first step
         tokens = pick(batch.logits)
@@ -164,9 +165,8 @@ class _Layer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, sliding: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.is_sliding = sliding
         self.length = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 
@@ -230,8 +230,8 @@ class _Layer(DynamicLayer):
 class _Cache(Cache):
     """A model's cache, whose layers are known."""
 
-    def __init__(self, sliding: Sequence[bool]) -> None:
-        self.own = [_Layer(one) for one in sliding]
+    def __init__(self, layers: int) -> None:
+        self.own = [_Layer() for _ in range(layers)]
         super().__init__(layers=list(self.own))
 
 
@@ -251,16 +251,13 @@ class _Model:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._sliding = [
-            isinstance(layer, DynamicSlidingWindowLayer)
-            for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        ]
+        self._layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
         takes = inspect.signature(model.forward).parameters
         self._places = "position_ids" in takes
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def cache(self) -> _Cache:
-        return _Cache(self._sliding)
+        return _Cache(self._layers)
 
     def logits(self, ids_BT: Tensor, mask_BW: Tensor | None, positions_BT: Tensor, cache: _Cache) -> Tensor:
         """fp32 (B, V) of the last tokens, whose row the `cache` continues. No mask: no padding."""
@@ -360,10 +357,11 @@ def _one_call(family: Family, count: int) -> list[Request]:
 
 
 class _Rows:
-    """The answers that are under way, and the logits of the next token of each."""
+    """The answers that are under way, and the logits of the next token of each. There are never more than `most`
+    columns, for which the model has room."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = _Model(model)
+    def __init__(self, model: PreTrainedModel, most: int) -> None:
+        self._model, self._most = _Model(model), most
         self.requests: list[Request] = []
         self._answers: list[list[int]] = []
         self._padding: list[int] = []
@@ -437,7 +435,8 @@ class _Rows:
 
     def step(self) -> None:
         """Computes the tokens that were noted: logits of those that follow."""
-        if min(self._padding) > self._width // 4:
+        spare = min(self._padding)
+        if spare > self._width // 4 or (spare and self._width >= self._most):
             self._assemble([self._part()])
         mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
         self.logits = self._model.logits(

@@ -26,7 +26,8 @@ from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model as Model
 from tunesmith.model.adapters import base_model, has_virtual_tokens
-from tunesmith.model.decoding import ROWS, Done, Request, can_decode, decode
+from tunesmith.model.decoding import ROWS as ROWS
+from tunesmith.model.decoding import Done, Request, can_decode, decode
 
 Messages = Sequence[Mapping[str, Any]]
 PROBE = "Xprobe answerX"
