@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
-from tunesmith.model.generate import Sampling, generate, stop_ids, stream
+from tunesmith.model.generate import Sampling, answer_ids, generate, stop_ids, stream
 from tunesmith.model.load import load_model, load_tokenizer
 
 PROMPTS = [[{"role": "user", "content": "say " + "x" * length}] for length in (1, 30, 4, 12, 7)]
@@ -57,7 +57,7 @@ def test_greedy_answers_are_the_references_in_the_order_of_the_prompts(
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size, progress=done.append)
     assert answers == expected
     assert len(set(answers)) == len(PROMPTS)
-    assert done == [*range(batch_size, len(PROMPTS), batch_size), len(PROMPTS)]
+    assert done == [1, 2, 3, 4, 5]
 
 
 def test_adapters_take_part(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,6 +120,38 @@ def test_sampling_follows_torchs_seed_and_its_temperature(
     assert sampled(1, 5.0, top_p=1e-6) == greedy
 
 
+def test_draws_are_those_of_transformers_at_the_same_seed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    ids = prompt_ids(tokenizer, PROMPTS[1])
+    for temperature, top_p in ((0.7, 1.0), (1.0, 0.8), (3.0, 0.95)):
+        sampling = Sampling(max_new_tokens=20, temperature=temperature, top_p=top_p)
+        torch.manual_seed(4)
+        [done] = answer_ids(model.eval(), tokenizer, [ids], sampling)
+        drawn = GenerationConfig(
+            do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=20, pad_token_id=0
+        )
+        torch.manual_seed(4)
+        output: Any = model.generate(torch.tensor([ids]), generation_config=drawn)  # type: ignore[operator]
+        assert len(done.ids) > 3
+        assert output[0, len(ids) : len(ids) + len(done.ids)].tolist() == done.ids
+
+
+def test_rows_are_drawn_by_their_own_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS[:2]]
+    with torch.no_grad():
+        expected = [model.eval()(torch.tensor([one])).logits[0, -1].softmax(-1) for one in ids]
+    torch.manual_seed(0)
+    drawn = torch.zeros(2, len(expected[0]))
+    for done in answer_ids(model, tokenizer, ids * 500, Sampling(max_new_tokens=1, temperature=1.0)):
+        for token in done.ids:
+            drawn[done.index % 2, token] += 1 / 500
+    for row, probabilities in zip(drawn, expected, strict=True):
+        likely = probabilities.topk(5).indices
+        assert (row - probabilities)[likely].abs().max() < 0.07
+    assert (expected[0] - expected[1])[likely].abs().max() > 0.14  # so that rows that were mixed up would be seen
+
+
 def test_a_streamed_answer_is_the_same(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     model.eval()
     for prompt in PROMPTS:
@@ -139,6 +171,7 @@ def test_a_streamed_answer_comes_word_by_word_without_special_tokens(
         streamer.end()
         return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
+    monkeypatch.setattr("tunesmith.model.generate.can_decode", lambda _: False)
     monkeypatch.setattr(model, "generate", speak)
     pieces: list[str] = []
     assert stream(model, tokenizer, PROMPTS[0], pieces.append, Sampling()) == "one two three"
@@ -164,6 +197,15 @@ def test_a_prompt_must_leave_room_for_an_answer(model: PreTrainedModel, tokenize
     assert 0 < len(tokenizer(generate(model, tokenizer, [tight], max_new_tokens=99)[0])["input_ids"]) <= 3
     with pytest.raises(TunesmithError, match="the prompt has 256 tokens, but the model has room for 256"):
         generate(model, tokenizer, [[{"role": "user", "content": "x" * (256 - overhead)}]])
+
+
+def test_the_room_of_an_answer_is_that_of_its_own_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model.generation_config = GenerationConfig()
+    tokenizer.chat_template = tokenizer.eos_token = None  # so that nothing ends an answer
+    lengths = [len(done.ids) for done in answer_ids(model.eval(), tokenizer, [[5] * 250, [6]], Sampling())]
+    assert lengths == [6, 255]
 
 
 def test_without_a_template_the_one_message_is_the_text_to_go_on_with(

@@ -309,7 +309,7 @@ def test_a_model_that_cannot_answer_is_trained_all_the_same(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(type(trainer.model), "generate", fail)
+    monkeypatch.setattr("tunesmith.train.samples.generate_from_ids", fail)
     trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.events == [(0, "prompts are not answered any more: RuntimeError: out of memory")]

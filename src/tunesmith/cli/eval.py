@@ -33,7 +33,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Ask N rows, drawn at random.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers at a time.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Answers at a time. Unset: 16, on a CPU up to 64.")
+    ] = None,
     no_base: Annotated[bool, typer.Option("--no-base", help="Don't ask the base model.")] = False,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="In place of the rows' own system message.")

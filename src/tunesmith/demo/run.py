@@ -88,9 +88,7 @@ def _measure(trainer: Any, held_out: list[Row], when: str, console: Console) -> 
     expected = [row["messages"][-1]["content"] for row in held_out]
     count = len(prompts)
     with console.status(f"Answering {count} e-mails the model has never seen, {when} training ..."):
-        answers = generate(
-            trainer.model, trainer.processing_class, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=count
-        )
+        answers = generate(trainer.model, trainer.processing_class, prompts, max_new_tokens=MAX_NEW_TOKENS)
     exact = sum(map(exact_match, answers, expected)) / count
     console.print(f"{when.capitalize()} training: {exact:.0%} of {count} new e-mails exactly right.", highlight=False)
     return Score(answers=answers, exactly_right=exact, valid_json=sum(map(valid_json, answers)) / count)

@@ -30,7 +30,7 @@ class Settings:
     run: str
     limit: int | None
     max_new_tokens: int
-    batch_size: int
+    batch_size: int | None
     with_base: bool
     as_chat: bool | None
     seed: int
@@ -325,7 +325,7 @@ def _answers(name: str, model: Any, tokenizer: Any, encoded: list[list[int]], se
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tunesmith.model.generate import Sampling, generate_from_ids
+    from tunesmith.model.generate import ROWS, Sampling, generate_from_ids
 
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     shown = (TextColumn("answers, {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -341,7 +341,8 @@ def _answers(name: str, model: Any, tokenizer: Any, encoded: list[list[int]], se
                 progress=lambda done: progress.update(task, completed=done),
             )
         except torch.OutOfMemoryError as error:
+            rows = settings.batch_size or ROWS
             raise TunesmithError(
-                f"{settings.batch_size} answers at a time don't fit in memory; write --batch-size "
-                f"{max(1, settings.batch_size // 2)}, or a lower --max-new-tokens"
+                f"{rows} answers at a time don't fit in memory; write --batch-size {max(1, rows // 2)}, or a lower "
+                "--max-new-tokens"
             ) from error

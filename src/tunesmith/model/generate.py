@@ -11,12 +11,23 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model as Model
 from tunesmith.model.adapters import base_model, has_virtual_tokens
+from tunesmith.model.decoding import ROWS as ROWS
+from tunesmith.model.decoding import Done, Request, can_decode, decode
 
 Messages = Sequence[Mapping[str, Any]]
 PROBE = "Xprobe answerX"
@@ -57,14 +68,15 @@ def generate(
     prompts: Sequence[Messages],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One answer for each of `prompts`, in their order, without special tokens. See `Sampling` for the arguments.
 
-    `progress` is told how many answers are finished. The model's training mode is restored.
+    `batch_size` is how many are under way at a time: 16 if unset, and on a CPU up to 64, as far as their keys and
+    values fit in 1 GiB. `progress` is told how many answers are finished. The model's training mode is restored.
 
     Raises TunesmithError for a prompt without tokens, or one that leaves the model no room to answer.
     """
@@ -80,25 +92,19 @@ def generate_from_ids(
     encoded: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """`generate` for prompts that are token ids already, in their order; says of each answer how it came to an end."""
-    # The longest first: like lengths pad least, and what doesn't fit in memory fails at once.
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     answers = [Answer(text="", ended=False)] * len(encoded)
-    if has_virtual_tokens(model):
-        batch_size = 1  # padding would come between them and the prompt
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            outputs = answer_ids(model, tokenizer, [encoded[i] for i in chosen], sampling)
-            for i, (ids, ended) in zip(chosen, outputs, strict=True):
-                answers[i] = Answer(text=str(tokenizer.decode(ids, **PLAIN)), ended=ended)
+        finished = answer_ids(model, tokenizer, encoded, sampling, batch_size=batch_size)
+        for count, done in enumerate(finished, start=1):
+            answers[done.index] = Answer(text=str(tokenizer.decode(done.ids, **PLAIN)), ended=done.ended)
             if progress is not None:
-                progress(start + len(chosen))
+                progress(count)
     finally:
         model.train(training)
     return answers
@@ -120,7 +126,8 @@ def stream(
     """
     streamer = _Streamer(tokenizer, write)
     ids = prompt_ids(tokenizer, messages, keep_specials=keep_specials)
-    answer_ids(model, tokenizer, [ids], sampling, streamer)
+    for _ in answer_ids(model, tokenizer, [ids], sampling, streamer=streamer):
+        pass
     return "".join(streamer.pieces)
 
 
@@ -151,35 +158,81 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((i for i, token in added if token.special and after.startswith(token.content)), None)
 
 
-@torch.inference_mode()
 def answer_ids(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    streamer: TextStreamer | None = None,
-) -> list[tuple[list[int], bool]]:
-    """The new tokens of each prompt, up to its end, and whether they had one. Padding is on the left, so that all
-    answers begin in one column."""
-    base = base_model(model)
-    longest = max(map(len, prompts))
-    room = room_of(model) or longest + sampling.max_new_tokens
-    if longest >= room:
-        raise TunesmithError(f"the prompt has {longest} tokens, but the model has room for {room}, answer included")
+    *,
+    batch_size: int | None = None,
+    streamer: BaseStreamer | None = None,
+) -> Iterator[Done]:
+    """The answers as they finish, by the index of their prompt. `streamer` gets the tokens of a single one.
+
+    The model must be in evaluation mode. Raises TunesmithError for a prompt that leaves no room.
+    """
+    room = room_of(model)
+    for ids in sorted(prompts, key=len, reverse=True)[:1]:
+        if room is not None and len(ids) >= room:
+            raise TunesmithError(
+                f"the prompt has {len(ids)} tokens, but the model has room for {room}, answer included"
+            )
+    most = sampling.max_new_tokens
+    limits = [most if room is None else min(most, room - len(ids)) for ids in prompts]
+    requests = [
+        Request(index=i, ids=ids, limit=limit) for i, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
     stops = stop_ids(model, tokenizer)
+    if not has_virtual_tokens(model) and can_decode(base_model(model)):
+        yield from decode(base_model(model), requests, stops, _picker(sampling), rows=batch_size, streamer=streamer)
+        return
+    # Padding would come between virtual tokens and the prompt.
+    size = 1 if has_virtual_tokens(model) else batch_size or ROWS
+    requests.sort(key=lambda request: -len(request.ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    for start in range(0, len(requests), size):
+        yield from _by_transformers(model, requests[start : start + size], stops, pad, sampling, streamer)
+
+
+def _picker(sampling: Sampling) -> Callable[[Tensor], Tensor]:
+    """The tokens (B,) that are taken at fp32 logits (B, V)."""
+    if sampling.temperature == 0:
+        return lambda logits_BV: logits_BV.argmax(dim=-1)
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+
+    def draw(logits_BV: Tensor) -> Tensor:
+        for warper in warpers:
+            logits_BV = warper(None, logits_BV)
+        return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1)[:, 0]
+
+    return draw
+
+
+@torch.inference_mode()
+def _by_transformers(
+    model: Model,
+    requests: Sequence[Request],
+    stops: list[int],
+    pad: int,
+    sampling: Sampling,
+    streamer: BaseStreamer | None,
+) -> list[Done]:
+    """Answers of a model whose rows can't leave a batch (`can_decode`), through its own `generate`. Padding is on the
+    left, so that all answers begin in one column."""
+    base = base_model(model)
+    longest = max(len(request.ids) for request in requests)
     settings = GenerationConfig(
         do_sample=sampling.temperature > 0,
         eos_token_id=stops or None,
         pad_token_id=pad,
         use_cache=True,
-        max_new_tokens=min(sampling.max_new_tokens, room - longest),
+        max_new_tokens=min(request.limit for request in requests),
     )
     if settings.do_sample:
         settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
-    padding = [longest - len(ids) for ids in prompts]
-    ids_BT = [[pad] * left + list(ids) for left, ids in zip(padding, prompts, strict=True)]
-    mask_BT = [[0] * left + [1] * (longest - left) for left in padding]
+    ids_BT = [[pad] * (longest - len(request.ids)) + [*request.ids] for request in requests]
+    mask_BT = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
     inputs: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
     inputs = {name: value.to(base.device) for name, value in inputs.items()}
     if has_virtual_tokens(model):
@@ -190,9 +243,9 @@ def answer_ids(
             **inputs, generation_config=settings, streamer=streamer
         )
     answers = []
-    for ids in output[:, before:].tolist():
+    for request, ids in zip(requests, output[:, before:].tolist(), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stops), None)
-        answers.append((ids[:end], end is not None))
+        answers.append(Done(index=request.index, ids=ids[:end], ended=end is not None))
     return answers
 
 

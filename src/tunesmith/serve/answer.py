@@ -196,7 +196,8 @@ class Worker:
         # Always: an answer without a seed must not go on with the draws of one that had it.
         torch.manual_seed(secrets.randbits(63) if question.seed is None else question.seed)
         with suppress(_Complete):
-            answer_ids(self._model, self._tokenizer, [question.ids], question.sampling, stream)  # type: ignore[arg-type]
+            for _ in answer_ids(self._model, self._tokenizer, [question.ids], question.sampling, streamer=stream):
+                pass
         return stream.finished()
 
 
