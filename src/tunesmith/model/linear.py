@@ -29,7 +29,8 @@ from tunesmith.model.norm import speed_up_norms
 
 SIZE = 1024
 """Tokens, inputs and outputs of the product that decides for compiled layers."""
-
+FEW = 8
+"""Tokens below which a product reads weights and little else: there is nothing to choose, and asking takes its time."""
 
 _compiled_by_onednn = False
 """Whether layers that are compiled take their products from oneDNN."""
@@ -38,7 +39,7 @@ _compiled_by_onednn = False
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` (..., I) times the transpose of `weight` (O, I), plus `bias` (O,): (..., O). Both factors may be transposed
     views. Not for autograd."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.shape[0]:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or (x.shape[0] < FEW and x.is_contiguous()):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return onednn(x, weight, bias) if _compiled_by_onednn else F.linear(x, weight, bias)
@@ -178,7 +179,11 @@ def _lora_forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Ten
         tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
     elif len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
         return LoraLinear.forward(self, x)
-    flat = _Adapted.apply(tensors[0].reshape(-1, x.shape[-1]), *tensors[1:], self.scaling[name])
+    rows, weight, bias, a, b = tensors[0].reshape(-1, x.shape[-1]), *tensors[1:]
+    if torch.is_grad_enabled():
+        flat = _Adapted.apply(rows, weight, bias, a, b, self.scaling[name])
+    else:
+        flat = product(rows, weight, bias).addmm_(product(rows, a), b.t(), alpha=self.scaling[name])
     return flat.view(*x.shape[:-1], -1)
 
 
