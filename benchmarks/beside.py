@@ -173,7 +173,9 @@ def main() -> None:
     taken = {name: float("inf") for name in names}
     for _ in range(options.rounds):
         for name in names:
-            taken[name] = min(taken[name], case(name, options.data, options.steps))
+            seconds_taken = case(name, options.data, options.steps)
+            print(f"{name}: {seconds_taken:.2f} s a step", file=sys.stderr, flush=True)
+            taken[name] = min(taken[name], seconds_taken)
     print(f"{processor()}, {CORES} cores\n\n| | seconds a step | times slower | share |\n| --- | --- | --- | --- |")
     for name in names:
         print(f"| {name} | {taken[name]:.2f} | {taken[name] / taken['alone']:.1f} | {SHARES[name]:.1f} |")
