@@ -27,6 +27,7 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.home import DEMO, DEMO_FOLDER
 from tunesmith.model.demo_model import Progress, demo_model_path
 from tunesmith.model.devices import here
+from tunesmith.model.threads import share_cores
 from tunesmith.runs.checkpoints import checkpoints
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    share_cores()
     path = resolve_model(name)
     dtype = kwargs.pop("torch_dtype", dtype)  # its earlier name in transformers
     if Path(path).is_dir():
