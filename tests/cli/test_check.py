@@ -1,6 +1,8 @@
 """`tunesmith check` reports on the data as training would see it; its exit code says whether training would start."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ def test_json_is_for_machines(rows: Path, tiny_model: Path) -> None:
     assert report["splits"]["train"]["counts"]["supervised"] == 6
     assert report["problems"] == []
     assert "eval: 2 examples are in the training data too; its loss will look too good" in report["notes"]
+
+
+def test_as_a_command_it_loads_no_adapters_and_says_the_same(rows: Path, tiny_model: Path) -> None:
+    program = (
+        "import sys\n"
+        "from tunesmith.cli.main import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'peft', 'bitsandbytes', 'wandb'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    command = ["check", "--model", str(tiny_model), "--data", str(rows), "--json"]
+    child = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    assert child.stderr.splitlines()[-1] == "[]"
+    assert json.loads(child.stdout) == json.loads(CliRunner().invoke(app, command).stdout)
 
 
 def test_data_that_would_train_wrongly_exits_with_2(tmp_path: Path, tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from tunesmith import SFTConfig, TunesmithError
 from tunesmith.model.precision import (
@@ -47,6 +48,33 @@ def test_a_real_measurement_gives_every_format_a_speed_and_describes_it() -> Non
     assert speeds["fp16"] == 0
     assert "fp32 " in describe("fp32", speeds, "cpu")
     assert "fp16" not in describe("fp32", speeds, "cpu")
+
+
+def test_a_format_that_is_a_hundred_times_slower_costs_no_more_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """124 and 1 GFLOP/s: one large product takes 0.9 s there."""
+    spent: list[float] = []
+
+    def product(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, ...]:
+        seconds = 2e-9 * size**3 / (1.0 if dtype == torch.bfloat16 else 124.0)
+        spent.extend([seconds, seconds])
+        return seconds, seconds
+
+    monkeypatch.setattr("tunesmith.model.precision._seconds", product)
+    speeds = measure.__wrapped__("cpu")
+    assert speeds == {"fp32": pytest.approx(124.0), "bf16": pytest.approx(1.0), "fp16": 0.0}
+    assert sum(spent) < 0.25
+
+
+def test_where_all_products_are_slow_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+
+    def product(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, ...]:
+        spent.extend([2e-9 * size**3 / 0.5] * 2)
+        return spent[-1], spent[-1]
+
+    monkeypatch.setattr("tunesmith.model.precision._seconds", product)
+    assert measure.__wrapped__("cpu")["fp32"] == pytest.approx(0.5)
+    assert sum(spent) < 1.0
 
 
 def auto(**settings: Any) -> SFTConfig:

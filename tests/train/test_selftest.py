@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.models import ARCHITECTURES, FLAT, VOCABULARY, tiny, token_rows
 from tunesmith import SFTConfig, TunesmithError
 from tunesmith.data.batches import Batch, FlatCollator
-from tunesmith.model import attention, head
+from tunesmith.model import attention, head, ways
 from tunesmith.model.head import Predictions
 from tunesmith.objectives.supervised import Supervised, supervised_loss
 from tunesmith.train import selftest
@@ -211,6 +211,26 @@ def test_the_first_examples_are_tested_and_the_result_is_said(
     assert str(found).startswith("Self-test on 3 examples: loss ")
 
 
+def test_of_ways_that_compete_the_other_is_tested_against_the_plain_one_and_none_is_tried(
+    config: Callable[..., SFTConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, before = Dataset.from_list(token_rows(9, 9)), (ways.state(), ways.forced())
+
+    def wrong_other_way(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        taken.append(ways.forced())
+        out = right(q, k, v, *args, **kwargs)
+        return out * 2 if ways.forced() else out
+
+    taken: list[bool | None] = []
+    assert check(config, dataset) is not None
+    right = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong_other_way)
+    with pytest.raises(TunesmithError, match="self-test: LlamaForCausalLM"):
+        check(config, dataset)
+    assert {*taken} == {False, True}
+    assert (ways.state(), ways.forced()) == before
+
+
 def test_the_documents_of_a_pack_are_examples(config: Callable[..., SFTConfig]) -> None:
     rows = [{"input_ids": list(range(3, 33)), "labels": list(range(3, 33)), "seq_lengths": [10, 4, 5, 6, 5]}]
     found = check(config, Dataset.from_list(rows))
@@ -233,7 +253,7 @@ def test_documents_that_share_are_tested_as_they_are_trained_around_where_they_p
     dataset = Dataset.from_list([TREE, *token_rows(9)])
     found = check(config, dataset)
     assert found is not None
-    assert [test.tokens for test in found.documents] == [LONGEST // 2 + 3, LONGEST // 2 + 10, 9]
+    assert [test.tokens for test in found.documents] == [LONGEST // 2 + 3, LONGEST, 9]
     right = attention.attend_documents
 
     def forgetful(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, **kwargs: Any) -> Tensor:

@@ -37,8 +37,7 @@ def data_recipe(arguments: list[str]) -> "Recipe":
 def preparer_of(recipe: "Recipe") -> "DataPreparer":
     """Prepares data as training does; only the tokenizer is loaded."""
     from tunesmith.data.dataset import DataPreparer
-    from tunesmith.model.load import resolve_model
-    from tunesmith.train.setup import prepare_tokenizer
+    from tunesmith.model.load import prepare_tokenizer, resolve_model
 
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)

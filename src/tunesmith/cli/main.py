@@ -3,8 +3,10 @@
 Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
+import sys
 import traceback
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -34,6 +36,9 @@ from tunesmith.terminal.output import Application, fail
 
 MISTAKE = 2
 INTERRUPTED = 130
+DATA_ONLY = ("check", "inspect")
+"""Commands that load no weights."""
+HELP = {"--help", "-h"}
 
 
 class Commands(TyperGroup):
@@ -120,4 +125,20 @@ for other in (
 
 def main() -> None:
     """The entry point of the installed command."""
+    if sys.argv[1:2] and sys.argv[1] in DATA_ONLY and not HELP.intersection(sys.argv):
+        load_transformers_alone()
     app()
+
+
+def load_transformers_alone() -> None:
+    """Import the settings of `transformers` without what it loads with them where that is installed: `peft`, which
+    brings bitsandbytes and the compiler of torch, and a tracker. Only for a process that is a command which looks at
+    data: `transformers` will not look for them again."""
+    hidden = [name for name in ("peft", "bitsandbytes", "wandb") if name not in sys.modules]
+    # Importing one fails then, as if it were not installed.
+    sys.modules.update(cast("dict[str, ModuleType]", dict.fromkeys(hidden)))
+    try:
+        import transformers.integrations.integration_utils  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]

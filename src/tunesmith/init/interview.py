@@ -118,10 +118,9 @@ def _data(options: Options) -> tuple[tuple[str, ...], "Rows"]:
 
 def _model(name: str, template: str | None) -> tuple[Any, "Run"]:
     """The tokenizer as a run would have it, and what is planned for, by LoRA of the usual rank."""
-    from tunesmith.model.load import resolve_model
+    from tunesmith.model.load import prepare_tokenizer, resolve_model
     from tunesmith.plan.memory import NO_NEED, run_of
     from tunesmith.settings.recipe import resolve
-    from tunesmith.train.setup import prepare_tokenizer
 
     resolve_model(name, note)
     more = {} if template is None else {"chat_template_path": template}

@@ -1,6 +1,7 @@
 """Models and tokenizers by name: the demo model, a folder, a name on the hub, or a finished run.
 
-Weights are read from safetensors only, and code that comes with a model runs only when the user says so.
+Weights are read from safetensors only, and code that comes with a model runs only when the user says so. Importing this
+loads neither models nor peft: commands that look at data need a tokenizer only.
 """
 
 import json
@@ -8,17 +9,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,10 +25,17 @@ from transformers.utils.hub import cached_file
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.home import DEMO, DEMO_FOLDER
-from tunesmith.model.adapters import Model
 from tunesmith.model.demo_model import Progress, demo_model_path
 from tunesmith.model.devices import here
+from tunesmith.model.threads import share_cores
 from tunesmith.runs.checkpoints import checkpoints
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from tunesmith.model.adapters import Model
+    from tunesmith.settings.config import SFTConfig
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
@@ -66,13 +71,16 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The causal language model `name`; `kwargs` are those of `from_pretrained`.
 
     `dtype` is float32 unless said otherwise: weights that are trained must hold updates far smaller than themselves;
     "auto" takes the checkpoint's. With `allow_pickle`, weights may also be in pickle files, of which torch then reads
     numbers only. Raises TunesmithError when the model can't be loaded, or lacks weights.
     """
+    from transformers import AutoModelForCausalLM
+
+    share_cores()
     path = resolve_model(name)
     dtype = kwargs.pop("torch_dtype", dtype)  # its earlier name in transformers
     if Path(path).is_dir():
@@ -121,9 +129,43 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
     return tokenizer
 
 
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: "str | Model", args: "SFTConfig"
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The run's tokenizer, with the template and the special tokens that `args` asks for; and the ids of the tokens
+    that it lacked."""
+    init: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
+    if tokenizer is None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        if not name:
+            raise TunesmithError("the model does not say where it came from; pass its tokenizer as processing_class")
+        tokenizer = load_tokenizer(name, revision=init.get("revision"), trust_remote_code=args.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TunesmithError(
+            f"processing_class is {type(tokenizer).__name__}; a tokenizer is needed (images are not supported)"
+        )
+    source, added = args.chat_template_path, []
+    if source is not None:
+        from tunesmith.model.tokens import extend_tokenizer
+
+        added = extend_tokenizer(tokenizer, source, trust_remote_code=args.trust_remote_code)
+    for role in ("eos_token", "pad_token"):
+        token = getattr(args, role)
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise TunesmithError(
+                    f"{role} is {token!r}, which is not in the tokenizer's vocabulary"
+                    f"{nearest(token, tokenizer.added_tokens_encoder)}"
+                )
+            setattr(tokenizer, role, token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, added
+
+
 def load_run(
     name: str, *, trust_remote_code: bool = False, progress: Progress | None = None
-) -> tuple[Model, PreTrainedTokenizerBase]:
+) -> "tuple[Model, PreTrainedTokenizerBase]":
     """A run's model, with its adapters, and tokenizer, ready to generate on the best device; or any model by name.
 
     A folder that holds nothing but checkpoints stands for the newest of them. On a CPU the weights are float32, which
@@ -135,9 +177,9 @@ def load_run(
     device = here()
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    load: Callable[..., Model] = load_adapted if holds_adapters(str(folder)) else load_model
+    load: Callable[..., Any] = load_adapted if holds_adapters(str(folder)) else load_model
     model = load(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+    return model.to(device).eval(), tokenizer
 
 
 def load_adapted(
@@ -147,12 +189,14 @@ def load_adapted(
     trust_remote_code: bool = False,
     is_trainable: bool = False,
     **kwargs: Any,
-) -> PeftModel:
+) -> "PeftModel":
     """The adapters in the folder or of the hub's name `name`, on their base model; `kwargs` are those of
     `from_pretrained` for the latter. Raises TunesmithError."""
     path = resolve_model(name)
     if not _has(path, ADAPTER_WEIGHTS):  # `peft` would take pickled ones
         raise TunesmithError(f"{path} has {ADAPTERS}, but not {ADAPTER_WEIGHTS}: adapters in safetensors are needed")
+    from peft import PeftModel
+
     refuse_lost_start(path)
     base, revision = base_of(path)
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, **(revision | kwargs))
@@ -220,6 +264,8 @@ def _nearest_run(folder: Path) -> str:
 def base_of(adapters: str) -> tuple[str, dict[str, Any]]:
     """The name of the model that `adapters` belong to, and its revision as an argument. The demo model's folder may be
     elsewhere than on the machine that trained."""
+    from peft import PeftConfig
+
     with _explained(adapters, "adapters of "):
         config = PeftConfig.from_pretrained(adapters)
     base = config.base_model_name_or_path

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.threads import share_cores
 from tunesmith.runs.checkpoints import Manifest, checkpoints
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ GAIN = 1.2
 """A shorter format must be this much faster: it costs accuracy."""
 NEARLY = 0.8
 """bfloat16 is preferred over fp16 from this share of its speed on: its range needs no loss scaling."""
-ROUNDS = 8
+HOPELESS = 8
+"""A format that is so many times slower than another needs no closer look."""
+ROUNDS = 6
+SECONDS = 0.5
+"""Of all products that are timed, about."""
 SIZES = {"cpu": 768, "cuda": 4096, "mps": 2048}
 
 
@@ -34,6 +39,7 @@ def settle_precision(config: "SFTConfig") -> str:
 
     A run that is resumed goes on in the precision of its checkpoint; any other one takes what is fastest here.
     """
+    share_cores()
     if config.precision == "auto":
         checkpoint = _recorded(config)
         if checkpoint is not None:
@@ -81,18 +87,30 @@ def decide(speeds: Mapping[PrecisionName, float], device_type: str) -> Precision
 
 @cache
 def measure(device_type: str) -> dict[PrecisionName, float]:
-    """GFLOP/s of a square matrix product in each format on the device; 0 where it has none. About half a second.
+    """GFLOP/s of a square matrix product in each format on the device; 0 where it has none. Half a second at most, but
+    for a single product: a format that is hopelessly slow on small matrices is not tried on large ones, and no size
+    is that would take too long.
 
     The formats take turns, so that another program's load meets all of them, and the best round of each counts.
     """
-    device, size = torch.device(device_type), SIZES.get(device_type, 1024)
-    seconds: dict[PrecisionName, float] = {}
-    for _ in range(ROUNDS):
-        for name, dtype in DTYPES.items():
-            taken = _seconds(device, dtype, size)
-            if taken is not None:
-                seconds[name] = min(taken, seconds.get(name, taken))
-    return {name: 2 * size**3 / seconds[name] / 1e9 if name in seconds else 0.0 for name in DTYPES}
+    device, largest = torch.device(device_type), SIZES.get(device_type, 1024)
+    formats = [name for name in DTYPES if not (name == "fp16" and device_type == "cpu")]  # never chosen there, and slow
+    speeds: dict[PrecisionName, float] = dict.fromkeys(DTYPES, 0.0)
+    left = SECONDS
+    for size in (largest // 8, largest // 4, largest // 2, largest):
+        flop = 2e-9 * size**3
+        if any(flop / speeds[name] > left / 2 for name in formats if speeds[name]):
+            break
+        seconds: dict[PrecisionName, float] = {}
+        for _ in range(ROUNDS if size == largest else 2):
+            for name in [name for name in formats if left > 0]:
+                taken = _seconds(device, DTYPES[name], size)
+                left -= sum(taken)
+                if taken:
+                    seconds[name] = min(*taken, seconds.get(name, taken[-1]))
+        speeds |= {name: flop / taken for name, taken in seconds.items()}
+        formats = [name for name in seconds if HOPELESS * speeds[name] > max(speeds.values())]
+    return speeds
 
 
 def describe(choice: PrecisionName, speeds: Mapping[PrecisionName, float], device_type: str) -> str:
@@ -100,17 +118,18 @@ def describe(choice: PrecisionName, speeds: Mapping[PrecisionName, float], devic
     return f"precision {choice}: matrix products on this {device_type} in GFLOP/s: {figures}"
 
 
-def _seconds(device: torch.device, dtype: torch.dtype, size: int) -> float | None:
-    """The time of one product, None where the device has none in this format."""
-    if dtype == torch.float16 and device.type == "cpu":
-        return None  # never chosen there, and slow enough to matter
+def _seconds(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, ...]:
+    """The times of two products, of which the first also loads and tunes libraries; empty where the device has none in
+    this format."""
+    times = []
     try:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        for _ in range(2):  # the first product also loads and tunes libraries
+        for _ in range(2):
             started = time.perf_counter()
             _ = a @ b
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
+            times.append(time.perf_counter() - started)
     except (RuntimeError, TypeError):
-        return None
-    return time.perf_counter() - started
+        return ()
+    return tuple(times)

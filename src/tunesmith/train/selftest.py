@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.errors import TunesmithError
+from tunesmith.model import ways
 from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
@@ -31,8 +32,8 @@ from tunesmith.types import IGNORE_INDEX, Example
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 4
-LONGEST = 64
-"""Tokens that an example is cut to: the test costs less than a step."""
+LONGEST = 16
+"""Tokens that an example is cut to: the test costs much less than a step, and all its documents are in one batch."""
 ROUTERS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -155,9 +156,10 @@ def self_test(
     device = base_model(model).device
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with _untouched(model, device), torch.autocast(device.type, dtype=low, enabled=low is not None):
-        alone = [_alone(model, row, device) for row in rows]
+        with _ways(other=False):
+            alone = [_alone(model, row, device) for row in rows]
         _refuse_no_numbers(torch.cat(alone), model)
-        with _compiled_layers_at_work(model):
+        with _compiled_layers_at_work(model), _ways(other=True):
             loss, together = _together(model, rows, groups or [1] * len(rows), flat=flat)
     theirs = torch.cat(alone)
     tests = tuple(_test(mine, own) for mine, own in zip(together.split([len(x) for x in alone]), alone, strict=True))
@@ -175,6 +177,18 @@ def self_test(
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     with in_evaluation(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def _ways(*, other: bool) -> Iterator[None]:
+    """Where ways to compute compete, the plain one computes what is expected and the `other` what is tested: both are
+    tested, and none is tried on shapes that the run may not have."""
+    before = ways.forced()
+    ways.force(other)
+    try:
+        yield
+    finally:
+        ways.force(before)
 
 
 @contextmanager

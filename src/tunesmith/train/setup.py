@@ -18,11 +18,10 @@ from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.head import answer_objectives
-from tunesmith.model.load import holds_adapters, load_adapted, load_model, load_tokenizer
+from tunesmith.model.load import holds_adapters, load_adapted, load_model
 from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized, refuse_untrainable
 from tunesmith.model.tokens import (
-    extend_tokenizer,
     resize_for,
     save_rows_only,
     tokens_lacking_in,
@@ -54,38 +53,6 @@ def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConf
         args = SFTConfig(**settings_of(args))
     settle_precision(args)
     return args
-
-
-def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, model: str | Model, args: SFTConfig
-) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """The run's tokenizer, with the template and the special tokens that `args` asks for; and the ids of the tokens
-    that it lacked."""
-    init: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
-    if tokenizer is None:
-        name = model if isinstance(model, str) else model.config.name_or_path
-        if not name:
-            raise TunesmithError("the model does not say where it came from; pass its tokenizer as processing_class")
-        tokenizer = load_tokenizer(name, revision=init.get("revision"), trust_remote_code=args.trust_remote_code)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TunesmithError(
-            f"processing_class is {type(tokenizer).__name__}; a tokenizer is needed (images are not supported)"
-        )
-    source, added = args.chat_template_path, []
-    if source is not None:
-        added = extend_tokenizer(tokenizer, source, trust_remote_code=args.trust_remote_code)
-    for role in ("eos_token", "pad_token"):
-        token = getattr(args, role)
-        if token is not None:
-            if token not in tokenizer.get_vocab():
-                raise TunesmithError(
-                    f"{role} is {token!r}, which is not in the tokenizer's vocabulary"
-                    f"{nearest(token, tokenizer.added_tokens_encoder)}"
-                )
-            setattr(tokenizer, role, token)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, added
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from tunesmith.model.adapters import Model, StartingPoint, base_model, starting_
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
 from tunesmith.model.linear import speed_up
+from tunesmith.model.load import prepare_tokenizer
 from tunesmith.model.quantize import check_optimizer
 from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
 from tunesmith.settings.config import SFTConfig, settings_of
@@ -38,7 +39,6 @@ from tunesmith.train.setup import (
     as_sft_config,
     check_trackers,
     prepare_model,
-    prepare_tokenizer,
     ready_for_batches,
     router_coefficient,
     used_ids,
