@@ -1,5 +1,5 @@
-"""Tokens per second, memory and loss of training: ours beside that of TRL and of transformers' own trainer, in turns, on
-the same model, rows and settings.
+"""Tokens per second, memory and loss of training: ours beside that of TRL and of transformers' own trainer, in turns,
+on the same model, rows and settings.
 
     python benchmarks/train.py --data alpaca_en_demo.json [--pairs 3] [--steps 4] [--json out.json] [--plot out.svg]
                                [--modes lora,full,packed,long,lora-bf16,packed-bf16] [--peers trl,trl-default,trainer]

@@ -82,7 +82,7 @@ def test_a_kernel_that_a_run_leaves_alone_has_failed(place: Place, kernels: Kern
 @pytest.mark.usefixtures("kernels")
 def test_a_branch_that_does_not_see_what_it_continues_has_failed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = attention._runs
-    monkeypatch.setattr(attention, "_runs", lambda offsets, parents: runs(offsets, [-1] * len(parents)))
+    monkeypatch.setattr(attention, "_runs", lambda parents: runs([-1] * len(parents)))
     found = outcomes(kernel_checks.attention, place, "tree")
     assert set(found.values()) == {"failed"}
 

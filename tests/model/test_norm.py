@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import gradient_error, gradients, tiny
 from torch import Tensor, nn
 
+from tests.models import gradient_error, gradients, tiny
 from tunesmith.model import ways
 from tunesmith.model.norm import speed_up_norms
 
@@ -16,7 +16,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[ways.Kind]:
     """The kinds of calls that go our way: all that ask."""
     kinds: list[ways.Kind] = []
     monkeypatch.setattr(ways, "_forced", None)
-    monkeypatch.setattr(ways, "is_faster", lambda kind, *_: kinds.append(kind) or True)
+
+    def always(kind: ways.Kind, *_: Any) -> bool:
+        kinds.append(kind)
+        return True
+
+    monkeypatch.setattr(ways, "is_faster", always)
     return kinds
 
 
@@ -70,7 +75,8 @@ def test_a_trial_leaves_the_gradient_of_the_weight_alone(monkeypatch: pytest.Mon
     speed_up_norms(norm)
     y = norm[0](x)
     assert [kind[0] for kind in ways._chosen] == ["norm"]
-    assert norm[0].weight.grad is None and x.grad is None
+    assert norm[0].weight.grad is None
+    assert x.grad is None
     y.sum().backward()
     torch.testing.assert_close(norm[0].weight.grad, nn.functional.normalize(x.detach(), dim=-1).sum(0) * 8**0.5)
     ways.restore(kept)

@@ -1,15 +1,15 @@
 """RMS norms of fp32 values on a CPU in fewer passes.
 
-`transformers` writes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) as six operations, whose backward makes a dozen
-passes over memory. Here it is three forward and five backward. Which modules are such norms is found out by computing
-with them, and the plain way stays where it is as fast (`ways`).
+`transformers` writes RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) as six operations, whose backward makes a
+dozen passes over memory. Here it is three forward and five backward. Which modules are such norms is found out by
+computing with them, and the plain way stays where it is as fast (`ways`).
 
 Shapes: H hidden; leading dimensions are left as they are.
 """
 
 import copy
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def speed_up_norms(model: nn.Module) -> None:
     for module in list(model.modules()):
         if "forward" not in vars(module) and (gains := _gains(module)) is not None:
             module._gains = gains  # type: ignore[assignment]
-            module.forward = MethodType(_norm_forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_norm_forward, module)
 
 
 def _gains(module: nn.Module) -> float | None:
@@ -87,21 +87,23 @@ def _norm_forward(self: nn.Module, x: Tensor) -> Tensor:
     weight: Tensor = self.weight  # type: ignore[assignment]
     ours = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and x.dim() > 1
     if not ours or torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch.is_autocast_enabled("cpu"):
-        return plain(self, x)  # type: ignore[no-any-return]
+        return plain(self, x)
     if ways.forced() is not None:  # a run that began before norms competed
-        return plain(self, x)  # type: ignore[no-any-return]
+        return plain(self, x)
     kind = ("norm", (x.numel() // len(weight)).bit_length(), len(weight), x.requires_grad, weight.requires_grad)
     if ways.is_faster(kind, ways.attempt(_plain, x, weight, self), ways.attempt(_fast, x, weight, self)):
         return _fast(x, weight, self)
-    return plain(self, x)  # type: ignore[no-any-return]
+    return plain(self, x)
 
 
 def _fast(x: Tensor, weight: Tensor, norm: nn.Module) -> Tensor:
-    return _Norm.apply(x, weight + norm._gains if norm._gains else weight, _epsilon(norm))  # type: ignore[no-any-return]
+    gains = cast(float, norm._gains)
+    y: Tensor = _Norm.apply(x, weight + gains if gains else weight, _epsilon(norm))
+    return y
 
 
 def _plain(x: Tensor, weight: Tensor, norm: nn.Module) -> Tensor:
     """The norm's own forward with this weight in place of its own, whose gradient a trial must not touch."""
     other = copy.copy(norm)
     other.__dict__["_parameters"] = {"weight": weight}
-    return type(norm).forward(other, x)  # type: ignore[no-any-return]
+    return type(norm).forward(other, x)
