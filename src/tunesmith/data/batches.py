@@ -182,10 +182,17 @@ def groups_of(row: Row) -> list[Group]:
     """The documents of a prepared row by groups. A packed row holds several, `seq_lengths` tokens each; where it has
     `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`), in the order in
     which they begin to be supervised: that of the turns. Without `labels`, all tokens are supervised."""
+    return [tuple(sorted(group, key=_first_label) if len(group) > 1 else group) for group in _trees(row)]
+
+
+def _trees(row: Row) -> list[list[Example]]:
+    """The documents of each tree of segments of a prepared row, in the order of their last segments."""
     ids = _list(row["input_ids"])
-    columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths", "parents")}
+    columns = {name: row.get(name) for name in ("labels", "weights", "scores", "reference", "seq_lengths", "parents")}
     labels = ids if columns["labels"] is None else _list(columns["labels"])
-    weights = None if columns["weights"] is None else _list(columns["weights"])
+    weights, scores, reference = (
+        None if columns[name] is None else _list(columns[name]) for name in ("weights", "scores", "reference")
+    )
     lengths = [len(ids)] if columns["seq_lengths"] is None else _list(columns["seq_lengths"])
     parents = [-1] * len(lengths) if columns["parents"] is None else _list(columns["parents"])
     stops = list(accumulate(lengths))
@@ -202,9 +209,11 @@ def groups_of(row: Row) -> list[Group]:
             # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
             labels=[IGNORE_INDEX, *own[1:]][: len(own)],
             weights=None if weights is None else [*chain.from_iterable(weights[part] for part in parts)],
+            score=0.0 if scores is None or not parts[-1].stop else scores[parts[-1].stop - 1],
+            reference=None if reference is None else [*chain.from_iterable(reference[part] for part in parts)],
         )
         groups.setdefault(path[0], []).append(example)
-    return [tuple(sorted(group, key=_first_label) if len(group) > 1 else group) for group in groups.values()]
+    return [*groups.values()]
 
 
 def _first_label(example: Example) -> int:
@@ -219,6 +228,12 @@ def documents_of(row: Row) -> list[Group]:
 def one_group_of(row: Row) -> list[Group]:
     """The documents of a row as one group: a row is a pair, or all answers to a prompt."""
     return [tuple(example for group in groups_of(row) for example in group)]
+
+
+def pairs_of(row: Row) -> list[Group]:
+    """The documents of a prepared row, or of a pack, two by two: the better answer to a prompt, and the worse one."""
+    documents = [example for group in _trees(row) for example in group]
+    return [*zip(documents[::2], documents[1::2], strict=True)]
 
 
 def _list(values: Any) -> list[Any]:

@@ -232,6 +232,7 @@ def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
     count = len(row.get("seq_lengths") or [0])
     blank = {name: values and values[:1] * count for name, values in row.items()}
     blank |= {"labels": [IGNORE_INDEX] * count} | ({"seq_lengths": [1] * count} if "seq_lengths" in row else {})
+    blank |= {"parents": row["parents"]} if row.get("parents") else {}
     longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
     longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
     return longer

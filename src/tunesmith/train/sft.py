@@ -26,7 +26,7 @@ from tunesmith.model.devices import here
 from tunesmith.model.linear import speed_up
 from tunesmith.model.quantize import check_optimizer
 from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
-from tunesmith.settings.config import SFTConfig, settings_of
+from tunesmith.settings.config import SFTConfig, own_settings, settings_of
 from tunesmith.settings.older import by_todays_names
 from tunesmith.train.evaluations import check_data
 from tunesmith.train.loaders import Batching
@@ -47,7 +47,7 @@ from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import Row
 
 PREPARED_BY = {
-    *(SFTConfig.__annotations__.keys() - {"learning_rate", "logging_steps", "max_bad_steps"}),
+    *(own_settings(SFTConfig) - {"learning_rate", "logging_steps", "max_bad_steps"}),
     *("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy"),
 }
 """Settings that a search can't change on a trainer that is made."""
