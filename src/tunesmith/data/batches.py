@@ -236,6 +236,17 @@ def pairs_of(row: Row) -> list[Group]:
     return [*zip(documents[::2], documents[1::2], strict=True)]
 
 
+def token_places(row: Row) -> list[list[int]]:
+    """Where in a prepared row the tokens of each of its documents are, in the order of `pairs_of`."""
+    size = len(_list(row["input_ids"]))
+    lengths = [size] if row.get("seq_lengths") is None else _list(row["seq_lengths"])
+    parents = [-1] * len(lengths) if row.get("parents") is None else _list(row["parents"])
+    starts = [0, *accumulate(lengths)]
+    return [
+        [place for segment in path for place in range(starts[segment], starts[segment + 1])] for path in paths(parents)
+    ]
+
+
 def _list(values: Any) -> list[Any]:
     """A list of numbers as it is, or that of a tensor or an array: the data set's format is the user's choice."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
@@ -246,14 +257,17 @@ def _list(values: Any) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collator:
-    """Makes batches, as a data loader's `collate_fn`. `read` makes groups of documents of a prepared row."""
+    """Makes batches, as a data loader's `collate_fn`. `read` makes groups of documents of a prepared row. With
+    `together`, all documents of a batch are one group, because an objective compares them with each other."""
 
     read: Callable[[Row], Iterable[Group]] = groups_of
+    together: bool = False
     pads: ClassVar[bool] = False
     """Whether a batch costs rows x longest row."""
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        return self.batch([group for row in rows for group in self.read(row)])
+        groups = [group for row in rows for group in self.read(row)]
+        return self.batch([tuple(chain.from_iterable(groups))] if self.together else groups)
 
     def batch(self, groups: Sequence[Group]) -> Batch:
         """The batch of these documents."""
