@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.trainers import SFTTrainer
+    from tunesmith.settings.preference import DPOConfig
+    from tunesmith.trainers import DPOTrainer, SFTTrainer
 
 # Threads that have done their part of a product wait for the others in a loop, on cores that these may need: beside one
 # other run, training went at less than a tenth of its speed. After so many rounds they sleep; alone, that costs one or
@@ -24,9 +25,20 @@ if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
 
 __version__ = "0.1.0"
 
-__all__ = ["DataSource", "SFTConfig", "SFTTrainer", "TunesmithError", "__version__", "clone_chat_template"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "DataSource",
+    "SFTConfig",
+    "SFTTrainer",
+    "TunesmithError",
+    "__version__",
+    "clone_chat_template",
+]
 
 _DEFINED_IN = {
+    "DPOConfig": "tunesmith.settings.preference",
+    "DPOTrainer": "tunesmith.trainers",
     "DataSource": "tunesmith.data.mixture",
     "SFTConfig": "tunesmith.settings.config",
     "SFTTrainer": "tunesmith.trainers",
@@ -44,8 +56,8 @@ _IN_TRL = {
     "ConstantLengthDataset": "write SFTConfig(packing=True)",
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
-        ("DPOTrainer", "DPOConfig", "KTOTrainer", "KTOConfig", "RewardTrainer", "RewardConfig", "GRPOTrainer"),
-        "tunesmith does supervised fine-tuning: import it from trl, whose trainers load what was tuned here",
+        ("KTOTrainer", "KTOConfig", "RewardTrainer", "RewardConfig", "GRPOTrainer"),
+        "tunesmith does supervised fine-tuning and DPO: import it from trl, whose trainers load what was tuned here",
     ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""

@@ -8,7 +8,7 @@ from tunesmith.runs.files import REPORT
 from tunesmith.runs.record import Origin
 from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.train import sft
+from tunesmith.train import preference, sft
 from tunesmith.train.trainer import BaseTrainer
 
 
@@ -69,3 +69,7 @@ class Published(BaseTrainer):
 
 class SFTTrainer(sft.SFTTrainer, Published):
     __doc__ = sft.SFTTrainer.__doc__
+
+
+class DPOTrainer(preference.DPOTrainer, Published):
+    __doc__ = preference.DPOTrainer.__doc__

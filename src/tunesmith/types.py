@@ -1,6 +1,7 @@
 """The values that travel from a source row to the loss, one type per stage.
 
-source row -> Conversation | Text | Tokens -> Example (token ids, labels, weights) -> Batch (`data.batches`)
+source row -> Conversation | Text | Tokens | Pair | Judged -> Example (token ids, labels, weights)
+-> Batch (`data.batches`)
 """
 
 from dataclasses import dataclass, field
@@ -64,7 +65,30 @@ class Tokens:
     weight: float = 1.0
 
 
-Row = Conversation | Text | Tokens
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two answers to one prompt, each with the prompt before it; `chosen` is the better one.
+
+    Conversations have their prompt as the first `prompt_length` messages, texts as `prompt`. `margin` says by how much
+    the better one is better, in units of the reward, where the row knows. `weight` scales the loss of the pair.
+    """
+
+    chosen: Conversation | Text
+    rejected: Conversation | Text
+    margin: float = 0.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A prompt with one answer, which is one that the model should give (`good`) or should not."""
+
+    answer: Conversation | Text
+    good: bool
+    weight: float = 1.0
+
+
+Row = Conversation | Text | Tokens | Pair | Judged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,12 +132,18 @@ class Example:
 
     Documents of one row that begin alike are one example: `parts` has the lengths of the segments that it is made of,
     and for each the segment that it continues, or -1 (`data.prefix`). None where the example is one document.
+
+    `score` is what is known of an answer beside its tokens: the margin of the pair that it belongs to; 1 for one that
+    is judged good, -1 for one that is judged bad; else 0. `reference[i]` is the log-probability in nats that the
+    reference gives token `i` where that is supervised, None where nobody has computed it yet.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: list[float] | None = None
     parts: tuple[list[int], list[int]] | None = None
+    score: float = 0.0
+    reference: list[float] | None = None
 
     @property
     def supervised(self) -> int:

@@ -17,6 +17,7 @@ from tunesmith.types import Example
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatExamples:
     """N examples: lengths (N,), ids, labels and weights (T,); weights None when every supervised token weighs 1.
+    `scores` (T,) repeat that of an example for each of its tokens, so that packs keep it; None when all are 0.
 
     `parts` are the segments of all examples, P of them: how many each example has (N,), their lengths (P,) and parents
     (P,). None when every example is one document.
@@ -27,6 +28,7 @@ class FlatExamples:
     labels: Any
     weights: Any
     parts: tuple[Any, Any, Any] | None = None
+    scores: Any = None
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "FlatExamples":
@@ -36,6 +38,12 @@ class FlatExamples:
         weights = None
         if any(example.weights is not None for example in examples):
             weights = flat((example.weights or [1.0] * len(example.labels) for example in examples), np.float32)
+        scores = None
+        if any(example.score for example in examples):
+            scores = np.repeat(
+                np.array([example.score for example in examples], np.float32),
+                [len(example.labels) for example in examples],
+            )
         parts = None
         if any(example.parts is not None for example in examples):
             trees = [example.parts or ([len(example.labels)], [-1]) for example in examples]
@@ -48,25 +56,26 @@ class FlatExamples:
             ids=flat((example.input_ids for example in examples), np.int32),
             labels=flat((example.labels for example in examples), np.int32),
             weights=weights,
+            scores=scores,
         )
 
     def table(self) -> Any:
-        """An Arrow table of `input_ids`, `labels`, `weights`, `seq_lengths` and `parents`; the last three have a null
-        for each example where there are none."""
+        """An Arrow table of `input_ids`, `labels`, `weights`, `scores`, `seq_lengths` and `parents`; the last four have
+        a null for each example where there are none."""
         import pyarrow as pa
 
         offsets = np.concatenate([[0], self.lengths]).cumsum()
-        if self.weights is None:
-            weights = pa.nulls(len(self.lengths), pa.list_(pa.float32()))
-        else:
-            weights = list_array(offsets, self.weights)
+        numbers = {
+            name: pa.nulls(len(self.lengths), pa.list_(pa.float32())) if values is None else list_array(offsets, values)
+            for name, values in (("weights", self.weights), ("scores", self.scores))
+        }
         columns = {"input_ids": list_array(offsets, self.ids), "labels": list_array(offsets, self.labels)}
         if self.parts is None:
             trees = {name: pa.nulls(len(self.lengths), pa.list_(pa.int32())) for name in ("seq_lengths", "parents")}
         else:
             bounds = np.concatenate([[0], self.parts[0]]).cumsum()
             trees = {"seq_lengths": list_array(bounds, self.parts[1]), "parents": list_array(bounds, self.parts[2])}
-        return pa.table(columns | {"weights": weights} | trees)
+        return pa.table(columns | numbers | trees)
 
 
 def list_array(offsets: Any, values: Any) -> Any:
@@ -79,7 +88,7 @@ def list_array(offsets: Any, values: Any) -> Any:
 def list_column(table: Any, name: str) -> tuple[Any, Any]:
     """The list column `name` of examples, in a table or a record batch: offsets (N + 1,) and values (T,).
 
-    An example whose `weights` are null has a weight of 1 for each of its tokens.
+    An example whose `weights` are null has a weight of 1 for each of its tokens; one without `scores` has 0.
     """
     import pyarrow as pa
 
@@ -88,7 +97,7 @@ def list_column(table: Any, name: str) -> tuple[Any, Any]:
         column = column.combine_chunks()
     if column.null_count:
         offsets, _ = list_column(table, "input_ids")
-        values = np.ones(offsets[-1], np.float32)
+        values = np.full(offsets[-1], 0.0 if name == "scores" else 1.0, np.float32)
         values[np.repeat(column.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))] = column.flatten()
         return offsets, values
     offsets = column.offsets.to_numpy().astype(np.int64)

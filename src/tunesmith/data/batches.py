@@ -182,10 +182,17 @@ def groups_of(row: Row) -> list[Group]:
     """The documents of a prepared row by groups. A packed row holds several, `seq_lengths` tokens each; where it has
     `parents`, these are segments, and the documents of a tree of them are a group (`data.prefix`), in the order in
     which they begin to be supervised: that of the turns. Without `labels`, all tokens are supervised."""
+    return [tuple(sorted(group, key=_first_label) if len(group) > 1 else group) for group in _trees(row)]
+
+
+def _trees(row: Row) -> list[list[Example]]:
+    """The documents of each tree of segments of a prepared row, in the order of their last segments."""
     ids = _list(row["input_ids"])
-    columns = {name: row.get(name) for name in ("labels", "weights", "seq_lengths", "parents")}
+    columns = {name: row.get(name) for name in ("labels", "weights", "scores", "reference", "seq_lengths", "parents")}
     labels = ids if columns["labels"] is None else _list(columns["labels"])
-    weights = None if columns["weights"] is None else _list(columns["weights"])
+    weights, scores, reference = (
+        None if columns[name] is None else _list(columns[name]) for name in ("weights", "scores", "reference")
+    )
     lengths = [len(ids)] if columns["seq_lengths"] is None else _list(columns["seq_lengths"])
     parents = [-1] * len(lengths) if columns["parents"] is None else _list(columns["parents"])
     stops = list(accumulate(lengths))
@@ -202,9 +209,11 @@ def groups_of(row: Row) -> list[Group]:
             # Nothing in its document predicts the first token; in a flat row its neighbour's last token would.
             labels=[IGNORE_INDEX, *own[1:]][: len(own)],
             weights=None if weights is None else [*chain.from_iterable(weights[part] for part in parts)],
+            score=0.0 if scores is None or not parts[-1].stop else scores[parts[-1].stop - 1],
+            reference=None if reference is None else [*chain.from_iterable(reference[part] for part in parts)],
         )
         groups.setdefault(path[0], []).append(example)
-    return [tuple(sorted(group, key=_first_label) if len(group) > 1 else group) for group in groups.values()]
+    return [*groups.values()]
 
 
 def _first_label(example: Example) -> int:
@@ -221,6 +230,23 @@ def one_group_of(row: Row) -> list[Group]:
     return [tuple(example for group in groups_of(row) for example in group)]
 
 
+def pairs_of(row: Row) -> list[Group]:
+    """The documents of a prepared row, or of a pack, two by two: the better answer to a prompt, and the worse one."""
+    documents = [example for group in _trees(row) for example in group]
+    return [*zip(documents[::2], documents[1::2], strict=True)]
+
+
+def token_places(row: Row) -> list[list[int]]:
+    """Where in a prepared row the tokens of each of its documents are, in the order of `pairs_of`."""
+    size = len(_list(row["input_ids"]))
+    lengths = [size] if row.get("seq_lengths") is None else _list(row["seq_lengths"])
+    parents = [-1] * len(lengths) if row.get("parents") is None else _list(row["parents"])
+    starts = [0, *accumulate(lengths)]
+    return [
+        [place for segment in path for place in range(starts[segment], starts[segment + 1])] for path in paths(parents)
+    ]
+
+
 def _list(values: Any) -> list[Any]:
     """A list of numbers as it is, or that of a tensor or an array: the data set's format is the user's choice."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
@@ -231,14 +257,17 @@ def _list(values: Any) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collator:
-    """Makes batches, as a data loader's `collate_fn`. `read` makes groups of documents of a prepared row."""
+    """Makes batches, as a data loader's `collate_fn`. `read` makes groups of documents of a prepared row. With
+    `together`, all documents of a batch are one group, because an objective compares them with each other."""
 
     read: Callable[[Row], Iterable[Group]] = groups_of
+    together: bool = False
     pads: ClassVar[bool] = False
     """Whether a batch costs rows x longest row."""
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        return self.batch([group for row in rows for group in self.read(row)])
+        groups = [group for row in rows for group in self.read(row)]
+        return self.batch([tuple(chain.from_iterable(groups))] if self.together else groups)
 
     def batch(self, groups: Sequence[Group]) -> Batch:
         """The batch of these documents."""

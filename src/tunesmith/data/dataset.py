@@ -13,7 +13,8 @@ from weakref import WeakSet
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tunesmith.data.formats import ArrowRow, FormatOptions, parse_each, parse_rows
+from tunesmith.data.arrow import list_lengths
+from tunesmith.data.formats import ArrowRow, FormatOptions, Task, parse_each, parse_rows
 from tunesmith.data.messages import TurnOptions, names_in
 from tunesmith.data.mixture import DataSource, concatenated, epoch_examples, mixture_order, split_rows
 from tunesmith.data.pack import pack_dataset
@@ -24,14 +25,14 @@ from tunesmith.data.read import Rows, unbatched, with_places
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.types import Row
 
 Prepared: TypeAlias = Dataset | IterableDataset
 Source: TypeAlias = Prepared | Rows | Sequence[Mapping[str, Any]]
 LOOKED_AT = 64
 """How many rows of a source are looked at before training."""
-COLUMNS = ["input_ids", "labels", "weights", "seq_lengths", "parents"]
+COLUMNS = ["input_ids", "labels", "weights", "scores", "reference", "seq_lengths", "parents"]
 
 
 class DataPreparer:
@@ -41,10 +42,17 @@ class DataPreparer:
     rows that `on_bad_row: skip` left out in `skipped`. A stream has counts only.
 
     `shares`: the documents of a conversation are one row, which only our collators read; without it each is a row.
+    `task`: what the rows are read as.
     """
 
     def __init__(
-        self, args: SFTConfig, tokenizer: Any, formatting_func: Callable[..., Any] | None, *, shares: bool = True
+        self,
+        args: Config,
+        tokenizer: Any,
+        formatting_func: Callable[..., Any] | None,
+        *,
+        shares: bool = True,
+        task: Task = "supervised",
     ) -> None:
         if formatting_func is not None and args.resolved_train_on == "completion":
             raise TunesmithError(
@@ -53,11 +61,12 @@ class DataPreparer:
             )
         self.args, self.tokenizer, self._shares = args, tokenizer, shares
         self.formats = FormatOptions(
-            text_field=args.dataset_text_field,
+            text_field=args.text_column,
             columns=cast(dict[str, str], args.columns or {}),
             formatting_func=formatting_func,
             skip_bad=args.on_bad_row == "skip",
             turns=TurnOptions(known_roles=names_in(tokenizer.chat_template), merge_turns=args.merge_turns),
+            task=task,
         )
         self.skipped: dict[str, SkippedRows] = {}
         self._saves_skipped = False
@@ -255,7 +264,7 @@ class DataPreparer:
             share=self._shares and not cuts,
             max_length=None if cuts else self.args.max_length,
             overlong=self.args.overlong,
-            truncate_prompt=self.args.truncate_prompt,
+            truncate_prompt=self.args.cuts_prompt,
             template_kwargs=cast(dict[str, Any], self.args.chat_template_kwargs or {}),
             skip_bad=self.formats.skip_bad,
         )
@@ -280,6 +289,7 @@ class DataPreparer:
                 "input_ids": [example.input_ids for example in examples],
                 "labels": [example.labels for example in examples],
                 "weights": [example.weights for example in examples],
+                "scores": [[example.score] * len(example.labels) if example.score else None for example in examples],
                 "seq_lengths": [example.parts and example.parts[0] for example in examples],
                 "parents": [example.parts and example.parts[1] for example in examples],
             }
@@ -310,5 +320,8 @@ class DataPreparer:
         )
 
     def _pack(self, dataset: Dataset) -> Dataset:
-        assert self.args.max_length is not None
-        return pack_dataset(dataset, self.args.max_length, self.args.packing_strategy)
+        limit = self.args.max_length
+        assert limit is not None
+        if self.formats.task == "pairs":  # max_length is that of each answer with its prompt, and a pair is never torn
+            limit = max(limit, int(list_lengths(dataset.data.table, "input_ids").max(initial=0)))
+        return pack_dataset(dataset, limit, self.args.packing_strategy)

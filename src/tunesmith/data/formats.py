@@ -1,4 +1,4 @@
-"""Source rows to typed rows: each a Conversation, a Text, or Tokens.
+"""Source rows to typed rows: each a Conversation, a Text, or Tokens; for preferences a Pair, or Judged.
 
 The format is read off the first row of a source and every other row must have it too: a file that mixes shapes is more
 often a mistake than a wish, and a wrong guess would train on the wrong tokens.
@@ -9,15 +9,16 @@ What comes out is made of JSON's types only. Arrow gives a row a null for every 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tunesmith.data.calls import tools_of
 from tunesmith.data.columns import guessed_columns
 from tunesmith.data.messages import FACTORS, TurnOptions, Turns, agreed_weight, read_turns, stated_training
+from tunesmith.data.pairs import LABELS, PROMPTS, SIDES, read_judged, read_pair
 from tunesmith.data.skipped import BadRow, Place, SourceRows
 from tunesmith.data.values import from_json, plain, shown, string
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.types import IGNORE_INDEX, Conversation, Row, Text, Tokens
+from tunesmith.types import IGNORE_INDEX, Conversation, Judged, Pair, Row, Text, Tokens
 
 # The columns that make a format, most specific first.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "contents": ("contents",),
 }
+Task = Literal["supervised", "pairs", "judged"]
+"""What rows are read as: texts to learn, two answers to one prompt, or answers that are good or bad."""
 EXTRA_COLUMNS = (
     *("input", "history", "system", "labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs"),
     "weight",
@@ -63,6 +66,7 @@ class FormatOptions:
     """How to read rows. `columns` maps our column names to the data's own, e.g. {"prompt": "question"}.
 
     `skip_bad`: a row that can't be read is left out rather than an error. `turns`: how messages are read.
+    `task`: what the rows are for.
     """
 
     text_field: str = "text"
@@ -70,9 +74,11 @@ class FormatOptions:
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
     skip_bad: bool = False
     turns: TurnOptions = field(default_factory=TurnOptions)
+    task: Task = "supervised"
 
     def __post_init__(self) -> None:
         known = {name for columns in FORMATS.values() for name in columns} | set(EXTRA_COLUMNS)
+        known |= {"pairs": {*SIDES, "margin"}, "judged": {*LABELS}, "supervised": set[str]()}[self.task]
         for name in self.columns:
             if name not in known:
                 raise TunesmithError(
@@ -135,6 +141,10 @@ class _Reader:
 
 def _row_kind(row: Row) -> str:
     """What a row is, in words: rows of two kinds would be trained on differently."""
+    if isinstance(row, Pair):
+        return f"a pair, of which each side is {_row_kind(row.chosen)}"
+    if isinstance(row, Judged):
+        return f"a judged answer, which is {_row_kind(row.answer)}"
     if isinstance(row, Tokens):
         return "tokens"
     if isinstance(row, Text):
@@ -166,6 +176,9 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     Raises TunesmithError that lists the columns found and the formats supported.
     """
     row = renamed(row, options)
+    if options.task != "supervised":
+        _check_preference(row, options.task)
+        return options.task
     present = [name for name, columns in FORMATS.items() if all(row.get(column) is not None for column in columns)]
     named = {*options.columns} | ({"text"} if options.text_field != "text" else set())
     chosen = next((name for name in present if named & {*FORMATS[name]}), None)
@@ -177,6 +190,26 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     if present:
         return present[0]
     raise TunesmithError(_no_format(row))
+
+
+def _check_preference(row: Mapping[str, Any], task: Task) -> None:
+    """Raises TunesmithError for a row without a preference, with what it has."""
+    listed = ", ".join(name for name in sorted(row) if row[name] is not None) or "(none)"
+    if task == "pairs" and not all(row.get(name) is not None for name in SIDES):
+        way = "`columns: {chosen: ..., rejected: ...}` with the columns of the better and the worse answer"
+        if row.get("chosen_messages") is not None and row.get("rejected_messages") is not None:
+            way = "`columns: {chosen: chosen_messages, rejected: rejected_messages}`"
+        elif any(isinstance(row.get(name), bool) for name in LABELS):
+            way = "`tunesmith kto` (KTOTrainer), which learns from single answers with a label; or pairs"
+        raise TunesmithError(
+            f"no pair: the columns are {listed}\nA pair has 'chosen' and 'rejected', and {' or '.join(PROMPTS)} unless "
+            f"both are whole conversations. Write {way}."
+        )
+    if task == "judged" and all(row.get(name) is None for name in LABELS):
+        raise TunesmithError(
+            f"no label: the columns are {listed}\nA judged answer has 'label', true or false, beside 'prompt' and "
+            "'completion', or 'messages'. Write `columns: {label: ...}` with the column that says whether it is good."
+        )
 
 
 def _no_format(row: Mapping[str, Any]) -> str:
@@ -220,6 +253,14 @@ def _preferences(row: Mapping[str, Any], chosen: str, rejected: str) -> str:
 def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> Row:
     """`row` as a value of the format `format_name`. Raises TunesmithError that says what is wrong with it."""
     is_padded, row = isinstance(row, ArrowRow), renamed(row, options)
+    if format_name in ("pairs", "judged"):
+        _check_preference(row, options.task)
+        plainly = FormatOptions(turns=options.turns)
+
+        def read(answer: dict[str, Any], name: str) -> Row:
+            return parse(ArrowRow(answer) if is_padded else answer, name, plainly)
+
+        return read_pair(row, read) if format_name == "pairs" else read_judged(row, read)
     missing = [column for column in FORMATS[format_name] if row.get(column) is None]
     if missing:
         raise TunesmithError(
@@ -261,7 +302,7 @@ def format_row(row: Mapping[str, Any], options: FormatOptions) -> Row:
     elif isinstance(value, tuple) and len(value) == 2:
         value = {"prompt": value[0], "completion": value[1]}
     if isinstance(value, Mapping):
-        unnamed = FormatOptions(turns=options.turns)
+        unnamed = FormatOptions(turns=options.turns, task=options.task)
         made = ArrowRow(value) if isinstance(row, ArrowRow) else value
         return parse(made, detect(made, unnamed), unnamed)
     raise TunesmithError(

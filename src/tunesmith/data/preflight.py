@@ -21,6 +21,8 @@ BUCKETS = 8
 NAMED_EXAMPLES = 5
 LOW_SUPERVISION = 0.02
 HIGH_LOSS = 0.1
+LENGTH_BIAS = 1.25
+"""Chosen answers that are so many times as long as rejected ones are worth a word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +188,27 @@ def judge(
     return Preflight(splits=splits, problems=problems, notes=notes)
 
 
+def _answer_notes(name: str, counts: Counts) -> list[str]:
+    """What is known of answers that are compared or judged."""
+    notes = []
+    if counts.pairs:
+        better, worse = (tokens / counts.pairs for tokens in counts.answer_tokens)
+        shares = [f"{100 * longer / counts.pairs:.0f}%" for longer in counts.longer]
+        notes.append(
+            f"{name}: of {counted(counts.pairs, 'pair')}, chosen answers have {better:.0f} tokens on average and "
+            f"rejected ones {worse:.0f}; chosen is longer in {shares[0]}, rejected in {shares[1]}"
+        )
+        if better > LENGTH_BIAS * worse:
+            notes.append(
+                f"{name}: chosen answers are much longer than rejected ones, so the model may learn to be long; "
+                "ld_alpha, or a loss that divides by the length (loss_type: sigmoid_norm), counts against it"
+            )
+    if sum(counts.judged):
+        good, bad = counts.judged
+        notes.append(f"{name}: {good:,} good answers and {bad:,} bad ones")
+    return notes
+
+
 def _notes(name: str, report: SplitReport) -> list[str]:
     counts, notes = report.counts, []
     if counts.skipped:
@@ -206,6 +229,7 @@ def _notes(name: str, report: SplitReport) -> list[str]:
         ways = {"as it is" if key == "{}" else key: count for key, count in counts.arguments.items()}
         listed = ", ".join(f"{count:,} with the template {key}" for key, count in ways.items())
         notes.append(f"{name}: answers follow the prompt that fits their reasoning: {listed}")
+    notes += _answer_notes(name, counts)
     if counts.truncated:
         share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
         more = "; raise max_length" if share > HIGH_LOSS else ""

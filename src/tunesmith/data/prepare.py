@@ -29,7 +29,19 @@ from tunesmith.types import Row
 
 DECIDING_MODULES = (
     *("alike", "arrow", "calls", "chat", "columns", "content", "folders", "formats", "history", "jsontext", "lines"),
-    *("messages", "preflight", "prefix", "prepare", "read", "sandbox", "skipped", "template", "tokenize", "turns"),
+    *(
+        "messages",
+        "pairs",
+        "preflight",
+        "prefix",
+        "prepare",
+        "read",
+        "sandbox",
+        "skipped",
+        "template",
+        "tokenize",
+        "turns",
+    ),
     "values",
 )
 """The modules of this folder that decide which tokens a row becomes, or what is counted of it."""
@@ -103,7 +115,8 @@ def prepare(
     source: Any = None,
     skipped: SkippedRows | None = None,
 ) -> tuple[Any, SplitReport]:
-    """All rows as a memory-mapped `datasets.Dataset` with `input_ids`, `labels` and, where any is not 1, `weights`.
+    """All rows as a memory-mapped `datasets.Dataset` with `input_ids`, `labels` and, where any is not 1, `weights`;
+    of pairs the segments, and `scores` where any is not 0.
 
     `source` is what `rows` come from, if the result is to be cached. Raises TunesmithError for a row that can't be read
     or supervised, unless bad rows are to be skipped, which are added to `skipped`; and when no example is left.
@@ -122,7 +135,7 @@ def prepare(
     elif (file := store.attachment(key, SKIPPED)) is not None:
         skipped.take(file)
     dataset, notes = stored
-    empty = ("weights", "seq_lengths", "parents")
+    empty = ("weights", "scores", "seq_lengths", "parents")
     unused = [name for name in empty if (column := dataset.data.column(name)).null_count == len(column)]
     return dataset.remove_columns(unused), SplitReport.from_json(notes)
 

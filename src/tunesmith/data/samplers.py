@@ -17,7 +17,7 @@ from tunesmith.data.arrow import documents, list_lengths
 from tunesmith.data.batches import groups_of
 from tunesmith.data.pack import pack, shuffled
 from tunesmith.errors import TunesmithError
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.types import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
@@ -258,7 +258,7 @@ def fitting_lengths(dataset: Any, split: str, max_tokens: int, multiple: int = 1
     return lengths
 
 
-def check_fit(args: SFTConfig, train: Any, evaluated: Any) -> None:
+def check_fit(args: Config, train: Any, evaluated: Any) -> None:
     """All data sets, before weights load. `evaluated`: none, one, or several by name.
 
     Raises:
@@ -272,7 +272,7 @@ def check_fit(args: SFTConfig, train: Any, evaluated: Any) -> None:
             fitting_lengths(dataset, split, args.max_tokens_per_batch, int(args.pad_to_multiple_of or 1))
 
 
-def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[..., Any], args: SFTConfig) -> Any:
+def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[..., Any], args: Config) -> Any:
     """A data loader of micro-batches by tokens, set up like those that `transformers` makes of rows."""
     return DataLoader(
         dataset,
@@ -356,6 +356,7 @@ def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
     count = len(row.get("seq_lengths") or [0])
     blank = {name: values and values[:1] * count for name, values in row.items()}
     blank |= {"labels": [IGNORE_INDEX] * count} | ({"seq_lengths": [1] * count} if "seq_lengths" in row else {})
+    blank |= {"parents": row["parents"]} if row.get("parents") else {}
     longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
     longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
     return longer

@@ -27,7 +27,7 @@ from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.skipped import BadRow, NotTheRow, Place
 from tunesmith.data.template import ChatTemplate, end_ids
 from tunesmith.errors import TunesmithError
-from tunesmith.types import IGNORE_INDEX, Conversation, Example, Rendered, Row, Span, Tokens
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Judged, Pair, Rendered, Row, Span, Text, Tokens
 
 RenderedRow: TypeAlias = "tuple[str, Rendering | Tokens | BadRow]"
 BATCH_ROWS = 1000
@@ -39,6 +39,9 @@ NAMED_REASONS = 20
 BARE = {"prepend_scheme": "never", "add_prefix_space": False}
 NAMED = ("dropped", "notes")
 """The counts that name the first rows."""
+TWO = ("answer_tokens", "longer", "judged")
+"""The counts that are two numbers."""
+EQUAL = "both answers are the same"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +60,15 @@ class EncodeOptions(RenderOptions):
     skip_bad: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers(Rendering):
+    """The documents of answers that are compared or judged, one for each: the better answer first, or one alone.
+    `score` and `weight` are those of the row."""
+
+    score: float = 0.0
+    weight: float = 1.0
+
+
 @dataclass(kw_only=True, slots=True)
 class Counts:
     """What became of the rows; grows while a data set is prepared.
@@ -71,6 +83,10 @@ class Counts:
     `ends`: how many examples have this end token as their last supervised token (and each of their documents, if they
     have several, an end token); a model tuned on data without any never stops. `stops`: how many supervised turns and
     texts end with it; generation is to stop at each of them.
+
+    `pairs`: how many pairs there are; `answer_tokens` are the scored tokens of their better and of their worse answers,
+    and `longer` says how many better and how many worse answers are the longer one of their pair. `judged`: how many
+    answers are good, and how many bad.
     """
 
     rows: int = 0
@@ -86,19 +102,26 @@ class Counts:
     stops: dict[int, int] = field(default_factory=dict)
     skipped: int = 0
     bad: list[tuple[str, BadRow]] = field(default_factory=list)
+    pairs: int = 0
+    answer_tokens: tuple[int, int] = (0, 0)
+    longer: tuple[int, int] = (0, 0)
+    judged: tuple[int, int] = (0, 0)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Counts":
         """What `dataclasses.asdict` gave, after a way through JSON, which knows only text as keys and no tuples."""
         named = {name: {key: (count, places) for key, (count, places) in values[name].items()} for name in NAMED}
         tokens = {name: {int(token): count for token, count in values[name].items()} for name in ("ends", "stops")}
-        return cls(**{**values, **named, **tokens})
+        both = {name: tuple(values[name]) for name in TWO}
+        return cls(**{**values, **named, **tokens, **both})
 
     def update(self, part: "Counts") -> None:
         """Add the counts of later rows."""
         self.bad += part.bad
-        for name in ("rows", "examples", "tokens", "supervised", "truncated", "lost_tokens", "skipped"):
+        for name in ("rows", "examples", "tokens", "supervised", "truncated", "lost_tokens", "skipped", "pairs"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
+        for name in TWO:
+            self._add_two(name, getattr(part, name))
         for mine, theirs in ((self.dropped, part.dropped), (self.notes, part.notes)):
             for reason, (count, places) in theirs.items():
                 _add(mine, reason, places, count)
@@ -110,6 +133,19 @@ class Counts:
 
     def drop(self, reason: str, place: str) -> None:
         _add(self.dropped, reason, [place])
+
+    def note_answers(self, answers: Sequence[Example], score: float) -> None:
+        """Count a pair, or an answer that was judged."""
+        if len(answers) == 1:
+            self._add_two("judged", (int(score > 0), int(score < 0)))
+            return
+        better, worse = (answer.supervised for answer in answers)
+        self.pairs += 1
+        self._add_two("answer_tokens", (better, worse))
+        self._add_two("longer", (int(better > worse), int(worse > better)))
+
+    def _add_two(self, name: str, numbers: Sequence[int]) -> None:
+        setattr(self, name, tuple(mine + more for mine, more in zip(getattr(self, name), numbers, strict=True)))
 
     def note(self, rendering: Rendering, place: str) -> None:
         """Count what is worth knowing of a row."""
@@ -217,6 +253,9 @@ class Encoder:
             if isinstance(found, BadRow):
                 counts.skip(place, found)
                 continue
+            if isinstance(item, Answers):
+                examples += self._compared(item, found, place, counts)
+                continue
             pieces = [piece for document in found for piece in self._at(place, self._fit, *document)]
             whole = [document for document, _ in found]
             if not pieces:
@@ -226,6 +265,38 @@ class Encoder:
                 counts.lost_tokens += max(0, _tokens(self._shared(whole)) - _tokens(self._shared(pieces)))
             examples += self._shared(pieces, self.options.max_length)
         return examples
+
+    def _compared(
+        self, item: Answers, documents: Sequence[tuple[Example, int]], place: str, counts: Counts
+    ) -> Sequence[Example]:
+        """The example of answers to one prompt within max_length, which takes tokens from the prompt's front only; none
+        where the answers leave no room for a prompt, or are the same."""
+        answers, prompts = [_without_rest(answer) for answer, _ in documents], [prompt for _, prompt in documents]
+        limit, longest = self.options.max_length, max(len(answer.input_ids) for answer in answers)
+        excess = 0 if limit is None else max(0, longest - limit)
+        reason = ""
+        if item.weight == 0 or not all(map(_supervised, answers)):
+            reason = "nothing in it to train on"
+        elif len(answers) > 1 and answers[0].input_ids == answers[1].input_ids:
+            reason = EQUAL
+        elif excess and self.options.overlong == "error":
+            self._at(place, self._fit, max(answers, key=lambda answer: len(answer.input_ids)), 0)
+        elif excess and self.options.overlong == "drop":
+            reason = f"longer than max_length {limit}"
+        if excess and not reason:
+            bos = int(min(prompts) > 0 and answers[0].input_ids[0] == self._bos)
+            if min(prompts) <= excess + bos:
+                reason = f"an answer leaves no room for its prompt within max_length {limit}"
+            else:
+                answers = [_cut(each, bos + excess, len(each.input_ids), head=bos) for each in answers]
+                prompts = [prompt - excess for prompt in prompts]
+                counts.truncated += 1
+                counts.lost_tokens += excess
+        if reason:
+            counts.drop(reason, place)
+            return []
+        counts.note_answers(answers, item.score)
+        return [_branched(answers, min(prompts), item)]
 
     def _shared(self, documents: Sequence[Example], limit: int | None = None) -> Sequence[Example]:
         """The documents of one row as examples."""
@@ -254,6 +325,13 @@ class Encoder:
 
     def _text(self, row: Row) -> Rendering | Tokens:
         train_on = self.options.train_on
+        if isinstance(row, Pair):
+            parts = (self._answer(row.chosen, "chosen"), self._answer(row.rejected, "rejected"))
+            return _answers(parts, row.margin, row.weight * row.chosen.weight)
+        if isinstance(row, Judged):
+            return _answers(
+                (self._answer(row.answer, "the answer"),), 1.0 if row.good else -1.0, row.weight * row.answer.weight
+            )
         if isinstance(row, Tokens):
             if train_on not in (None, "all"):
                 raise NotTheRow(f"train_on: {train_on} needs text; this row is tokens, whose `labels` say it")
@@ -270,6 +348,28 @@ class Encoder:
         spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if learned else ()
         prompt = None if row.prompt is None else len(row.prompt)
         return Rendering(documents=(Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True),))
+
+    def _answer(self, answer: Conversation | Text, name: str) -> Rendering:
+        """An answer behind its prompt, as one text, in which what the model would generate is scored."""
+        try:
+            rendering = self._text(replace(answer, weight=1.0))
+        except NotTheRow:
+            raise
+        except TunesmithError as error:
+            raise TunesmithError(f"{name}: {error}") from error
+        assert isinstance(rendering, Rendering)
+        if len(rendering.documents) > 1:
+            raise TunesmithError(
+                f"{name}: the answer has several turns, and the template renders earlier ones in another form, so that "
+                "no one text holds them as they are generated. Make each turn a row of its own, or write `turns: "
+                "whole` with `prompt_mismatch: accept`"
+            )
+        if any(span.weight != 1.0 for span in rendering.documents[0].spans):
+            raise TunesmithError(
+                f"{name}: a message of the answer has a weight of its own, and the probability of an answer is that of "
+                "all its tokens. Write 'weight' for the whole row, or 0 to leave a message out"
+            )
+        return rendering
 
     def _example(self, rendered: Rendered, encoding: Any) -> tuple[Example, int]:
         """The example of one encoding, and how many of its tokens are the prompt of a prompt-completion row."""
@@ -389,6 +489,48 @@ class Encoder:
         if self.options.overlong == "drop":
             return f"longer than max_length {limit}"
         return f"no supervised token within max_length {limit}"
+
+
+def _answers(parts: Sequence[Rendering], score: float, weight: float) -> Answers:
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return Answers(
+        documents=tuple(document for part in parts for document in part.documents),
+        notes=tuple(notes),
+        arguments=tuple(arguments for part in parts for arguments in part.arguments),
+        score=score,
+        weight=weight,
+    )
+
+
+def _without_rest(answer: Example) -> Example:
+    """An answer up to its last scored token: what a template writes behind it decides nothing."""
+    labels = answer.labels
+    stop = next((i + 1 for i in range(len(labels) - 1, -1, -1) if labels[i] != IGNORE_INDEX), 0)
+    return answer if stop in (0, len(labels)) else _cut(answer, 0, stop)
+
+
+def _branched(answers: Sequence[Example], prompt: int, item: Answers) -> Example:
+    """Answers to one prompt as one example: the first `prompt` tokens, as far as they are the same, once, and what
+    follows them of each answer."""
+    shared = prompt
+    for answer in answers[1:]:
+        same = (one == two for one, two in zip(answers[0].input_ids[:prompt], answer.input_ids[:prompt], strict=True))
+        shared = min(shared, next((i for i, equal in enumerate(same) if not equal), prompt))
+    if len(answers) == 1:
+        shared = 0
+    branches = [slice(shared, len(answer.input_ids)) for answer in answers]
+    ids, labels = answers[0].input_ids[:shared], answers[0].labels[:shared]
+    for answer, branch in zip(answers, branches, strict=True):
+        ids, labels = ids + answer.input_ids[branch], labels + answer.labels[branch]
+    lengths = [len(answer.input_ids) - shared for answer in answers]
+    parts = ([shared, *lengths], [-1, *[0] * len(lengths)]) if shared else (lengths, [-1] * len(lengths))
+    return Example(
+        input_ids=ids,
+        labels=labels,
+        weights=None if item.weight == 1.0 else [item.weight] * len(ids),
+        parts=parts if len(answers) > 1 else None,
+        score=item.score,
+    )
 
 
 def _tokens(examples: Iterable[Example]) -> int:

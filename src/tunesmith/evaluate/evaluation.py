@@ -13,7 +13,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.scores import Metric, Result, fitting, refuse_unfit, scored
 from tunesmith.terminal.output import note as say
 from tunesmith.terminal.output import progress_console
-from tunesmith.types import Row, Text, Tokens
+from tunesmith.types import Judged, Pair, Row, Text, Tokens
 
 if TYPE_CHECKING:
     from tunesmith.model.generate import Answer
@@ -158,6 +158,8 @@ def _question(place: str, row: Row, system: str | None) -> Question | str:
     """The question of a row, or what it comes with instead."""
     if isinstance(row, Tokens):
         return "token ids, which are no text to ask"
+    if isinstance(row, Pair | Judged):
+        return "a preference, not a prompt and an answer"
     if isinstance(row, Text):
         if row.prompt is None:
             return "one text, not a prompt and an answer"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tunesmith.model.adapters import Model
-    from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.config import Config
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
@@ -130,7 +130,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, model: "str | Model", args: "SFTConfig"
+    tokenizer: PreTrainedTokenizerBase | None, model: "str | Model", args: "Config"
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """The run's tokenizer, with the template and the special tokens that `args` asks for; and the ids of the tokens
     that it lacked."""

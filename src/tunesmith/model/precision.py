@@ -17,7 +17,7 @@ from tunesmith.model.threads import share_cores
 from tunesmith.runs.checkpoints import Manifest, checkpoints
 
 if TYPE_CHECKING:
-    from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.config import Config
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ SECONDS = 0.5
 SIZES = {"cpu": 768, "cuda": 4096, "mps": 2048}
 
 
-def settle_precision(config: "SFTConfig") -> str:
+def settle_precision(config: "Config") -> str:
     """Settle `precision: auto` for a run that starts, and return the line to print about it; empty where the config
     named a precision itself. A second call changes nothing and returns the same line.
 
@@ -54,7 +54,7 @@ def settle_precision(config: "SFTConfig") -> str:
     return config.precision_note
 
 
-def _recorded(config: "SFTConfig") -> tuple[PrecisionName, Path] | None:
+def _recorded(config: "Config") -> tuple[PrecisionName, Path] | None:
     """The precision of the checkpoint that the run goes on from, and its folder; None where there is none to follow."""
     resume: str | bool | None = config.resume_from_checkpoint
     if not resume:
@@ -70,7 +70,7 @@ def _recorded(config: "SFTConfig") -> tuple[PrecisionName, Path] | None:
     return None
 
 
-def compute_dtype(config: "SFTConfig") -> torch.dtype:
+def compute_dtype(config: "Config") -> torch.dtype:
     """What a run computes in, and its frozen weights are kept in. The precision must be settled."""
     assert config.precision != "auto"
     return DTYPES[config.precision]

@@ -25,31 +25,42 @@ FINITE = torch.finfo(torch.float32).min
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogProbs:
     """`logprobs` (S,) fp32, in nats, with their graph; without one, `entropy` (S,) of each prediction, and `correct`
-    (S,), whether its most likely token is the one that follows."""
+    (S,), whether its most likely token is the one that follows. `collision` (S,), where it was asked for, is the log of
+    the probability that two tokens drawn from the prediction are the same, the sum of all squared probabilities."""
 
     logprobs: Tensor
     entropy: Tensor
     correct: Tensor
+    collision: Tensor | None = None
 
 
-def token_logprobs(predictions: Predictions) -> TokenLogProbs:
+def token_logprobs(predictions: Predictions, *, with_collision: bool = False) -> TokenLogProbs:
     """The log-probability of each of the S tokens. With S = 0 it is empty and keeps its graph, so that a micro-batch
     without targets still takes part in distributed training."""
+    collision = torch.empty(len(predictions.tokens), device=predictions.tokens.device) if with_collision else None
     logprobs, entropy, correct = _TokenLogProbs.apply(
-        predictions.hidden, predictions.weight, predictions.bias, predictions.tokens, predictions.form
+        predictions.hidden, predictions.weight, predictions.bias, predictions.tokens, predictions.form, collision
     )
-    return TokenLogProbs(logprobs=logprobs, entropy=entropy, correct=correct)
+    return TokenLogProbs(logprobs=logprobs, entropy=entropy, correct=correct, collision=collision)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, tokens: Tensor, form: LogitForm
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tokens: Tensor,
+        form: LogitForm,
+        collision: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         outcome = Outcome.empty(tokens)
         for part in chunks(hidden, weight):
             chunk = Chunk.of(hidden[part], weight, bias, tokens[part], form)
             outcome.take(part, chunk)
+            if collision is not None:
+                collision[part] = torch.linalg.vecdot(chunk.p, chunk.p).log()
         ctx.save_for_backward(hidden, weight, bias, tokens)
         ctx.form = form
         ctx.mark_non_differentiable(outcome.entropy, outcome.correct)
@@ -62,7 +73,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for part in chunks(hidden, weight):
             chunk = Chunk.of(hidden[part], weight, bias, tokens[part], ctx.form)
             gradients.add(part, chunk.gradient(-grad[part].float()), hidden, weight)
-        return *gradients.of_inputs(), None, None
+        return *gradients.of_inputs(), None, None, None
 
 
 # The parts, which supervised loss is made of, too

@@ -13,7 +13,7 @@ from tunesmith import __version__
 from tunesmith.data.preflight import Preflight, is_train
 from tunesmith.runs.record import Method, Origin, Prompt, SourceCount
 from tunesmith.secrets import without_secrets
-from tunesmith.types import Conversation, Row, Text
+from tunesmith.types import Conversation, Judged, Pair, Row, Text
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "bitsandbytes")
 SETTINGS = (
@@ -154,7 +154,8 @@ def counts_of(preflight: Preflight, origins: Mapping[str, Origin]) -> tuple[Sour
 
 def prompts_of(rows: Iterable[Row], count: int) -> tuple[Prompt, ...]:
     """What the first rows ask, each with the answer in the data: the messages before the last of the assistant, or the
-    prompt of a text. Rows without a question, or with more than text in it, are passed over."""
+    prompt of a text; of a pair, the better answer. Rows without a question, or with more than text in it, are passed
+    over."""
     prompts: dict[str, Prompt] = {}
     for row in rows:
         if (prompt := _prompt(row)) is not None:
@@ -165,6 +166,8 @@ def prompts_of(rows: Iterable[Row], count: int) -> tuple[Prompt, ...]:
 
 
 def _prompt(row: Row) -> Prompt | None:
+    if isinstance(row, Pair | Judged):
+        return _prompt(row.chosen if isinstance(row, Pair) else row.answer)
     if isinstance(row, Text):
         return None if not row.prompt else Prompt(prompt=row.prompt, expected=row.text[len(row.prompt) :].strip())
     if not isinstance(row, Conversation) or row.tools:

@@ -1,5 +1,8 @@
-"""SFTConfig: what a run does. TRL's names and meanings on top of `transformers.TrainingArguments`."""
-# ruff: noqa: RUF009  (`_setting` is `dataclasses.field` with a line of help)
+"""What a run does: TRL's names and meanings on top of `transformers.TrainingArguments`.
+
+`Config` is what all runs have, `SFTConfig` what supervised fine-tuning adds; other trainers have a module of their own.
+"""
+# ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
 import functools
 from dataclasses import dataclass, field, fields
@@ -36,13 +39,13 @@ UNSUPPORTED = {
 """Settings of TRL and `transformers` that are refused, unless they are off, and why."""
 
 
-def _setting(default: Any, help: str) -> Any:
+def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class SFTConfig(TrainingArguments):
-    """Settings of a supervised fine-tuning run.
+class Config(TrainingArguments):
+    """Settings of any run.
 
     Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
     `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides. With "auto", a trainer settles it by
@@ -61,149 +64,140 @@ class SFTConfig(TrainingArguments):
 
     precision_note = ""  # how `precision: auto` was settled, for the run to print
 
-    learning_rate: float = _setting(2e-5, "Peak learning rate; LoRA wants about ten times more.")
-    logging_steps: float = _setting(10, "Log every so many steps; below 1, a share of the run.")
-    precision: Precision = _setting("auto", "auto measures the device | fp32 | bf16 | fp16.")
-    bf16: bool | None = _setting(  # type: ignore[assignment]
+    learning_rate: float = setting(2e-5, "Peak learning rate; LoRA wants about ten times more.")
+    logging_steps: float = setting(10, "Log every so many steps; below 1, a share of the run.")
+    precision: Precision = setting("auto", "auto measures the device | fp32 | bf16 | fp16.")
+    bf16: bool | None = setting(  # type: ignore[assignment]
         None, "TRL's way to say precision: bf16 (true), or not (false)."
     )
 
     # The model
-    model_init_kwargs: dict[str, Any] | str | None = _setting(
+    model_init_kwargs: dict[str, Any] | str | None = setting(
         None, "Arguments of `from_pretrained`, for a model given by name."
     )
-    trust_remote_code: bool = _setting(
+    trust_remote_code: bool = setting(
         False, "Run Python code that comes with the model. Off: such a model is an error."
     )
-    router_aux_loss_coef: float | None = _setting(
+    router_aux_loss_coef: float | None = setting(
         None,
         "Weight of the load-balancing loss of a mixture of experts; unset, that of the model's config where it has "
         "output_router_logits on.",
     )
-    chat_template_path: str | None = _setting(
+    chat_template_path: str | None = setting(
         None,
         "chatml | llama3 | zephyr | mistral | gemma | alpaca | plain, a .jinja file, or a model or folder whose "
         "tokenizer has the chat template; missing tokens are added.",
     )
-    eos_token: str | None = _setting(None, "The token that ends a text; from the vocabulary.")
-    pad_token: str | None = _setting(None, "The padding token; from the vocabulary.")
+    eos_token: str | None = setting(None, "The token that ends a text; from the vocabulary.")
+    pad_token: str | None = setting(None, "The padding token; from the vocabulary.")
 
     # The data
-    dataset_text_field: str = _setting("text", "The column with plain text.")
-    columns: dict[str, str] | str | None = _setting(
+    columns: dict[str, str] | str | None = setting(
         None, "Our column names to the data's, e.g. {prompt: question, completion: answer}."
     )
-    chat_template_kwargs: dict[str, Any] | str | None = _setting(
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
         None, "Arguments of the chat template for every row, e.g. {enable_thinking: false}."
     )
-    dataset_kwargs: dict[str, Any] | str | None = _setting(
+    dataset_kwargs: dict[str, Any] | str | None = setting(
         None, "{skip_prepare_dataset: true} hands the data set to the collator as it is."
     )
-    dataset_num_proc: int | None = _setting(None, "Processes that prepare the data; unset, one.")
-    max_length: int | None = _setting(1024, "Most tokens of an example, and of a pack; null: no limit.")
-    on_bad_row: OnBadRow = _setting(
+    dataset_num_proc: int | None = setting(None, "Processes that prepare the data; unset, one.")
+    max_length: int | None = setting(1024, "Most tokens of an example, and of a pack; null: no limit.")
+    on_bad_row: OnBadRow = setting(
         "error", "A row that can't be read or used: error | skip (counted, and kept in skipped_rows.jsonl)."
     )
-    merge_turns: bool = _setting(False, "Join neighbouring messages of one role by a blank line.")
-    overlong: Overlong = _setting("truncate", "Examples over max_length: truncate | drop | split | error.")
-    truncate_prompt: bool = _setting(False, "Shorten an overlong row's prompt from the left instead of its completion.")
-    truncation_mode: str = _setting("keep_start", "Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
-    shuffle_dataset: bool = _setting(False, "Shuffle the data set once, before packing, by `seed`.")
+    merge_turns: bool = setting(False, "Join neighbouring messages of one role by a blank line.")
+    overlong: Overlong = setting("truncate", "Examples over max_length: truncate | drop | split | error.")
+    truncation_mode: str = setting("keep_start", "Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
+    shuffle_dataset: bool = setting(False, "Shuffle the data set once, before packing, by `seed`.")
 
     # What is trained on
-    train_on: TrainOn | None = _setting(
-        None,
-        "assistant | last_assistant | completion | all. Unset: the completion of prompt-completion rows, else all.",
-    )
-    completion_only_loss: bool | None = _setting(None, "TRL's name for train_on: completion (true) or all (false).")
-    assistant_only_loss: bool = _setting(False, "TRL's name for train_on: assistant.")
-    turns: Turns = _setting(
+    turns: Turns = setting(
         "auto",
         "A conversation as one text (whole), as a text for each answer as inference sees it (each), or auto: whole "
         "where that is what inference sees, else each.",
     )
-    prompt_mismatch: PromptMismatch = _setting(
+    prompt_mismatch: PromptMismatch = setting(
         "error",
         "With turns: whole, answers in the form that history has, though inference renders another prompt: error "
         "| accept.",
     )
-    marks: Marks = _setting(
+    marks: Marks = setting(
         "verified",
         "Of a template with {% generation %} blocks: verified (supervise what the model generates, note a difference) "
         "| template (the blocks).",
     )
-    drop_reasoning: DropReasoning = _setting(
+    drop_reasoning: DropReasoning = setting(
         "note", "Rows with reasoning that the chat template does not show: note (count them) | error."
     )
-    specials_in_content: SpecialsInContent = _setting(
+    specials_in_content: SpecialsInContent = setting(
         "keep",
         "Text of a message that reads as a control token: keep (it is one, as with other tools) | text (ordinary "
         "characters) | error.",
     )
-    allow_no_eos: bool = _setting(False, "Accept data in which no supervised token ends a text: the model won't stop.")
-    loss_type: LossType = _setting("nll", "nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
+    allow_no_eos: bool = setting(False, "Accept data in which no supervised token ends a text: the model won't stop.")
 
     # Batches
-    packing: bool = _setting(False, "Fill rows of max_length tokens with several examples.")
-    packing_strategy: PackingStrategy = _setting("bfd", "bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
-    eval_packing: bool | None = _setting(None, "Pack the eval data too; unset, as `packing`.")
-    max_tokens_per_batch: int | None = _setting(
+    packing: bool = setting(False, "Fill rows of max_length tokens with several examples.")
+    packing_strategy: PackingStrategy = setting("bfd", "bfd (truncates), bfd_split (splits), wrapped (cuts anywhere).")
+    eval_packing: bool | None = setting(None, "Pack the eval data too; unset, as `packing`.")
+    max_tokens_per_batch: int | None = setting(
         None,
         "Micro-batches of as many examples as fit in so many tokens (padding counts), in place of "
         "per_device_train_batch_size rows.",
     )
-    share_prefix: SharePrefix = _setting(
+    share_prefix: SharePrefix = setting(
         "auto",
         "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
         "| off.",
     )
-    padding_free: bool = _setting(True, "Batches without padding; false pads, for comparison or an odd model.")
-    pad_to_multiple_of: int | str | None = _setting(
+    padding_free: bool = setting(True, "Batches without padding; false pads, for comparison or an odd model.")
+    pad_to_multiple_of: int | str | None = setting(
         None, "Pad rows to a multiple of this many tokens; needs padding_free: false."
     )
-    activation_offloading: bool = _setting(
+    activation_offloading: bool = setting(
         False, "Keep what the backward pass needs in main memory; saves GPU memory, and costs time."
     )
-    self_test: SelfTestMode = _setting(
+    self_test: SelfTestMode = setting(
         "auto",
         "Before the first step, compare a few examples in one batch with each alone in the model's own forward: "
         "auto (where that is possible) | always | off.",
     )
-    max_bad_steps: int = _setting(
+    max_bad_steps: int = setting(
         5, "Stop after so many steps in a row without a finite gradient; a single one is skipped."
     )
-    memory_limit: str | None = _setting(
+    memory_limit: str | None = setting(
         None, "On a CPU: split micro-batches rather than hold more main memory than this, such as 12GB."
     )
-    rehearse: SelfTestMode = _setting(
+    rehearse: SelfTestMode = setting(
         "auto",
         "Try the largest micro-batch before the first step, so that memory runs out at once or never: auto (in "
         "runs of 50 steps or more, and with memory_limit) | always | off.",
     )
-    allow_pickle: bool = _setting(
+    allow_pickle: bool = setting(
         False,
         "Read weights (.bin) and checkpoints of other tools that are pickles; only plain data is taken from them.",
     )
-    force_resume: bool = _setting(
+    force_resume: bool = setting(
         False,
         "Resume although data, settings or model have changed. What is in the optimizer's state (learning rate, "
         "weight decay, betas) stays the checkpoint's.",
     )
-    async_save: bool = _setting(
+    async_save: bool = setting(
         False, "Write checkpoints in a thread, from a copy in main memory, while training goes on."
     )
-    sample_prompts: int = _setting(
+    sample_prompts: int = setting(
         0,
         "So many prompts, held-out ones if there are any, are answered before training, with each evaluation "
         "and at the end; it costs the time of so many answers of up to 128 tokens.",
     )
-    loraplus_lr_ratio: float | None = _setting(
+    loraplus_lr_ratio: float | None = setting(
         None, "LoRA+ (arXiv:2402.12354): LoRA's B matrices learn so many times as fast as its A matrices."
     )
 
     def __post_init__(self) -> None:
         self._check_choices()
-        self._check_supervision()
+        self._check_mismatch()
         self._check_batches()
         self._check_padding()
         self._check_numbers()
@@ -233,27 +227,30 @@ class SFTConfig(TrainingArguments):
 
     @property
     def resolved_train_on(self) -> TrainOn | None:
-        """What the three fields say together; None leaves it to the format of the rows."""
-        if self.train_on is not None:
-            return self.train_on
-        if self.assistant_only_loss and not self.completion_only_loss:
-            return "assistant"
-        if self.completion_only_loss is None:
-            return None
-        return "completion" if self.completion_only_loss else "all"
+        """What of a row is supervised; None leaves it to the format of the rows."""
+        return None
+
+    @property
+    def text_column(self) -> str:
+        """The column with plain text."""
+        return "text"
+
+    @property
+    def cuts_prompt(self) -> bool:
+        """Whether an overlong row loses the front of its prompt rather than the end of its completion."""
+        return False
 
     def _check_choices(self) -> None:
         if self.packing_strategy == "bfd-requeue":  # type: ignore[comparison-overlap]  # its name in TRL, once
             self.packing_strategy = "bfd_split"
+        ours = own_settings(type(self))
         for item in fields(self):
             members = (item.type, *get_args(item.type))
             choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
             value = getattr(self, item.name)
-            if item.name in SFTConfig.__annotations__ and choices and value is not None and value not in choices:
+            if item.name in ours and choices and value is not None and value not in choices:
                 hint = nearest(str(value), choices)
                 raise TunesmithError(f"{item.name} is {value!r}; choose {' | '.join(choices)}{hint}")
-        if self.loss_type == "chunked_nll":
-            self.loss_type = "nll"
 
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -291,25 +288,12 @@ class SFTConfig(TrainingArguments):
             )
         self.pad_to_multiple_of = int(text)
 
-    def _check_supervision(self) -> None:
+    def _check_mismatch(self) -> None:
         if self.prompt_mismatch == "accept" and self.turns != "whole":
             raise TunesmithError(
                 f"prompt_mismatch: accept is for turns: whole, and turns is {self.turns}; write turns: whole, or leave "
                 "prompt_mismatch out"
             )
-        named = {
-            "train_on": self.train_on,
-            "assistant_only_loss": "assistant" if self.assistant_only_loss else None,
-            "completion_only_loss": "completion" if self.completion_only_loss else None,
-        }
-        if self.completion_only_loss is False and self.train_on == "completion":
-            named["completion_only_loss"] = "not completion"
-        if self.assistant_only_loss and self.completion_only_loss:
-            del named["assistant_only_loss"]  # of a completion, only the assistant's turns are trained on anyway
-        choices = {name: value for name, value in named.items() if value is not None}
-        if len(set(choices.values())) > 1:
-            listed = " and ".join(f"{name} ({value})" for name, value in choices.items())
-            raise TunesmithError(f"{listed} contradict each other; set only train_on")
 
     def _check_batches(self) -> None:
         if self.max_length is not None and self.max_length < 2:
@@ -425,21 +409,89 @@ class SFTConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device to pin for, and torch would warn
 
 
+@dataclass
+class SFTConfig(Config):
+    """Settings of a supervised fine-tuning run.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 2e-5, `logging_steps` 10, `bf16` None: `precision` decides. With "auto", a trainer settles it by
+    measuring the device.
+
+    A value that can't be what the user meant raises TunesmithError when the config is made.
+    """
+
+    dataset_text_field: str = setting("text", "The column with plain text.")
+    truncate_prompt: bool = setting(False, "Shorten an overlong row's prompt from the left instead of its completion.")
+    train_on: TrainOn | None = setting(
+        None,
+        "assistant | last_assistant | completion | all. Unset: the completion of prompt-completion rows, else all.",
+    )
+    completion_only_loss: bool | None = setting(None, "TRL's name for train_on: completion (true) or all (false).")
+    assistant_only_loss: bool = setting(False, "TRL's name for train_on: assistant.")
+    loss_type: LossType = setting("nll", "nll, or dft (Dynamic Fine-Tuning, arXiv:2508.05629); chunked_nll is nll.")
+
+    def __post_init__(self) -> None:
+        self._check_supervision()
+        super().__post_init__()
+        if self.loss_type == "chunked_nll":
+            self.loss_type = "nll"
+
+    @property
+    def resolved_train_on(self) -> TrainOn | None:
+        """What the three fields say together; None leaves it to the format of the rows."""
+        if self.train_on is not None:
+            return self.train_on
+        if self.assistant_only_loss and not self.completion_only_loss:
+            return "assistant"
+        if self.completion_only_loss is None:
+            return None
+        return "completion" if self.completion_only_loss else "all"
+
+    @property
+    def text_column(self) -> str:
+        return self.dataset_text_field
+
+    @property
+    def cuts_prompt(self) -> bool:
+        return self.truncate_prompt
+
+    def _check_supervision(self) -> None:
+        named = {
+            "train_on": self.train_on,
+            "assistant_only_loss": "assistant" if self.assistant_only_loss else None,
+            "completion_only_loss": "completion" if self.completion_only_loss else None,
+        }
+        if self.completion_only_loss is False and self.train_on == "completion":
+            named["completion_only_loss"] = "not completion"
+        if self.assistant_only_loss and self.completion_only_loss:
+            del named["assistant_only_loss"]  # of a completion, only the assistant's turns are trained on anyway
+        choices = {name: value for name, value in named.items() if value is not None}
+        if len(set(choices.values())) > 1:
+            listed = " and ".join(f"{name} ({value})" for name, value in choices.items())
+            raise TunesmithError(f"{listed} contradict each other; set only train_on")
+
+
+def own_settings(kind: type[TrainingArguments]) -> set[str]:
+    """The settings of a config that are ours: those that `transformers` lacks, and those that have another default."""
+    ours = kind.__mro__[: kind.__mro__.index(TrainingArguments)]
+    return {name for base in ours for name in vars(base).get("__annotations__", ())}
+
+
 def settings_of(args: TrainingArguments) -> dict[str, Any]:
     """The settings that make a config like `args`; `to_dict` blacks out every token, also those of the tokenizer."""
     settings: dict[str, Any] = args.to_dict()
     return settings | {name: getattr(args, name) for name in settings if name.endswith("_token")}
 
 
-def _accept_older_names() -> None:
+def accept_older_names(kind: type[Config]) -> None:
     """`SFTConfig(evaluation_strategy="steps")` means what it meant; a name that is unknown or gone is our error."""
-    make, names = SFTConfig.__init__, [item.name for item in fields(SFTConfig) if item.init]
+    make, names = kind.__init__, [item.name for item in fields(kind) if item.init]
 
     @functools.wraps(make)
-    def init(self: SFTConfig, *args: Any, **settings: Any) -> None:
-        make(self, *args, **by_todays_names(settings, names, "SFTConfig"))
+    def init(self: Config, *args: Any, **settings: Any) -> None:
+        make(self, *args, **by_todays_names(settings, names, kind.__name__))
 
-    SFTConfig.__init__ = init  # type: ignore[method-assign]
+    kind.__init__ = init  # type: ignore[method-assign]
 
 
-_accept_older_names()
+accept_older_names(SFTConfig)

@@ -32,10 +32,29 @@ LEAVE_OUT = {
     "use_mps_device": "the device is found",
     "use_ipex": "the faster library of a CPU is found",
     "include_inputs_for_metrics": 'include_for_metrics=["inputs"] says it now',
+    # Of preference trainers
+    "sync_ref_model": "the reference stays what training began with",
+    "ref_model_mixup_alpha": "the reference stays what training began with",
+    "ref_model_sync_steps": "the reference stays what training began with",
+    "rpo_alpha": 'write loss_type=["sigmoid", "sft"] and loss_weights=[1.0, rpo_alpha]',
+    "max_prompt_length": "max_length takes what is too much from the prompt's front",
+    "max_completion_length": "max_length takes what is too much from the prompt's front, and drops longer answers",
+    "label_pad_token_id": "labels are not padded",
+    "padding_value": "batches have no padding",
+    "generate_during_eval": "sample_prompts has prompts answered with each evaluation",
+    "force_use_ref_model": "a ref_model that is given is used",
+    "ref_model_init_kwargs": "give a loaded ref_model",
+    "model_adapter_name": "the adapter that is active is trained",
+    "ref_adapter_name": "the reference is the adapter as training began with it",
 }
 """What is to be left out, and why."""
 
-HARMLESS = {"overwrite_output_dir": (True, False), "save_safetensors": (True,), "group_by_length": (False,)}
+HARMLESS = {
+    "overwrite_output_dir": (True, False),
+    "save_safetensors": (True,),
+    "group_by_length": (False,),
+    "sync_ref_model": (False,),
+}
 """Values that say what happens anyway."""
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import EarlyStoppingCallback, Trainer
 
 from tunesmith.errors import TunesmithError
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 
 
-def check_data(args: SFTConfig, evaluated: Any) -> None:
+def check_data(args: Config, evaluated: Any) -> None:
     """Raises TunesmithError where evaluations are asked for, and nothing is there to evaluate on."""
     if args.eval_strategy != "no" and not evaluated:
         raise TunesmithError(

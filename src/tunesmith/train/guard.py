@@ -17,7 +17,7 @@ from transformers import Trainer
 from tunesmith.data.batches import Batch
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import newest_checkpoint
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 
 BAD_BATCHES = "bad_batches.jsonl"
 REMEMBERED = 20
@@ -184,7 +184,7 @@ class Guard:
     def _note_bad(self, batches: list[tuple[Mapping[str, Any] | Batch, Tensor]], norm: float) -> None:
         self.bad_steps += 1
         self._in_a_row += 1
-        args = cast(SFTConfig, self._trainer.args)
+        args = cast(Config, self._trainer.args)
         step, folder = self._trainer.state.global_step + 1, Path(str(args.output_dir))
         losses = [float(loss) for _, loss in batches]
         suspects = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(batches)))

@@ -17,7 +17,7 @@ from tunesmith.model.adapters import Model, base_model
 from tunesmith.runs.checkpoints import Identity
 from tunesmith.runs.record import Origin
 from tunesmith.secrets import without_secrets
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 
 LOOKED_AT = 64
 """Of a stream, whose content nobody knows before it is read, so many examples stand for all."""
@@ -62,6 +62,8 @@ what is trained on, nor how. Its length is among them: to train longer is a reas
 TOKEN_BATCHES = "best-fit decreasing"
 """How batches by tokens are filled: another way makes others, in which a run can't go on."""
 COMPARED = {"dataloader_drop_last"}
+COMPUTED = {"reference"}
+"""Columns that follow from the others and a model, to rounding."""
 VOLATILE_CONFIG = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"),
     "architectures",  # which saving writes into the settings of a model that was made from them
@@ -78,7 +80,7 @@ def model_origin(model: Model) -> Origin:
     return Origin.of_model(name) if name else Origin(kind="memory", name=type(base).__name__)
 
 
-def identity_of(args: SFTConfig, dataset: Any, model: Model, processes: int) -> Identity:
+def identity_of(args: Config, dataset: Any, model: Model, processes: int) -> Identity:
     """What is compared on the way: `dataset` as it was prepared, `args`, `model` without its weights."""
     return Identity(data=_data(dataset), settings=_settings(args, processes), model=_model(model))
 
@@ -93,7 +95,7 @@ def content_digest(dataset: Dataset) -> str:
         order: Any = np.ascontiguousarray(dataset._indices.column(0).to_numpy())
         digest.update(order)
     table = dataset.data.table
-    for name in sorted(dataset.column_names):
+    for name in sorted({*dataset.column_names} - COMPUTED):
         column = table.column(name)
         digest.update(f"{name} {column.type} {len(column)} ".encode())
         for part in (_numbers(column), _lengths(column)) if _is_plain(column.type) else (_serialized(column),):
@@ -140,7 +142,7 @@ def _serialized(column: pa.ChunkedArray) -> Iterator[Any]:
         yield json.dumps(rows, sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
 
 
-def _settings(args: SFTConfig, processes: int) -> dict[str, Any]:
+def _settings(args: Config, processes: int) -> dict[str, Any]:
     values = args.to_dict()
     names = [item.name for item in fields(args) if item.init]
     kept = {name: _plain(without_secrets(values[name])) for name in names if name in values and _is_compared(name)}

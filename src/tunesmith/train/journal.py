@@ -23,7 +23,7 @@ from tunesmith.model.adapters import Model, base_model
 from tunesmith.runs.describe import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
 from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
 from tunesmith.runs.record import RunRecord
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.train.identity import model_origin
 from tunesmith.train.ledger import Ledger
 from tunesmith.train.limits import give_back, resident
@@ -91,8 +91,8 @@ class Journal:
         self._began = self._clock = 0.0
 
     @property
-    def _args(self) -> SFTConfig:
-        return cast(SFTConfig, self._trainer.args)
+    def _args(self) -> Config:
+        return cast(Config, self._trainer.args)
 
     @property
     def _folder(self) -> Path:

@@ -53,7 +53,7 @@ from tunesmith.runs.states import (
     read_state,
     restore_random_states,
 )
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.train.identity import identity_of
 from tunesmith.train.meter import Meter
 
@@ -99,8 +99,8 @@ class Keeper:
         self._folder: Path | None = None
 
     @property
-    def _args(self) -> SFTConfig:
-        return cast(SFTConfig, self._trainer.args)
+    def _args(self) -> Config:
+        return cast(Config, self._trainer.args)
 
     @property
     def left_to_others(self) -> bool:
@@ -214,7 +214,7 @@ class Keeper:
             if not args.force_resume:
                 hint = ""
                 if any(line.startswith("precision:") for line in differences):
-                    hint = " (`precision: auto` follows it where SFTConfig is given resume_from_checkpoint)"
+                    hint = " (`precision: auto` follows it where Config is given resume_from_checkpoint)"
                 raise TunesmithError(
                     f"{chosen.folder} belongs to another run; was -> is:{listed}\nPut these back{hint}, start anew "
                     "without resume_from_checkpoint, or go on anyway with force_resume: true (--force-resume)"
@@ -584,7 +584,7 @@ class StreamPlace:
         return self._states.get(batches)
 
 
-def reason_to_skip(stream: IterableDataset, args: SFTConfig) -> str | None:
+def reason_to_skip(stream: IterableDataset, args: Config) -> str | None:
     """Why the place in `stream` can't be kept, so that a resumed run reads again what it has read; None where it can.
 
     A shuffle buffer's rows are in memory only, and what worker processes and other ranks read is not known here.

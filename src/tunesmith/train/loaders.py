@@ -25,7 +25,7 @@ from tunesmith.data.samplers import (
     with_blank_rows,
 )
 from tunesmith.errors import TunesmithError
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +68,8 @@ class Loaders:
         self._mean_rows: float | None = None
 
     @property
-    def _args(self) -> SFTConfig:
-        return cast(SFTConfig, self._trainer.args)
+    def _args(self) -> Config:
+        return cast(Config, self._trainer.args)
 
     @property
     def rows_per_batch(self) -> int:

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from tunesmith.data.batches import Batch, PaddedCollator
 from tunesmith.errors import TunesmithError
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.train.meter import Meter
 
 HOOKS = ("compute_loss", "training_step", "prediction_step")
@@ -161,10 +161,10 @@ class Overrides:
 
     def _check_nothing_is_lost(self, batch: Batch) -> None:
         """Raises TunesmithError for what only the loss of tunesmith would have heeded."""
-        args = cast(SFTConfig, self._trainer.args)
+        args = cast(Config, self._trainer.args)
         lost = {
             "the rows have weights": batch.weights is not None,
-            "loss_type is dft": args.loss_type == "dft",
+            "loss_type is dft": getattr(args, "loss_type", None) == "dft",
             "activation_offloading is on": args.activation_offloading,
         }
         for what, is_lost in lost.items():

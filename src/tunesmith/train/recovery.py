@@ -22,7 +22,7 @@ from tunesmith.data.samplers import lengths_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, base_model
 from tunesmith.settings.coerce import byte_count
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.train.limits import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.loaders import Loaders
 from tunesmith.train.meter import Meter
@@ -83,8 +83,8 @@ class Recovery:
         self._most_tokens = state["most_tokens"]
 
     @property
-    def _args(self) -> SFTConfig:
-        return cast(SFTConfig, self._trainer.args)
+    def _args(self) -> Config:
+        return cast(Config, self._trainer.args)
 
     @property
     def enabled(self) -> bool:

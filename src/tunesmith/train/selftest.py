@@ -27,7 +27,7 @@ from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation
 from tunesmith.model.precision import PrecisionName
 from tunesmith.objectives.supervised import supervised_loss
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.types import IGNORE_INDEX, Example
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class SelfTest:
         )
 
 
-def check_before_training(model: Model, dataset: Any, args: SFTConfig, *, flat: bool) -> SelfTest | None:
+def check_before_training(model: Model, dataset: Any, args: Config, *, flat: bool) -> SelfTest | None:
     """The self-test that `args.self_test` asks for, on the first examples of the prepared `dataset`. None: there was
     none, because it is off or, with "auto", can't be done.
 
@@ -112,7 +112,7 @@ def check_before_training(model: Model, dataset: Any, args: SFTConfig, *, flat: 
     return None
 
 
-def _impossible(model: Model, args: SFTConfig) -> str:
+def _impossible(model: Model, args: Config) -> str:
     if args.deepspeed or args.fsdp or any(parameter.is_meta for parameter in model.parameters()):
         return "the model's weights are shared out over processes, and its own forward needs them all"
     if has_virtual_tokens(model):

@@ -5,22 +5,27 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import number_of_arguments
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_tokens, trainable
 from tunesmith.model.attention import supports_documents, use_documents
+from tunesmith.model.compile import compile_layers
+from tunesmith.model.devices import here
 from tunesmith.model.head import answer_objectives
+from tunesmith.model.linear import speed_up
 from tunesmith.model.load import holds_adapters, load_adapted, load_model
 from tunesmith.model.precision import compute_dtype, settle_precision
-from tunesmith.model.quantize import bits_of, check_quantization, keep_quantized, refuse_untrainable
+from tunesmith.model.quantize import bits_of, check_optimizer, check_quantization, keep_quantized, refuse_untrainable
 from tunesmith.model.tokens import (
     resize_for,
     save_rows_only,
@@ -28,7 +33,7 @@ from tunesmith.model.tokens import (
     train_new_tokens,
     trains_rows,
 )
-from tunesmith.settings.config import SFTConfig, settings_of
+from tunesmith.settings.config import Config, settings_of
 
 BATCH_OF_ROWS = 10_000
 """Rows of a data set that are looked at together."""
@@ -39,18 +44,23 @@ NO_ADAPTERS = "8-bit and 4-bit weights can't be trained; give a peft_config, e.g
 logger = logging.getLogger(__name__)
 
 
-def as_sft_config(args: TrainingArguments | None, model: str | Model) -> SFTConfig:
-    """`args` as SFTConfig, with its precision settled; without any, the output folder is named after the model. Raises
-    TunesmithError for adapters on what is no model of `transformers`."""
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def as_config(args: TrainingArguments | None, model: str | Model, kind: type[AnyConfig]) -> AnyConfig:
+    """`args` as a config of the `kind` that a trainer has, with its precision settled; without any, the output folder
+    is named after the model. Raises TunesmithError for adapters on what is no model of `transformers`."""
     if isinstance(model, PeftModel) and not isinstance(model.get_base_model(), PreTrainedModel):
         raise TunesmithError(
             f"model has adapters on {type(model.get_base_model()).__name__}, which is no model of transformers"
         )
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
-        args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
-    elif not isinstance(args, SFTConfig):
-        args = SFTConfig(**settings_of(args))
+        args = kind(output_dir=f"{Path(name).name}-{kind.__name__.removesuffix('Config')}")
+    elif not isinstance(args, kind):
+        if isinstance(args, Config):
+            raise TunesmithError(f"args is {type(args).__name__}, and this trainer takes {kind.__name__}")
+        args = kind(**settings_of(args))
     settle_precision(args)
     return args
 
@@ -81,7 +91,7 @@ def used_ids(train: Any, evaluated: Any) -> set[int] | None:
 
 def prepare_model(
     model: str | Model,
-    args: SFTConfig,
+    args: Config,
     peft_config: PeftConfig | None,
     quantization_config: Any,
     vocabulary: Vocabulary,
@@ -146,7 +156,7 @@ def prepare_model(
     return model
 
 
-def _load(name: str, args: SFTConfig, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
+def _load(name: str, args: Config, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     init.pop("trust_remote_code", None)  # which `args` say
     if "torch_dtype" in init:  # its name in `transformers`, once
@@ -245,7 +255,7 @@ def _with_adapters(
     return adapted
 
 
-def router_coefficient(model: Model, args: SFTConfig) -> float:
+def router_coefficient(model: Model, args: Config) -> float:
     """What the load-balancing loss of a mixture of experts is multiplied by: what `args` says, else what the model's
     config says where that has `output_router_logits` on; 0 where it is not trained."""
     config = base_model(model).config.get_text_config()
@@ -275,6 +285,50 @@ def ready_for_batches(model: Model, *, flat: bool, grouped: bool = False, router
         return False
     use_documents(base)
     return True
+
+
+def faster_layers(model: Model, args: Config) -> None:
+    """Let the layers of `model` take the faster or the compiled way."""
+    # On a GPU, torch.compile makes layers faster by itself.
+    if not args.torch_compile or base_model(model).device.type == "cpu":
+        speed_up(model, compiled=bool(args.torch_compile))
+    if args.torch_compile:
+        assert args.torch_compile_backend is not None
+        compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def given_model(model: Any, model_init: Any = None) -> str | Model:
+    """The model, or the first one that `model_init` makes. Raises TunesmithError for none, both, and what is none."""
+    if (model is None) == (model_init is None):
+        both = "model and model_init both say what is trained; give one" if model is not None else "model is missing"
+        raise TunesmithError(f"{both}: a name, a folder, 'demo', or a loaded causal language model")
+    if model_init is not None:
+        model = model_init(*(None,) * number_of_arguments(model_init))
+    if isinstance(model, PathLike):
+        model = str(model)
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TunesmithError(
+            f"model is {type(model).__name__}; give a name, a folder, 'demo', or a loaded causal language model of "
+            "transformers or peft"
+        )
+    return model
+
+
+HELD_OUT = {"test", "validation", "eval", "dev"}
+
+
+def check_data_given(args: Config, train_dataset: Any) -> None:
+    """Raises TunesmithError for no training data, for several splits of which one would be trained on, and for a stream
+    without an end."""
+    if train_dataset is None:
+        raise TunesmithError("`train_dataset` is required: give a Dataset, an IterableDataset or a list of rows")
+    if isinstance(train_dataset, DatasetDict | IterableDatasetDict) and train_dataset.keys() & HELD_OUT:
+        splits = ", ".join(train_dataset)
+        raise TunesmithError(f"train_dataset has the splits {splits}, of which one is to train on: dataset['train']")
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
+    check_trackers(args.report_to)
+    check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
 
 
 def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:

@@ -1,18 +1,17 @@
 """Supervised fine-tuning: data prepared and checked, a model made ready, cross-entropy on supervised tokens."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
-from os import PathLike
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import PeftConfig, PeftModel
+from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import HPSearchBackend, PredictionOutput, number_of_arguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import HPSearchBackend, PredictionOutput
 
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
 from tunesmith.data.dataset import DataPreparer, Source
@@ -20,46 +19,42 @@ from tunesmith.data.mixture import DataSource
 from tunesmith.data.prompts import remember
 from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, StartingPoint, base_model, starting_point
-from tunesmith.model.compile import compile_layers
-from tunesmith.model.devices import here
-from tunesmith.model.linear import speed_up
+from tunesmith.model.adapters import Model, StartingPoint, starting_point
 from tunesmith.model.load import prepare_tokenizer
-from tunesmith.model.quantize import check_optimizer
 from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
-from tunesmith.settings.config import SFTConfig, settings_of
+from tunesmith.settings.config import SFTConfig, own_settings, settings_of
 from tunesmith.settings.older import by_todays_names
 from tunesmith.train.evaluations import check_data
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.overrides import PlainCollator, overridden
+from tunesmith.train.rows import RowsTrainer, Sources
 from tunesmith.train.setup import (
     Vocabulary,
     align_tokens,
-    as_sft_config,
-    check_trackers,
+    as_config,
+    check_data_given,
+    faster_layers,
+    given_model,
     prepare_model,
     ready_for_batches,
     router_coefficient,
     used_ids,
 )
 from tunesmith.train.trainer import BaseTrainer
-from tunesmith.types import Row
 
 PREPARED_BY = {
-    *(SFTConfig.__annotations__.keys() - {"learning_rate", "logging_steps", "max_bad_steps"}),
+    *(own_settings(SFTConfig) - {"learning_rate", "logging_steps", "max_bad_steps"}),
     *("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy"),
 }
 """Settings that a search can't change on a trainer that is made."""
 OF_BACKENDS = {"assignments", "metric", "wandb"}
 """What backends of a search put beside the settings."""
-HELD_OUT = {"test", "validation", "eval", "dev"}
 
 logger = logging.getLogger(__name__)
-Sources: TypeAlias = Source | Mapping[str, Source]
 
 
-class SFTTrainer(BaseTrainer):
+class SFTTrainer(RowsTrainer):
     """Supervised fine-tuning with the arguments of TRL's trainer of the same name.
 
     `model` is a name, a folder, "demo", or a loaded causal language model (with or without adapters). `train_dataset`
@@ -83,7 +78,6 @@ class SFTTrainer(BaseTrainer):
 
     _tag_names = ("tunesmith", "sft")
     means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
-    data: DataPreparer
 
     def __init__(
         self,
@@ -109,8 +103,8 @@ class SFTTrainer(BaseTrainer):
             if processing_class is not None:
                 raise TunesmithError("tokenizer and processing_class are the same argument; keep processing_class")
             processing_class = tokenizer
-        given = _given_model(model, model_init)
-        args = as_sft_config(with_arguments(args, older), given)
+        given = given_model(model, model_init)
+        args = as_config(with_arguments(args, older), given, SFTConfig)
         _check_arguments(args, train_dataset, compute_loss_func)
         if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
             raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
@@ -235,22 +229,6 @@ class SFTTrainer(BaseTrainer):
         """TRL's name for whether the load-balancing loss of a mixture of experts is trained."""
         return bool(cast(SFTConfig, self.args).router_aux_loss_coef)
 
-    def evaluate(
-        self,
-        eval_dataset: Sources | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As in `transformers`; a data set given here is prepared like the one of the constructor."""
-        if isinstance(eval_dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, source in eval_dataset.items():
-                metrics |= self.evaluate(source, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self.data.evaluated(eval_dataset, by_row=self.compute_metrics is not None)
-        return super().evaluate(cast(Any, eval_dataset), ignore_keys, metric_key_prefix)
-
     def predict(
         self, test_dataset: Source, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
@@ -259,40 +237,11 @@ class SFTTrainer(BaseTrainer):
         prepared = self.data(test_dataset, metric_key_prefix, packing=False)
         return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
 
-    def first_rows(self) -> Iterator[Row]:
-        """Some of the rows that were given, as they were understood; those held out first."""
-        return self.data.first_rows()
-
-
-def _given_model(model: Any, model_init: Any) -> str | Model:
-    """The model, or the first one that `model_init` makes. Raises TunesmithError for none, both, and what is none."""
-    if (model is None) == (model_init is None):
-        both = "model and model_init both say what is trained; give one" if model is not None else "model is missing"
-        raise TunesmithError(f"{both}: a name, a folder, 'demo', or a loaded causal language model")
-    if model_init is not None:
-        model = model_init(*(None,) * number_of_arguments(model_init))
-    if isinstance(model, PathLike):
-        model = str(model)
-    if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TunesmithError(
-            f"model is {type(model).__name__}; give a name, a folder, 'demo', or a loaded causal language model of "
-            "transformers or peft"
-        )
-    return model
-
 
 def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any) -> None:
-    if train_dataset is None:
-        raise TunesmithError("`train_dataset` is required: give a Dataset, an IterableDataset or a list of rows")
-    if isinstance(train_dataset, DatasetDict | IterableDatasetDict) and train_dataset.keys() & HELD_OUT:
-        splits = ", ".join(train_dataset)
-        raise TunesmithError(f"train_dataset has the splits {splits}, of which one is to train on: dataset['train']")
-    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
+    check_data_given(args, train_dataset)
     if args.loss_type == "dft" and compute_loss_func is not None:
         raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
-    check_trackers(args.report_to)
-    check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
 
 
 def _prepared_for_batches(
@@ -313,12 +262,7 @@ def _prepared_for_batches(
     wanted = args.padding_free and not (wants_logits or wants_plain) and args.neftune_noise_alpha is None
     grouped = not args.packing and args.train_sampling_strategy == "random" and sized
     flat = ready_for_batches(model, flat=wanted, grouped=grouped, routers=routers)
-    # On a GPU, torch.compile makes layers faster by itself.
-    if not args.torch_compile or base_model(model).device.type == "cpu":
-        speed_up(model, compiled=bool(args.torch_compile))
-    if args.torch_compile:
-        assert args.torch_compile_backend is not None
-        compile_layers(base_model(model), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    faster_layers(model, args)
     padded = PaddedCollator(
         read=documents_of,
         pad_token_id=cast(int, tokenizer.pad_token_id),

@@ -41,7 +41,7 @@ from tunesmith.runs.folder import only_run_in
 from tunesmith.runs.record import Origin, RunRecord
 from tunesmith.runs.states import kept_random_states
 from tunesmith.secrets import without_secrets
-from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.config import Config
 from tunesmith.train import hooks
 from tunesmith.train.evaluations import check_metric
 from tunesmith.train.guard import Guard
@@ -92,7 +92,7 @@ class BaseTrainer(transformers.Trainer):
     def __init__(
         self,
         model: Model,
-        args: SFTConfig,
+        args: Config,
         batching: Batching,
         *,
         data: DataSeen | None = None,
@@ -177,7 +177,7 @@ class BaseTrainer(transformers.Trainer):
         check_metric(self, self.means)
         if self.model is None:  # which a search lets go of between trials, and the checks below are of
             self.model = self.call_model_init(*args[:1], **{name: kwargs[name] for name in kwargs if name == "trial"})
-        settings = cast(SFTConfig, self.args)
+        settings = cast(Config, self.args)
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
         flat = not self.loaders.batching.padded
@@ -225,7 +225,7 @@ class BaseTrainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """With `loraplus_lr_ratio`, LoRA's B matrices learn faster than its A matrices."""
-        ratio = cast(SFTConfig, self.args).loraplus_lr_ratio
+        ratio = cast(Config, self.args).loraplus_lr_ratio
         if ratio is not None and self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
             settings |= {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": self.args.weight_decay}
@@ -316,7 +316,7 @@ class BaseTrainer(transformers.Trainer):
                 outputs = model(**batch.inputs(), use_cache=False)
             loss = self.compute_loss_func(outputs, batch.labels, num_items_in_batch=weight)
         else:
-            with offloading(model, enabled=model.training and cast(SFTConfig, self.args).activation_offloading):
+            with offloading(model, enabled=model.training and cast(Config, self.args).activation_offloading):
                 outcome = self.batch_loss(model, batch, with_outputs=return_outputs)
             outputs = outcome.outputs
             meter.add(outcome, self.batch_weight(batch))

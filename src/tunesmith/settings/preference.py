@@ -1,0 +1,116 @@
+"""DPOConfig: what a run on pairs of answers does, with TRL's names."""
+# ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tunesmith.errors import TunesmithError
+from tunesmith.settings.config import Config, accept_older_names, setting
+
+OLDER_LOSSES = {"aot_pair": "aot"}
+"""What TRL once called a loss."""
+
+
+@dataclass
+class DPOConfig(Config):
+    """Settings of direct preference optimization and its kin.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 1e-6, `logging_steps` 10, `bf16` None: `precision` decides.
+
+    `max_length` is for each answer with its prompt; what is too much goes from the prompt's front. A value that can't
+    be what the user meant raises TunesmithError when the config is made, or where it is one of the loss, the trainer.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*Config._VALID_DICT_FIELDS]  # type: ignore[misc]
+
+    learning_rate: float = setting(1e-6, "Peak learning rate; LoRA wants about ten times more.")
+
+    # The loss
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": "sigmoid (DPO) | hinge | ipo | exo_pair | nca_pair | robust | bco_pair | sppo_hard | aot | "
+            "aot_unpaired | apo_zero | apo_down | discopop | sft | sigmoid_norm | simpo | cpo | orpo, or several."
+        },
+    )
+    loss_weights: list[float] | str | None = setting(None, "The weight of each of several losses; unset, 1.")
+    beta: float = setting(0.1, "How close to stay to the reference: higher is closer; the weight of the odds in orpo.")
+    label_smoothing: float = setting(0.0, "The share of pairs that are taken to be the wrong way around; below 0.5.")
+    f_divergence_type: str = setting(
+        "reverse_kl", "What keeps near the reference: reverse_kl | forward_kl | js_divergence | alpha_divergence."
+    )
+    f_alpha_divergence_coef: float = setting(0.5, "The alpha of alpha_divergence.")
+    ld_alpha: float | None = setting(
+        None, "LD-DPO: the weight, from 0 to 1, of an answer's tokens beyond the length of the shorter one."
+    )
+    use_weighting: bool = setting(False, "WPO: pairs count by how likely their answers are to the model.")
+    discopop_tau: float = setting(0.05, "The temperature of discopop.")
+    simpo_gamma: float = setting(0.5, "The margin of rewards that simpo asks for.")
+    cpo_alpha: float = setting(1.0, "How much cpo also learns the chosen answer.")
+
+    # The reference
+    reference_free: bool = setting(False, "Take a reference to which all answers are equally likely.")
+    precompute_ref_log_probs: bool = setting(
+        False, "Compute what the reference says once, before training, and keep it in the cache."
+    )
+    precompute_ref_batch_size: int | None = setting(None, "Pairs at a time in that; unset, per_device_eval_batch_size.")
+    disable_dropout: bool = setting(True, "Train without dropout, so that model and reference are comparable.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        self.loss_type = [OLDER_LOSSES.get(name, name) for name in names]
+        if not self.loss_type:
+            raise TunesmithError("loss_type is empty; write sigmoid for DPO")
+        self._check_weights()
+        self._refuse_ignored()
+
+    @property
+    def losses(self) -> tuple[tuple[str, float], ...]:
+        """The names of the losses with their weights."""
+        weights: Any = self.loss_weights or [1.0] * len(self.loss_type)
+        return tuple(zip(self.loss_type, weights, strict=True))
+
+    def _check_weights(self) -> None:
+        if self.loss_weights is None:
+            return
+        numbers = [*self.loss_weights] if isinstance(self.loss_weights, list | tuple) else [self.loss_weights]
+        try:
+            self.loss_weights = [float(number) for number in numbers]
+        except (TypeError, ValueError):
+            raise TunesmithError(
+                f"loss_weights is {self.loss_weights!r}; write a list of numbers, one for each loss_type"
+            ) from None
+        if len(self.loss_weights) != len(self.loss_type):
+            raise TunesmithError(
+                f"loss_weights has {len(self.loss_weights)} numbers, and loss_type {len(self.loss_type)} names; write "
+                "one weight for each"
+            )
+
+    def _refuse_ignored(self) -> None:
+        """Settings of all runs that would say nothing here."""
+        if self.label_smoothing_factor:
+            raise TunesmithError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, which is of supervised fine-tuning; write "
+                "label_smoothing for a share of wrong preferences"
+            )
+        if self.neftune_noise_alpha is not None:
+            raise TunesmithError(
+                "neftune_noise_alpha is set: noise on the embeddings would tell the model from its reference; leave it "
+                "out"
+            )
+        if self.overlong == "split":
+            raise TunesmithError("overlong is split, and a pair can't be split; write truncate, drop or error")
+        if self.packing and self.packing_strategy != "bfd":
+            raise TunesmithError(
+                f"packing_strategy is {self.packing_strategy}, which cuts examples, and a pair is packed whole; "
+                "write bfd"
+            )
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise TunesmithError(
+                f"precompute_ref_batch_size is {self.precompute_ref_batch_size}; write 1 or more, or leave it out"
+            )
+
+
+accept_older_names(DPOConfig)
