@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from tests.models import tiny
 from tests.train.runs import REASONING, TALKS, trained
 from tunesmith import SFTConfig, SFTTrainer
+from tunesmith.runs.files import EXAMPLES
 
 ALPHABET = "the quick brown fox jumps over the lazy dog, again and again"
 ROWS = [
@@ -109,7 +110,23 @@ def run_all(folder: Path, tokenizer: Path, names: list[str]) -> None:
         logs = [entry for entry in made.state.log_history if "loss" in entry]
         evaluated = made.evaluate()
         (folder / f"{name}.{rank}.json").write_text(
-            json.dumps({"rows": seen, "logs": logs, "eval": evaluated, "steps": made.state.global_step})
+            json.dumps(
+                {
+                    "rows": seen,
+                    "logs": logs,
+                    "eval": evaluated,
+                    "steps": made.state.global_step,
+                    "examples": _examples(folder / name) if rank == 0 else None,
+                }
+            )
         )
         if rank == 0:
             save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
+
+
+def _examples(run: Path) -> Any:
+    """What a run says of its examples, but for what depends on the order of neighbours."""
+    found = json.loads((run / EXAMPLES).read_text())
+    easiest = sorted(entry["parts"] for entry in found["easiest"])
+    names = ("rows", "mean", "first_step", "last_step", "histogram")
+    return {name: found[name] for name in names} | {"easiest": easiest}

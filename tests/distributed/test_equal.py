@@ -46,3 +46,5 @@ def test_several_processes_train_as_one_does(name: str, processes: int, runs: Pa
     if not name.startswith(("stream", "drop_last")):  # of which batches are read ahead
         rows = [sorted(row for part in parts for batch in part["rows"] for row in batch) for parts in ([one], several)]
         assert rows[0] == rows[1]
+        assert several[0]["examples"].pop("mean") == pytest.approx(one["examples"].pop("mean"), abs=1e-5)
+        assert several[0]["examples"] == one["examples"]

@@ -176,6 +176,7 @@ def test_layers_may_be_compiled_in_modes_that_take_changing_lengths() -> None:
 
 def test_activations_may_leave_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SFTConfig, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(SFTConfig, "world_size", 1)
     assert make(activation_offloading=True).activation_offloading is True
 
 
