@@ -71,9 +71,9 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     tokenizer.chat_template = own["template"] or tokenizer.chat_template
     data: Any = Dataset.from_list(own["rows"] or ROWS)
     args = SFTConfig(
-        output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True, logging_steps=1,
+        output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=2,
-        **{"save_strategy": "no"} | settings,
+        **{"save_strategy": "no", "logging_steps": 1} | settings,
     )  # fmt: skip
     torch.manual_seed(0)
     return (OwnLoss if own["subclass"] else SFTTrainer)(
@@ -130,3 +130,22 @@ def _examples(run: Path) -> Any:
     easiest = sorted(entry["parts"] for entry in found["easiest"])
     names = ("rows", "mean", "first_step", "last_step", "histogram")
     return {name: found[name] for name in names} | {"easiest": easiest}
+
+
+RESUMED = ("short last step", "grouped by length", "stream", "LoRA, AdamW", "tokens")
+"""Cases that are broken off, and gone on with by other numbers of processes."""
+
+
+def run_up_to(folder: Path, tokenizer: Path, steps: int, end: int) -> None:
+    """Train each of RESUMED up to a step, from the checkpoint in its folder, if there is one. The first process writes
+    the weights and the log at step `end`."""
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    SFTTrainer.draw_page = None
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "logging_steps": 2, "max_steps": steps}
+    for name in RESUMED:
+        made = trainer(name, processes, tokenizer, folder / name, **saving)
+        weights = trained(made, resume_from_checkpoint=any((folder / name).glob("checkpoint-*")))
+        if rank == 0 and steps == end:
+            save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
+            logs = [entry for entry in made.state.log_history if "loss" in entry]
+            (folder / f"{name}.json").write_text(json.dumps(logs))
