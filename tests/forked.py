@@ -61,7 +61,8 @@ def _ranked(rank: int, number: int, port: int, target: Callable[..., None], args
     os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     target(*args)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 # The command line

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
+from tunesmith.data.deal import Share, StepSampler
 from tunesmith.data.samplers import (
     LengthGroups,
     PrefixGroups,
@@ -93,28 +94,6 @@ def test_batches_are_nearly_full() -> None:
     assert lengths.sum() / len(TokenBatches(lengths, 2048, seed=0)) > 0.97 * 2048
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
-@pytest.mark.parametrize("documents", [4, 5, 11, 100])
-def test_processes_get_equally_many_batches_and_no_document_twice(documents: int, processes: int) -> None:
-    lengths = np.random.default_rng(documents).integers(10, 200, documents)
-    numbers: Any = range(documents)
-    loader: DataLoader[int] = DataLoader(
-        numbers,
-        batch_sampler=TokenBatches(lengths, 400, seed=0, multiple_of=processes),
-        collate_fn=list,
-    )
-    shares = [
-        list(prepare_data_loader(loader, num_processes=processes, process_index=rank)) for rank in range(processes)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(document for share in shares for batch in share for document in batch) == list(range(documents))
-
-
-def test_more_processes_than_documents_is_an_error() -> None:
-    with pytest.raises(TunesmithError, match="2 documents are too few for 3 processes"):
-        TokenBatches(np.array([5, 6]), 20, seed=0, multiple_of=3)
-
-
 # Rows that begin alike
 
 
@@ -179,9 +158,6 @@ def test_batches_by_tokens_take_rows_in_a_given_order() -> None:
     batches = TokenBatches(np.array([3, 9, 4, 4, 0, 1]), 10, seed=None, order=np.array([5, 4, 3, 2, 1, 0]))
     assert list(batches) == [[5, 4, 3, 2], [1], [0]]
     assert len(batches) == 3
-    in_two = TokenBatches(np.array([3, 9, 4, 4, 1]), 10, seed=None, order=np.array([4, 3, 2, 1, 0]), multiple_of=2)
-    assert sorted(row for batch in in_two for row in batch) == [0, 1, 2, 3, 4]
-    assert len(in_two) == 4
 
 
 # On the way through a loader
@@ -194,15 +170,20 @@ def test_a_resumed_loader_goes_on_with_the_batches_of_its_epoch(kind: str, proce
 
     def loader(rank: int) -> Any:
         numbers: Any = range(60)
+        sampler: Any = {
+            "tokens": TokenBatches(lengths, 400, seed=0),
+            "groups": LengthGroups(lengths, 4, 0),
+            "prefixes": PrefixGroups(TREES, 4, 0),
+        }[kind]
+        if processes > 1:
+            share = Share(rank=rank, processes=processes)
+            sampler = StepSampler(sampler, lengths, share, rows=None if kind == "tokens" else 4)
         plain: DataLoader[int]
-        if kind == "tokens":
-            batches = TokenBatches(lengths, 400, seed=0, multiple_of=processes)
-            plain = DataLoader(numbers, batch_sampler=batches, collate_fn=list)
-        elif kind == "groups":
-            plain = DataLoader(numbers, 4, sampler=LengthGroups(lengths, 4, 0), collate_fn=list)
+        if isinstance(sampler, LengthGroups | PrefixGroups):
+            plain = DataLoader(numbers, 4, sampler=sampler, collate_fn=list)
         else:
-            plain = DataLoader(numbers, 4, sampler=PrefixGroups(TREES, 4, 0), collate_fn=list)
-        return register_sampler(prepare_data_loader(plain, num_processes=processes, process_index=rank))
+            plain = DataLoader(numbers, batch_sampler=sampler, collate_fn=list)
+        return register_sampler(prepare_data_loader(plain, num_processes=1, process_index=0))
 
     for rank in range(processes):
         whole = loader(rank)

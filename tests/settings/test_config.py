@@ -183,6 +183,7 @@ def test_layers_may_be_compiled_in_modes_that_take_changing_lengths() -> None:
 
 def test_activations_may_leave_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SFTConfig, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(SFTConfig, "world_size", 1)
     assert make(activation_offloading=True).activation_offloading is True
 
 
@@ -246,3 +247,12 @@ def test_bfloat16_may_be_asked_for_without_a_gpu(
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
     config = SFTConfig(output_dir=str(tmp_path), **settings)
     assert (config.precision, config.bf16, config.use_cpu) == ("bf16", True, True)
+
+
+def test_what_several_processes_would_train_otherwise_than_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    make(average_tokens_across_devices=False)
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    make()
+    refused("average_tokens_across_devices is False, which divides", average_tokens_across_devices=False)
+    refused("accelerator_config.split_batches is True", accelerator_config={"split_batches": True})
+    refused("accelerator_config.dispatch_batches is True", accelerator_config={"dispatch_batches": True})

@@ -90,7 +90,6 @@ def test_two_processes_train_by_tokens_as_one_does_and_resume(
     data = {"train_dataset": UNEVEN_ROWS, "eval_dataset": UNEVEN_ROWS[:11]}
     one = trainer_of(**data, gradient_accumulation_steps=2, **SETTINGS | BY_TOKENS)
     in_epoch = len(one.get_train_dataloader())
-    assert in_epoch % 2 == 0  # or two processes would halve a batch
     assert in_epoch < 12 < 2 * in_epoch
     expected = trained(one), measured(one)
     resumed = None

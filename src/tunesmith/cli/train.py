@@ -42,6 +42,7 @@ The settings used most:
 [cyan]--packing[/cyan]      several examples to a row of that length
 [cyan]--learning-rate[/cyan]  [cyan]--num-train-epochs[/cyan]  [cyan]--max-steps[/cyan]
 [cyan]--per-device-train-batch-size[/cyan]  [cyan]--gradient-accumulation-steps[/cyan]
+[cyan]--processes[/cyan]    so many processes on this machine, a GPU each; they train what one does
 [cyan]--resume-from-checkpoint[/cyan]   go on from the newest whole one in the output folder
 """
 
@@ -67,6 +68,11 @@ def train(
     fields: Annotated[
         bool, typer.Option("--fields", callback=_list_settings, is_eager=True, help="List all settings, and exit.")
     ] = False,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="M", help="Train on so many machines.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", metavar="R", help="The number of this machine, from 0.")] = 0,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where machines meet: on the first one.")
+    ] = None,
 ) -> None:
     """Train a model, as a recipe says."""
     from tunesmith.secrets import scrub
@@ -74,10 +80,47 @@ def train(
 
     path, overrides = parse_options(ctx.args)
     recipe = resolve(path, overrides)
+    if (recipe.processes > 1 or nodes > 1) and "RANK" not in os.environ:
+        _launch(recipe.processes, nodes, node_rank, rendezvous)
+    _check_launched(recipe.given.get("processes"))
     # Trackers keep the command line that a run was started with.
     tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
     sys.argv = [scrub(word, tokens) for word in sys.argv]
-    run(recipe)
+    try:
+        run(recipe)
+    except Exception as error:
+        _end_as_lost(error)
+        raise
+
+
+def _launch(processes: int, nodes: int, node_rank: int, rendezvous: str | None) -> None:
+    """Run this command in each process of this machine, and end as they do."""
+    from tunesmith.train.launch import Place, launch
+
+    place = Place(processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    code, text = launch(sys.argv[1:], place)
+    if text:
+        typer.echo(text, err=True)
+    raise typer.Exit(code)
+
+
+def _check_launched(processes: int | None) -> None:
+    """Raises TunesmithError where something else has started other processes than the recipe says."""
+    started = os.environ.get("LOCAL_WORLD_SIZE")
+    if processes is not None and started is not None and int(started) != processes:
+        raise TunesmithError(
+            f"processes is {processes}, and {started} were started on this machine; leave the setting out, or start "
+            "the command without `torchrun`"
+        )
+
+
+def _end_as_lost(error: Exception) -> None:
+    """Exits quietly where the error is only that another process ended, which tells its own."""
+    from tunesmith.train.together import LOST, is_lost, number_of_processes
+
+    if number_of_processes() > 1 and is_lost(error):
+        _say("another process ended, and so does this one")
+        raise typer.Exit(LOST) from error
 
 
 def run(recipe: "Recipe") -> None:
@@ -105,6 +148,7 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
+    from tunesmith.train.together import number_of_processes
     from tunesmith.trainers import SFTTrainer
 
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
@@ -132,7 +176,8 @@ def run(recipe: "Recipe") -> None:
             trainer.save_model()
     _say_report(trainer)
     _finish(trainer, stopped=stop.stopped)
-    if stop.stopped:
+    # Who started several processes would end those that still write, where the first of them seems to have failed.
+    if stop.stopped and number_of_processes() == 1:
         raise typer.Exit(stop.exit_code)
 
 

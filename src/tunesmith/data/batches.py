@@ -48,7 +48,8 @@ class Batch:
     document's first token is IGNORE_INDEX: nothing in its document predicts it.
 
     `groups` are the documents, in the order of the batch; empty where a collator of the user's made it. `more` holds
-    what such a collator adds for the model.
+    what such a collator adds for the model. A `blank` stands in for rows that a process does not get (`data.deal`), and
+    counts for nothing.
 
     As `transformers` and a user's loss read it, a batch is a mapping of its tensors: `batch["labels"]`, `**batch`.
     """
@@ -63,6 +64,7 @@ class Batch:
     parents: Sequence[int] | None = None
     groups: tuple[Group, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+    blank: bool = False
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any]) -> "Batch":
@@ -76,7 +78,7 @@ class Batch:
                 f"data_collator returned {', '.join(tensors) or 'nothing'}, without {' and '.join(missing)}; a batch "
                 "needs input_ids and labels, both of shape (rows, tokens)"
             )
-        known = {item.name for item in fields(cls)} - {"more", "groups"}
+        known = {item.name for item in fields(cls)} - {"more", "groups", "blank"}
         return cls(
             **{name: value for name, value in tensors.items() if name in known},
             more={name: value for name, value in tensors.items() if name not in known},
@@ -97,6 +99,8 @@ class Batch:
     @property
     def tokens(self) -> Tensor | int:
         """The tokens of all documents, without padding; a scalar where only the device knows."""
+        if self.blank:
+            return 0
         return self.labels.numel() if self.attention_mask is None else self.attention_mask.sum()
 
     @property
@@ -139,6 +143,9 @@ class Batch:
         return {**self.more, **{name: value for name, value in present.items() if value is not None}}
 
     # On its way through a loader and `transformers`
+
+    def as_blank(self) -> "Batch":
+        return replace(self, blank=True)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -15,10 +15,10 @@ from transformers.trainer_utils import seed_worker
 
 from tunesmith.data.arrow import documents, list_lengths
 from tunesmith.data.batches import groups_of
+from tunesmith.data.deal import blank_of
 from tunesmith.data.pack import pack, shuffled
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config
-from tunesmith.types import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
 LEVELS = 32
@@ -38,40 +38,29 @@ class TokenBatches(Sampler[list[int]]):
     every epoch from `seed` and the epoch, so that a resumed run sees the batches it would have seen. To make lengths
     meet, they are rounded up to a 32nd of their mean, which leaves a 64th of a batch empty.
 
-    `multiple_of` processes take turns at the batches, so their number is a multiple of that: the batches of most
-    documents are halved. (`accelerate` would give some batches twice instead, whose loss would count twice.)
-
     Without a seed, nothing is drawn: all epochs are the same. Then rows may have an `order` (B,), in which each batch
     takes as many as fit.
     """
 
     def __init__(
-        self,
-        lengths: Ints,
-        max_tokens: int,
-        *,
-        seed: int | None,
-        padded: bool = False,
-        multiple_of: int = 1,
-        order: Ints | None = None,
+        self, lengths: Ints, max_tokens: int, *, seed: int | None, padded: bool = False, order: Ints | None = None
     ) -> None:
         self._seed = seed
         self.epoch = 0
         self._order = order
         if order is not None:
             assert seed is None
-            self._batches = _halved(_as_many_as_fit(lengths[order], max_tokens), multiple_of)
+            self._batches = _as_many_as_fit(lengths[order], max_tokens)
             return
         step = max(1, int(lengths.mean()) // LEVELS)
         # A document without tokens counts as one, so that it is in a batch too.
         self._levels = np.minimum(-(-np.maximum(lengths, 1) // step) * step, max_tokens)
         decreasing = np.sort(self._levels)[::-1]
         if padded:
-            batches = _neighbours(decreasing, max_tokens)
+            self._batches = _neighbours(decreasing, max_tokens)
         else:
             packs = pack(decreasing, max_tokens)
-            batches = np.split(packs.document, packs.offsets[1:-1])
-        self._batches = _halved(batches, multiple_of)
+            self._batches = np.split(packs.document, packs.offsets[1:-1])
 
     @property
     def shuffles(self) -> bool:
@@ -272,16 +261,19 @@ def check_fit(args: Config, train: Any, evaluated: Any) -> None:
             fitting_lengths(dataset, split, args.max_tokens_per_batch, int(args.pad_to_multiple_of or 1))
 
 
-def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[..., Any], args: Config) -> Any:
-    """A data loader of micro-batches by tokens, set up like those that `transformers` makes of rows."""
+def batch_loader(
+    dataset: Any, batches: Any, collate: Callable[..., Any], args: Config, *, training: bool
+) -> DataLoader[Any]:
+    """A data loader of the micro-batches that the batch sampler `batches` makes of rows; None: `dataset` is a stream of
+    micro-batches. It is set up like those that `transformers` makes of rows."""
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         # Evaluation makes a new loader every time: workers that stay would pile up.
-        persistent_workers=args.dataloader_persistent_workers and batches.shuffles,
+        persistent_workers=args.dataloader_persistent_workers and training,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
         in_order=args.dataloader_in_order,
@@ -290,13 +282,9 @@ def token_loader(dataset: Dataset, batches: TokenBatches, collate: Callable[...,
 
 
 def register_sampler(loader: Any) -> Any:
-    """`loader`, prepared by `accelerate`, with our sampler as the one that its `set_epoch` reaches.
-
-    Where processes take turns at batches and the first of an epoch are skipped, the sampler is one wrapper deeper than
-    `accelerate` looks for it.
-    """
+    """`loader`, prepared by `accelerate`, with our sampler as the one that its `set_epoch` reaches, also where it skips
+    the first batches of an epoch."""
     batches = getattr(loader, "batch_sampler", None)
-    batches = getattr(batches, "batch_sampler", batches)
     for sampler in (batches, getattr(batches, "sampler", None)):
         if isinstance(sampler, TokenBatches | LengthGroups | PrefixGroups):
             loader.set_sampler(sampler)
@@ -321,17 +309,6 @@ def _as_many_as_fit(lengths: Ints, max_tokens: int) -> list[Ints]:
     return np.split(np.arange(len(ends)), cuts[1:-1])
 
 
-def _halved(batches: list[Ints], multiple: int) -> list[Ints]:
-    """`batches`, those of most documents halved until their number is a multiple of `multiple`."""
-    while len(batches) % multiple:
-        largest = max(range(len(batches)), key=lambda batch: len(batches[batch]))
-        documents = batches[largest]
-        if len(documents) < 2:
-            raise TunesmithError(f"{len(batches)} documents are too few for {multiple} processes; start fewer")
-        batches[largest : largest + 1] = [documents[: len(documents) // 2], documents[len(documents) // 2 :]]
-    return batches
-
-
 def by_document(dataset: Dataset) -> Dataset:
     """`dataset` with a row for each document, where its rows have several: logits and metrics are those of documents.
     What documents share is supervised in the first of them."""
@@ -343,20 +320,15 @@ def by_document(dataset: Dataset) -> Dataset:
 
 
 def with_blank_rows(dataset: Dataset, multiple: int) -> Dataset:
-    """`dataset` with rows without labels at its end, up to a multiple of `multiple` rows. They have as many documents
-    as the first row, of a token each: a pair stays a pair.
+    """`dataset` with blanks at its end, up to a multiple of `multiple` rows (`data.deal`).
 
-    Each process must get as many batches as the others. Left to itself, `accelerate` gives some rows twice, whose loss
-    would count twice.
+    Where logits are gathered row by row, each process must get as many rows as the others. Left to itself,
+    `accelerate` gives some rows twice, whose loss would count twice.
     """
     lacking = -len(dataset) % multiple
     if not lacking:
         return dataset
-    row = dataset.with_format(None)[0]
-    count = len(row.get("seq_lengths") or [0])
-    blank = {name: values and values[:1] * count for name, values in row.items()}
-    blank |= {"labels": [IGNORE_INDEX] * count} | ({"seq_lengths": [1] * count} if "seq_lengths" in row else {})
-    blank |= {"parents": row["parents"]} if row.get("parents") else {}
+    blank = blank_of(dataset.with_format(None)[0])
     longer = concatenate_datasets([dataset, Dataset.from_list([blank] * lacking, features=dataset.features)])
     longer.total_dataset_length = len(dataset)  # to which accelerate cuts what it gathers
     return longer

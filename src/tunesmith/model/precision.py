@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -49,6 +49,10 @@ def settle_precision(config: "Config") -> str:
             speeds = measure(config.device.type)
             choice = decide(speeds, config.device.type)
             note = describe(choice, speeds, config.device.type)
+        if config.world_size > 1:  # each has measured, and all take what the first found
+            agreed: list[Any] = [choice, note]
+            torch.distributed.broadcast_object_list(agreed, src=0)
+            choice, note = agreed
         config.precision, config.precision_note = choice, note
         config.__post_init__()  # `transformers` derives other settings from the flags of a precision
     return config.precision_note

@@ -205,6 +205,7 @@ class Config(TrainingArguments):
         self._resolve_precision()
         super().__post_init__()
         self._check_sampling()
+        self._check_processes()
         self._check_token_batches()
         self._check_compile()
         if self.activation_offloading and self.device.type in ("cpu", "mps"):
@@ -332,6 +333,27 @@ class Config(TrainingArguments):
                     f"train_sampling_strategy is 'group_by_prefix', so that a batch computes once what its rows begin "
                     f"with, and {name}: {getattr(self, name)} {reason}; drop one"
                 )
+
+    def _check_processes(self) -> None:
+        """Several processes train what one would; what asks for something else is refused."""
+        if self.world_size == 1:
+            return
+        accelerator: Any = self.accelerator_config
+        if not self.average_tokens_across_devices:
+            raise TunesmithError(
+                "average_tokens_across_devices is False, which divides the loss of each process by its own tokens: "
+                f"{self.world_size} processes would train otherwise than one. Leave it at True"
+            )
+        if accelerator.split_batches:
+            raise TunesmithError(
+                "accelerator_config.split_batches is True, which divides a batch among processes; leave it out, and "
+                "write per_device_train_batch_size as the rows of one process"
+            )
+        if accelerator.dispatch_batches:
+            raise TunesmithError(
+                "accelerator_config.dispatch_batches is True, which lets one process read for the others, and fills a "
+                "short last batch with rows that were trained on; leave it out, and each process reads its part"
+            )
 
     def _check_token_batches(self) -> None:
         """What says how many rows share a batch, or which, contradicts batches by tokens."""

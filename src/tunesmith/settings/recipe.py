@@ -43,6 +43,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         Literal["8bit", "4bit"] | None,
         "Keep the base model's weights in 8 or 4 bits (needs lora, and bitsandbytes).",
     ),
+    "processes": (
+        int,
+        "So many processes on this machine, a GPU each; they train what one does with as many rows a step. Default: 1.",
+    ),
     "split": (str, "The split of training data that has several. Default: train."),
     "eval_split": (str, "The split of evaluation data that has several. Default: test."),
 }
@@ -101,6 +105,7 @@ class Recipe:
     eval_data: tuple[str, ...] = ()
     lora: dict[str, Any] | str | bool | None = None
     quantize: Literal["8bit", "4bit"] | None = None
+    processes: int = 1
     split: str | None = None
     eval_split: str | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -161,6 +166,7 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         eval_data=_listed(given.get("eval_data")),
         lora=given.get("lora"),
         quantize=given.get("quantize"),
+        processes=given.get("processes", 1),
         split=given.get("split"),
         eval_split=given.get("eval_split"),
         given=given,

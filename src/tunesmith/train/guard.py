@@ -149,12 +149,14 @@ class Guard:
     def check(self, model: nn.Module, norm: Any) -> None:
         """When the gradients of a step are whole and not yet used; `norm` is their norm, before clipping."""
         batches, self._batches = self._batches, []
-        # Every process has the same gradients, so all decide alike; a loss is its own process's.
+        # Every process has the same gradients, so all decide alike; a loss is its own process's, unless it is summed.
         scaled = (
             self._trainer.accelerator.scaler is not None
         )  # fp16's scaler leaves out steps of its own, to find its scale
-        losses = torch.stack([loss.float() for _, loss in batches])
-        if bool(losses.isfinite().all()) if scaled else math.isfinite(float(norm)):
+        bad = (~torch.stack([loss.float() for _, loss in batches]).isfinite()).sum()
+        if scaled and self._trainer.args.world_size > 1:
+            bad = self._trainer.accelerator.reduce(bad, reduction="sum")
+        if not bad if scaled else math.isfinite(float(norm)):
             self._in_a_row = 0
             self._check_first()
             return

@@ -95,6 +95,18 @@ ATTRIBUTES = (
     Name(owner=TRAINER, name="_tr_loss", why="the sum of losses that were not logged yet, for an exact resume"),
     Name(owner=TRAINER, name="_total_loss_scalar", why="the sum of which `train_loss` is the mean"),
     Name(owner=TRAINER, name="_globalstep_last_logged", why="the step of the last log, for an exact resume"),
+    Name(
+        owner=TRAINER,
+        name="_remove_unused_columns",
+        why="the loader of one of several processes is made as theirs",
+        parameters=("dataset", "description"),
+    ),
+    Name(
+        owner=TRAINER,
+        name="_get_collator_with_removed_columns",
+        why="the loader of one of several processes is made as theirs",
+        parameters=("data_collator", "description"),
+    ),
     Name(owner="transformers.TrainingArguments", name="_VALID_DICT_FIELDS", why="settings that are dictionaries"),
     Name(owner="transformers.PreTrainedModel", name="_is_stateful", why="tells models that carry a state along a row"),
     Name(owner="transformers.PreTrainedModel", name="_supports_attention_backend", why="tells who takes our attention"),

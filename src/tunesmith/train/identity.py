@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
 from typing import Any
@@ -61,9 +61,13 @@ FREE = {
 what is trained on, nor how. Its length is among them: to train longer is a reason to go on."""
 TOKEN_BATCHES = "best-fit decreasing"
 """How batches by tokens are filled: another way makes others, in which a run can't go on."""
+DEALT = "by steps"
+"""How rows come to processes and, grouped by length, to micro-batches: earlier versions dealt them batch by batch."""
 COMPARED = {"dataloader_drop_last"}
 COMPUTED = {"reference"}
 """Columns that follow from the others and a model, to rounding."""
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+"""The settings by which a step is divided into micro-batches."""
 VOLATILE_CONFIG = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"),
     "architectures",  # which saving writes into the settings of a model that was made from them
@@ -148,7 +152,16 @@ def _settings(args: Config, processes: int) -> dict[str, Any]:
     kept = {name: _plain(without_secrets(values[name])) for name in names if name in values and _is_compared(name)}
     if args.max_tokens_per_batch is not None:
         kept["token_batches"] = TOKEN_BATCHES
-    return kept | {"train_on": args.resolved_train_on, "processes": processes}
+    return kept | {"train_on": args.resolved_train_on, "processes": processes, "dealt": DEALT}
+
+
+def size_of_step(settings: Mapping[str, Any]) -> int | None:
+    """The rows of a step, or its batches by tokens, by the settings of an identity; None where they don't say. A step
+    of one size has the same rows however it is divided, unless what does not fill a micro-batch is dropped."""
+    if settings.get("dataloader_drop_last") or any(name not in settings for name in DIVISION):
+        return None
+    rows, accumulation, processes = (int(settings[name]) for name in DIVISION)
+    return accumulation * processes * (rows if settings.get("max_tokens_per_batch") is None else 1)
 
 
 def _is_compared(name: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -95,6 +96,14 @@ class Journal:
         return cast(Config, self._trainer.args)
 
     @property
+    def _shared(self) -> bool:
+        """Whether several processes train: losses are gathered from all, whatever becomes of the files of the first."""
+        return self._args.world_size > 1
+
+    def _gather(self, own: Any) -> list[Any]:
+        return list(gather_object([own])) if self._shared else [own]
+
+    @property
     def _folder(self) -> Path:
         return Path(str(self._args.output_dir))
 
@@ -106,7 +115,7 @@ class Journal:
 
     def begin(self) -> None:
         self._active = self._trainer.is_world_process_zero()
-        self._ledger, self._parts, self.ended = Ledger(), [], ""
+        self._ledger, self._parts, self.ended = Ledger(self._gather), [], ""
         self._start = self._written = self._trainer.state.global_step
         self._held = self._held or []  # with evaluations before training
         if not self._active:
@@ -128,7 +137,7 @@ class Journal:
             self._held = []
             return
         self.ended = ended
-        self._ledger.end_pass()
+        self._ledger.end_pass(alone=True)  # after an error nobody answers, and without one the pass is over already
         decode = getattr(self._trainer.processing_class, "decode", str)
         if (examples := self._ledger.as_json(lambda ids: str(decode(ids)))) is not None:
             self._attempt(lambda: write(self._folder / EXAMPLES, examples))
@@ -158,7 +167,7 @@ class Journal:
 
     def note_losses(self, batch: Batch, nll_S: Tensor | None) -> None:
         """The loss of each supervised token of a batch that was trained on."""
-        if self._active and nll_S is not None and batch.groups:
+        if (self._active or self._shared) and nll_S is not None and batch.groups:
             self._ledger.add(batch, nll_S)
 
     def forget_step(self) -> None:
@@ -175,14 +184,15 @@ class Journal:
             return
         loss = torch.stack([loss.float() for loss, _ in parts]).sum()
         sums = torch.stack([loss, *torch.stack([counts for _, counts in parts]).sum(dim=0)])
-        if self._args.world_size > 1:
+        if self._shared:
             sums = self._trainer.accelerator.reduce(sums, reduction="sum")
             sums[0] /= self._args.world_size  # each process's loss is divided by the mean number of tokens
         values = sums.tolist()
+        if self._active or self._shared:
+            self._ledger.end_step(self._written)
         if not self._active:
             return
         self._open()
-        self._ledger.end_step(self._written)
         seconds = time.perf_counter() - self._clock
         entry = {
             "loss": values[0],

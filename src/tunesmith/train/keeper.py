@@ -54,7 +54,7 @@ from tunesmith.runs.states import (
     restore_random_states,
 )
 from tunesmith.settings.config import Config
-from tunesmith.train.identity import identity_of
+from tunesmith.train.identity import DIVISION, identity_of, size_of_step
 from tunesmith.train.meter import Meter
 
 OPTIMIZER, SCHEDULER, SCALER, RANDOM, PROGRESS = "optimizer", "scheduler", "scaler", "random", "progress"
@@ -207,6 +207,10 @@ class Keeper:
         differences = manifest.identity.differences(identity)
         if "token_batches" in identity.settings and "token_batches" not in manifest.identity.settings:
             differences.append("token_batches: filled as in version 0.1 -> " + identity.settings["token_batches"])
+        was_several = manifest.identity.settings.get("processes", 1) > 1
+        if "dealt" not in manifest.identity.settings and (was_several or self._groups_steps):
+            differences.append("rows of a step: dealt batch by batch, as in an earlier version -> by steps")
+        differences = self._same_steps(differences, manifest.identity, identity)
         if not (chosen.folder / f"{OPTIMIZER}.json").is_file():
             differences.append("optimizer's state: not saved (save_only_model) -> starts anew")
         if differences:
@@ -228,6 +232,25 @@ class Keeper:
             ways.force(manifest.onednn)
         else:
             ways.restore(manifest.ways)
+
+    @property
+    def _groups_steps(self) -> bool:
+        """Whether the rows of a step of several micro-batches are grouped by length."""
+        return bool(cast(Any, self._trainer).loaders.batching.grouped and self._args.gradient_accumulation_steps > 1)
+
+    def _same_steps(self, differences: list[str], was: Identity, now: Identity) -> list[str]:
+        """`differences` without those that divide a step of the same size otherwise: its rows stay, and their sums."""
+        size = size_of_step(was.settings)
+        if size is None or size != size_of_step(now.settings):
+            return differences
+        divided = [line for line in differences if line.startswith(tuple(f"{name}:" for name in DIVISION))]
+        if divided and self._trainer.is_world_process_zero():
+            logger.warning(
+                "Steps have the same rows, and are divided otherwise, was -> is: %s; the run goes on, but rounds "
+                "differently, and draws other random numbers where it has dropout.",
+                ", ".join(divided),
+            )
+        return [line for line in differences if line not in divided]
 
     def _identity_now(self) -> Identity:
         if self._identity is None:
@@ -293,6 +316,7 @@ class Keeper:
         if ranks is None:
             return
         rank, trainer = self._args.process_index, self._trainer
+        ranks["sums"] = _shared_sums(ranks["sums"], self._args.world_size)
         own = {name: states[min(rank, len(states) - 1)] for name, states in ranks.items()}
         loss, logged, *meter = own.pop("sums").tolist()
         trainer._tr_loss += loss
@@ -317,7 +341,9 @@ class Keeper:
         stream = self._trainer.train_dataset
         if not isinstance(stream, IterableDataset) or self._args.ignore_data_skip:
             return position
-        epoch, taken, state = progress["epoch"], progress["micro_batches"], progress["stream"]
+        accumulation = self._args.gradient_accumulation_steps
+        epoch, state = progress["epoch"], progress["stream"]
+        taken = progress["micro_batches"] * accumulation // progress.get("accumulation", accumulation)
         if not taken:
             return epoch, 0
         if state is not None and self._place is not None:
@@ -482,6 +508,7 @@ class Keeper:
             PROGRESS: {
                 "epoch": self._epoch + done,
                 "micro_batches": 0 if done else self._taken,
+                "accumulation": self._args.gradient_accumulation_steps,
                 "stream": None if done or self._place is None else self._place.after(self._taken),
                 "parts": {name: dict(part.state()) for name, part in self._parts.items()},
             },
@@ -536,6 +563,19 @@ class Keeper:
                 copies[key] = weight if key in frozen else copied(weight)
             weights[name] = copies[key]
         return lambda: dict(weights)
+
+
+def _shared_sums(sums: Tensor, processes: int) -> Tensor:
+    """The sums for the log of so many processes, of those of others: (processes, ...). The mean of the losses and the
+    total of the rest stay: the first process has all of that, and the step of the last log and the tokens since the
+    start are the same on all."""
+    if len(sums) == processes:
+        return sums
+    shared = sums.new_zeros(processes, sums.shape[1])
+    shared[:, 0] = sums[:, 0].mean()
+    shared[:, 1:3] = sums[0, 1:3]
+    shared[0, 3:] = sums[:, 3:].sum(dim=0)
+    return shared
 
 
 def _earlier_states(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

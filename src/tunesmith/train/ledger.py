@@ -5,7 +5,7 @@ Shapes: S supervised positions of a batch, T tokens of a flat row, B padded rows
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -79,20 +79,35 @@ class Pass:
         # Not by the loss alone: in a single pass that would only name what came first.
         self.hardest = Extremes(lambda entry: entry.loss - entry.usual)
 
-    def add(self, entry: Entry) -> None:
-        self.rows += 1
-        self.sum += entry.loss
-        self.first_step, self.last_step = self.first_step or entry.step, entry.step
-        self.histogram[int(np.searchsorted(EDGES, entry.loss))] += 1
+    def count(self, losses: Sequence[float], step: int) -> None:
+        for loss in losses:
+            self.rows += 1
+            self.sum += loss
+            self.first_step, self.last_step = self.first_step or step, step
+            self.histogram[int(np.searchsorted(EDGES, loss))] += 1
+
+    def keep(self, entry: Entry) -> None:
         self.easiest.add(entry)
         self.hardest.add(entry)
+
+    def kept(self) -> list[Entry]:
+        return [*self.easiest.ordered(), *self.hardest.ordered()]
+
+    def merge(self, shares: Sequence[Sequence[Entry]]) -> None:
+        """Keep what other processes have kept, too."""
+        for entry in sorted((entry for share in shares for entry in share), key=lambda entry: entry.step):
+            self.keep(entry)
 
 
 class Ledger:
     """Losses of examples by passes over the data. `add` keeps what a forward gave, on its device; `end_step` reads it,
-    when the step is over and nothing has to wait for it."""
+    when the step is over and nothing has to wait for it.
 
-    def __init__(self) -> None:
+    `gather` gives what each of several processes has: all losses are counted on all of them, and each keeps the easiest
+    and the hardest of its own examples until the end of the pass."""
+
+    def __init__(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> None:
+        self._gather = gather
         self._pending: list[tuple[Batch, Tensor]] = []
         self._recent: deque[float] = deque(maxlen=NEIGHBOURS)
         self._current, self._whole = Pass(), Pass()
@@ -107,11 +122,14 @@ class Ledger:
 
     def end_step(self, step: int) -> None:
         pending, self._pending = self._pending, []
-        losses = [item for batch, nll in pending for item in losses_of(batch, nll)]
-        self._recent = deque([*self._recent, *(loss for loss, _ in losses)], maxlen=max(NEIGHBOURS, len(losses)))
+        own = [item for batch, nll in pending for item in losses_of(batch, nll)]
+        shares = self._gather([loss for loss, _ in own])
+        losses = [loss for share in shares for loss in share]
+        self._recent = deque([*self._recent, *losses], maxlen=max(NEIGHBOURS, len(losses)))
         usual = median(self._recent) if self._recent else 0.0
-        for loss, example in losses:
-            self._current.add(
+        self._current.count(losses, step)
+        for loss, example in own:
+            self._current.keep(
                 Entry(
                     loss=loss,
                     usual=usual,
@@ -122,8 +140,11 @@ class Ledger:
                 )
             )
 
-    def end_pass(self) -> None:
-        """The data begin anew. A pass that broke off early does not stand in for a whole one before it."""
+    def end_pass(self, *, alone: bool = False) -> None:
+        """The data begin anew. A pass that broke off early does not stand in for a whole one before it. `alone`: no
+        other process takes part, and its examples are left out."""
+        if not alone:
+            self._current.merge(self._gather(self._current.kept()))
         if self._current.rows >= self._whole.rows:
             self._whole = self._current
         self._current = Pass()

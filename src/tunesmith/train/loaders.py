@@ -7,24 +7,25 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
-from datasets import Dataset
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from tunesmith.data.batches import Batch, Collator, FlatCollator, documents_of
 from tunesmith.data.dataset import COLUMNS
+from tunesmith.data.deal import BlankCollator, Share, StepSampler, StepStream, blank_of
 from tunesmith.data.samplers import (
     LengthGroups,
     PrefixGroups,
     TokenBatches,
+    batch_loader,
     by_document,
     fitting_lengths,
     lengths_of,
     register_sampler,
-    token_loader,
     with_blank_rows,
 )
-from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config
 
 
@@ -83,58 +84,88 @@ class Loaders:
     def loader(self, plain: Callable[..., Any], dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         """The loader that `plain`, that of `transformers`, makes of the arguments; but metrics and predictions want
         logits by document, in order, so their batches are padded; the rest may be batches by tokens, or of rows grouped
-        by length."""
+        by length. Of several processes, each gets its part of a step (`data.deal`)."""
         training, world_size = bool(kwargs.get("is_training")), self._args.world_size
         by_row = description == "test" or (self._trainer.compute_metrics is not None and not training)
-        by_tokens = self._args.max_tokens_per_batch is not None and not by_row
         if by_row and isinstance(dataset, Dataset) and self.batching.by_row.read is documents_of:
             dataset = by_document(dataset)
-        if world_size > 1 and isinstance(dataset, Dataset) and not training:
-            dataset = with_blank_rows(dataset, world_size * (1 if by_tokens else batch_size))
-        deals = self._settle_dealing()
-        if by_tokens:
+        # By default, one process would read a stream, and cut its batches into parts for the others.
+        self._trainer.accelerator.dataloader_config.dispatch_batches = False
+        if self._args.max_tokens_per_batch is not None and not by_row:
             return self._token_loader(dataset, training)
         grouped = self.batching.grouped or ("prefix" if self.batching.shares and not training else None)
         if grouped is not None and isinstance(dataset, Dataset):
+            step = batch_size * world_size * (self._args.gradient_accumulation_steps if training else 1)
             if by_row:
                 kwargs["sampler_fn"] = SequentialSampler
-            elif grouped == "prefix":  # each process takes a whole batch in turn
+            elif grouped == "prefix":
                 seed = self._seed if training else None
                 kwargs["sampler_fn"] = partial(PrefixGroups, batch_size=batch_size, seed=seed)
             else:
-                kwargs["sampler_fn"] = partial(self._length_groups, batch_size=batch_size * world_size)
-        collator = self.batching.by_row if by_row and not self.batching.is_custom else None
-        with self._collating_by(collator, as_dictionary=deals):
+                kwargs["sampler_fn"] = partial(self._length_groups, batch_size=step)
+        with self._collating_by(self.batching.by_row if by_row and not self.batching.is_custom else None):
+            if world_size > 1 and isinstance(dataset, IterableDataset):
+                drop_last = self._args.dataloader_drop_last
+                share = self._share(training)
+                stream = StepStream(dataset, share, batch_size, drop_last=drop_last, in_order=not training)
+                return self._dealt(stream, None, description, training=training)
+            if world_size > 1 and isinstance(dataset, Dataset) and training:
+                return self._dealt(
+                    dataset, self._row_sampler(dataset, batch_size, **kwargs), description, training=True
+                )
+            if world_size > 1 and isinstance(dataset, Dataset):
+                dataset = with_blank_rows(dataset, world_size * batch_size)
             return register_sampler(plain(dataset, description, batch_size, **kwargs))
 
-    def _settle_dealing(self) -> bool:
-        """Whether one process reads and deals batches out to the others (`dispatch_batches`), which is only done where
-        it is asked for: each reads its own part of a stream.
-
-        Raises:
-            TunesmithError: it is asked for, and batches are flat, which can't be cut into parts.
-        """
-        settings = self._trainer.accelerator.dataloader_config
-        if self._args.world_size == 1 or settings.dispatch_batches is None:
-            settings.dispatch_batches = False
-        if settings.dispatch_batches and not self.batching.padded:
-            raise TunesmithError(
-                "accelerator_config: dispatch_batches deals the rows of a batch out to processes, and batches without "
-                "padding have one row; set it to false, or padding_free: false"
-            )
-        return bool(settings.dispatch_batches)
-
     @contextmanager
-    def _collating_by(self, collator: Collator | None, *, as_dictionary: bool) -> Iterator[None]:
+    def _collating_by(self, collator: Collator | None) -> Iterator[None]:
         before: Any = self._trainer.data_collator
-        chosen: Any = collator or before
-        if as_dictionary:  # `accelerate` deals out tensors in dictionaries, and no documents
-            chosen = partial(_dictionary, chosen)
-        self._trainer.data_collator = chosen
+        self._trainer.data_collator = cast(Any, collator or before)
         try:
             yield
         finally:
             self._trainer.data_collator = before
+
+    # Several processes
+
+    def _share(self, training: bool) -> Share:
+        args = self._args
+        return Share(
+            rank=args.process_index,
+            processes=args.world_size,
+            accumulation=args.gradient_accumulation_steps if training else 1,
+            padded=self.batching.padded,
+        )
+
+    def _row_sampler(self, dataset: Dataset, batch_size: int, **kwargs: Any) -> StepSampler:
+        named = "input_ids" in dataset.column_names
+        lengths = lengths_of(dataset, padded=self.batching.padded) if named else np.ones(len(dataset), np.int64)
+        sampler, drop_last = kwargs["sampler_fn"](dataset), self._args.dataloader_drop_last
+        return StepSampler(sampler, lengths, self._share(training=True), rows=batch_size, drop_last=drop_last)
+
+    def _dealt(self, dataset: Any, batches: StepSampler | None, description: str, *, training: bool) -> Any:
+        """The loader of what is dealt to this process: `accelerate` divides nothing more."""
+        trainer, args = self._trainer, self._args
+        collate: Any = trainer.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = trainer._remove_unused_columns(dataset, description=description)
+            collate = BlankCollator(collate=collate, row=blank_of(dataset.with_format(None)[0]))
+        else:
+            collate = BlankCollator(collate=trainer._get_collator_with_removed_columns(collate, description))
+        accelerator = trainer.accelerator
+        return prepare_data_loader(
+            batch_loader(dataset, batches, collate, args, training=training),
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            dispatch_batches=False,
+            use_seedable_sampler=True,  # without it, processes would draw orders of their own
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+        )
+
+    # Batches by tokens
 
     def token_batches(self, dataset: Any, training: bool) -> TokenBatches:
         """The batches by tokens of a data set."""
@@ -153,16 +184,19 @@ class Loaders:
             order=order,
             seed=self._seed if training else None,
             padded=self.batching.padded,
-            multiple_of=args.world_size,
         )
 
     def _token_loader(self, dataset: Any, training: bool) -> Any:
         batches = self.token_batches(dataset, training)
         if training:
             self._mean_rows = len(dataset) / len(batches)
+        if self._args.world_size > 1:
+            lengths = lengths_of(dataset, padded=self.batching.padded)
+            sampler = StepSampler(batches, lengths, self._share(training))
+            return self._dealt(dataset, sampler, "training" if training else "evaluation", training=training)
         names = [name for name in dataset.column_names if name in self.batching.columns]
         dataset = dataset.select_columns(names) if self._args.remove_unused_columns else dataset
-        loader = token_loader(dataset, batches, self._trainer.data_collator, self._args)
+        loader = batch_loader(dataset, batches, self._trainer.data_collator, self._args, training=training)
         return register_sampler(self._trainer.accelerator.prepare(loader))
 
     def regrouped(self, batches: Sequence[Any]) -> list[Any]:
@@ -178,8 +212,3 @@ class Loaders:
 
     def _length_groups(self, dataset: Dataset, batch_size: int) -> LengthGroups:
         return LengthGroups(lengths_of(dataset, padded=self.batching.padded), batch_size, self._seed)
-
-
-def _dictionary(collate: Callable[[list[dict[str, Any]]], Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    batch = collate(rows)
-    return batch.tensors() if isinstance(batch, Batch) else batch

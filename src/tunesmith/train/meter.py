@@ -73,7 +73,7 @@ class Meter:
     def read(self, batch: Batch) -> None:
         """Count the tokens of a batch, padding left out, and its examples: documents that belong together are one."""
         self._sums["tokens"] += batch.tokens
-        self.examples += len(batch.groups)
+        self.examples += 0 if batch.blank else len(batch.groups)
 
     def add(self, outcome: BatchLoss, weight: Tensor) -> None:
         """Add the outcome of a batch, whose loss is a sum over `weight`."""

@@ -38,6 +38,10 @@ class PlainBatch(dict[str, Any]):
         plain.batch = batch
         return plain
 
+    def as_blank(self) -> "PlainBatch":
+        assert self.batch is not None
+        return PlainBatch.of(self.batch.as_blank())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PlainBatch":
         """A new one, on `device`."""
         return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
@@ -108,7 +112,7 @@ class Overrides:
     def __init__(
         self, trainer: Trainer, base: type, meters: Mapping[str, Meter], note_batch: Callable[[Any, Tensor], None]
     ) -> None:
-        self._trainer, self._meters, self._note_batch = trainer, meters, note_batch
+        self._trainer, self._base, self._meters, self._note_batch = trainer, base, meters, note_batch
         self.names = overridden(type(trainer), base)
         self._own = {name: getattr(trainer, name) for name in self.names}
         self._reached: set[str] = set()
@@ -130,6 +134,10 @@ class Overrides:
         own = self._own["compute_loss"]
         # A collator of the user's may have made something else for it.
         batch = as_batch(inputs) if {"input_ids", "labels"} <= {*inputs.keys()} else None
+        if batch is not None and batch.blank:  # a mean over no tokens is no number
+            return cast(Any, self._base).compute_loss(
+                self._trainer, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         arguments: dict[str, Any] = {ITEMS: num_items_in_batch} if _takes(own, ITEMS) else {}
         if return_outputs:
             if not _takes(own, "return_outputs"):

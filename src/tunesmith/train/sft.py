@@ -41,6 +41,7 @@ from tunesmith.train.setup import (
     router_coefficient,
     used_ids,
 )
+from tunesmith.train.together import in_turn
 from tunesmith.train.trainer import BaseTrainer
 
 PREPARED_BY = {
@@ -111,7 +112,8 @@ class SFTTrainer(RowsTrainer):
         tokenizer, added = prepare_tokenizer(processing_class, given, args)
         data = DataPreparer(args, tokenizer, formatting_func, shares=data_collator is None)
         by_row = compute_metrics is not None
-        train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
+        with in_turn(args):
+            train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
         remember(tokenizer, data.form)
         preflight = data.preflight()
         preflight.stop_on_problems()

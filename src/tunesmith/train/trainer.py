@@ -18,6 +18,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -269,10 +270,11 @@ class BaseTrainer(transformers.Trainer):
         """The weight of a whole step: every micro-batch, and every process."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        weights = (self.batch_weight(as_batch(batch)) for batch in batch_samples)
+        batches = [as_batch(batch) for batch in batch_samples]
+        weights = (self.batch_weight(batch) for batch in batches if not batch.blank)
         weight = sum(weights, start=torch.tensor(0)).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            weight = self.accelerator.gather(weight).sum()
+        if self.args.world_size > 1:
+            weight = self.accelerator.reduce(weight.to(torch.float32), reduction="sum")
         return weight
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -314,12 +316,18 @@ class BaseTrainer(transformers.Trainer):
                 outputs = outputs_behind_virtual_tokens(model, batch.inputs())
             else:
                 outputs = model(**batch.inputs(), use_cache=False)
-            loss = self.compute_loss_func(outputs, batch.labels, num_items_in_batch=weight)
+            if batch.blank:
+                loss = outputs.logits.sum() * 0.0
+            else:
+                loss = self.compute_loss_func(outputs, batch.labels, num_items_in_batch=weight)
         else:
             with offloading(model, enabled=model.training and cast(Config, self.args).activation_offloading):
                 outcome = self.batch_loss(model, batch, with_outputs=return_outputs)
             outputs = outcome.outputs
-            meter.add(outcome, self.batch_weight(batch))
+            if batch.blank:
+                outcome = replace(outcome, loss=outcome.loss * 0.0)
+            else:
+                meter.add(outcome, self.batch_weight(batch))
             if model.training:
                 self.journal.note_losses(batch, outcome.nll)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
@@ -327,7 +335,7 @@ class BaseTrainer(transformers.Trainer):
             loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
         if outputs is not None:
             outputs.loss = loss
-        if model.training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        if model.training and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
         return (loss, outputs) if return_outputs else loss
 

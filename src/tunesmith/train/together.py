@@ -1,0 +1,54 @@
+"""Several processes of one run: how they wait for each other, and whose error ended them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from torch import distributed
+from transformers import TrainingArguments
+
+LOST = 75
+"""The exit code of a process that ended because another did."""
+FOREVER = timedelta(days=365)
+_SIGNS = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "remote process exited",
+    "NCCL",
+    "ncclRemote",
+)
+
+
+def number_of_processes() -> int:
+    """As whoever started this process says."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, in the words of gloo and NCCL."""
+    if isinstance(error, distributed.DistBackendError | distributed.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+@contextmanager
+def in_turn(args: TrainingArguments) -> Iterator[None]:
+    """The first process of each machine does what is within before the others, which find it in the cache then.
+
+    They wait as long as it takes: what is within may last longer than a collective of the training may. Where one
+    fails, the others do.
+    """
+    if args.world_size == 1 or not distributed.is_initialized():
+        yield
+        return
+    group = distributed.new_group(timeout=FOREVER, backend="gloo")
+    first = args.local_process_index == 0
+    if not first:
+        distributed.barrier(group)
+    yield
+    if first:
+        distributed.barrier(group)
+    distributed.barrier(group)

@@ -1,0 +1,144 @@
+"""`tunesmith train --processes`: started together, stopped together, and one that fails ends all with its error."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.forked import Command
+from tests.models import tiny
+from tests.train.runs import TEXTS, largest_difference
+from tunesmith.errors import TunesmithError
+from tunesmith.train.launch import Place
+
+pytestmark = pytest.mark.slow
+SETTINGS = ("--max-steps", 3, "--use-cpu", "--precision", "fp32", "--optim", "sgd", "--logging-steps", 1)
+SITE = """
+import os, signal, sys
+from transformers import TrainerCallback
+
+RANK, KIND = os.environ.get("RANK"), os.environ.get("FAULT")
+
+
+class Fault(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and RANK == "1":
+            if KIND == "step":
+                raise ValueError("a fault in a step")
+            if KIND == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+if RANK is not None and KIND:
+    import tunesmith.train.sft as sft
+    from tunesmith.errors import TunesmithError
+
+    prepare, make = sft.DataPreparer.everything, sft.BaseTrainer.__init__
+
+    def everything(self, *args, **kwargs):
+        if KIND == "data" and RANK == "1":
+            raise TunesmithError("a fault in preparation")
+        return prepare(self, *args, **kwargs)
+
+    def init(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self.add_callback(Fault())
+        save = self.keeper._write
+        if KIND == "save" and RANK == "0":
+            def fail(*args, **kwargs):
+                raise OSError(28, "a fault in saving")
+            self.keeper._write = fail
+
+    sft.DataPreparer.everything, sft.BaseTrainer.__init__ = everything, init
+"""
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Command]:
+    """Starts the command on TEXTS, with options and variables."""
+    model = tiny("llama", 259)
+    model.save_pretrained(tmp_path / "model")
+    for file in tiny_model.iterdir():
+        if "tok" in file.name or "template" in file.name:
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+
+    def start(name: str, *options: Any, **variables: str) -> Command:
+        common = ("--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / name)
+        path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "TUNESMITH_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        return Command(tmp_path / f"{name}.log", "train", *common, *SETTINGS, *options, env=env | variables)
+
+    return start
+
+
+def test_two_processes_are_started_and_make_the_model_of_one(train: Callable[..., Command], tmp_path: Path) -> None:
+    one = train("one", "--per-device-train-batch-size", 4)
+    two = train("two", "--per-device-train-batch-size", 2, "--processes", 2)
+    assert (one.finish(), two.finish()) == (0, 0), two.stderr
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert largest_difference(*weights) < 1e-6
+    assert two.stdout.count("saved the model") == 1
+    assert "Warning" not in two.stderr
+    assert "processes: 2" in (tmp_path / "two" / "recipe.yaml").read_text()
+
+
+def test_two_agents_meet_as_two_machines_would(train: Callable[..., Command]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    machines = [
+        train(f"machine{rank}", "--nodes", 2, "--node-rank", rank, "--rendezvous", f"127.0.0.1:{port}")
+        for rank in range(2)
+    ]
+    assert [machine.finish() for machine in machines] == [0, 0], machines[0].stderr + machines[1].stderr
+    assert [machine.stdout.count("saved the model") for machine in machines] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("data", 2, "error: a fault in preparation"),
+        ("step", 1, "ValueError: a fault in a step"),
+        ("save", 1, "a fault in saving"),
+        ("kill", 1, "process 1 of 2 was killed: SIGKILL"),
+    ],
+)
+def test_one_that_fails_ends_all_with_its_error(
+    fault: str, code: int, said: str, train: Callable[..., Command]
+) -> None:
+    options = ("--per-device-train-batch-size", 2, "--save-strategy", "steps", "--save-steps", 1)
+    run = train("run", *options, "--processes", 2, FAULT=fault)
+    assert run.finish() == code, run.stderr
+    assert said in run.stderr
+    assert "Connection closed" not in run.stderr
+
+
+def test_sigterm_to_the_command_saves_once_and_stops_all(train: Callable[..., Command], tmp_path: Path) -> None:
+    run = train("run", "--per-device-train-batch-size", 2, "--processes", 2, "--max-steps", 100000)
+    run.until(lambda: "step 2/" in run.stdout)
+    os.kill(run.process.pid, signal.SIGTERM)
+    started = time.monotonic()
+    assert run.finish() == 143, run.stderr
+    assert time.monotonic() - started < 30
+    assert len([*(tmp_path / "run").glob("checkpoint-*")]) == 1
+    assert run.stdout.count("go on:") == 1
+
+
+def test_what_cannot_be_started_is_refused() -> None:
+    for place, message in (
+        (Place(processes=0), "processes is 0; write 1 or more"),
+        (Place(processes=1, nodes=2, node_rank=2), "--node-rank is 2 of --nodes 2"),
+        (Place(processes=1, nodes=2), "--nodes needs --rendezvous HOST:PORT"),
+        (Place(processes=1, nodes=2, rendezvous="there"), "--rendezvous is there; write HOST:PORT"),
+    ):
+        with pytest.raises(TunesmithError, match=message):
+            place.check()
