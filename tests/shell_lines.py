@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 from typer.main import get_command
 
 from tests.conftest import REPO
+from tunesmith.cli.complete import RecipeCommand
 from tunesmith.cli.main import app
+from tunesmith.settings.recipe import parse_options
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PLACES = (Path(), Path(".venv/bin"))
@@ -46,7 +48,11 @@ def _tunesmith(arguments: list[str]) -> None:
         return
     context = group.make_context("tunesmith", list(arguments))
     name, command, rest = group.resolve_command(context, list(arguments))  # type: ignore[attr-defined]
-    assert command.make_context(name, rest, parent=context).args == [], arguments
+    rest = command.make_context(name, rest, parent=context).args
+    if isinstance(command, RecipeCommand):
+        parse_options(rest)  # which raises for what is no setting
+    else:
+        assert rest == [], arguments
 
 
 def _git(arguments: list[str]) -> None:

@@ -254,5 +254,6 @@ def test_what_several_processes_would_train_otherwise_than_one_is_refused(monkey
     monkeypatch.setattr(SFTConfig, "world_size", 2)
     make()
     refused("average_tokens_across_devices is False, which divides", average_tokens_across_devices=False)
+    refused("train_sampling_strategy is 'batch_rebalance', and rows", train_sampling_strategy="batch_rebalance")
     refused("accelerator_config.split_batches is True", accelerator_config={"split_batches": True})
     refused("accelerator_config.dispatch_batches is True", accelerator_config={"dispatch_batches": True})

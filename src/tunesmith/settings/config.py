@@ -344,6 +344,11 @@ class Config(TrainingArguments):
                 "average_tokens_across_devices is False, which divides the loss of each process by its own tokens: "
                 f"{self.world_size} processes would train otherwise than one. Leave it at True"
             )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise TunesmithError(
+                "train_sampling_strategy is 'batch_rebalance', and rows are dealt out to processes by their tokens "
+                "already; leave it out, or take group_by_length"
+            )
         if accelerator.split_batches:
             raise TunesmithError(
                 "accelerator_config.split_batches is True, which divides a batch among processes; leave it out, and "

@@ -114,6 +114,11 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if (sharing := max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size())) > 1:
+            raise TunesmithError(
+                f"parallelism_config lets {sharing} processes share the computation of a row, and here each process "
+                "computes rows of its own; leave out tp_size, cp_size and sp_size"
+            )
         if self.optimizer is not None:
             _check_holds(self.optimizer, cast(nn.Module, self.model))
         self.journal = Journal(
