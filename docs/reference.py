@@ -57,7 +57,7 @@ GROUPS = (
         title="Model and chat template",
         text="More on [chat templates](templates.md).",
         names="model model_init_kwargs trust_remote_code chat_template_path chat_template_kwargs eos_token pad_token "
-        "router_aux_loss_coef",
+        "router_aux_loss_coef trainer",
     ),
     Group(
         title="Data",
@@ -152,7 +152,18 @@ def settings_page() -> str:
     if odd:
         raise ValueError(f"each setting has one place in GROUPS; these have none, or two, or are no settings: {odd}")
     keys = ", ".join(f"`{name}`" for name in KEYS)
-    return HEADER.format(keys=keys) + "".join(_group(group, known) for group in GROUPS) + _refused(known)
+    groups = "".join(_group(group, known) for group in GROUPS)
+    return HEADER.format(keys=keys) + groups + _group(_pairs(), all_settings("dpo")) + _refused(known)
+
+
+def _pairs() -> Group:
+    """What `tunesmith dpo` has beside the settings of all runs."""
+    own, supervised = all_settings("dpo"), all_settings()
+    return Group(
+        title="Pairs of answers",
+        text="Of `tunesmith dpo` and `DPOConfig` only; more on [preferences](preferences.md).",
+        names=" ".join(name for name in own if name not in supervised or name == "loss_type"),
+    )
 
 
 def _group(group: Group, known: Mapping[str, Setting]) -> str:

@@ -188,6 +188,7 @@ def test_bradley_terry() -> None:
         ({"losses": (("exo_pair", 1.0),)}, "write label_smoothing: 0.001"),
         ({"losses": (("hinge", 1.0),), "label_smoothing": 0.1}, "label_smoothing is set, and loss_type: hinge"),
         ({"losses": (("apo_zero", 1.0),), "divergence": "forward_kl"}, "f_divergence_type is set"),
+        ({"divergence": "kl"}, "f_divergence_type is 'kl'; choose reverse_kl"),
         ({"ld_alpha": 2.0}, "ld_alpha is 2.0"),
         ({"losses": (("simpo", 1.0),), "reference_free": True}, "has no reference anyway"),
         ({"losses": (("discopop", 1.0),), "discopop_tau": 0.0}, "discopop_tau is 0.0"),

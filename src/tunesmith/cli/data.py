@@ -42,7 +42,7 @@ def preparer_of(recipe: "Recipe") -> "DataPreparer":
 
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    return DataPreparer(recipe.config, tokenizer, None)
+    return DataPreparer(recipe.config, tokenizer, None, task="pairs" if recipe.trainer == "dpo" else "supervised")
 
 
 def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":

@@ -16,8 +16,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
-    from tunesmith.settings.recipe import Recipe
-    from tunesmith.trainers import SFTTrainer
+    from tunesmith.settings.recipe import Recipe, Trainer
+    from tunesmith.trainers import DPOTrainer, SFTTrainer
 
 RECIPE = "recipe.yaml"
 SAMPLE_PROMPTS = 3
@@ -47,20 +47,23 @@ The settings used most:
 """
 
 
-def _list_settings(wanted: bool) -> None:
-    """Prints every setting with its type, default and help."""
-    if not wanted:
-        return
+def list_settings(trainer: "Trainer") -> None:
+    """Prints every setting of a trainer with its type, default and help, and ends the command."""
     from dataclasses import MISSING
 
     from tunesmith.settings.coerce import expected
     from tunesmith.settings.recipe import all_settings
 
-    for name, setting in all_settings().items():
+    for name, setting in all_settings(trainer).items():
         default = getattr(setting.default, "value", setting.default)
         typer.echo(f"{name}: {expected(setting.kind)}" + ("" if default is MISSING else f" (default: {default!r})"))
         typer.echo(textwrap.fill(setting.help, 100, initial_indent="    ", subsequent_indent="    ") + "\n")
     raise typer.Exit
+
+
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        list_settings("sft")
 
 
 def train(
@@ -70,11 +73,16 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, as a recipe says."""
+    begin(ctx.args)
+
+
+def begin(arguments: list[str], **settings: Any) -> None:
+    """Trains as the command line says, with `settings` that it can't change."""
     from tunesmith.secrets import scrub
     from tunesmith.settings.recipe import parse_options, resolve
 
-    path, overrides = parse_options(ctx.args)
-    recipe = resolve(path, overrides)
+    path, overrides = parse_options(arguments)
+    recipe = resolve(path, overrides | settings)
     # Trackers keep the command line that a run was started with.
     tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
     sys.argv = [scrub(word, tokens) for word in sys.argv]
@@ -108,10 +116,11 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
-    from tunesmith.trainers import SFTTrainer
+    from tunesmith.trainers import DPOTrainer, SFTTrainer
 
+    kind: Any = {"sft": SFTTrainer, "dpo": DPOTrainer}[recipe.trainer]
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
-        trainer = SFTTrainer(
+        trainer: SFTTrainer | DPOTrainer = kind(
             model=recipe.model,
             args=recipe.config,
             train_dataset=train_rows,
@@ -139,7 +148,7 @@ def run(recipe: "Recipe") -> None:
         raise typer.Exit(stop.exit_code)
 
 
-def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
+def _finish(trainer: "SFTTrainer | DPOTrainer", *, stopped: bool) -> None:
     """What came of it, and what can be done with it."""
     output, state = str(trainer.args.output_dir), trainer.state
     saved = "adapters" if trainer.has_adapters else "model"
@@ -155,7 +164,7 @@ def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
         finish_lines(_result(trainer) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
 
 
-def _result(trainer: "SFTTrainer") -> dict[str, Any]:
+def _result(trainer: "SFTTrainer | DPOTrainer") -> dict[str, Any]:
     """The numbers of a run: the last of each, and what was odd."""
     last: dict[str, Any] = {}
     for entry in trainer.state.log_history:
@@ -178,7 +187,7 @@ def _result(trainer: "SFTTrainer") -> dict[str, Any]:
 
 
 @contextmanager
-def _reporting(trainer: "SFTTrainer", output: Path) -> Iterator[None]:
+def _reporting(trainer: "SFTTrainer | DPOTrainer", output: Path) -> Iterator[None]:
     """An error leaves a report. A second Ctrl-C leaves at once; what was saved before stays."""
     from tunesmith.runs.checkpoints import checkpoints
 
@@ -194,12 +203,12 @@ def _reporting(trainer: "SFTTrainer", output: Path) -> Iterator[None]:
         raise
 
 
-def _say_report(trainer: "SFTTrainer") -> None:
+def _say_report(trainer: "SFTTrainer | DPOTrainer") -> None:
     if trainer.report is not None:
         _say(f"how it went:  {trainer.report}")
 
 
-def _say_preflight(trainer: "SFTTrainer") -> None:
+def _say_preflight(trainer: "SFTTrainer | DPOTrainer") -> None:
     from tunesmith.cli.check import split_lines
 
     assert trainer.preflight is not None

@@ -11,7 +11,7 @@ Shapes: P pairs, S scored tokens of all answers.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -322,6 +322,11 @@ def check_options(options: PreferenceOptions) -> None:
             raise TunesmithError(
                 f"loss_type: {name!r} is unknown{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}"
             )
+    if options.divergence not in get_args(Divergence):
+        raise TunesmithError(
+            f"f_divergence_type is {options.divergence!r}; choose {' | '.join(get_args(Divergence))}"
+            f"{nearest(options.divergence, get_args(Divergence))}"
+        )
     if not options.beta > 0:
         raise TunesmithError(f"beta is {options.beta}; write a number above 0, such as 0.1")
     smoothing = options.label_smoothing

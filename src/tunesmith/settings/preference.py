@@ -27,14 +27,14 @@ class DPOConfig(Config):
     learning_rate: float = setting(1e-6, "Peak learning rate; LoRA wants about ten times more.")
 
     # The loss
-    loss_type: list[str] | str = field(
+    loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": "sigmoid (DPO) | hinge | ipo | exo_pair | nca_pair | robust | bco_pair | sppo_hard | aot | "
             "aot_unpaired | apo_zero | apo_down | discopop | sft | sigmoid_norm | simpo | cpo | orpo, or several."
         },
     )
-    loss_weights: list[float] | str | None = setting(None, "The weight of each of several losses; unset, 1.")
+    loss_weights: list[float] | None = setting(None, "The weight of each of several losses; unset, 1.")
     beta: float = setting(0.1, "How close to stay to the reference: higher is closer; the weight of the odds in orpo.")
     label_smoothing: float = setting(0.0, "The share of pairs that are taken to be the wrong way around; below 0.5.")
     f_divergence_type: str = setting(
@@ -59,8 +59,9 @@ class DPOConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        self.loss_type = [OLDER_LOSSES.get(name, name) for name in names]
+        names: Any = self.loss_type
+        names = names.split(",") if isinstance(names, str) else list(names)
+        self.loss_type = [OLDER_LOSSES.get(name.strip(), name.strip()) for name in names if name.strip()]
         if not self.loss_type:
             raise TunesmithError("loss_type is empty; write sigmoid for DPO")
         self._check_weights()
@@ -69,15 +70,14 @@ class DPOConfig(Config):
     @property
     def losses(self) -> tuple[tuple[str, float], ...]:
         """The names of the losses with their weights."""
-        weights: Any = self.loss_weights or [1.0] * len(self.loss_type)
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
         return tuple(zip(self.loss_type, weights, strict=True))
 
     def _check_weights(self) -> None:
         if self.loss_weights is None:
             return
-        numbers = [*self.loss_weights] if isinstance(self.loss_weights, list | tuple) else [self.loss_weights]
         try:
-            self.loss_weights = [float(number) for number in numbers]
+            self.loss_weights = [float(number) for number in self.loss_weights]
         except (TypeError, ValueError):
             raise TunesmithError(
                 f"loss_weights is {self.loss_weights!r}; write a list of numbers, one for each loss_type"
@@ -99,6 +99,12 @@ class DPOConfig(Config):
             raise TunesmithError(
                 "neftune_noise_alpha is set: noise on the embeddings would tell the model from its reference; leave it "
                 "out"
+            )
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise TunesmithError(
+                "accelerator_config: dispatch_batches deals the rows of a batch out to processes, and a pair has two; "
+                "set it to false"
             )
         if self.overlong == "split":
             raise TunesmithError("overlong is split, and a pair can't be split; write truncate, drop or error")

@@ -85,6 +85,7 @@ class DPOTrainer(RowsTrainer):
     """
 
     _tag_names = ("tunesmith", "dpo")
+    kind = "dpo"
     means: tuple[str, ...] = (
         *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected"),
@@ -102,9 +103,9 @@ class DPOTrainer(RowsTrainer):
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         for name, value in (("data_collator", data_collator), ("compute_metrics", compute_metrics)):
             if value is not None:
@@ -215,7 +216,9 @@ class DPOTrainer(RowsTrainer):
                     "load the data, or leave it out"
                 )
             with args.main_process_first(desc="reference log-probabilities"):
-                return with_reference(dataset, key, size, partial(self._scores_of, reference))
+                dataset = with_reference(dataset, key, size, partial(self._scores_of, reference))
+            self.data.adopt(dataset)
+            return dataset
 
         self.train_dataset = completed(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
@@ -258,6 +261,7 @@ class DPOTrainer(RowsTrainer):
         answer = self.predict_targets(model, batch, batch.targets(), objective, with_outputs=with_outputs)
         scored: TokenLogProbs = answer.outcome
         documents, weights = batch.documents, _weights(batch)
+        assert documents, "a batch of pairs knows its documents"
         real = [i for i in range(len(documents)) if weights[i // 2] > 0]
         if not real:  # rows that only even out processes; what is 0 keeps its graph
             zeros = dict.fromkeys(self.means, torch.zeros((), device=scored.logprobs.device))

@@ -80,6 +80,8 @@ class BaseTrainer(transformers.Trainer):
 
     means: tuple[str, ...] = ()
     """The names in `BatchLoss.sums` whose means are logged."""
+    kind: ClassVar[str] = "sft"
+    """What is trained, in the record of a run."""
     publisher: ClassVar[Any] = None
     """A `Publisher`, where the trainer can send what it has trained."""
     draw_page: ClassVar[Any] = None
