@@ -153,17 +153,18 @@ def settings_page() -> str:
         raise ValueError(f"each setting has one place in GROUPS; these have none, or two, or are no settings: {odd}")
     keys = ", ".join(f"`{name}`" for name in KEYS)
     groups = "".join(_group(group, known) for group in GROUPS)
-    return HEADER.format(keys=keys) + groups + _group(_pairs(), all_settings("dpo")) + _refused(known)
+    return HEADER.format(keys=keys) + groups + _preferences() + _refused(known)
 
 
-def _pairs() -> Group:
-    """What `tunesmith dpo` has beside the settings of all runs."""
-    own, supervised = all_settings("dpo"), all_settings()
-    return Group(
-        title="Pairs of answers",
-        text="Of `tunesmith dpo` and `DPOConfig` only; more on [preferences](preferences.md).",
-        names=" ".join(name for name in own if name not in supervised or name == "loss_type"),
-    )
+def _preferences() -> str:
+    """What `tunesmith dpo` and `tunesmith kto` have beside the settings of all runs."""
+    supervised, parts = all_settings(), ""
+    for title, trainer, config in (("Pairs of answers", "dpo", "DPOConfig"), ("Judged answers", "kto", "KTOConfig")):
+        known = all_settings(trainer)
+        text = f"Of `tunesmith {trainer}` and `{config}` only; more on [preferences](preferences.md)."
+        names = " ".join(name for name in known if name not in supervised or name == "loss_type")
+        parts += _group(Group(title=title, text=text, names=names), known)
+    return parts
 
 
 def _group(group: Group, known: Mapping[str, Setting]) -> str:

@@ -22,11 +22,11 @@ def test_the_page_of_settings_is_what_the_fields_say() -> None:
 
 
 def test_the_page_of_settings_has_each_of_them_once() -> None:
-    """Those of pairs, of which `loss_type` is another setting than that of texts, have a part of their own."""
+    """Those of preferences, of which `loss_type` is another setting than that of texts, have a part of their own."""
     texts, pairs = reference.settings_page().split("## Pairs of answers")
     named, refused = re.findall(r"^- `(\w+)`", texts, re.MULTILINE), re.findall(r"^- `(\w+)`:", pairs, re.MULTILINE)
     assert sorted(named + refused) == sorted(all_settings())
-    own = [name for name in re.findall(r"^- `(\w+)` ", pairs, re.MULTILINE) if name != "loss_type"]
+    own = {name for name in re.findall(r"^- `(\w+)` ", pairs, re.MULTILINE) if name != "loss_type"}
     assert sorted(own) == sorted(every_setting().keys() - all_settings().keys())
 
 

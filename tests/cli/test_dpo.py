@@ -104,3 +104,19 @@ def test_its_settings_are_listed() -> None:
     assert result.exit_code == 0
     assert "\nld_alpha: " in result.stdout
     assert "\ntrain_on: " not in result.stdout
+
+
+def test_kto_trains_on_judged_answers(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "judged.jsonl"
+    rows = [{"messages": row["prompt"] + row["chosen"], "label": i % 2 == 0} for i, row in enumerate(PAIRS)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", tiny_model, "--data", data, "--output", tmp_path / "run", "--max-steps", 1, "--lora"]
+    result = run("kto", *options, "--json", "--precision", "fp32", "--self-test", "off", "--sample-prompts", 0)
+    assert result.exit_code == 0, result.output
+    assert "2 good answers and 2 bad ones" in result.stderr
+    record = RunRecord.read(tmp_path / "run")
+    assert record is not None
+    assert record.trainer == "kto"
+    shown = run("inspect", *options, "--trainer", "kto", "--row", 2).stdout
+    assert "trained on  the answer, good or bad" in shown
+    assert "example 2 of 4, a bad answer: 31 tokens, 3 supervised" in shown

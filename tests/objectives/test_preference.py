@@ -15,6 +15,7 @@ from tunesmith.objectives.preference import (
     LOSSES,
     PreferenceOptions,
     Scored,
+    apo_zero_unpaired_loss,
     bradley_terry_loss,
     check_options,
     kl_estimate,
@@ -170,6 +171,12 @@ def test_kto() -> None:
     assert losses.tolist() == pytest.approx([3 * (1 - sigmoid(1)), 0.5 * (1 - sigmoid(-1))], rel=1e-5)
     assert float(kl_estimate(torch.tensor([1.0, 2.0]))) == 1.5
     assert float(kl_estimate(torch.tensor([-1.0, -2.0]))) == 0.0
+
+
+def test_apo_zero_of_answers_judged_one_by_one() -> None:
+    good = torch.tensor([True, False])
+    losses = apo_zero_unpaired_loss(torch.tensor([1.0, 1.0]), good, beta=2.0, undesirable_weight=0.5)
+    assert losses.tolist() == pytest.approx([sigmoid(-2), 0.5 * sigmoid(2)], rel=1e-5)
 
 
 def test_bradley_terry() -> None:

@@ -192,12 +192,12 @@ def test_new_adapters_are_off_and_those_trained_further_are_as_they_were(dpo_of:
 def test_a_step_leaves_the_reference_as_it_was(adapters: Any, dpo_of: Any) -> None:
     trainer = dpo_of(peft_config=adapters, learning_rate=1e-1)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    before = torch.cat(trainer._by_reference(trainer.model, batch))
+    before = torch.cat(trainer.by_reference(trainer.model, batch))
     weights = weights_of(trainer)
     trainer.train()
     assert largest_difference(weights_of(trainer), weights) > 1e-3
     now = weights_of(trainer)
-    torch.testing.assert_close(torch.cat(trainer._by_reference(trainer.model, batch)), before)
+    torch.testing.assert_close(torch.cat(trainer.by_reference(trainer.model, batch)), before)
     assert largest_difference(weights_of(trainer), now) == 0.0
 
 

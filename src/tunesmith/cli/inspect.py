@@ -103,6 +103,8 @@ def prepared(
             rows.append(_tree(title, pairs_of(dataset[number - 1]), vocabulary))
             continue
         batch = FlatCollator()([dataset[number - 1]])
+        if recipe.trainer == "kto" and not packing:
+            title += ", a good answer" if batch.documents[0].score > 0 else ", a bad answer"
         documents = [example.input_ids for example in batch.documents]
         weights = batch["weights"][0].tolist() if "weights" in batch else None
         ids, labels = [*chain.from_iterable(documents)], batch.labels[0].tolist()
@@ -157,8 +159,8 @@ def _chosen(count: int, kind: str, row: int | None, random: int | None, seed: in
 def _settings(recipe: "Recipe") -> list[tuple[str, str]]:
     config = recipe.config
     trained: str = config.resolved_train_on or "the completion of prompt-completion rows, else all (train_on is unset)"
-    if recipe.trainer == "dpo":
-        trained = "both answers, chosen against rejected"
+    if recipe.trainer != "sft":
+        trained = "both answers, chosen against rejected" if recipe.trainer == "dpo" else "the answer, good or bad"
     packing = config.packing_strategy if config.packing else "no"
     return [
         ("model", f"{recipe.model} (its tokenizer; no weights are loaded)"),

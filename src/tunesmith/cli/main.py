@@ -19,6 +19,7 @@ from tunesmith.cli import (
     export,
     init,
     inspect,
+    kto,
     merge,
     plan,
     push,
@@ -101,6 +102,7 @@ def summary(command: Any) -> str:
 for command, text, usage in (
     (train.train, train.HELP, train.USAGE),
     (dpo.dpo, dpo.HELP, train.USAGE),
+    (kto.kto, kto.HELP, train.USAGE),
     (check.check, check.HELP, check.USAGE),
     (inspect.inspect, inspect.HELP, inspect.USAGE),
     (plan.plan, plan.HELP, plan.USAGE),

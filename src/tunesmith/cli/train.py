@@ -17,7 +17,7 @@ from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
     from tunesmith.settings.recipe import Recipe, Trainer
-    from tunesmith.trainers import DPOTrainer, SFTTrainer
+    from tunesmith.trainers import Published as PublicTrainer
 
 RECIPE = "recipe.yaml"
 SAMPLE_PROMPTS = 3
@@ -116,11 +116,11 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
-    from tunesmith.trainers import DPOTrainer, SFTTrainer
+    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
 
-    kind: Any = {"sft": SFTTrainer, "dpo": DPOTrainer}[recipe.trainer]
+    kind: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer}[recipe.trainer]
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
-        trainer: SFTTrainer | DPOTrainer = kind(
+        trainer: PublicTrainer = kind(
             model=recipe.model,
             args=recipe.config,
             train_dataset=train_rows,
@@ -148,7 +148,7 @@ def run(recipe: "Recipe") -> None:
         raise typer.Exit(stop.exit_code)
 
 
-def _finish(trainer: "SFTTrainer | DPOTrainer", *, stopped: bool) -> None:
+def _finish(trainer: "PublicTrainer", *, stopped: bool) -> None:
     """What came of it, and what can be done with it."""
     output, state = str(trainer.args.output_dir), trainer.state
     saved = "adapters" if trainer.has_adapters else "model"
@@ -164,7 +164,7 @@ def _finish(trainer: "SFTTrainer | DPOTrainer", *, stopped: bool) -> None:
         finish_lines(_result(trainer) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
 
 
-def _result(trainer: "SFTTrainer | DPOTrainer") -> dict[str, Any]:
+def _result(trainer: "PublicTrainer") -> dict[str, Any]:
     """The numbers of a run: the last of each, and what was odd."""
     last: dict[str, Any] = {}
     for entry in trainer.state.log_history:
@@ -187,7 +187,7 @@ def _result(trainer: "SFTTrainer | DPOTrainer") -> dict[str, Any]:
 
 
 @contextmanager
-def _reporting(trainer: "SFTTrainer | DPOTrainer", output: Path) -> Iterator[None]:
+def _reporting(trainer: "PublicTrainer", output: Path) -> Iterator[None]:
     """An error leaves a report. A second Ctrl-C leaves at once; what was saved before stays."""
     from tunesmith.runs.checkpoints import checkpoints
 
@@ -203,12 +203,12 @@ def _reporting(trainer: "SFTTrainer | DPOTrainer", output: Path) -> Iterator[Non
         raise
 
 
-def _say_report(trainer: "SFTTrainer | DPOTrainer") -> None:
+def _say_report(trainer: "PublicTrainer") -> None:
     if trainer.report is not None:
         _say(f"how it went:  {trainer.report}")
 
 
-def _say_preflight(trainer: "SFTTrainer | DPOTrainer") -> None:
+def _say_preflight(trainer: "PublicTrainer") -> None:
     from tunesmith.cli.check import split_lines
 
     assert trainer.preflight is not None

@@ -380,6 +380,20 @@ def kto_loss(
     return weights * (1 - torch.sigmoid(beta * distance))
 
 
+def apo_zero_unpaired_loss(
+    ratios: Tensor,
+    good: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """(N,) 1 - sigmoid(beta r) of a good answer, sigmoid(beta r) of a bad one: `apo_zero` for answers that are judged
+    one by one (arXiv:2408.06266)."""
+    weights = torch.where(good, desirable_weight, undesirable_weight)
+    return weights * torch.where(good, 1 - torch.sigmoid(beta * ratios), torch.sigmoid(beta * ratios))
+
+
 def kl_estimate(ratios: Tensor) -> Tensor:
     """The scalar z of `kto_loss`: the mean log-ratio (N,) of answers to other prompts, and 0 at the least."""
     return ratios.mean().clamp(min=0).detach() if len(ratios) else ratios.new_zeros(())

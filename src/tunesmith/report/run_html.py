@@ -169,11 +169,12 @@ def named(origin: Origin) -> str:
 
 def _loss_unit(runs: Sequence[RunData]) -> str:
     trainers = {run.record.trainer for run in runs if run.record is not None}
-    return "of a pair" if trainers == {"dpo"} else "nats a supervised token"
+    [trainer] = trainers if len(trainers) == 1 else ["sft"]
+    return {"dpo": "of a pair", "kto": "of an answer"}.get(trainer, "nats a supervised token")
 
 
 def _rewards(run: RunData) -> Iterator[str]:
-    """Of a run on pairs: rewards, accuracies and log-probabilities of both answers, as they were logged."""
+    """Of a run on preferences: rewards, accuracies and log-probabilities of better and worse answers, as logged."""
     history = run.record.history if run.record is not None else ()
     for title, unit, names in (
         ("Rewards of chosen (first) and rejected answers", "beta x nats", ("rewards/chosen", "rewards/rejected")),

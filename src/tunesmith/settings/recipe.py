@@ -1,6 +1,6 @@
 """Recipes: what a run is, as YAML and on the command line, checked before anything heavy happens.
 
-A recipe's keys are the fields of its trainer's config (SFTConfig, DPOConfig) and the few in `KEYS`. Every value, from a
+A recipe's keys are the fields of its trainer's config (SFTConfig, ...) and the few in `KEYS`. Every value, from a
 file or from the command line, goes through `coerce` with its field's type: YAML reads `2e-5` as text and `no` as false,
 and neither may surprise.
 """
@@ -22,19 +22,20 @@ from tunesmith.settings.older import LEAVE_OUT, RENAMED
 if TYPE_CHECKING:
     from tunesmith.settings.config import Config
 
-LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5}
+LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5}
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
-Trainer = Literal["sft", "dpo"]
+Trainer = Literal["sft", "dpo", "kto"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
-        "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`).",
+        "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`) | kto: learn "
+        "from answers that are good or bad (as `tunesmith kto`).",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
@@ -257,9 +258,9 @@ def _setting(name: str, place: str) -> Setting:
 def config_of(trainer: Trainer) -> "type[Config]":
     """The config that a trainer takes."""
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.settings.preference import DPOConfig
+    from tunesmith.settings.preference import DPOConfig, KTOConfig
 
-    configs: dict[Trainer, type[Config]] = {"sft": SFTConfig, "dpo": DPOConfig}
+    configs: dict[Trainer, type[Config]] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}
     return configs[trainer]
 
 

@@ -324,12 +324,16 @@ def _summary(card: Card) -> str:
     if card.model.template_arguments:
         given = ", ".join(f"`{name}={value!r}`" for name, value in card.model.template_arguments.items())
         note += f"\n\nIts conversations were rendered with {given} for the chat template: ask it so, too."
-    ways = {"sft": "supervised fine-tuning", "dpo": "preference optimization (DPO) on pairs of answers"}
+    ways = {
+        "sft": "supervised fine-tuning",
+        "dpo": "preference optimization (DPO) on pairs of answers",
+        "kto": "preference optimization (KTO) on answers that are good or bad",
+    }
     return f"{model}, by {ways[_trainer(card)]} with tunesmith.{note}"
 
 
 def _trainer(card: Card) -> str:
-    return "dpo" if card.record and card.record.trainer == "dpo" else "sft"
+    return card.record.trainer if card.record else "sft"
 
 
 def _snippet(card: Card) -> str:
@@ -353,7 +357,7 @@ def _results_section(card: Card) -> list[str]:
     if card.results:
         rows = [[inline(result.dataset), result.metric, f"{result.value:.4f}"] for result in card.results]
         parts.append(table(["evaluated on", "metric", "value"], rows))
-        what = "supervised tokens" if _trainer(card) == "sft" else "pairs"
+        what = {"sft": "supervised tokens", "dpo": "pairs", "kto": "answers"}[_trainer(card)]
         parts.append(f"All are over the {what} of the set, each predicted from the true text before it.")
     if card.picture:
         parts.append(f"![The loss over the steps of training.]({PICTURE})")
