@@ -24,7 +24,8 @@ QUICK = {
     "--self-test": "off",
 }
 """A step, as small as it can be; what a recipe is about stays."""
-LONG_ROWS = {"tool_calls": "384"}
+LARGER = {"tool_calls": {"--max-length": "384"}, "kto": {"--per-device-train-batch-size": "2"}}
+"""Rows that are longer than that, and a loss that compares two."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_a_recipe_checks_clean_and_trains(name: str, tmp_path: Path) -> None:
     for split in report["splits"].values():
         assert split["counts"]["dropped"] == {}
         assert split["counts"]["truncated"] == split["duplicates"] == split["without_end"] == 0
-    quick = QUICK | ({"--max-length": LONG_ROWS[name]} if name in LONG_ROWS else {})
+    quick = QUICK | LARGER.get(name, {})
     options = [part for pair in quick.items() for part in pair]
     done = CliRunner().invoke(app, ["train", f"recipes/{name}.yaml", "--output", str(tmp_path / "run"), *options])
     assert done.exit_code == 0, done.output
