@@ -57,7 +57,7 @@ GROUPS = (
         title="Model and chat template",
         text="More on [chat templates](templates.md).",
         names="model model_init_kwargs trust_remote_code chat_template_path chat_template_kwargs eos_token pad_token "
-        "router_aux_loss_coef",
+        "router_aux_loss_coef trainer",
     ),
     Group(
         title="Data",
@@ -153,7 +153,19 @@ def settings_page() -> str:
     if odd:
         raise ValueError(f"each setting has one place in GROUPS; these have none, or two, or are no settings: {odd}")
     keys = ", ".join(f"`{name}`" for name in KEYS)
-    return HEADER.format(keys=keys) + "".join(_group(group, known) for group in GROUPS) + _refused(known)
+    groups = "".join(_group(group, known) for group in GROUPS)
+    return HEADER.format(keys=keys) + groups + _preferences() + _refused(known)
+
+
+def _preferences() -> str:
+    """What `tunesmith dpo` and `tunesmith kto` have beside the settings of all runs."""
+    supervised, parts = all_settings(), ""
+    for title, trainer, config in (("Pairs of answers", "dpo", "DPOConfig"), ("Judged answers", "kto", "KTOConfig")):
+        known = all_settings(trainer)
+        text = f"Of `tunesmith {trainer}` and `{config}` only; more on [preferences](preferences.md)."
+        names = " ".join(name for name in known if name not in supervised or name == "loss_type")
+        parts += _group(Group(title=title, text=text, names=names), known)
+    return parts
 
 
 def _group(group: Group, known: Mapping[str, Setting]) -> str:

@@ -45,8 +45,12 @@ def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
     questions = [{"question": f"What is {n} + 1?", "answer": f" {n + 1}"} for n in range(8)]
     test = [{"prompt": row["question"], "completion": row["answer"]} for row in questions[:2]]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yes, indeed", "No")]
+    pairs = [{"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": answers[1]} for row in chat]
+    judged = [{"messages": row["messages"][:1] + answers[n % 2], "label": n % 2 == 1} for n, row in enumerate(chat)]
     capybara = [{"source": "test", "num_turns": 1, **row} for row in chat]
     files: dict[str, list[dict[str, Any]]] = {"chat": chat, "rows": chat, "questions": questions, "test": test}
+    files |= {"pairs": pairs, "judged": judged}
     for name, rows in (files | {"trl-lib/Capybara/train": capybara}).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         path = tmp_path / f"{name}.jsonl"

@@ -24,7 +24,8 @@ QUICK = {
     "--self-test": "off",
 }
 """A step, as small as it can be; what a recipe is about stays."""
-LONG_ROWS = {"tool_calls": "384"}
+LARGER = {"tool_calls": {"--max-length": "384"}, "kto": {"--per-device-train-batch-size": "2"}}
+"""Rows that are longer than that, and a loss that compares two."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +35,8 @@ def from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_folder_is_complete_and_in_the_table() -> None:
-    expected = "chat classification continued_pretraining full instruct json_extraction lora_4bit lora_8bit tool_calls"
-    assert expected.split() == RECIPES
+    expected = "chat classification continued_pretraining dpo full instruct json_extraction kto lora_4bit lora_8bit"
+    assert [*expected.split(), "tool_calls"] == RECIPES
     table = (FOLDER / "README.md").read_text(encoding="utf-8")
     used = set()
     for name in RECIPES:
@@ -66,7 +67,7 @@ def test_a_recipe_checks_clean_and_trains(name: str, tmp_path: Path) -> None:
     for split in report["splits"].values():
         assert split["counts"]["dropped"] == {}
         assert split["counts"]["truncated"] == split["duplicates"] == split["without_end"] == 0
-    quick = QUICK | ({"--max-length": LONG_ROWS[name]} if name in LONG_ROWS else {})
+    quick = QUICK | LARGER.get(name, {})
     options = [part for pair in quick.items() for part in pair]
     done = CliRunner().invoke(app, ["train", f"recipes/{name}.yaml", "--output", str(tmp_path / "run"), *options])
     assert done.exit_code == 0, done.output

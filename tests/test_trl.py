@@ -1,19 +1,23 @@
-"""A script of TRL's that changes its import runs here, and what the tests take for TRL's fields are TRL's fields."""
+"""A script of TRL's that changes its import runs here, pairs train as they do there, and what the tests take for TRL's
+fields are TRL's fields."""
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
-from tunesmith.trainers import SFTTrainer
+from tunesmith.settings.preference import DPOConfig
+from tunesmith.trainers import DPOTrainer, SFTTrainer
 
 
 def arguments_of(trainer: type) -> list[str]:
@@ -43,6 +47,8 @@ def test_each_of_trls_choices_is_taken_or_refused_by_name(name: str, choice: str
 
 def test_the_trainer_takes_trls_arguments_in_trls_order() -> None:
     assert arguments_of(SFTTrainer) == [*ARGUMENTS, "model_init", "older"]
+    theirs = "model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks"
+    assert arguments_of(DPOTrainer)[:12] == [*theirs.split(), "optimizers", "quantization_config", "peft_config"]
 
 
 @pytest.mark.documented
@@ -63,3 +69,47 @@ def test_trl_itself_has_the_fields_that_the_other_tests_take_for_its_own() -> No
 
 def _default(field: "Field[Any]") -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+@pytest.mark.documented
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(
+            {"loss_type": [name]}
+            for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero")
+        ),
+        *({"loss_type": [name]} for name in ("apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm")),
+        {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+        {"loss_type": ["robust"], "label_smoothing": 0.1},
+        {"ld_alpha": 0.5},
+        {"use_weighting": True},
+        {"f_divergence_type": "js_divergence"},
+    ],
+    ids=str,
+)
+def test_ten_steps_on_pairs_go_as_they_go_in_trl(settings: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """Pairs of texts: of messages, TRL scores what the template writes behind the end of a turn, too."""
+    trl = import_module("trl")
+    words = ["yes", "no", "maybe so", "it is", "not at all, no", "of course", "why", "so"]
+    rows = [
+        {"prompt": f"Is it {word}? ", "chosen": word, "rejected": words[i - 1] + "!" * (i % 4)}
+        for i, word in enumerate(words)
+    ]
+    common: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    common |= {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    logged = []
+    for config, trainer in ((trl.DPOConfig, trl.DPOTrainer), (DPOConfig, DPOTrainer)):
+        args = config(**common | settings, gradient_checkpointing=False)
+        run = trainer(model=str(tiny_model), args=args, train_dataset=Dataset.from_list(rows))
+        run.train()
+        logged.append([entry for entry in run.state.log_history if "loss" in entry])
+    for theirs, ours in zip(*logged, strict=True):
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.settings.preference import DPOConfig
-    from tunesmith.trainers import DPOTrainer, SFTTrainer
+    from tunesmith.settings.preference import DPOConfig, KTOConfig
+    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
 
 # Threads that have done their part of a product wait for the others in a loop, on cores that these may need: beside one
 # other run, training went at less than a tenth of its speed. After so many rounds they sleep; alone, that costs one or
@@ -29,6 +29,8 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataSource",
+    "KTOConfig",
+    "KTOTrainer",
     "SFTConfig",
     "SFTTrainer",
     "TunesmithError",
@@ -39,6 +41,8 @@ __all__ = [
 _DEFINED_IN = {
     "DPOConfig": "tunesmith.settings.preference",
     "DPOTrainer": "tunesmith.trainers",
+    "KTOConfig": "tunesmith.settings.preference",
+    "KTOTrainer": "tunesmith.trainers",
     "DataSource": "tunesmith.data.mixture",
     "SFTConfig": "tunesmith.settings.config",
     "SFTTrainer": "tunesmith.trainers",
@@ -56,8 +60,8 @@ _IN_TRL = {
     "ConstantLengthDataset": "write SFTConfig(packing=True)",
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
-        ("KTOTrainer", "KTOConfig", "RewardTrainer", "RewardConfig", "GRPOTrainer"),
-        "tunesmith does supervised fine-tuning and DPO: import it from trl, whose trainers load what was tuned here",
+        ("RewardTrainer", "RewardConfig", "GRPOTrainer", "GRPOConfig"),
+        "tunesmith does supervised fine-tuning, DPO and KTO: import it from trl, which loads what was tuned here",
     ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""

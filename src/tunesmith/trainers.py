@@ -8,7 +8,7 @@ from tunesmith.runs.files import REPORT
 from tunesmith.runs.record import Origin
 from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.train import preference, sft
+from tunesmith.train import dpo, kto, sft
 from tunesmith.train.trainer import BaseTrainer
 
 
@@ -71,5 +71,9 @@ class SFTTrainer(sft.SFTTrainer, Published):
     __doc__ = sft.SFTTrainer.__doc__
 
 
-class DPOTrainer(preference.DPOTrainer, Published):
-    __doc__ = preference.DPOTrainer.__doc__
+class DPOTrainer(dpo.DPOTrainer, Published):
+    __doc__ = dpo.DPOTrainer.__doc__
+
+
+class KTOTrainer(kto.KTOTrainer, Published):
+    __doc__ = kto.KTOTrainer.__doc__

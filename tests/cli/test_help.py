@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tunesmith.cli.complete import SETTINGS, settings_text
 from tunesmith.cli.main import app
-from tunesmith.settings.recipe import all_settings
+from tunesmith.settings.recipe import every_setting
 
 ROWS, COLUMNS = 40, 80
 GROUP = get_command(app)
@@ -40,7 +40,7 @@ def test_help_shows_an_example_whose_options_exist(command: str) -> None:
     assert examples, f"no `tunesmith {command} ...` in its help"
     parameters = COMMANDS[command].params  # type: ignore[attr-defined]
     known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
-    known |= {f"--{name.replace('_', '-')}" for name in all_settings()} | {"--output"}
+    known |= {f"--{name.replace('_', '-')}" for name in every_setting()} | {"--output"}
     first = text[text.index(f"tunesmith {command} ") :].split(" Options ")[0].split(" Arguments ")[0]
     assert set(re.findall(r"(?<=\s)--[a-z][a-z-]*", first)) <= known
 

@@ -70,11 +70,17 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = own["template"] or tokenizer.chat_template
     data: Any = Dataset.from_list(own["rows"] or ROWS)
+    settings = {"save_strategy": "no", "logging_steps": 1} | settings
     args = SFTConfig(
-        output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
-        gradient_accumulation_steps=accumulation, per_device_eval_batch_size=2,
-        **{"save_strategy": "no", "logging_steps": 1} | settings,
-    )  # fmt: skip
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        precision="fp32",
+        disable_tqdm=True,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=2,
+        **settings,
+    )
     torch.manual_seed(0)
     return (OwnLoss if own["subclass"] else SFTTrainer)(
         tiny(own["model"] or "llama", len(tokenizer)),

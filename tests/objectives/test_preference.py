@@ -15,6 +15,7 @@ from tunesmith.objectives.preference import (
     LOSSES,
     PreferenceOptions,
     Scored,
+    apo_zero_unpaired_loss,
     bradley_terry_loss,
     check_options,
     kl_estimate,
@@ -172,6 +173,12 @@ def test_kto() -> None:
     assert float(kl_estimate(torch.tensor([-1.0, -2.0]))) == 0.0
 
 
+def test_apo_zero_of_answers_judged_one_by_one() -> None:
+    good = torch.tensor([True, False])
+    losses = apo_zero_unpaired_loss(torch.tensor([1.0, 1.0]), good, beta=2.0, undesirable_weight=0.5)
+    assert losses.tolist() == pytest.approx([sigmoid(-2), 0.5 * sigmoid(2)], rel=1e-5)
+
+
 def test_bradley_terry() -> None:
     chosen, rejected = torch.tensor([2.0]), torch.tensor([1.0])
     assert float(bradley_terry_loss(chosen, rejected)) == pytest.approx(NLL_1, rel=1e-5)
@@ -188,6 +195,7 @@ def test_bradley_terry() -> None:
         ({"losses": (("exo_pair", 1.0),)}, "write label_smoothing: 0.001"),
         ({"losses": (("hinge", 1.0),), "label_smoothing": 0.1}, "label_smoothing is set, and loss_type: hinge"),
         ({"losses": (("apo_zero", 1.0),), "divergence": "forward_kl"}, "f_divergence_type is set"),
+        ({"divergence": "kl"}, "f_divergence_type is 'kl'; choose reverse_kl"),
         ({"ld_alpha": 2.0}, "ld_alpha is 2.0"),
         ({"losses": (("simpo", 1.0),), "reference_free": True}, "has no reference anyway"),
         ({"losses": (("discopop", 1.0),), "discopop_tau": 0.0}, "discopop_tau is 0.0"),

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.data.styles import TEMPLATES
 from tunesmith import SFTTrainer
+from tunesmith.train.trainer import BaseTrainer
 
 TEXTS = ["a", "on", "the mat", "sat there, it seems", "cat", "A longer line of text.", "of", "it is so, and so on"]
 TEXT_ROWS = [{"text": text} for text in TEXTS]
@@ -36,7 +37,7 @@ END = 2
 Weights = dict[str, Tensor]
 
 
-def weights_of(trainer: SFTTrainer) -> Weights:
+def weights_of(trainer: BaseTrainer) -> Weights:
     model: Any = trainer.model
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

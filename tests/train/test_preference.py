@@ -89,7 +89,8 @@ def padded_logprobs(model: Any, documents: list[Any]) -> list[Tensor]:
 
 def expected_loss(model: Any, start: Any, trainer: DPOTrainer) -> Tensor:
     """The sum over all pairs of the trainer's losses, padded."""
-    documents = [document for row in trainer.train_dataset for pair in pairs_of(row) for document in pair]
+    dataset: Any = trainer.train_dataset
+    documents = [document for row in dataset for pair in pairs_of(row) for document in pair]
     own = padded_logprobs(model, documents)
     with torch.no_grad():
         reference = padded_logprobs(start, documents)
@@ -126,9 +127,10 @@ def compare(trainer: DPOTrainer, plain: Any) -> None:
     """Values and gradients of all pairs in one batch; `plain` is the model as it began."""
     model: Any = trainer.model
     moved(model)
-    batch = trainer.data_collator(list(trainer.train_dataset))  # type: ignore[arg-type]
+    dataset: Any = trainer.train_dataset
+    batch: Any = trainer.data_collator(list(dataset))
     weight = trainer.batch_weight(batch)
-    assert int(weight) == len([pair for row in trainer.train_dataset for pair in pairs_of(row)])
+    assert int(weight) == len([pair for row in dataset for pair in pairs_of(row)])
     ours = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(1))
     ours.backward()
     found = gradients(model)
@@ -191,12 +193,12 @@ def test_new_adapters_are_off_and_those_trained_further_are_as_they_were(dpo_of:
 def test_a_step_leaves_the_reference_as_it_was(adapters: Any, dpo_of: Any) -> None:
     trainer = dpo_of(peft_config=adapters, learning_rate=1e-1)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    before = torch.cat(trainer._by_reference(trainer.model, batch))
+    before = torch.cat(trainer.by_reference(trainer.model, batch))
     weights = weights_of(trainer)
     trainer.train()
     assert largest_difference(weights_of(trainer), weights) > 1e-3
     now = weights_of(trainer)
-    torch.testing.assert_close(torch.cat(trainer._by_reference(trainer.model, batch)), before)
+    torch.testing.assert_close(torch.cat(trainer.by_reference(trainer.model, batch)), before)
     assert largest_difference(weights_of(trainer), now) == 0.0
 
 
@@ -213,6 +215,7 @@ def test_a_reference_of_the_users_and_one_computed_before(dpo_of: Any, model_of:
     computed.train()
     assert largest_difference(weights_of(plain), weights_of(computed)) < 1e-5
     assert "eval_rewards/margins" in computed.evaluate()
+    assert "eval_rewards/margins" in computed.evaluate(computed.train_dataset)
     with pytest.raises(TunesmithError, match="were not there when the reference was computed"):
         computed.evaluate(PAIRS[3:5])
     with pytest.raises(TunesmithError, match="compares with none"):
@@ -389,6 +392,7 @@ def test_without_dropout_nothing_is_random(model_of: Any) -> None:
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is set"),
         ({"overlong": "split"}, "a pair can't be split"),
         ({"packing": True, "packing_strategy": "wrapped"}, "a pair is packed whole"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "a pair has two"),
         ({"sync_ref_model": True}, "the reference stays what training began with"),
         ({"max_prompt_length": 128}, "takes what is too much from the prompt's front"),
         ({"train_on": "all"}, "DPOConfig has no setting 'train_on'"),
@@ -400,4 +404,4 @@ def test_what_is_refused(settings: dict[str, Any], problem: str, dpo_of: Any) ->
 
 
 def test_aot_pair_is_the_older_name_of_aot(tmp_path: Path) -> None:
-    assert DPOConfig(output_dir=str(tmp_path), loss_type="aot_pair", use_cpu=True).losses == (("aot", 1.0),)
+    assert DPOConfig(output_dir=str(tmp_path), loss_type=["aot_pair"], use_cpu=True).losses == (("aot", 1.0),)

@@ -148,7 +148,7 @@ def test_out_of_memory_is_answered_without_tearing_a_pair_apart(flat: bool, tmp_
     assert groups
     assert all(sizes == [2] for sizes in groups)
     assert any("same gradients" in text for _, text in split.events)
-    assert largest_difference(weights_of(split), weights_of(whole)) < 1e-6  # type: ignore[arg-type]
+    assert largest_difference(weights_of(split), weights_of(whole)) < 1e-6
 
 
 def _train(folder: str, kill_at: int) -> None:
@@ -175,7 +175,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     assert resumed.state.global_step == 6
-    assert largest_difference(weights_of(resumed), weights_of(unbroken)) == 0.0  # type: ignore[arg-type]
+    assert largest_difference(weights_of(resumed), weights_of(unbroken)) == 0.0
     assert resumed.state.log_history[-2] == unbroken.state.log_history[-2]  # the last entry has times
 
 

@@ -66,9 +66,9 @@ def settings(incomplete: str) -> list[Completion]:
 
 def settings_text() -> str:
     """What `SETTINGS` is to hold. Imports all that settings come from."""
-    from tunesmith.settings.recipe import ALIASES, all_settings
+    from tunesmith.settings.recipe import ALIASES, every_setting
 
-    known = all_settings()
+    known = every_setting()
     helps = {name: known[name if name in known else ALIASES[name]].help for name in (*known, *ALIASES)}
     sentences = {name: re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0] for name, text in helps.items()}
     return "".join(f"{name}\t{textwrap.shorten(text, 80, placeholder=' ...')}\n" for name, text in sentences.items())

@@ -7,10 +7,11 @@ from tunesmith.terminal.output import note
 
 if TYPE_CHECKING:
     from tunesmith.data.dataset import DataPreparer
+    from tunesmith.data.formats import Task
     from tunesmith.data.mixture import DataSource
     from tunesmith.data.read import Rows
     from tunesmith.runs.record import Origin
-    from tunesmith.settings.recipe import Recipe
+    from tunesmith.settings.recipe import Recipe, Trainer
 
 SAME_DATA: dict[str, Any] = {
     "output_dir": "unused",
@@ -41,7 +42,8 @@ def preparer_of(recipe: "Recipe") -> "DataPreparer":
 
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    return DataPreparer(recipe.config, tokenizer, None)
+    tasks: dict[Trainer, Task] = {"sft": "supervised", "dpo": "pairs", "kto": "judged"}
+    return DataPreparer(recipe.config, tokenizer, None, task=tasks[recipe.trainer])
 
 
 def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":

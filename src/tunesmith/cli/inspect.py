@@ -12,9 +12,11 @@ import typer
 from tunesmith.cli.data import data_recipe, preparer_of, training_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish
+from tunesmith.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from tunesmith.report.inspect import InspectedRow
+    from tunesmith.data.batches import Group
+    from tunesmith.report.inspect import InspectedRow, Vocabulary
     from tunesmith.settings.recipe import Recipe
 
 FIRST = 3
@@ -82,7 +84,7 @@ def prepared(
     recipe: "Recipe", row: int | None, random: int | None
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
-    from tunesmith.data.batches import FlatCollator
+    from tunesmith.data.batches import FlatCollator, pairs_of
     from tunesmith.report.inspect import Vocabulary, count_facts, inspect_row
 
     source = training_rows(recipe)
@@ -96,8 +98,13 @@ def prepared(
     vocabulary, kind = Vocabulary.of(preparer.tokenizer), "pack" if recipe.config.packing else "example"
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
-        batch = FlatCollator()([dataset[number - 1]])
         title = f"{kind} {number:,} of {len(dataset):,}"
+        if recipe.trainer == "dpo":
+            rows.append(_tree(title, pairs_of(dataset[number - 1]), vocabulary))
+            continue
+        batch = FlatCollator()([dataset[number - 1]])
+        if recipe.trainer == "kto" and not packing:
+            title += ", a good answer" if batch.documents[0].score > 0 else ", a bad answer"
         documents = [example.input_ids for example in batch.documents]
         weights = batch["weights"][0].tolist() if "weights" in batch else None
         ids, labels = [*chain.from_iterable(documents)], batch.labels[0].tolist()
@@ -114,6 +121,30 @@ def prepared(
     return facts, rows
 
 
+def _tree(title: str, pairs: Sequence["Group"], vocabulary: "Vocabulary") -> "InspectedRow":
+    """Pairs as their prompts, each once, and the two answers behind them."""
+    from tunesmith.report.inspect import inspect_row
+
+    parts: list[tuple[str, Sequence[int], Sequence[int], float]] = []
+    for chosen, rejected in pairs:
+        scored = next((i for i, label in enumerate(chosen.labels) if label != IGNORE_INDEX), len(chosen.labels))
+        shared = scored if chosen.input_ids[:scored] == rejected.input_ids[:scored] else 0
+        if shared:
+            parts.append(("prompt", chosen.input_ids[:shared], chosen.labels[:shared], 1.0))
+        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+            weight = 1.0 if answer.weights is None else answer.weights[-1]
+            parts.append((name, answer.input_ids[shared:], answer.labels[shared:], weight))
+    return inspect_row(
+        title,
+        [*chain.from_iterable(ids for _, ids, _, _ in parts)],
+        [*chain.from_iterable(labels for _, _, labels, _ in parts)],
+        [weight for _, ids, _, weight in parts for _ in ids],
+        [len(ids) for _, ids, _, _ in parts],
+        vocabulary,
+        [name for name, _, _, _ in parts],
+    )
+
+
 def _chosen(count: int, kind: str, row: int | None, random: int | None, seed: int) -> Sequence[int]:
     """Numbers, from 1, of the rows to show."""
     if row is not None:
@@ -127,7 +158,9 @@ def _chosen(count: int, kind: str, row: int | None, random: int | None, seed: in
 
 def _settings(recipe: "Recipe") -> list[tuple[str, str]]:
     config = recipe.config
-    trained = config.resolved_train_on or "the completion of prompt-completion rows, else all (train_on is unset)"
+    trained: str = config.resolved_train_on or "the completion of prompt-completion rows, else all (train_on is unset)"
+    if recipe.trainer != "sft":
+        trained = "both answers, chosen against rejected" if recipe.trainer == "dpo" else "the answer, good or bad"
     packing = config.packing_strategy if config.packing else "no"
     return [
         ("model", f"{recipe.model} (its tokenizer; no weights are loaded)"),

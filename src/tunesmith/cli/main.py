@@ -17,9 +17,11 @@ from tunesmith.cli import (
     check,
     demo,
     doctor,
+    dpo,
     export,
     init,
     inspect,
+    kto,
     merge,
     plan,
     push,
@@ -88,7 +90,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a mistake, too.")] = False,
 ) -> None:
-    """Supervised fine-tuning of language models.
+    """Fine-tuning of language models, on texts or on preferences.
 
     Begin: tunesmith demo, or tunesmith init recipe.yaml --data rows.jsonl
     Every command has --quiet and --json, and shows an example with --help.
@@ -104,6 +106,8 @@ def summary(command: Any) -> str:
 # These sort out their options themselves: every key of a recipe is one.
 for command, text, usage in (
     (train.train, train.HELP, train.USAGE),
+    (dpo.dpo, dpo.HELP, train.USAGE),
+    (kto.kto, kto.HELP, train.USAGE),
     (check.check, check.HELP, check.USAGE),
     (inspect.inspect, inspect.HELP, inspect.USAGE),
     (plan.plan, plan.HELP, plan.USAGE),

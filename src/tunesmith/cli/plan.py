@@ -56,6 +56,11 @@ def plan(
     if path is None:
         overrides.setdefault("data", "unused")
     recipe = resolve(path, overrides | NO_NEED)
+    if recipe.trainer != "sft":
+        raise TunesmithError(
+            f"plan counts supervised runs, and this one is {recipe.trainer}, which also has a reference. "
+            "Start it with memory_limit on a CPU, or let rehearse: always find out in the first step what fits"
+        )
     run = run_of(recipe, gpu)
     asked: Any = method or recipe.quantize or ("lora" if recipe.lora not in (None, False) else "full")
     plans = {name: planned(run, name) for name in METHODS if method in (None, name)}

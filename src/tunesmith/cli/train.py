@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,14 @@ from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
-    from tunesmith.settings.recipe import Recipe
-    from tunesmith.trainers import SFTTrainer
+    from tunesmith.settings.recipe import Recipe, Trainer
+    from tunesmith.trainers import Published as PublicTrainer
+
+Nodes = Annotated[int, typer.Option("--nodes", metavar="M", help="Train on so many machines.")]
+NodeRank = Annotated[int, typer.Option("--node-rank", metavar="R", help="The number of this machine, from 0.")]
+Rendezvous = Annotated[
+    str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where machines meet: on the first one.")
+]
 
 RECIPE = "recipe.yaml"
 USAGE = "[RECIPE.yaml] [--SETTING VALUE]..."
@@ -47,20 +54,32 @@ The settings used most:
 """
 
 
-def _list_settings(wanted: bool) -> None:
-    """Prints every setting with its type, default and help."""
-    if not wanted:
-        return
+def list_settings(trainer: "Trainer") -> None:
+    """Prints every setting of a trainer with its type, default and help, and ends the command."""
     from dataclasses import MISSING
 
     from tunesmith.settings.coerce import expected
     from tunesmith.settings.recipe import all_settings
 
-    for name, setting in all_settings().items():
+    for name, setting in all_settings(trainer).items():
         default = getattr(setting.default, "value", setting.default)
         typer.echo(f"{name}: {expected(setting.kind)}" + ("" if default is MISSING else f" (default: {default!r})"))
         typer.echo(textwrap.fill(setting.help, 100, initial_indent="    ", subsequent_indent="    ") + "\n")
     raise typer.Exit
+
+
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        list_settings("sft")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machines:
+    """How many train together, which of them this is, and where they meet."""
+
+    nodes: int
+    node_rank: int
+    rendezvous: str | None
 
 
 def train(
@@ -68,20 +87,23 @@ def train(
     fields: Annotated[
         bool, typer.Option("--fields", callback=_list_settings, is_eager=True, help="List all settings, and exit.")
     ] = False,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="M", help="Train on so many machines.")] = 1,
-    node_rank: Annotated[int, typer.Option("--node-rank", metavar="R", help="The number of this machine, from 0.")] = 0,
-    rendezvous: Annotated[
-        str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where machines meet: on the first one.")
-    ] = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
 ) -> None:
     """Train a model, as a recipe says."""
+    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous))
+
+
+def begin(arguments: list[str], machines: Machines, **settings: Any) -> None:
+    """Trains as the command line says, with `settings` that it can't change."""
     from tunesmith.secrets import scrub
     from tunesmith.settings.recipe import parse_options, resolve
 
-    path, overrides = parse_options(ctx.args)
-    recipe = resolve(path, overrides)
-    if (recipe.processes > 1 or nodes > 1) and "RANK" not in os.environ:
-        _launch(recipe.processes, nodes, node_rank, rendezvous)
+    path, overrides = parse_options(arguments)
+    recipe = resolve(path, overrides | settings)
+    if (recipe.processes > 1 or machines.nodes > 1) and "RANK" not in os.environ:
+        _launch(recipe.processes, machines)
     _check_launched(recipe.given.get("processes"))
     # Trackers keep the command line that a run was started with.
     tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
@@ -93,11 +115,13 @@ def train(
         raise
 
 
-def _launch(processes: int, nodes: int, node_rank: int, rendezvous: str | None) -> None:
+def _launch(processes: int, machines: Machines) -> None:
     """Run this command in each process of this machine, and end as they do."""
     from tunesmith.train.launch import Place, launch
 
-    place = Place(processes=processes, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    place = Place(
+        processes=processes, nodes=machines.nodes, node_rank=machines.node_rank, rendezvous=machines.rendezvous
+    )
     code, text = launch(sys.argv[1:], place)
     if text:
         typer.echo(text, err=True)
@@ -149,10 +173,11 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
     from tunesmith.train.together import number_of_processes
-    from tunesmith.trainers import SFTTrainer
+    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
 
+    kind: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer}[recipe.trainer]
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
-        trainer = SFTTrainer(
+        trainer: PublicTrainer = kind(
             model=recipe.model,
             args=recipe.config,
             train_dataset=train_rows,
@@ -181,7 +206,7 @@ def run(recipe: "Recipe") -> None:
         raise typer.Exit(stop.exit_code)
 
 
-def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
+def _finish(trainer: "PublicTrainer", *, stopped: bool) -> None:
     """What came of it, and what can be done with it."""
     output, state = str(trainer.args.output_dir), trainer.state
     saved = "adapters" if trainer.has_adapters else "model"
@@ -197,7 +222,7 @@ def _finish(trainer: "SFTTrainer", *, stopped: bool) -> None:
         finish_lines(_result(trainer) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
 
 
-def _result(trainer: "SFTTrainer") -> dict[str, Any]:
+def _result(trainer: "PublicTrainer") -> dict[str, Any]:
     """The numbers of a run: the last of each, and what was odd."""
     last: dict[str, Any] = {}
     for entry in trainer.state.log_history:
@@ -220,7 +245,7 @@ def _result(trainer: "SFTTrainer") -> dict[str, Any]:
 
 
 @contextmanager
-def _reporting(trainer: "SFTTrainer", output: Path) -> Iterator[None]:
+def _reporting(trainer: "PublicTrainer", output: Path) -> Iterator[None]:
     """An error leaves a report. A second Ctrl-C leaves at once; what was saved before stays."""
     from tunesmith.runs.checkpoints import checkpoints
 
@@ -236,12 +261,12 @@ def _reporting(trainer: "SFTTrainer", output: Path) -> Iterator[None]:
         raise
 
 
-def _say_report(trainer: "SFTTrainer") -> None:
+def _say_report(trainer: "PublicTrainer") -> None:
     if trainer.report is not None:
         _say(f"how it went:  {trainer.report}")
 
 
-def _say_preflight(trainer: "SFTTrainer") -> None:
+def _say_preflight(trainer: "PublicTrainer") -> None:
     from tunesmith.cli.check import split_lines
 
     assert trainer.preflight is not None

@@ -87,6 +87,10 @@ class DataPreparer:
         self._prepared_here.add(dataset)
         return dataset
 
+    def adopt(self, dataset: Prepared) -> None:
+        """`dataset` was made of one that was prepared here, and is taken as it is from now on."""
+        self._prepared_here.add(dataset)
+
     @property
     def packs_eval(self) -> bool:
         """Whether evaluation reads packs: as training does, unless `eval_packing` says otherwise."""

@@ -246,7 +246,7 @@ def _preferences(row: Mapping[str, Any], chosen: str, rejected: str) -> str:
         columns = f"{{prompt: {prompt}, completion: {chosen}}}"
     return (
         f"these are preference pairs ({chosen!r} and {rejected!r}); supervised fine-tuning can use one side of each. "
-        f"To train on the chosen answers write `columns: {columns}`"
+        f"To train on the chosen answers write `columns: {columns}`. `tunesmith dpo` (DPOTrainer) learns from both"
     )
 
 

@@ -11,7 +11,7 @@ Shapes: P pairs, S scored tokens of all answers.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -322,6 +322,11 @@ def check_options(options: PreferenceOptions) -> None:
             raise TunesmithError(
                 f"loss_type: {name!r} is unknown{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}"
             )
+    if options.divergence not in get_args(Divergence):
+        raise TunesmithError(
+            f"f_divergence_type is {options.divergence!r}; choose {' | '.join(get_args(Divergence))}"
+            f"{nearest(options.divergence, get_args(Divergence))}"
+        )
     if not options.beta > 0:
         raise TunesmithError(f"beta is {options.beta}; write a number above 0, such as 0.1")
     smoothing = options.label_smoothing
@@ -373,6 +378,20 @@ def kto_loss(
     distance = torch.where(good, ratios - kl.detach(), kl.detach() - ratios)
     weights = torch.where(good, desirable_weight, undesirable_weight)
     return weights * (1 - torch.sigmoid(beta * distance))
+
+
+def apo_zero_unpaired_loss(
+    ratios: Tensor,
+    good: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """(N,) 1 - sigmoid(beta r) of a good answer, sigmoid(beta r) of a bad one: `apo_zero` for answers that are judged
+    one by one (arXiv:2408.06266)."""
+    weights = torch.where(good, desirable_weight, undesirable_weight)
+    return weights * torch.where(good, 1 - torch.sigmoid(beta * ratios), torch.sigmoid(beta * ratios))
 
 
 def kl_estimate(ratios: Tensor) -> Tensor:

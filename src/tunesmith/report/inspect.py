@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from tunesmith.report.page import facts, whole_page
+from tunesmith.text import counted
 from tunesmith.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Document:
     """The pieces that attend to each other: an example, or what a pack holds of one."""
 
     pieces: tuple[Piece, ...]
+    name: str = ""
+    """What it is of a pair: the prompt, or one of the answers behind it."""
 
     @property
     def tokens(self) -> int:
@@ -102,6 +105,8 @@ class Document:
 
     def summary(self) -> str:
         """`152 tokens, 87 supervised (57%), ends with <|im_end|>`."""
+        if self.name and not self.supervised:
+            return f"{self.tokens:,} tokens, which both answers continue"
         parts = [f"{self.tokens:,} tokens, {_share(self.supervised, self.tokens)}"]
         weights = sorted({piece.weight for piece in self.pieces if piece.supervised})
         if weights not in ([], [1.0]):
@@ -127,7 +132,11 @@ class InspectedRow:
         tokens = sum(document.tokens for document in self.documents)
         supervised = sum(document.supervised for document in self.documents)
         ends = sum(document.ends for document in self.documents)
-        documents = f"{len(self.documents)} documents, {ends} of them with an end token"
+        answers = sum(document.name in ("chosen", "rejected") for document in self.documents)
+        listed = f"{len(self.documents)} documents" if not answers else counted(answers // 2, "pair")
+        documents = f"{listed}, {ends} of them with an end token"
+        if answers:
+            documents = f"{listed}, {ends} of {answers} answers with an end token"
         once = "" if self.computed in (None, tokens) else f" ({self.computed:,} computed: what documents share, once)"
         return f"{tokens:,} tokens{once}, {_share(supervised, tokens)}, {documents}"
 
@@ -143,10 +152,15 @@ def inspect_row(
     weights: Sequence[float] | None,
     lengths: Sequence[int],
     vocabulary: Vocabulary,
+    names: Sequence[str] = (),
 ) -> InspectedRow:
-    """A row's documents, one after another: T ids, labels (unshifted) and weights, and their token counts."""
+    """A row's documents, one after another: T ids, labels (unshifted) and weights, their token counts, and of pairs
+    their names."""
     row = pieces(input_ids, labels, weights, lengths, vocabulary)
-    documents = tuple(Document(pieces=tuple(part)) for _, part in groupby(row, key=lambda piece: piece.document))
+    documents = tuple(
+        Document(pieces=tuple(part), name=names[number] if names else "")
+        for number, part in groupby(row, key=lambda piece: piece.document)
+    )
     return InspectedRow(title=title, documents=documents)
 
 
@@ -317,7 +331,7 @@ def terminal(row: InspectedRow, *, plain: bool, ids: bool) -> Text:
     text.append(row.title, BOUNDARY).append(f": {row.summary()}\n")
     for number, document in enumerate(row.documents, start=1):
         if len(row.documents) > 1:
-            text.append(f"── document {number} of {len(row.documents)}", BOUNDARY)
+            text.append(f"── {document.name or f'document {number} of {len(row.documents)}'}", BOUNDARY)
             text.append(f": {document.summary()}\n")
         for part, style in _fragments(document, plain=plain, ids=ids):
             text.append(part, style)
@@ -404,7 +418,9 @@ def _row(row: InspectedRow) -> Iterator[str]:
     lacks_end = not packed and not row.documents[0].ends
     yield f'<h2>{escape(row.title)} {_summary(row.summary(), lacks_end)}</h2>\n<div class="pack">\n'
     for number, document in enumerate(row.documents, start=1):
-        heading = f"document {number} of {len(row.documents)} {_summary(document.summary(), not document.ends)}"
+        name = document.name or f"document {number} of {len(row.documents)}"
+        warns = not document.ends and document.name != "prompt"
+        heading = f"{name} {_summary(document.summary(), warns)}"
         yield f"<section>{f'<h3>{heading}</h3>' if packed else ''}"
         yield from _document(document)
         yield "</section>\n"

@@ -167,11 +167,36 @@ def named(origin: Origin) -> str:
     return f"{origin.name} (a {origin.kind})" if origin.kind in ("folder", "file") else origin.name
 
 
+def _loss_unit(runs: Sequence[RunData]) -> str:
+    trainers = {run.record.trainer for run in runs if run.record is not None}
+    [trainer] = trainers if len(trainers) == 1 else ["sft"]
+    return {"dpo": "of a pair", "kto": "of an answer"}.get(trainer, "nats a supervised token")
+
+
+def _rewards(run: RunData) -> Iterator[str]:
+    """Of a run on preferences: rewards, accuracies and log-probabilities of better and worse answers, as logged."""
+    history = run.record.history if run.record is not None else ()
+    for title, unit, names in (
+        ("Rewards of chosen (first) and rejected answers", "beta x nats", ("rewards/chosen", "rewards/rejected")),
+        ("Pairs whose chosen answer has the higher reward", "share", ("rewards/accuracies",)),
+        ("Log-probabilities of chosen (first) and rejected answers", "nats", ("logps/chosen", "logps/rejected")),
+    ):
+        curves = [
+            Curve(
+                points=[(int(entry["step"]), entry[name]) for entry in history if entry.get(name) is not None], number=i
+            )
+            for i, name in enumerate(names)
+        ]
+        if all(len(curve.points) > 1 for curve in curves):
+            yield figure(svg(curves, label=title), title, unit)
+
+
 def _curves(run: RunData) -> Iterator[str]:
     marks = [step for step, _ in run.events]
     evaluated = [Curve(points=points, number=number) for number, (_, points) in enumerate(eval_losses(run), start=1)]
     picture = svg([_curve(run, "loss", noisy=True), *evaluated], label="loss", marks=marks, wide=True)
-    figures = [figure(picture, "Loss", "nats a supervised token")]
+    figures = [figure(picture, "Loss", _loss_unit([run]))]
+    figures += _rewards(run)
     figures += _panels([run], marks)
     if not any(figures):
         return
@@ -402,10 +427,11 @@ def _eval_curves(runs: Sequence[RunData]) -> dict[str, list[Sequence[tuple[int, 
 
 def _curves_of_all(runs: Sequence[RunData]) -> Iterator[str]:
     training = [_curve(run, "loss", number=i, noisy=True) for i, run in enumerate(runs)]
-    figures = [figure(svg(training, label="training loss", wide=True), "Training loss", "nats a supervised token")]
+    unit = _loss_unit(runs)
+    figures = [figure(svg(training, label="training loss", wide=True), "Training loss", unit)]
     for name, losses in _eval_curves(runs).items():
         evaluated = [Curve(points=points, number=i) for i, points in enumerate(losses)]
-        figures.append(figure(svg(evaluated, label=f"{name} loss"), f"Loss: {name}", "nats a supervised token"))
+        figures.append(figure(svg(evaluated, label=f"{name} loss"), f"Loss: {name}", unit))
     figures += _panels(runs)
     if any(figures):
         yield f'<h2>Curves</h2>\n<div class="curves">\n{"".join(figures)}</div>\n'

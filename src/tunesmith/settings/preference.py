@@ -1,56 +1,24 @@
-"""DPOConfig: what a run on pairs of answers does, with TRL's names."""
+"""DPOConfig and KTOConfig: what runs on pairs, and on judged answers, do, with TRL's names."""
 # ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config, accept_older_names, setting
 
+KTOLoss = Literal["kto", "apo_zero_unpaired"]
 OLDER_LOSSES = {"aot_pair": "aot"}
 """What TRL once called a loss."""
 
 
 @dataclass
-class DPOConfig(Config):
-    """Settings of direct preference optimization and its kin.
-
-    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
-    `learning_rate` 1e-6, `logging_steps` 10, `bf16` None: `precision` decides.
-
-    `max_length` is for each answer with its prompt; what is too much goes from the prompt's front. A value that can't
-    be what the user meant raises TunesmithError when the config is made, or where it is one of the loss, the trainer.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*Config._VALID_DICT_FIELDS]  # type: ignore[misc]
+class PreferenceConfig(Config):
+    """What runs share that compare a model with its reference."""
 
     learning_rate: float = setting(1e-6, "Peak learning rate; LoRA wants about ten times more.")
-
-    # The loss
-    loss_type: list[str] | str = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={
-            "help": "sigmoid (DPO) | hinge | ipo | exo_pair | nca_pair | robust | bco_pair | sppo_hard | aot | "
-            "aot_unpaired | apo_zero | apo_down | discopop | sft | sigmoid_norm | simpo | cpo | orpo, or several."
-        },
-    )
-    loss_weights: list[float] | str | None = setting(None, "The weight of each of several losses; unset, 1.")
     beta: float = setting(0.1, "How close to stay to the reference: higher is closer; the weight of the odds in orpo.")
-    label_smoothing: float = setting(0.0, "The share of pairs that are taken to be the wrong way around; below 0.5.")
-    f_divergence_type: str = setting(
-        "reverse_kl", "What keeps near the reference: reverse_kl | forward_kl | js_divergence | alpha_divergence."
-    )
-    f_alpha_divergence_coef: float = setting(0.5, "The alpha of alpha_divergence.")
-    ld_alpha: float | None = setting(
-        None, "LD-DPO: the weight, from 0 to 1, of an answer's tokens beyond the length of the shorter one."
-    )
-    use_weighting: bool = setting(False, "WPO: pairs count by how likely their answers are to the model.")
-    discopop_tau: float = setting(0.05, "The temperature of discopop.")
-    simpo_gamma: float = setting(0.5, "The margin of rewards that simpo asks for.")
-    cpo_alpha: float = setting(1.0, "How much cpo also learns the chosen answer.")
-
     # The reference
-    reference_free: bool = setting(False, "Take a reference to which all answers are equally likely.")
     precompute_ref_log_probs: bool = setting(
         False, "Compute what the reference says once, before training, and keep it in the cache."
     )
@@ -59,34 +27,7 @@ class DPOConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        self.loss_type = [OLDER_LOSSES.get(name, name) for name in names]
-        if not self.loss_type:
-            raise TunesmithError("loss_type is empty; write sigmoid for DPO")
-        self._check_weights()
         self._refuse_ignored()
-
-    @property
-    def losses(self) -> tuple[tuple[str, float], ...]:
-        """The names of the losses with their weights."""
-        weights: Any = self.loss_weights or [1.0] * len(self.loss_type)
-        return tuple(zip(self.loss_type, weights, strict=True))
-
-    def _check_weights(self) -> None:
-        if self.loss_weights is None:
-            return
-        numbers = [*self.loss_weights] if isinstance(self.loss_weights, list | tuple) else [self.loss_weights]
-        try:
-            self.loss_weights = [float(number) for number in numbers]
-        except (TypeError, ValueError):
-            raise TunesmithError(
-                f"loss_weights is {self.loss_weights!r}; write a list of numbers, one for each loss_type"
-            ) from None
-        if len(self.loss_weights) != len(self.loss_type):
-            raise TunesmithError(
-                f"loss_weights has {len(self.loss_weights)} numbers, and loss_type {len(self.loss_type)} names; write "
-                "one weight for each"
-            )
 
     def _refuse_ignored(self) -> None:
         """Settings of all runs that would say nothing here."""
@@ -99,6 +40,12 @@ class DPOConfig(Config):
             raise TunesmithError(
                 "neftune_noise_alpha is set: noise on the embeddings would tell the model from its reference; leave it "
                 "out"
+            )
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise TunesmithError(
+                "accelerator_config: dispatch_batches deals the rows of a batch out to processes, and a pair has two; "
+                "set it to false"
             )
         if self.overlong == "split":
             raise TunesmithError("overlong is split, and a pair can't be split; write truncate, drop or error")
@@ -113,4 +60,105 @@ class DPOConfig(Config):
             )
 
 
+@dataclass
+class DPOConfig(PreferenceConfig):
+    """Settings of direct preference optimization and its kin.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 1e-6, `logging_steps` 10, `bf16` None: `precision` decides.
+
+    `max_length` is for each answer with its prompt; what is too much goes from the prompt's front. A value that can't
+    be what the user meant raises TunesmithError when the config is made, or where it is one of the loss, the trainer.
+    """
+
+    # The loss
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": "sigmoid (DPO) | hinge | ipo | exo_pair | nca_pair | robust | bco_pair | sppo_hard | aot | "
+            "aot_unpaired | apo_zero | apo_down | discopop | sft | sigmoid_norm | simpo | cpo | orpo, or several."
+        },
+    )
+    loss_weights: list[float] | None = setting(None, "The weight of each of several losses; unset, 1.")
+    label_smoothing: float = setting(0.0, "The share of pairs that are taken to be the wrong way around; below 0.5.")
+    f_divergence_type: str = setting(
+        "reverse_kl", "What keeps near the reference: reverse_kl | forward_kl | js_divergence | alpha_divergence."
+    )
+    f_alpha_divergence_coef: float = setting(0.5, "The alpha of alpha_divergence.")
+    ld_alpha: float | None = setting(
+        None, "LD-DPO: the weight, from 0 to 1, of an answer's tokens beyond the length of the shorter one."
+    )
+    use_weighting: bool = setting(False, "WPO: pairs count by how likely their answers are to the model.")
+    discopop_tau: float = setting(0.05, "The temperature of discopop.")
+    simpo_gamma: float = setting(0.5, "The margin of rewards that simpo asks for.")
+    cpo_alpha: float = setting(1.0, "How much cpo also learns the chosen answer.")
+
+    reference_free: bool = setting(False, "Take a reference to which all answers are equally likely.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names: Any = self.loss_type
+        names = names.split(",") if isinstance(names, str) else list(names)
+        self.loss_type = [OLDER_LOSSES.get(name.strip(), name.strip()) for name in names if name.strip()]
+        if not self.loss_type:
+            raise TunesmithError("loss_type is empty; write sigmoid for DPO")
+        self._check_weights()
+
+    @property
+    def losses(self) -> tuple[tuple[str, float], ...]:
+        """The names of the losses with their weights."""
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return tuple(zip(self.loss_type, weights, strict=True))
+
+    def _check_weights(self) -> None:
+        if self.loss_weights is None:
+            return
+        try:
+            self.loss_weights = [float(number) for number in self.loss_weights]
+        except (TypeError, ValueError):
+            raise TunesmithError(
+                f"loss_weights is {self.loss_weights!r}; write a list of numbers, one for each loss_type"
+            ) from None
+        if len(self.loss_weights) != len(self.loss_type):
+            raise TunesmithError(
+                f"loss_weights has {len(self.loss_weights)} numbers, and loss_type {len(self.loss_type)} names; write "
+                "one weight for each"
+            )
+
+
 accept_older_names(DPOConfig)
+
+
+@dataclass
+class KTOConfig(PreferenceConfig):
+    """Settings of KTO: answers that are good or bad, one for each prompt.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 1e-6, `logging_steps` 10, `bf16` None: `precision` decides.
+    """
+
+    loss_type: KTOLoss = setting("kto", "kto (arXiv:2402.01306) | apo_zero_unpaired (arXiv:2408.06266).")
+    desirable_weight: float = setting(1.0, "The weight of good answers.")
+    undesirable_weight: float = setting(1.0, "The weight of bad answers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if not getattr(self, name) > 0:
+                raise TunesmithError(f"{name} is {getattr(self, name)}; write a number above 0, such as 1")
+        if self.loss_type != "kto":
+            return
+        if self.precompute_ref_log_probs:
+            raise TunesmithError(
+                "precompute_ref_log_probs: kto measures how far the model is from its reference on answers to other "
+                "prompts of each micro-batch, which nobody knows before; leave it out, or take loss_type: "
+                "apo_zero_unpaired"
+            )
+        if self.per_device_train_batch_size == 1 and self.max_tokens_per_batch is None and not self.packing:
+            raise TunesmithError(
+                "per_device_train_batch_size is 1, and kto measures how far the model is from its reference on answers "
+                "to other prompts of the micro-batch; write 2 or more, or take loss_type: apo_zero_unpaired"
+            )
+
+
+accept_older_names(KTOConfig)

@@ -1,14 +1,15 @@
 """Recipes: what a run is, as YAML and on the command line, checked before anything heavy happens.
 
-A recipe's keys are the fields of SFTConfig and the few in `KEYS`. Every value, from a file or from the command line,
-goes through `coerce` with its field's type: YAML reads `2e-5` as text and `no` as false, and neither may surprise.
+A recipe's keys are the fields of its trainer's config (SFTConfig, ...) and the few in `KEYS`. Every value, from a
+file or from the command line, goes through `coerce` with its field's type: YAML reads `2e-5` as text and `no` as false,
+and neither may surprise.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -19,14 +20,23 @@ from tunesmith.settings.helps import HELPS
 from tunesmith.settings.older import LEAVE_OUT, RENAMED
 
 if TYPE_CHECKING:
-    from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.config import Config
 
-LORA_LEARNING_RATE = 2e-4
+LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5}
+"""By trainer."""
 SUFFIXES = (".yaml", ".yml")
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
+Trainer = Literal["sft", "dpo", "kto"]
+TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
+
 KEYS: dict[str, tuple[Any, str]] = {
+    "trainer": (
+        Trainer,
+        "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`) | kto: learn "
+        "from answers that are good or bad (as `tunesmith kto`).",
+    ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
         str | list[str] | dict[str, Any],
@@ -50,7 +60,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "split": (str, "The split of training data that has several. Default: train."),
     "eval_split": (str, "The split of evaluation data that has several. Default: test."),
 }
-"""The keys that SFTConfig doesn't have: type and help."""
+"""The keys that no config has: type and help."""
 
 SOURCE_KEYS: dict[str, Any] = {
     "path": str | list[str],
@@ -100,7 +110,8 @@ class Recipe:
 
     model: str
     data: tuple[str, ...]
-    config: "SFTConfig"
+    config: "Config"
+    trainer: Trainer = "sft"
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     eval_data: tuple[str, ...] = ()
     lora: dict[str, Any] | str | bool | None = None
@@ -134,32 +145,41 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe in the file `path` (None: all is in `overrides`), with `overrides` taking precedence over it.
 
     Raises TunesmithError for an unreadable file, an unknown or repeated key, a value of the wrong type, a missing key,
-    and for what SFTConfig refuses.
+    and for what the config refuses.
     """
-    from tunesmith.settings.config import SFTConfig
-
     written = {name: _Entry(value=value, place=_flag(name)) for name, value in overrides.items()}
     entries = _renamed({} if path is None else _read(path)) | _renamed(written)
-    given = {}
-    for name, entry in entries.items():
+    trainer: Trainer = "sft"
+    given: dict[str, Any] = {}
+    for name in sorted(entries, key=lambda name: name != "trainer"):
+        entry, known = entries[name], all_settings(trainer)
+        if name not in known:
+            other = next(other for other in TRAINERS if name in all_settings(other))
+            raise TunesmithError(
+                f"{entry.place}: {name} is a setting of {other}, and this run is {trainer}; drop it, or write "
+                f"`trainer: {other}`"
+            )
         try:
-            given[name] = coerce(entry.value, all_settings()[name].kind)
+            given[name] = coerce(entry.value, known[name].kind)
         except ValueError as error:
             raise TunesmithError(f"{entry.place}: {name} {error}") from error
+        trainer = given.get("trainer", trainer)
+    given = {name: given[name] for name in entries}
     for name, example in (("model", "demo"), ("data", "rows.jsonl"), ("output_dir", "runs/first")):
         if not given.get(name):
             key = "output" if name == "output_dir" else name
             raise TunesmithError(f"no {key}; write `{key}: {example}` in the recipe, or --{key} {example}")
-    chosen = _choices(given)
+    chosen = _choices(given, trainer)
     values = given | {name: value for name, (value, _) in chosen.items()}
     try:
-        config = SFTConfig(**{name: value for name, value in values.items() if name not in KEYS})
+        config = config_of(trainer)(**{name: value for name, value in values.items() if name not in KEYS})
     except TunesmithError:
         raise
     except (ValueError, TypeError, ArithmeticError, NotImplementedError, OSError) as error:  # transformers' own checks
         raise TunesmithError(str(error)) from error
     return Recipe(
         config=config,
+        trainer=trainer,
         model=given["model"],
         data=() if isinstance(given["data"], dict) else _listed(given["data"]),
         sources=_sources(given["data"]) if isinstance(given["data"], dict) else {},
@@ -174,10 +194,10 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     )
 
 
-def _choices(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def _choices(given: Mapping[str, Any], trainer: Trainer) -> dict[str, tuple[Any, str]]:
     chosen: dict[str, tuple[Any, str]] = {}
     if given.get("lora") not in (None, False) and "learning_rate" not in given:
-        chosen["learning_rate"] = (LORA_LEARNING_RATE, "the default with lora")
+        chosen["learning_rate"] = (LORA_LEARNING_RATES[trainer], "the default with lora")
     if given.get("eval_data") and "eval_strategy" not in given:
         chosen["eval_strategy"] = ("epoch", "the default with eval_data")
     held_out = isinstance(given["data"], dict) and any(
@@ -230,7 +250,8 @@ def _renamed(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
 
 
 def _setting(name: str, place: str) -> Setting:
-    settings = all_settings()
+    """The setting `name` of any trainer."""
+    settings = every_setting()
     if name not in settings:
         if name in LEAVE_OUT:
             raise TunesmithError(f"{place}: {name} is no setting any more, leave it out: {LEAVE_OUT[name]}")
@@ -240,19 +261,32 @@ def _setting(name: str, place: str) -> Setting:
     return settings[name]
 
 
+def config_of(trainer: Trainer) -> "type[Config]":
+    """The config that a trainer takes."""
+    from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.preference import DPOConfig, KTOConfig
+
+    configs: dict[Trainer, type[Config]] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}
+    return configs[trainer]
+
+
+def every_setting() -> dict[str, Setting]:
+    """The keys of the recipes of all trainers."""
+    return {name: setting for trainer in reversed(TRAINERS) for name, setting in all_settings(trainer).items()}
+
+
 @cache
-def all_settings() -> dict[str, Setting]:
-    """Every key of a recipe, by name: ours, then SFTConfig's own fields, then those of TrainingArguments."""
+def all_settings(trainer: Trainer = "sft") -> dict[str, Setting]:
+    """Every key of a recipe, by name: ours, then the config's own fields, then those of TrainingArguments."""
     from transformers import TrainingArguments
 
-    from tunesmith.settings.config import SFTConfig
-
-    kinds = get_type_hints(SFTConfig)
+    config = config_of(trainer)
+    kinds = get_type_hints(config)
     # `true` means the newest checkpoint in the output folder, and FSDP on; the declared types have only text.
     kinds |= dict.fromkeys(("resume_from_checkpoint", "fsdp"), bool | str | None)
     inherited = {item.name for item in fields(TrainingArguments)}
     settings = {name: Setting(kind=kind, default=MISSING, help=text) for name, (kind, text) in KEYS.items()}
-    for item in sorted(fields(SFTConfig), key=lambda item: item.name in inherited):
+    for item in sorted(fields(config), key=lambda item: item.name in inherited):
         default = item.default if item.default_factory is MISSING else item.default_factory()
         text = HELPS.get(item.name) or " ".join(str(item.metadata.get("help", "")).split())
         settings[item.name] = Setting(kind=kinds[item.name], default=default, help=text)
@@ -321,7 +355,7 @@ def parse_options(tokens: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
 
 def _option(name: str, value: str | None, rest: list[str]) -> tuple[str, Any]:
     """The name and value of one option; takes its value from the front of `rest` where it has one."""
-    settings, positive = all_settings(), name.removeprefix("no_")
+    settings, positive = every_setting(), name.removeprefix("no_")
     if name not in settings and value is None and positive in settings and bool in members_of(settings[positive].kind):
         return positive, False
     kind = _setting(name, _flag(name)).kind

@@ -32,7 +32,8 @@ ANSWER_TOKENS = 128
 """New tokens of an answer, at most."""
 MANY_POINTS = 60
 """Up to so many points of a curve, each is marked."""
-EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy)")
+EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy|rewards/accuracies)")
+METRICS = {"loss": "loss", "mean_token_accuracy": "accuracy of tokens", "rewards/accuracies": "accuracy of pairs"}
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that change the direction of writing."""
@@ -109,8 +110,8 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """The value of a `metric` ("loss", "perplexity" or "accuracy of tokens") on a data set, which has a name on the hub
-    or None."""
+    """The value of a `metric` ("loss", "perplexity", "accuracy of tokens" or "accuracy of pairs") on a data set, which
+    has a name on the hub or None."""
 
     dataset: str
     hub_name: str | None
@@ -226,7 +227,12 @@ def _header(card: Card) -> ModelCardData:
         license=card.licence.identifier,
         license_name=card.licence.name,
         license_link=card.licence.link,
-        tags=["tunesmith", "sft", *([kind] if kind else []), *(["conversational"] if card.model.has_template else [])],
+        tags=[
+            "tunesmith",
+            _trainer(card),
+            *([kind] if kind else []),
+            *(["conversational"] if card.model.has_template else []),
+        ],
         datasets=list(dict.fromkeys(filter(None, map(_dataset_id, trained_on)))) or None,
         eval_results=[
             EvalResult(
@@ -261,8 +267,8 @@ def _results(record: RunRecord) -> Iterable[Result]:
         if parts is None or value is None:
             continue
         name = parts["name"] or "eval"
-        values = {"loss": value} if parts["metric"] == "loss" else {"accuracy of tokens": value}
-        if parts["metric"] == "loss" and value < 50:
+        values = {METRICS[parts["metric"]]: value}
+        if parts["metric"] == "loss" and record.trainer == "sft" and value < 50:
             values["perplexity"] = math.exp(value)
         count = counts.get(name)
         dataset, on_hub = (name, None) if count is None else (count.source, _dataset_id(count.origin))
@@ -318,7 +324,16 @@ def _summary(card: Card) -> str:
     if card.model.template_arguments:
         given = ", ".join(f"`{name}={value!r}`" for name, value in card.model.template_arguments.items())
         note += f"\n\nIts conversations were rendered with {given} for the chat template: ask it so, too."
-    return f"{model}, by supervised fine-tuning with tunesmith.{note}"
+    ways = {
+        "sft": "supervised fine-tuning",
+        "dpo": "preference optimization (DPO) on pairs of answers",
+        "kto": "preference optimization (KTO) on answers that are good or bad",
+    }
+    return f"{model}, by {ways[_trainer(card)]} with tunesmith.{note}"
+
+
+def _trainer(card: Card) -> str:
+    return card.record.trainer if card.record else "sft"
 
 
 def _snippet(card: Card) -> str:
@@ -342,7 +357,8 @@ def _results_section(card: Card) -> list[str]:
     if card.results:
         rows = [[inline(result.dataset), result.metric, f"{result.value:.4f}"] for result in card.results]
         parts.append(table(["evaluated on", "metric", "value"], rows))
-        parts.append("All are over the supervised tokens of the set, each predicted from the true text before it.")
+        what = {"sft": "supervised tokens", "dpo": "pairs", "kto": "answers"}[_trainer(card)]
+        parts.append(f"All are over the {what} of the set, each predicted from the true text before it.")
     if card.picture:
         parts.append(f"![The loss over the steps of training.]({PICTURE})")
     return ["## Results", *parts] if parts else []

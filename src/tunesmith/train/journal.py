@@ -339,6 +339,7 @@ def record_of(trainer: Any) -> RunRecord:
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     return RunRecord(
         versions=versions(),
+        trainer=trainer.kind,
         base_model=model_origin(trainer.model),
         base_revision=commit if isinstance(commit, str) else None,
         method=method_of(trainer.model),

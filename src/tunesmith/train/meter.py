@@ -18,24 +18,26 @@ class BatchLoss:
     """What an objective makes of a batch.
 
     `loss` is a sum, with its graph, which is divided by the trainer's `batch_weight`. `sums` are further sums over
-    `count` tokens or pairs, by the names under which their means are logged. `nll` (S,) is the loss of each supervised
-    token, where there is such a thing. `outputs` are the model's, if they were asked for.
+    `count` tokens or pairs, by the names under which their means are logged; those that are over fewer have their
+    number in `counts`. `nll` (S,) is the loss of each supervised token, where there is such a thing. `outputs` are the
+    model's, if they were asked for.
     """
 
     loss: Tensor
     count: int
     sums: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
     nll: Tensor | None = None
     outputs: Any = None
 
 
 class Meter:
     """Sums since the last report, kept on the device: reading them would wait for it. `means` names
-    `BatchLoss.sums`."""
+    `BatchLoss.sums`, `counted` those that `BatchLoss.counts` are of."""
 
-    def __init__(self, means: Sequence[str]) -> None:
-        self._means = tuple(means)
-        self._names = ("tokens", "loss", "weight", *self._means, "count")
+    def __init__(self, means: Sequence[str], counted: Sequence[str] = ()) -> None:
+        self._means, self._counted = tuple(means), {name: f"number of {name}" for name in counted}
+        self._names = ("tokens", "loss", "weight", *self._means, "count", *self._counted.values())
         self._tokens = 0
         self.reset()
 
@@ -82,6 +84,8 @@ class Meter:
         self._sums["count"] += outcome.count
         for name, value in outcome.sums.items():
             self._sums[name] += value
+        for name, number in outcome.counts.items():
+            self._sums[self._counted[name]] += number
 
     def report(self, accelerator: Any) -> tuple[int, dict[str, float]]:
         """How many tokens were read since the start, and the means since the last report: `loss` by weight, the others
@@ -94,5 +98,6 @@ class Meter:
         self._tokens += round(total["tokens"])
         if not total["count"] or not total["weight"]:
             return self._tokens, {}
-        means = {name: total[name] / total["count"] for name in self._means}
+        numbers = {name: total[self._counted.get(name, "count")] for name in self._means}
+        means = {name: total[name] / number for name, number in numbers.items() if number}
         return self._tokens, means | {"loss": total["loss"] / total["weight"]}

@@ -1,24 +1,24 @@
-"""Direct preference optimization and its kin: two answers to one prompt, of which the better one is to become likelier.
+"""A trainer that compares a model with its reference, the model that training begins with.
 
-A row is a pair, a tree of its prompt and two answers, so the prompt is computed once, by the model and by its
-reference. The loss is a function of the log-probabilities of the answers' tokens (`objectives.preference`). It is a sum
-over pairs by weight, divided by the weight of the whole step.
+Rows become trees of tokens, so what answers share is computed once, by the model and by its reference. What is learned
+of their log-probabilities is in `train.dpo` and `train.kto`.
 """
 
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, Row, documents_of, pairs_of
+from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, Row, documents_of
 from tunesmith.data.dataset import DataPreparer, Source
+from tunesmith.data.formats import Task
 from tunesmith.data.mixture import DataSource
 from tunesmith.data.prompts import remember
 from tunesmith.data.samplers import check_fit
@@ -27,19 +27,9 @@ from tunesmith.model.adapters import Model, starting_point
 from tunesmith.model.head import in_evaluation
 from tunesmith.model.load import prepare_tokenizer
 from tunesmith.objectives.logprobs import TokenLogProbs, token_logprobs
-from tunesmith.objectives.preference import (
-    OVER_THE_BATCH,
-    TAKE_MARGIN,
-    PreferenceOptions,
-    check_options,
-    pair_weights,
-    pairs_of_tokens,
-    preference_loss,
-)
-from tunesmith.settings.preference import DPOConfig
+from tunesmith.settings.preference import PreferenceConfig
 from tunesmith.train.evaluations import check_data
 from tunesmith.train.loaders import Batching
-from tunesmith.train.meter import BatchLoss
 from tunesmith.train.reference import (
     AsItIs,
     GivenModel,
@@ -73,28 +63,25 @@ CHECKED_PAIRS = 4
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
 
 
-class DPOTrainer(RowsTrainer):
-    """Preference optimization on pairs of answers, with the arguments of TRL's trainer of the same name.
+class PreferenceTrainer(RowsTrainer):
+    """What trainers share that compare a model with its reference. The arguments are those of TRL's trainers.
 
-    `model` is a name, a folder, "demo", or a loaded causal language model, with or without adapters. The reference is
-    the model as training begins with it, adapters that are trained further among it, unless `ref_model` is given. Rows
-    have `prompt`, `chosen` and `rejected`, or two whole conversations; see `docs/preferences.md`. Afterwards
-    `trainer.train_dataset` holds a tree of tokens for each pair.
-
-    Raises TunesmithError for what would train wrongly, before any weight is loaded where it shows in the data.
+    The reference is the model as training begins with it, adapters that are trained further among it, unless
+    `ref_model` is given.
     """
 
-    _tag_names = ("tunesmith", "dpo")
-    means: tuple[str, ...] = (
-        *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-        *("logps/chosen", "logps/rejected"),
-    )
+    _tag_names: tuple[str, ...] = ("tunesmith",)
+    config: ClassVar[type[PreferenceConfig]]
+    task: ClassVar[Task]
+    """What rows are read as."""
+    read: ClassVar[Any]
+    """A function: groups of documents of a prepared row."""
 
     def __init__(
         self,
         model: str | Model | None = None,
         ref_model: str | Model | None = None,
-        args: DPOConfig | TrainingArguments | None = None,
+        args: Any = None,
         data_collator: Any = None,
         train_dataset: Source | Mapping[str, Source | DataSource] | None = None,
         eval_dataset: Sources | None = None,
@@ -102,9 +89,9 @@ class DPOTrainer(RowsTrainer):
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         for name, value in (("data_collator", data_collator), ("compute_metrics", compute_metrics)):
             if value is not None:
@@ -113,12 +100,11 @@ class DPOTrainer(RowsTrainer):
                     "logits; leave it out, and read rewards/accuracies and rewards/margins"
                 )
         given = given_model(model)
-        args = as_config(args, given, DPOConfig)
-        self.options = _options(args)
-        check_options(self.options)
+        args = as_config(args, given, self.config)
+        self.take_settings(args)
         check_data_given(args, train_dataset)
         tokenizer, added = prepare_tokenizer(processing_class, given, args)
-        data = DataPreparer(args, tokenizer, None, task="pairs")
+        data = DataPreparer(args, tokenizer, None, task=self.task)
         train, evaluated = data.everything(train_dataset, eval_dataset)
         remember(tokenizer, data.form)
         preflight = data.preflight()
@@ -127,7 +113,7 @@ class DPOTrainer(RowsTrainer):
         data.save_skipped()
         check_fit(args, train, evaluated)
         for dataset in (train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
-            _check_margins(dataset, self.options)
+            self.check_rows(dataset)
 
         vocabulary = Vocabulary(
             tokenizer=tokenizer, added=added, used=used_ids(train, evaluated), given=processing_class is not None
@@ -136,7 +122,7 @@ class DPOTrainer(RowsTrainer):
         model = prepare_model(given, args, peft_config, quantization_config, vocabulary)
         start = starting_point(model)
         self.router_coefficient = router_coefficient(model, args)
-        batching = _batching(model, args, tokenizer, self.options, routers=bool(self.router_coefficient))
+        batching = self._batching(model, args, tokenizer)
         align_tokens(model, tokenizer, data.stops)
         if args.disable_dropout:
             without_dropout(model)
@@ -160,15 +146,53 @@ class DPOTrainer(RowsTrainer):
         model.add_model_tags(list(self._tag_names))
         self.reference = self._found_reference(model, ref_model)
 
+    # What another one says
+
+    def take_settings(self, args: Any) -> None:
+        """Take what is needed of a checked config. Raises TunesmithError for what contradicts."""
+
+    def check_rows(self, dataset: Any) -> None:
+        """Raises TunesmithError for prepared rows that can't be used, or have what would be ignored."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the reference."""
+        return True
+
+    @property
+    def over_the_batch(self) -> bool:
+        """Whether the loss compares the documents of a micro-batch, which is not divided then."""
+        return False
+
+    # Batches
+
+    def _batching(self, model: Model, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> Batching:
+        """Batches of documents that share their prompts; the model's forward is prepared for them."""
+        flat = ready_for_batches(model, flat=args.padding_free, routers=bool(self.router_coefficient))
+        faster_layers(model, args)
+        read, together = type(self).read, self.over_the_batch
+        pad, multiple = cast(int, tokenizer.pad_token_id), int(args.pad_to_multiple_of or 1)
+        padded = PaddedCollator(read=read, together=together, pad_token_id=pad, multiple=multiple)
+        shares, strategy = args.share_prefix == "auto", args.train_sampling_strategy
+        if strategy == "group_by_prefix" and not flat:
+            raise TunesmithError(
+                "train_sampling_strategy: group_by_prefix puts rows that begin alike into one batch, which computes "
+                "once what they share, but batches are padded here; write random"
+            )
+        return Batching(
+            collator=FlatCollator(read=read, together=together, share_prefix=shares) if flat else padded,
+            by_row=PaddedCollator(read=documents_of, pad_token_id=pad, multiple=multiple),
+            grouped="length" if strategy == "group_by_length" else "prefix" if strategy == "group_by_prefix" else None,
+        )
+
     # The reference
 
     def _found_reference(self, model: Model, given: str | Model | None) -> Reference | None:
         """Where the reference is; None where the losses need none, or rows have what it says."""
-        args = cast(DPOConfig, self.args)
-        if not self.options.needs_reference:
+        args = cast(PreferenceConfig, self.args)
+        if not self.needs_reference:
             if given is not None:
-                names = ", ".join(name for name, _ in self.options.losses)
-                raise TunesmithError(f"ref_model is given, and loss_type: {names} compares with none; leave it out")
+                raise TunesmithError("ref_model is given, and the loss_type compares with none; leave it out")
             return None
         reference: Reference
         self._begins_as_reference = given is None
@@ -189,7 +213,7 @@ class DPOTrainer(RowsTrainer):
 
     def _prepared_reference(self, given: str | Model) -> Model:
         """A model of the user's, loaded, and ready for the batches of the one that is trained."""
-        args = cast(DPOConfig, self.args)
+        args = cast(PreferenceConfig, self.args)
         if isinstance(given, str):
             from tunesmith.model.load import holds_adapters, load_adapted, load_model
 
@@ -203,7 +227,7 @@ class DPOTrainer(RowsTrainer):
 
     def _compute_before(self, model: Model, reference: Reference) -> None:
         """Give all rows what the reference says of their tokens."""
-        args = cast(DPOConfig, self.args)
+        args = cast(PreferenceConfig, self.args)
         size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         scored = reference.model if isinstance(reference, GivenModel) else model
         key = [weights_digest(scored), str(args.precision)]
@@ -215,7 +239,9 @@ class DPOTrainer(RowsTrainer):
                     "load the data, or leave it out"
                 )
             with args.main_process_first(desc="reference log-probabilities"):
-                return with_reference(dataset, key, size, partial(self._scores_of, reference))
+                dataset = with_reference(dataset, key, size, partial(self._scores_of, reference))
+            self.data.adopt(dataset)
+            return dataset
 
         self.train_dataset = completed(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
@@ -226,18 +252,18 @@ class DPOTrainer(RowsTrainer):
     def _scores_of(self, reference: Reference, rows: list[Row]) -> list[Tensor]:
         """The log-probabilities of the scored tokens of each document of some rows."""
         batch = cast(Any, self.loaders.batching.collator)(rows).to(self.args.device)
-        return batch.by_document(self._reference_logprobs(cast(nn.Module, self.model), batch, reference))
+        return batch.by_document(self.reference_logprobs(cast(nn.Module, self.model), batch, reference))
 
-    def _reference_logprobs(self, model: nn.Module, batch: Batch, reference: Reference) -> Tensor:
+    def reference_logprobs(self, model: nn.Module, batch: Batch, reference: Reference) -> Tensor:
         """(S,) What the reference says of the scored tokens of a batch."""
         with torch.no_grad(), reference.acting(model) as acting, self.accelerator.autocast():
             answer = self.predict_targets(acting, batch, batch.targets(), token_logprobs)
         scored: TokenLogProbs = answer.outcome
         return scored.logprobs
 
-    def _by_reference(self, model: nn.Module, batch: Batch) -> list[Tensor] | None:
+    def by_reference(self, model: nn.Module, batch: Batch) -> list[Tensor] | None:
         """Of each document, what the reference says of its scored tokens; None where no loss asks."""
-        if not self.options.needs_reference:
+        if not self.needs_reference:
             return None
         kept = kept_reference(batch)
         if kept is not None:
@@ -247,53 +273,7 @@ class DPOTrainer(RowsTrainer):
                 "precompute_ref_log_probs: these rows were not there when the reference was computed, and it is gone; "
                 "give them to the trainer as eval_dataset"
             )
-        return batch.by_document(self._reference_logprobs(model, batch, self.reference))
-
-    # A step
-
-    def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
-        """The losses of the pairs, times their weights."""
-        reference = self._by_reference(model, batch)
-        objective = partial(token_logprobs, with_collision=self.options.weighting)
-        answer = self.predict_targets(model, batch, batch.targets(), objective, with_outputs=with_outputs)
-        scored: TokenLogProbs = answer.outcome
-        documents, weights = batch.documents, _weights(batch)
-        real = [i for i in range(len(documents)) if weights[i // 2] > 0]
-        if not real:  # rows that only even out processes; what is 0 keeps its graph
-            zeros = dict.fromkeys(self.means, torch.zeros((), device=scored.logprobs.device))
-            return BatchLoss(loss=scored.logprobs.sum() * 0, count=0, sums=zeros, outputs=answer.outputs)
-
-        def chosen(values: Tensor) -> list[Tensor]:
-            listed = batch.by_document(values)
-            return [listed[i] for i in real]
-
-        own = chosen(scored.logprobs)
-        pairs = pairs_of_tokens(own, reference and [reference[i] for i in real], self.options.ld_alpha)
-        margin = torch.tensor([documents[i].score for i in real[::2]], device=scored.logprobs.device)
-        losses = preference_loss(pairs, self.options, margin)
-        if scored.collision is not None:
-            losses = losses * pair_weights(own, chosen(scored.collision))
-        factors = torch.tensor([weights[i // 2] for i in real[::2]], device=losses.device)
-        loss = (losses * factors).sum()
-        with torch.no_grad():
-            better, worse = (self.options.beta * ratio for ratio in (pairs.chosen_ratio, pairs.rejected_ratio))
-            sums = {
-                "rewards/chosen": better.sum(),
-                "rewards/rejected": worse.sum(),
-                "rewards/accuracies": (better > worse).sum(),
-                "rewards/margins": (better - worse).sum(),
-                "logps/chosen": pairs.chosen.sum(),
-                "logps/rejected": pairs.rejected.sum(),
-            }
-        if answer.router_loss is not None:
-            sums["aux_loss"] = answer.router_loss.detach() * len(margin)
-            if model.training:
-                loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
-        return BatchLoss(loss=loss, count=len(margin), sums=sums, nll=-scored.logprobs.detach(), outputs=answer.outputs)
-
-    def batch_weight(self, batch: Batch) -> Tensor:
-        """The weight of its pairs: their number, where none has a weight of its own."""
-        return torch.tensor(sum(_weights(batch)), device=batch.input_ids.device)
+        return batch.by_document(self.reference_logprobs(model, batch, self.reference))
 
     # A run
 
@@ -314,15 +294,15 @@ class DPOTrainer(RowsTrainer):
             return
         columns = [name for name in dataset.column_names if name in self.loaders.batching.columns]
         rows = list(islice(dataset.select_columns(columns).with_format(None), CHECKED_PAIRS))
-        groups = [*chain.from_iterable(pairs_of(row) for row in rows)][:CHECKED_PAIRS]
+        groups = [*chain.from_iterable(type(self).read(row) for row in rows)][:CHECKED_PAIRS]
         batch = cast(Any, self.loaders.batching.collator).batch(groups).to(self.args.device)
         model = cast(nn.Module, self.model)
         with in_evaluation(model), torch.no_grad():
-            own = self._reference_logprobs(model, batch, AsItIs())
-            theirs = self._by_reference(model, batch)
+            own = self.reference_logprobs(model, batch, AsItIs())
+            theirs = self.by_reference(model, batch)
         assert theirs is not None
         difference = (own - torch.cat(theirs)).abs()
-        tolerance = EXACT if cast(DPOConfig, self.args).precision == "fp32" else ROUNDED
+        tolerance = EXACT if cast(PreferenceConfig, self.args).precision == "fp32" else ROUNDED
         if not difference.mean() <= tolerance.mean:
             raise TunesmithError(
                 f"before the first step, the model and its reference differ by {float(difference.mean()):.4f} nats a "
@@ -337,52 +317,11 @@ class DPOTrainer(RowsTrainer):
 # Ready for pairs
 
 
-def _options(args: DPOConfig) -> PreferenceOptions:
-    return PreferenceOptions(
-        losses=args.losses,
-        beta=args.beta,
-        label_smoothing=args.label_smoothing,
-        divergence=cast(Any, args.f_divergence_type),
-        divergence_alpha=args.f_alpha_divergence_coef,
-        ld_alpha=args.ld_alpha,
-        weighting=args.use_weighting,
-        reference_free=args.reference_free,
-        discopop_tau=args.discopop_tau,
-        simpo_gamma=args.simpo_gamma,
-        cpo_alpha=args.cpo_alpha,
-    )
-
-
-def _check_margins(dataset: Any, options: PreferenceOptions) -> None:
-    """Raises TunesmithError for margins that a loss would ignore."""
-    ignoring = [name for name, _ in options.losses if name not in TAKE_MARGIN]
-    if isinstance(dataset, Dataset) and "scores" in dataset.column_names and ignoring:
-        raise TunesmithError(
-            f"rows have a 'margin', which loss_type: {ignoring[0]} does not know; take the column out of the data, or "
-            f"take one of {', '.join(sorted(TAKE_MARGIN - {'sft'}))}"
-        )
-
-
-def _batching(
-    model: Model, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, options: PreferenceOptions, *, routers: bool
-) -> Batching:
-    """Batches of pairs, which share their prompts; the model's forward is prepared for them."""
-    together = any(name in OVER_THE_BATCH for name, _ in options.losses)
-    flat = ready_for_batches(model, flat=args.padding_free, routers=routers)
-    faster_layers(model, args)
-    pad, multiple = cast(int, tokenizer.pad_token_id), int(args.pad_to_multiple_of or 1)
-    padded = PaddedCollator(read=pairs_of, together=together, pad_token_id=pad, multiple=multiple)
-    shares, strategy = args.share_prefix == "auto", args.train_sampling_strategy
-    if strategy == "group_by_prefix" and not flat:
-        raise TunesmithError(
-            "train_sampling_strategy: group_by_prefix puts pairs that begin alike into one batch, which computes once "
-            "what they share, but batches are padded here; write random"
-        )
-    return Batching(
-        collator=FlatCollator(read=pairs_of, together=together, share_prefix=shares) if flat else padded,
-        by_row=PaddedCollator(read=documents_of, pad_token_id=pad, multiple=multiple),
-        grouped="length" if strategy == "group_by_length" else "prefix" if strategy == "group_by_prefix" else None,
-    )
+def document_weight(example: Example) -> float:
+    """The weight of a document's row; 0 where nothing is scored, as in rows that even out processes."""
+    if not example.target_count:
+        return 0.0
+    return 1.0 if example.weights is None else example.weights[-1]
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -393,14 +332,3 @@ def without_dropout(model: nn.Module) -> None:
         for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _weights(batch: Batch) -> list[float]:
-    """The weight of each pair of a batch; 0 where nothing is scored, as in rows that even out processes."""
-    return [_weight(example) for example in batch.documents[::2]]
-
-
-def _weight(example: Example) -> float:
-    if not example.target_count:
-        return 0.0
-    return 1.0 if example.weights is None else example.weights[-1]

@@ -81,6 +81,10 @@ class BaseTrainer(transformers.Trainer):
 
     means: tuple[str, ...] = ()
     """The names in `BatchLoss.sums` whose means are logged."""
+    counted: tuple[str, ...] = ()
+    """Those of them that have a number of their own, in `BatchLoss.counts`."""
+    kind: ClassVar[str] = "sft"
+    """What is trained, in the record of a run."""
     publisher: ClassVar[Any] = None
     """A `Publisher`, where the trainer can send what it has trained."""
     draw_page: ClassVar[Any] = None
@@ -106,7 +110,7 @@ class BaseTrainer(transformers.Trainer):
         self.preflight = preflight
         self.data = data
         self._starting_point = starting_point
-        self.meters = {mode: Meter(self.means) for mode in ("train", "eval")}
+        self.meters = {mode: Meter(self.means, self.counted) for mode in ("train", "eval")}
         self.loaders = Loaders(self, batching)
         super().__init__(model=model, args=args, data_collator=cast(Any, batching.collator), **arguments)
         if self.args.n_gpu > 1:
@@ -364,7 +368,7 @@ class BaseTrainer(transformers.Trainer):
         those of the steps that were not logged before."""
         if "loss" in logs or "train_loss" in logs:
             tokens, measured = self.meters["train"].report(self.accelerator)
-            logs |= {name: measured[name] for name in self.means if measured}
+            logs |= {name: measured[name] for name in self.means if name in measured}
             if "loss" in logs or measured:
                 logs["num_tokens"] = tokens
         if "loss" in logs:
