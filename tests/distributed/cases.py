@@ -70,7 +70,7 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = own["template"] or tokenizer.chat_template
     data: Any = Dataset.from_list(own["rows"] or ROWS)
-    settings = {"save_strategy": "no", "logging_steps": 1} | settings
+    settings = dict[str, Any](save_strategy="no", logging_steps=1) | settings
     args = SFTConfig(
         output_dir=str(folder),
         report_to="none",
