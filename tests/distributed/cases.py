@@ -18,7 +18,7 @@ from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.runs.files import EXAMPLES
 
 ALPHABET = "the quick brown fox jumps over the lazy dog, again and again"
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "prompt": f"{i} {ALPHABET[: 1 + i * 7 % 23]}",
         "completion": ALPHABET[i % 11 : 12 + i * 5 % 31],
@@ -53,9 +53,11 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 class OwnLoss(SFTTrainer):
-    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         assert isinstance(inputs["labels"], torch.Tensor)
-        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **more: Any) -> Any:
