@@ -120,3 +120,14 @@ def test_kto_trains_on_judged_answers(tiny_model: Path, tmp_path: Path) -> None:
     shown = run("inspect", *options, "--trainer", "kto", "--row", 2).stdout
     assert "trained on  the answer, good or bad" in shown
     assert "example 2 of 4, a bad answer: 31 tokens, 3 supervised" in shown
+
+
+@pytest.mark.reports
+def test_the_page_of_a_run_shows_rewards(recipe: Path, tmp_path: Path) -> None:
+    result = run("dpo", recipe, "--max-steps", 3)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Rewards of chosen (first) and rejected answers" in page
+    assert "Pairs whose chosen answer has the higher reward" in page
+    assert "of a pair" in page
+    assert "nats a supervised token" not in page

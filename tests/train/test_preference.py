@@ -190,6 +190,15 @@ def test_new_adapters_are_off_and_those_trained_further_are_as_they_were(dpo_of:
 
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["all weights", "lora"])
+def test_what_autocast_keeps_of_the_reference_is_not_trained(adapters: Any, dpo_of: Any) -> None:
+    trainer = dpo_of(peft_config=adapters, precision="bf16", max_steps=3, per_device_train_batch_size=7)
+    first = first_log(trainer)
+    assert first["rewards/margins"] == 0.0
+    assert first["grad_norm"] > 0.01
+    assert [entry for entry in trainer.state.log_history if "loss" in entry][-1]["rewards/margins"] > 0.01
+
+
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["all weights", "lora"])
 def test_a_step_leaves_the_reference_as_it_was(adapters: Any, dpo_of: Any) -> None:
     trainer = dpo_of(peft_config=adapters, learning_rate=1e-1)
     batch = trainer.data_collator(list(trainer.train_dataset))
