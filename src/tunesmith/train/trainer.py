@@ -114,6 +114,11 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            raise TunesmithError(
+                f"fsdp is set, and accelerate shards nothing on {self.args.device.type}: each process would hold the "
+                "whole model; leave fsdp out"
+            )
         if (sharing := max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size())) > 1:
             raise TunesmithError(
                 f"parallelism_config lets {sharing} processes share the computation of a row, and here each process "
