@@ -345,8 +345,9 @@ class BaseTrainer(transformers.Trainer):
             loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
         if outputs is not None:
             outputs.loss = loss
-        if model.training and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
+        if num_items_in_batch is not None:
+            # By which the mean over processes divides, that of gradients and that of an evaluation.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
