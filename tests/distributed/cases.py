@@ -67,8 +67,8 @@ def summed(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
 
 def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **more: Any) -> Any:
     """The trainer of one of `processes` for a case."""
-    rows, accumulation, settings = CASES[name]
-    settings = SGD | settings | more
+    rows, accumulation, own_settings = CASES[name]
+    settings: dict[str, Any] = {"save_strategy": "no", "logging_steps": 1, **SGD, **own_settings, **more}
     if "max_tokens_per_batch" in settings:
         accumulation //= processes
     else:
@@ -82,7 +82,7 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     args = SFTConfig(
         output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=2,
-        **{"save_strategy": "no", "logging_steps": 1} | settings,
+        **settings,
     )  # fmt: skip
     torch.manual_seed(0)
     return (OwnLoss if own["subclass"] else SFTTrainer)(
