@@ -28,7 +28,7 @@ ROWS = [
 ]
 """29 rows of 15 to 50 tokens, no two alike: a last step is never full."""
 SAME_START = [
-    {"prompt": "A system prompt that all rows begin with. " + row["prompt"], "completion": "so"} for row in ROWS
+    {"prompt": "A system prompt that all rows begin with. " + str(row["prompt"]), "completion": "so"} for row in ROWS
 ]
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "num_train_epochs": 1}
 
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 class OwnLoss(SFTTrainer):
-    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # type: ignore[override]
         assert isinstance(inputs["labels"], torch.Tensor)
         return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
