@@ -18,7 +18,7 @@ from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.runs.files import EXAMPLES
 
 ALPHABET = "the quick brown fox jumps over the lazy dog, again and again"
-ROWS: list[dict[str, Any]] = [
+ROWS = [
     {
         "prompt": f"{i} {ALPHABET[: 1 + i * 7 % 23]}",
         "completion": ALPHABET[i % 11 : 12 + i * 5 % 31],
@@ -28,7 +28,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 """29 rows of 15 to 50 tokens, no two alike: a last step is never full."""
 SAME_START = [
-    {"prompt": "A system prompt that all rows begin with. " + row["prompt"], "completion": "so"} for row in ROWS
+    {"prompt": "A system prompt that all rows begin with. " + str(row["prompt"]), "completion": "so"} for row in ROWS
 ]
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "num_train_epochs": 1}
 
@@ -47,42 +47,43 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "stream": (8, 1, {"stream": True, "max_steps": 5}),
     "stream, accumulation": (4, 2, {"stream": True, "max_steps": 3}),
     "own loss": (4, 2, {"subclass": True}),
+    "loss function": (8, 1, {"rows": ROWS[:9], "function": True}),
     "LoRA, AdamW": (8, 1, {"lora": True, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 20}),
     "tokens": (1, 4, {"max_tokens_per_batch": 80, "num_train_epochs": 2}),
 }
 
 
 class OwnLoss(SFTTrainer):
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # type: ignore[override]
         assert isinstance(inputs["labels"], torch.Tensor)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+
+def summed(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
+    """The cross-entropy of a batch / the items of the step."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
 def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **more: Any) -> Any:
     """The trainer of one of `processes` for a case."""
-    rows, accumulation, settings = CASES[name]
-    settings = SGD | settings | more
+    rows, accumulation, own_settings = CASES[name]
+    settings: dict[str, Any] = {"save_strategy": "no", "logging_steps": 1, **SGD, **own_settings, **more}
     if "max_tokens_per_batch" in settings:
         accumulation //= processes
     else:
         settings["per_device_train_batch_size"] = rows // processes
-    own = {key: settings.pop(key, None) for key in ("model", "rows", "template", "stream", "subclass", "lora")}
+    own = {
+        key: settings.pop(key, None) for key in ("model", "rows", "template", "stream", "subclass", "lora", "function")
+    }
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = own["template"] or tokenizer.chat_template
     data: Any = Dataset.from_list(own["rows"] or ROWS)
-    settings = dict[str, Any](save_strategy="no", logging_steps=1) | settings
     args = SFTConfig(
-        output_dir=str(folder),
-        report_to="none",
-        use_cpu=True,
-        precision="fp32",
-        disable_tqdm=True,
-        gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=2,
+        output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
+        gradient_accumulation_steps=accumulation, per_device_eval_batch_size=2,
         **settings,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     return (OwnLoss if own["subclass"] else SFTTrainer)(
         tiny(own["model"] or "llama", len(tokenizer)),
@@ -90,6 +91,7 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
         train_dataset=data.to_iterable_dataset() if own["stream"] else data,
         eval_dataset=Dataset.from_list((own["rows"] or ROWS)[:5]),
         processing_class=tokenizer,
+        compute_loss_func=summed if own["function"] else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if own["lora"] else None,
     )
 
@@ -134,6 +136,8 @@ def run_all(folder: Path, tokenizer: Path, names: list[str]) -> None:
 
 def _examples(run: Path) -> Any:
     """What a run says of its examples, but for what depends on the order of neighbours."""
+    if not (run / EXAMPLES).exists():
+        return None
     found = json.loads((run / EXAMPLES).read_text())
     easiest = sorted(entry["parts"] for entry in found["easiest"])
     names = ("rows", "mean", "first_step", "last_step", "histogram")

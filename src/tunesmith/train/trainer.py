@@ -118,6 +118,11 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            raise TunesmithError(
+                f"fsdp is set, and accelerate shards nothing on {self.args.device.type}: each process would hold the "
+                "whole model; leave fsdp out"
+            )
         if (sharing := max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size())) > 1:
             raise TunesmithError(
                 f"parallelism_config lets {sharing} processes share the computation of a row, and here each process "
@@ -344,8 +349,9 @@ class BaseTrainer(transformers.Trainer):
             loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
         if outputs is not None:
             outputs.loss = loss
-        if model.training and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # which DDP's mean over processes divides by
+        if num_items_in_batch is not None:
+            # By which the mean over processes divides, that of gradients and that of an evaluation.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
