@@ -29,12 +29,13 @@ runs := import accelerate, datasets, peft, torch, transformers
 # Else every process would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test faults site docs guide bench gpu check format clean
+.PHONY: help demo test processes faults site docs guide bench gpu check format clean
 
 help:
 	@echo "Each target installs what it needs into $(venv) first, once."
 	@echo "make demo     fine-tune a small model and see it answer before and after"
-	@echo "make test     run the whole test suite"
+	@echo "make test     run the test suite"
+	@echo "make processes  the tests of several processes: the same result as one, faults, resuming (some 3 minutes)"
 	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 10 minutes)"
 	@echo "make site     build the site of docs/ into build/site"
 	@echo "make docs     build it, and run what pages, recipes and examples show"
@@ -52,7 +53,11 @@ demo: $(core)
 test: $(installed)
 	@echo "==> Running the tests"
 	@# A file's tests share a process. On small models, more threads in each would only get in each other's way.
-	@OMP_NUM_THREADS=1 $(bin)/pytest -m "not documented" $(parallel) --durations=10
+	@OMP_NUM_THREADS=1 $(bin)/pytest -m "not documented and not processes" $(parallel) --durations=10
+
+processes: $(installed)
+	@echo "==> Training in one, two and four processes"
+	@OMP_NUM_THREADS=1 $(bin)/pytest -m processes --durations=10
 
 faults: $(installed)
 	@echo "==> Killing runs, breaking disks and files, feeding nonsense"

@@ -11,7 +11,7 @@ from tests.distributed.cases import CASES, run_all
 from tests.forked import together
 from tests.train.runs import largest_difference
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm", "learning_rate")
 
 

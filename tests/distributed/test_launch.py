@@ -18,7 +18,7 @@ from tests.train.runs import TEXTS, largest_difference
 from tunesmith.errors import TunesmithError
 from tunesmith.train.launch import Place
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 SETTINGS: tuple[Any, ...] = (
     "--sample-prompts",
     0,

@@ -13,6 +13,7 @@ from tests.forked import together
 from tests.train.runs import largest_difference, trained
 from tunesmith.errors import TunesmithError
 
+pytestmark = pytest.mark.processes
 END = 7
 
 
@@ -27,7 +28,6 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_two_then_one_then_four_processes_end_where_one_does(name: str, runs: Path) -> None:
     weights = [load_file(runs / kind / f"{name}.safetensors") for kind in ("unbroken", "resumed")]
