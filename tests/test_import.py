@@ -31,17 +31,6 @@ def test_import_takes_under_a_third_of_a_second_of_processor_time() -> None:
     assert seconds < CPU_LIMIT_S, f"import tunesmith took {seconds:.2f} s of processor time; what does it load?"
 
 
-@pytest.mark.parametrize(
-    ("variables", "rounds"),
-    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
-    ids=["as it is", "a number", "a policy"],
-)
-def test_threads_that_wait_sleep_soon_unless_the_user_has_said_how(
-    variables: dict[str, str], rounds: str | None
-) -> None:
-    assert import_in_a_child(then="[os.environ.get('GOMP_SPINCOUNT')]", **variables) == [rounds]
-
-
 def test_import_loads_no_heavy_library() -> None:
     heavy = {"accelerate", "datasets", "numpy", "peft", "torch", "transformers"}
     loaded = import_in_a_child(then="sorted({name.split('.')[0] for name in sys.modules})")

@@ -3,8 +3,6 @@
 The public names are imported when they are first used, so `import tunesmith` loads neither torch nor transformers.
 """
 
-import os
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,13 +13,6 @@ if TYPE_CHECKING:
     from tunesmith.settings.config import SFTConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig
     from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
-
-# Threads that have done their part of a product wait for the others in a loop, on cores that these may need: beside one
-# other run, training went at less than a tenth of its speed. After so many rounds they sleep; alone, that costs one or
-# two percent. The OpenMP of GCC, which torch has on Linux, reads it when it is loaded; `model.threads` helps where that
-# was before.
-if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,5 @@
-"""How many threads compute follows what a container is given, faked here, and none waits in a loop."""
+"""How many threads compute follows what a container is given, faked here; they wait briefly where others need the
+cores."""
 
 import json
 import logging
@@ -6,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tunesmith.model import threads
-from tunesmith.model.threads import CHOSEN_BY_USER, WAIT_CHOSEN, granted_cores, share_cores
+from tunesmith.model.threads import CHOSEN_BY_USER, LOOK, WAIT_CHOSEN, _watch, granted_cores, share_cores
 
 GROUPS = {
     "version 2": ("0::/pod/app\n", {"pod/cpu.max": "50000 100000", "pod/app/cpu.max": "max 100000"}, 0.5),
@@ -73,23 +75,48 @@ def test_threads_are_no_more_than_the_cores_unless_the_user_says_how_many(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of GCC is what torch has on Linux")
-def test_a_script_that_imports_torch_first_gets_threads_that_wait_briefly() -> None:
+def test_a_second_team_of_threads_begins_and_ends_in_a_process_that_has_loaded_torch() -> None:
     program = (
-        "import torch, tunesmith, json, os\n"
-        "from tunesmith.model.threads import share_cores, wait_briefly\n"
+        "import torch, tunesmith, json, threading\n"
+        "from tunesmith.model.threads import share_cores, watch_cores, _of_loaded_openmp\n"
+        "names = lambda: sorted(thread.name for thread in threading.enumerate())\n"
         "share_cores(); share_cores()\n"
-        "import threading\n"
-        "names = [thread.name for thread in threading.enumerate()]\n"
+        "first, end = names(), _of_loaded_openmp()()\n"
+        "held = names()\n"
         "a = torch.ones(300, 300)\n"
-        "print(json.dumps([os.environ.get('GOMP_SPINCOUNT'), wait_briefly(), names, (a @ a).sum().item()]))"
+        "sum = (a @ a).sum().item()\n"
+        "end(); [thread.join() for thread in threading.enumerate() if 'team' in thread.name]\n"
+        "print(json.dumps([watch_cores(), first, held, names() == first, sum, (a @ a).sum().item()]))"
     )
     known = {name: value for name, value in os.environ.items() if name not in WAIT_CHOSEN}
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=known)
-    assert json.loads(child.stdout) == [None, True, ["MainThread", "tunesmith-waits-briefly"], 27_000_000.0]
+    watched = ["MainThread", "tunesmith-leaves-cores"]
+    assert json.loads(child.stdout) == [True, watched, [*watched, "tunesmith-second-team"], True, 27e6, 27e6]
+
+
+def test_threads_wait_briefly_while_others_need_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how often they are put off: rarely, then often for three looks, then hardly any more."""
+    rates = iter([2, 30, 200, 90, 60, *[8] * 10, 12, *[8] * 19, 8, 8])
+    looks, total, events = 0, 0.0, list[tuple[str, int]]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks, total
+        rate = next(rates)  # ends the test with StopIteration
+        looks, total = looks + 1, total + rate * seconds
+
+    def begin() -> Any:
+        events.append(("begins", looks))
+        return lambda: events.append(("ends", looks))
+
+    monkeypatch.setattr("tunesmith.model.threads.time.sleep", sleep)
+    monkeypatch.setattr("tunesmith.model.threads.time.monotonic", lambda: looks * LOOK)
+    with pytest.raises(StopIteration):
+        _watch(begin, lambda: total)  # type: ignore[arg-type, return-value]
+    assert events == [("begins", 3), ("ends", 36)]
 
 
 def test_threads_wait_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "wait_briefly", lambda: pytest.fail("changed"))
+    monkeypatch.setattr(threads, "watch_cores", lambda: pytest.fail("changed"))
     for name in WAIT_CHOSEN:
         monkeypatch.setenv(name, "7")
         share_cores()
