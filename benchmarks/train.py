@@ -244,12 +244,9 @@ def compare(mode: str, peer: str, data: Path, steps: int, pairs: int) -> dict[st
         for side, results in runs.items():
             last = measure(side, mode, data, steps)
             results.append(last)
-            limits = (
-                f"{last['of_machine']:.0%} of {last['machine']:.0f} GFLOP/s, {last['of_shapes']:.0%} of the shapes, "
-            )
             print(
                 f"{mode}, pair {pair + 1}, {side}: {last['rate']:.1f} tokens/s, {last['peak_mb']:,.0f} MB, "
-                + (limits if side == "ours" else "")
+                + _limits(last)
                 + f"steps 1 and 2 {' + '.join(f'{s:.1f}' for s in last['first'])} s, "
                 + f"outside of steps {last['fixed']:.1f} s, losses "
                 + " ".join(f"{loss:.4f}" for loss in last["losses"]),
@@ -274,6 +271,13 @@ def compare(mode: str, peer: str, data: Path, steps: int, pairs: int) -> dict[st
             abs(a - b) for ours, theirs in both for a, b in zip(ours["losses"], theirs["losses"], strict=True)
         ),
     }
+
+
+def _limits(run: dict[str, Any]) -> str:
+    """The shares of the limits, which are told of our side."""
+    if "machine" not in run:
+        return ""
+    return f"{run['of_machine']:.0%} of {run['machine']:.0f} GFLOP/s, {run['of_shapes']:.0%} of the shapes, "
 
 
 def processor() -> str:
