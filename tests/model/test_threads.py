@@ -96,7 +96,7 @@ def test_a_second_team_of_threads_begins_and_ends_in_a_process_that_has_loaded_t
 
 def test_threads_wait_briefly_while_others_need_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """By how often they are put off: rarely, then often for three looks, then hardly any more."""
-    rates = iter([2, 30, 200, 90, 60, *[8] * 10, 12, *[8] * 19, 8, 8])
+    rates = iter([35, 140, 200, 190, 120, *[80] * 10, 110, *[80] * 19, 80, 80])
     looks, total, events = 0, 0.0, list[tuple[str, int]]()
 
     def sleep(seconds: float) -> None:

@@ -27,9 +27,9 @@ CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WAIT_CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 LOOK = 0.25
 """Seconds between two looks."""
-OFTEN, RARE = 40.0, 10.0
+OFTEN, RARE = 150.0, 100.0
 """Times a second that threads were put off their cores: from the first on, others need them; below the second for CALM
-looks, they don't any more."""
+looks, they don't any more. Alone on a machine it is some 35, beside one busy program 270 and more."""
 CALM = 20
 
 logger = logging.getLogger(__name__)
