@@ -55,6 +55,7 @@ from tunesmith.train.setup import (
     router_coefficient,
     used_ids,
 )
+from tunesmith.train.together import in_turn
 from tunesmith.types import Example
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class PreferenceTrainer(RowsTrainer):
         check_data_given(args, train_dataset)
         tokenizer, added = prepare_tokenizer(processing_class, given, args)
         data = DataPreparer(args, tokenizer, None, task=self.task)
-        train, evaluated = data.everything(train_dataset, eval_dataset)
+        with in_turn(args):
+            train, evaluated = data.everything(train_dataset, eval_dataset)
         remember(tokenizer, data.form)
         preflight = data.preflight()
         preflight.stop_on_problems()
@@ -238,7 +240,7 @@ class PreferenceTrainer(RowsTrainer):
                     f"{split} data: precompute_ref_log_probs reads all rows before training, and a stream has no end; "
                     "load the data, or leave it out"
                 )
-            with args.main_process_first(desc="reference log-probabilities"):
+            with in_turn(args):
                 dataset = with_reference(dataset, key, size, partial(self._scores_of, reference))
             self.data.adopt(dataset)
             return dataset
