@@ -56,7 +56,8 @@ class DPOTrainer(PreferenceTrainer):
 
     def check_rows(self, dataset: Any) -> None:
         """Raises TunesmithError for margins that a loss would ignore."""
-        ignoring = [name for name, _ in self.options.losses if name not in TAKE_MARGIN]
+        names = [name for name, _ in self.options.losses]
+        ignoring = names if {*names} == {"sft"} else [name for name in names if name not in TAKE_MARGIN]
         if isinstance(dataset, Dataset) and "scores" in dataset.column_names and ignoring:
             raise TunesmithError(
                 f"rows have a 'margin', which loss_type: {ignoring[0]} does not know; take the column out of the data, "

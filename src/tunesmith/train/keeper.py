@@ -218,7 +218,7 @@ class Keeper:
             if not args.force_resume:
                 hint = ""
                 if any(line.startswith("precision:") for line in differences):
-                    hint = " (`precision: auto` follows it where Config is given resume_from_checkpoint)"
+                    hint = " (`precision: auto` follows it where the config is given resume_from_checkpoint)"
                 raise TunesmithError(
                     f"{chosen.folder} belongs to another run; was -> is:{listed}\nPut these back{hint}, start anew "
                     "without resume_from_checkpoint, or go on anyway with force_resume: true (--force-resume)"
