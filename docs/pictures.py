@@ -1,10 +1,12 @@
-"""Draws the pictures of the pages from the run in the folder RUN.
+"""Draws the pictures of the pages.
 
     python docs/pictures.py RUN docs/images/live.svg
     python docs/pictures.py RUN docs/images/report.png
+    python docs/pictures.py ROWS docs/images/inspect.svg
 
-The first is the view of `tunesmith train` in the middle of the run, from the numbers that it wrote of each step; the
-second the beginning of its report in Chromium, the Debian package. The run of `tunesmith demo` makes a good one.
+The first is the view of `tunesmith train` in the middle of the run in the folder RUN, from the numbers that it wrote of
+each step. The second is the top of its report in Chromium, the Debian package. The third is what `tunesmith inspect`
+shows of the first of the file ROWS. `tunesmith demo` leaves a good run, `tunesmith demo --export-data` writes good rows.
 """
 
 import io
@@ -19,10 +21,15 @@ from pathlib import Path
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
+from tunesmith.cli.data import data_recipe
+from tunesmith.cli.inspect import prepared
+from tunesmith.report.inspect import legend, terminal
 from tunesmith.report.run_html import write_report
 from tunesmith.terminal.live import RunView, Snapshot
 
 COLUMNS = 84
+INSPECTED = 100
+"""Columns of the picture of `tunesmith inspect`."""
 SHARE = 0.7
 """How far the run is in the picture."""
 FRAME = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
@@ -46,7 +53,22 @@ def draw_live(run: Path, picture: Path) -> None:
     now.events += [line["event"] for line in lines if "event" in line and line["step"] <= last["step"]]
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(RunView(now))
-    drawn = console.export_svg(title="tunesmith train recipe.yaml", code_format=FRAME)
+    write_terminal(console, "tunesmith train recipe.yaml", picture)
+
+
+def draw_inspect(rows: Path, picture: Path) -> None:
+    """Writes `picture`, an SVG: the tokens of the first of `rows`, and which of them are trained on."""
+    recipe = data_recipe(["--model", "demo", "--data", str(rows), "--train-on", "assistant"])
+    _, shown = prepared(recipe, 1, None)
+    console = Console(record=True, width=INSPECTED, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for text in (legend(plain=False), *(terminal(row, plain=False, ids=False) for row in shown)):
+        console.print(text)
+    write_terminal(console, "tunesmith inspect recipe.yaml --row 1", picture)
+
+
+def write_terminal(console: Console, title: str, picture: Path) -> None:
+    """Writes `picture`, an SVG of what was printed to `console`."""
+    drawn = console.export_svg(title=title, code_format=FRAME)
     picture.write_text("".join(f"{line.rstrip()}\n" for line in drawn.splitlines() if line.strip()), encoding="utf-8")
 
 
@@ -69,5 +91,5 @@ def draw_report(run: Path, picture: Path) -> None:
 if __name__ == "__main__":
     source, wanted = Path(sys.argv[1]), Path(sys.argv[2])
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    draw = draw_report if wanted.suffix == ".png" else draw_live
+    draw = draw_report if wanted.suffix == ".png" else draw_inspect if source.is_file() else draw_live
     draw(source, wanted)

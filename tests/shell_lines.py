@@ -67,8 +67,11 @@ def _cd(arguments: list[str]) -> None:
 
 
 def _pip(arguments: list[str]) -> None:
-    """This package, with extras that it has."""
+    """This package, with extras that it has, or the folder that was cloned."""
     verb, text = arguments
+    if text == ".":
+        assert verb == "install"
+        return
     wanted = Requirement(text)
     assert (verb, wanted.name) == ("install", PROJECT["name"]), text
     assert wanted.extras <= PROJECT["optional-dependencies"].keys(), text
