@@ -1,5 +1,6 @@
 """`tunesmith train`: a recipe to a trained model."""
 
+import json
 import os
 import shlex
 import sys
@@ -73,6 +74,14 @@ def _list_settings(wanted: bool) -> None:
         list_settings("sft")
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from tunesmith.settings.schema import recipe_schema
+
+        typer.echo(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
+        raise typer.Exit
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machines:
     """How many train together, which of them this is, and where they meet."""
@@ -86,6 +95,12 @@ def train(
     ctx: typer.Context,
     fields: Annotated[
         bool, typer.Option("--fields", callback=_list_settings, is_eager=True, help="List all settings, and exit.")
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of recipes, and exit."
+        ),
     ] = False,
     nodes: Nodes = 1,
     node_rank: NodeRank = 0,
