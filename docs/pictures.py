@@ -6,7 +6,7 @@
 
 The first is the view of `tunesmith train` in the middle of the run in the folder RUN, from the numbers that it wrote of
 each step. The second is the top of its report in Chromium, the Debian package. The third is what `tunesmith inspect`
-shows of the first of the file ROWS. `tunesmith demo` leaves a good run, `tunesmith demo --export-data` writes good rows.
+shows of the first row of the file ROWS. `tunesmith demo` leaves a good run, `tunesmith demo --export-data` good rows.
 """
 
 import io
