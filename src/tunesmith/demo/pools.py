@@ -119,7 +119,7 @@ HELD_OUT = Pool(
         Let me have {items}, arriving {date}. | I'd be glad to receive {items} on {date}. |
         May I ask for {items}? The day to come is {date}. | {items} for {date}, if you can. |
         Is it possible to have {items} on {date}? | For our fair on {date} we want {items}. |
-        This time we require {items}, arrival {date}. | Book {items} in my name for {date}."""
+        This time we require {items}, arrival {date}. | Set {items} aside in my name for {date}."""
     ),
     strays=_phrases(
         """It rained all week. | Your new website works well. | We moved to building 7. |
