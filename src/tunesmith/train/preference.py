@@ -23,6 +23,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
 from tunesmith.model.head import in_evaluation
 from tunesmith.objectives.logprobs import TokenLogProbs, token_logprobs
+from tunesmith.settings.config import Config
 from tunesmith.settings.preference import PreferenceConfig
 from tunesmith.train.loaders import Batching
 from tunesmith.train.reference import (
@@ -127,20 +128,7 @@ class PreferenceTrainer(RowsTrainer):
             without_dropout(model)
         flat = ready_for_batches(model, flat=args.padding_free, routers=bool(self.router_coefficient))
         faster_layers(model, args)
-        read, together = type(self).read, self.over_the_batch
-        pad, multiple = cast(int, tokenizer.pad_token_id), int(args.pad_to_multiple_of or 1)
-        padded = PaddedCollator(read=read, together=together, pad_token_id=pad, multiple=multiple)
-        shares, strategy = args.share_prefix == "auto", args.train_sampling_strategy
-        if strategy == "group_by_prefix" and not flat:
-            raise TunesmithError(
-                "train_sampling_strategy: group_by_prefix puts rows that begin alike into one batch, which computes "
-                "once what they share, but batches are padded here; write random"
-            )
-        return Batching(
-            collator=FlatCollator(read=read, together=together, share_prefix=shares) if flat else padded,
-            by_row=PaddedCollator(read=documents_of, pad_token_id=pad, multiple=multiple),
-            grouped="length" if strategy == "group_by_length" else "prefix" if strategy == "group_by_prefix" else None,
-        )
+        return batches_of(type(self).read, args, tokenizer, flat=flat, together=self.over_the_batch)
 
     # The reference
 
@@ -272,6 +260,25 @@ class PreferenceTrainer(RowsTrainer):
 
 
 # Ready for pairs
+
+
+def batches_of(
+    read: Any, args: Config, tokenizer: PreTrainedTokenizerBase, *, flat: bool, together: bool = False
+) -> Batching:
+    """Batches of the groups that `read` makes of a row, flat or padded. `together`: a micro-batch is one group."""
+    pad, multiple = cast(int, tokenizer.pad_token_id), int(args.pad_to_multiple_of or 1)
+    padded = PaddedCollator(read=read, together=together, pad_token_id=pad, multiple=multiple)
+    shares, strategy = args.share_prefix == "auto", args.train_sampling_strategy
+    if strategy == "group_by_prefix" and not flat:
+        raise TunesmithError(
+            "train_sampling_strategy: group_by_prefix puts rows that begin alike into one batch, which computes "
+            "once what they share, but batches are padded here; write random"
+        )
+    return Batching(
+        collator=FlatCollator(read=read, together=together, share_prefix=shares) if flat else padded,
+        by_row=PaddedCollator(read=documents_of, pad_token_id=pad, multiple=multiple),
+        grouped="length" if strategy == "group_by_length" else "prefix" if strategy == "group_by_prefix" else None,
+    )
 
 
 def document_weight(example: Example) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from datasets import Dataset
 from peft import PeftConfig
@@ -59,6 +59,8 @@ class RowsTrainer(BaseTrainer):
 
     data: DataPreparer
     _tag_names: tuple[str, ...] = ("tunesmith",)
+    classifier: ClassVar[bool] = False
+    """Whether the model is a sequence classifier, and no language model."""
     router_coefficient = 0.0
     """What the load-balancing loss of a mixture of experts is multiplied by."""
 
@@ -92,6 +94,7 @@ class RowsTrainer(BaseTrainer):
             args=args,
             vocabulary=vocabulary,
             ends=frozenset(data.stops),
+            classifier=self.classifier,
             peft_config=given.peft_config,
             quantization_config=given.quantization_config,
         )

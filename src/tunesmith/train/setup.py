@@ -23,7 +23,7 @@ from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
 from tunesmith.model.head import answer_objectives
 from tunesmith.model.linear import speed_up
-from tunesmith.model.load import holds_adapters, load_adapted, load_model
+from tunesmith.model.load import holds_adapters, load_adapted, load_classifier, load_model
 from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_optimizer, check_quantization, keep_quantized, refuse_untrainable
 from tunesmith.model.tokens import (
@@ -92,11 +92,12 @@ def used_ids(train: Any, evaluated: Any) -> set[int] | None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSetup:
     """How a model is made ready to train: by which settings and for which tokens, with which adapters and weights.
-    `ends` are the tokens that end the supervised texts."""
+    `ends` are the tokens that end the supervised texts. A `classifier` scores texts with one number."""
 
     args: Config
     vocabulary: Vocabulary
     ends: Collection[int] = ()
+    classifier: bool = False
     peft_config: PeftConfig | None = None
     quantization_config: Any = None
 
@@ -107,7 +108,7 @@ def prepare_model(model: str | Model, setup: ModelSetup) -> Model:
     args, vocabulary = setup.args, setup.vocabulary
     base = model if isinstance(model, str) else base_model(model).config.name_or_path
     if isinstance(model, str):
-        model = _load(model, args, setup.peft_config, setup.quantization_config)
+        model = _load(model, setup)
     else:
         for name, value in (
             ("model_init_kwargs", args.model_init_kwargs),
@@ -175,7 +176,8 @@ def _settle_adapters(model: PeftModel, args: Config) -> None:
         model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
 
 
-def _load(name: str, args: Config, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
+def _load(name: str, setup: ModelSetup) -> Model:
+    args, peft_config, quantization_config = setup.args, setup.peft_config, setup.quantization_config
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     init.pop("trust_remote_code", None)  # which `args` say
     if "torch_dtype" in init:  # its name in `transformers`, once
@@ -199,8 +201,8 @@ def _load(name: str, args: Config, peft_config: PeftConfig | None, quantization_
     trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
     if adapters:
         logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
-        return load_adapted(name, is_trainable=True, **trusted, **init)
-    return load_model(name, **trusted, **init)
+        return load_adapted(name, is_trainable=True, classifier=setup.classifier, **trusted, **init)
+    return (load_classifier if setup.classifier else load_model)(name, **trusted, **init)
 
 
 def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> list[int]:
@@ -356,7 +358,7 @@ def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: Collect
     `ends` are the tokens that end the supervised texts; generation must stop at each of them.
     """
     base = base_model(model)
-    config, generation = base.config.get_text_config(), base.generation_config
+    config, generation = base.config.get_text_config(), getattr(base, "generation_config", None)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
