@@ -221,7 +221,7 @@ def test_beside_bf16_weights_the_head_is_trained_in_fp32(tiny_model: Path, rewar
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_beside_quantized_weights(bits: str, tiny_model: Path, reward_of: Any) -> None:
+def test_beside_quantized_weights(bits: Any, tiny_model: Path, reward_of: Any) -> None:
     from tunesmith.model.quantize import quantization
 
     trainer = reward_of(

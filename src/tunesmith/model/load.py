@@ -7,7 +7,7 @@ loads neither models nor peft: commands that look at data need a tokenizer only.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,8 @@ def load_classifier(
             "another one, or the language model that it was made of"
         )
     kwargs["num_labels"] = 1
-    model, missing = _loaded(AutoModelForSequenceClassification, name, dtype=dtype, **trusted, **kwargs)
+    with nullcontext() if is_classifier(saved) else _quiet():  # which would report the head as missing
+        model, missing = _loaded(AutoModelForSequenceClassification, name, dtype=dtype, **trusted, **kwargs)
     body = f"{model.base_model_prefix}."
     _refuse_random(name, model, [key for key in missing if is_classifier(saved) or key.startswith(body)])
     return model
@@ -400,6 +401,17 @@ def _explained(name: str, part: str = "model ") -> Iterator[None]:
         local = name == DEMO or Path(name).expanduser().is_dir()
         hint = "" if local else f"\nThere is no folder {name} here either{_nearest_folder(Path(name))}"
         raise TunesmithError(f"{part}{name} could not be loaded: {error}{hint}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what `transformers` says of weights that a file lacks or has too many of."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager
