@@ -158,9 +158,13 @@ def settings_page() -> str:
 
 
 def _preferences() -> str:
-    """What `tunesmith dpo` and `tunesmith kto` have beside the settings of all runs."""
+    """What `tunesmith dpo`, `tunesmith kto` and `tunesmith reward` have beside the settings of all runs."""
     supervised, parts = all_settings(), ""
-    for title, trainer, config in (("Pairs of answers", "dpo", "DPOConfig"), ("Judged answers", "kto", "KTOConfig")):
+    for title, trainer, config in (
+        ("Pairs of answers", "dpo", "DPOConfig"),
+        ("Judged answers", "kto", "KTOConfig"),
+        ("Reward models", "reward", "RewardConfig"),
+    ):
         known = all_settings(trainer)
         text = f"Of `tunesmith {trainer}` and `{config}` only; more on [preferences](preferences.md)."
         names = " ".join(name for name in known if name not in supervised or name == "loss_type")

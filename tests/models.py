@@ -65,15 +65,16 @@ PADDED = {"gpt_neo"}
 FLAT = sorted(ARCHITECTURES.keys() - PADDED)
 
 
-def tiny(name: str, vocab_size: int = VOCABULARY, **settings: Any) -> PreTrainedModel:
-    """A model of the architecture `name` in evaluation mode. The same name and settings give the same weights.
+def tiny(name: str, vocab_size: int = VOCABULARY, auto: Any = AutoModelForCausalLM, **settings: Any) -> PreTrainedModel:
+    """A model of the architecture `name` in evaluation mode, of an `auto` class of `transformers`. The same name and
+    settings give the same weights.
 
     Every parameter is random: at their usual start, biases and norms would hide what is done with them.
     """
     common = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 128}
     config = AutoConfig.for_model(name, vocab_size=vocab_size, **common | ARCHITECTURES.get(name, {}) | settings)
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = auto.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.settings.preference import DPOConfig, KTOConfig
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
+    from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
+    from tunesmith.trainers import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,8 @@ __all__ = [
     "DataSource",
     "KTOConfig",
     "KTOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "TunesmithError",
@@ -34,6 +36,8 @@ _DEFINED_IN = {
     "DPOTrainer": "tunesmith.trainers",
     "KTOConfig": "tunesmith.settings.preference",
     "KTOTrainer": "tunesmith.trainers",
+    "RewardConfig": "tunesmith.settings.preference",
+    "RewardTrainer": "tunesmith.trainers",
     "DataSource": "tunesmith.data.mixture",
     "SFTConfig": "tunesmith.settings.config",
     "SFTTrainer": "tunesmith.trainers",
@@ -51,8 +55,9 @@ _IN_TRL = {
     "ConstantLengthDataset": "write SFTConfig(packing=True)",
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
-        ("RewardTrainer", "RewardConfig", "GRPOTrainer", "GRPOConfig"),
-        "tunesmith does supervised fine-tuning, DPO and KTO: import it from trl, which loads what was tuned here",
+        ("GRPOTrainer", "GRPOConfig"),
+        "tunesmith does supervised fine-tuning, DPO, KTO and reward models: import it from trl, which loads what was "
+        "tuned here",
     ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""

@@ -85,7 +85,7 @@ def prepared(
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
     from tunesmith.data.batches import FlatCollator, pairs_of
-    from tunesmith.report.inspect import Vocabulary, count_facts, inspect_row
+    from tunesmith.report.inspect import SCORED, Vocabulary, count_facts, inspect_row
 
     source = training_rows(recipe)
     preparer = preparer_of(recipe)
@@ -99,8 +99,9 @@ def prepared(
     rows = []
     for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
         title = f"{kind} {number:,} of {len(dataset):,}"
-        if recipe.trainer == "dpo":
-            rows.append(_tree(title, pairs_of(dataset[number - 1]), vocabulary))
+        if recipe.trainer in ("dpo", "reward"):
+            pairs, about = pairs_of(dataset[number - 1]), SCORED if recipe.trainer == "reward" else ""
+            rows.append(_tree(title, pairs, vocabulary, about))
             continue
         batch = FlatCollator()([dataset[number - 1]])
         if recipe.trainer == "kto" and not packing:
@@ -121,19 +122,24 @@ def prepared(
     return facts, rows
 
 
-def _tree(title: str, pairs: Sequence["Group"], vocabulary: "Vocabulary") -> "InspectedRow":
-    """Pairs as their prompts, each once, and the two answers behind them."""
+def _tree(title: str, pairs: Sequence["Group"], vocabulary: "Vocabulary", about: str) -> "InspectedRow":
+    """Pairs as what both sides begin with alike up to where one is scored, once, and the two answers behind it, with
+    what is to be said `about` each."""
     from tunesmith.report.inspect import inspect_row
 
     parts: list[tuple[str, Sequence[int], Sequence[int], float]] = []
     for chosen, rejected in pairs:
-        scored = next((i for i, label in enumerate(chosen.labels) if label != IGNORE_INDEX), len(chosen.labels))
-        shared = scored if chosen.input_ids[:scored] == rejected.input_ids[:scored] else 0
+        places = zip(chosen.input_ids, rejected.input_ids, chosen.labels, rejected.labels, strict=False)
+        shared = 0
+        for one, two, *labels in places:
+            if one != two or {*labels} != {IGNORE_INDEX}:
+                break
+            shared += 1
         if shared:
             parts.append(("prompt", chosen.input_ids[:shared], chosen.labels[:shared], 1.0))
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             weight = 1.0 if answer.weights is None else answer.weights[-1]
-            parts.append((name, answer.input_ids[shared:], answer.labels[shared:], weight))
+            parts.append((f"{name}{about}", answer.input_ids[shared:], answer.labels[shared:], weight))
     return inspect_row(
         title,
         [*chain.from_iterable(ids for _, ids, _, _ in parts)],
@@ -158,9 +164,13 @@ def _chosen(count: int, kind: str, row: int | None, random: int | None, seed: in
 
 def _settings(recipe: "Recipe") -> list[tuple[str, str]]:
     config = recipe.config
+    ways = {
+        "dpo": "both answers, chosen against rejected",
+        "kto": "the answer, good or bad",
+        "reward": "a score of each side at its end, chosen against rejected",
+    }
     trained: str = config.resolved_train_on or "the completion of prompt-completion rows, else all (train_on is unset)"
-    if recipe.trainer != "sft":
-        trained = "both answers, chosen against rejected" if recipe.trainer == "dpo" else "the answer, good or bad"
+    trained = ways.get(recipe.trainer, trained)
     packing = config.packing_strategy if config.packing else "no"
     return [
         ("model", f"{recipe.model} (its tokenizer; no weights are loaded)"),

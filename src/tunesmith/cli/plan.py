@@ -57,8 +57,9 @@ def plan(
         overrides.setdefault("data", "unused")
     recipe = resolve(path, overrides | NO_NEED)
     if recipe.trainer != "sft":
+        more = "a head of its own" if recipe.trainer == "reward" else "a reference"
         raise TunesmithError(
-            f"plan counts supervised runs, and this one is {recipe.trainer}, which also has a reference. "
+            f"plan counts supervised runs, and this one is {recipe.trainer}, which also has {more}. "
             "Start it with memory_limit on a CPU, or let rehearse: always find out in the first step what fits"
         )
     run = run_of(recipe, gpu)

@@ -188,9 +188,10 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
     from tunesmith.train.together import number_of_processes
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
+    from tunesmith.trainers import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-    kind: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer}[recipe.trainer]
+    trainers = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer, "reward": RewardTrainer}
+    kind: Any = trainers[recipe.trainer]
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
         trainer: PublicTrainer = kind(
             model=recipe.model,
@@ -232,7 +233,9 @@ def _finish(trainer: "PublicTrainer", *, stopped: bool) -> None:
             f"go on:  tunesmith train {recipe_file} --resume-from-checkpoint",
         ]
     else:
-        lines = [f"saved the {saved} to {output}", f"try it:  tunesmith chat {shlex.quote(output)}"]
+        use = f"tunesmith eval {shlex.quote(output)} --data PAIRS" if trainer.kind == "reward" else None
+        use = use or f"tunesmith chat {shlex.quote(output)}"
+        lines = [f"saved the {saved} to {output}", f"try it:  {use}"]
     if _is_main():
         finish_lines(_result(trainer) | {"saved": None if stopped else saved, "stopped": stopped}, lines)
 

@@ -136,6 +136,18 @@ class Batch:
         sizes = [example.target_count for example in self.documents]
         return list(values_S.split(sizes))
 
+    def ends(self) -> Tensor:
+        """(D,) Where each document has its last label, in the B*T flattened positions; of one without labels, its last
+        token."""
+        ends, start = list[int](), 0
+        for row, example in enumerate(self.documents):
+            size = len(example.input_ids)
+            last = next((i for i in range(size - 1, -1, -1) if example.labels[i] != IGNORE_INDEX), size - 1)
+            ends.append(last + (row * self.input_ids.shape[1] if self.lengths is None else start))
+            start += size
+        places = torch.tensor(ends, device=self.input_ids.device)
+        return places if self.places is None else self.places[places]
+
     def inputs(self) -> dict[str, Any]:
         """The arguments of the model's forward."""
         own = ("input_ids", "position_ids", "attention_mask", "lengths", "parents")

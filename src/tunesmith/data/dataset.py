@@ -159,10 +159,14 @@ class DataPreparer:
         """The problems and notes of all that was prepared so far."""
         ends = " ".join(sorted({str(self.tokenizer.eos_token)}))
         shared = shared_examples(self.examples)
-        # What a stream holds is not known before it is read, nor what the user prepared.
-        unknown = not any(is_train(split) for split in self.reports)
-        allow_no_eos = self.args.allow_no_eos or unknown
-        preflight = judge(self.reports, shared=shared, allow_no_eos=allow_no_eos, end_tokens=ends)
+        preflight = judge(
+            self.reports,
+            shared=shared,
+            # What a stream holds is not known before it is read, nor what the user prepared.
+            allow_no_eos=self.args.allow_no_eos or not any(is_train(split) for split in self.reports),
+            end_tokens=ends,
+            ranked=self.formats.task == "ranked",
+        )
         if self._mixture:
             parts = ", ".join(f"{count:,} of {name}" for name, count in self._mixture.items())
             preflight.notes.insert(0, f"train: an epoch uses {parts}")
@@ -266,6 +270,7 @@ class DataPreparer:
             drop_reasoning=self.args.drop_reasoning,
             specials_in_content=self.args.specials_in_content,
             share=self._shares and not cuts,
+            ranked=self.formats.task == "ranked",
             max_length=None if cuts else self.args.max_length,
             overlong=self.args.overlong,
             truncate_prompt=self.args.cuts_prompt,
@@ -300,7 +305,7 @@ class DataPreparer:
 
         looked = Counts()
         encoder.encode(parsed(ahead, range(len(ahead))), looked)
-        if is_train(split) and not looked.stops and not self.args.allow_no_eos:
+        if is_train(split) and not (looked.stops or self.args.allow_no_eos or self.formats.task == "ranked"):
             raise TunesmithError(
                 f"{split} data: no supervised token ends a text in the first {len(ahead)} rows of the stream, so the "
                 "model would never learn to stop. Train on whole texts, raise max_length, or set allow_no_eos: true"
@@ -326,6 +331,9 @@ class DataPreparer:
     def _pack(self, dataset: Dataset) -> Dataset:
         limit = self.args.max_length
         assert limit is not None
-        if self.formats.task == "pairs":  # max_length is that of each answer with its prompt, and a pair is never torn
+        if self.formats.task in (
+            "pairs",
+            "ranked",
+        ):  # max_length is that of each answer with its prompt, and a pair is never torn
             limit = max(limit, int(list_lengths(dataset.data.table, "input_ids").max(initial=0)))
         return pack_dataset(dataset, limit, self.args.packing_strategy)

@@ -31,7 +31,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "contents": ("contents",),
 }
-Task = Literal["supervised", "pairs", "judged"]
+Task = Literal["supervised", "pairs", "ranked", "judged"]
 """What rows are read as: texts to learn, two answers to one prompt, or answers that are good or bad."""
 EXTRA_COLUMNS = (
     *("input", "history", "system", "labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs"),
@@ -66,7 +66,7 @@ class FormatOptions:
     """How to read rows. `columns` maps our column names to the data's own, e.g. {"prompt": "question"}.
 
     `skip_bad`: a row that can't be read is left out rather than an error. `turns`: how messages are read.
-    `task`: what the rows are for.
+    `task`: what the rows are for; "ranked" are pairs of which each side is read as a whole, whatever its prompt.
     """
 
     text_field: str = "text"
@@ -78,7 +78,8 @@ class FormatOptions:
 
     def __post_init__(self) -> None:
         known = {name for columns in FORMATS.values() for name in columns} | set(EXTRA_COLUMNS)
-        known |= {"pairs": {*SIDES, "margin"}, "judged": {*LABELS}, "supervised": set[str]()}[self.task]
+        pairs = {*SIDES, "margin"}
+        known |= {"pairs": pairs, "ranked": pairs, "judged": {*LABELS}, "supervised": set[str]()}[self.task]
         for name in self.columns:
             if name not in known:
                 raise TunesmithError(
@@ -195,7 +196,7 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
 def _check_preference(row: Mapping[str, Any], task: Task) -> None:
     """Raises TunesmithError for a row without a preference, with what it has."""
     listed = ", ".join(name for name in sorted(row) if row[name] is not None) or "(none)"
-    if task == "pairs" and not all(row.get(name) is not None for name in SIDES):
+    if task in ("pairs", "ranked") and not all(row.get(name) is not None for name in SIDES):
         way = "`columns: {chosen: ..., rejected: ...}` with the columns of the better and the worse answer"
         if row.get("chosen_messages") is not None and row.get("rejected_messages") is not None:
             way = "`columns: {chosen: chosen_messages, rejected: rejected_messages}`"
@@ -203,7 +204,7 @@ def _check_preference(row: Mapping[str, Any], task: Task) -> None:
             way = "`tunesmith kto` (KTOTrainer), which learns from single answers with a label; or pairs"
         raise TunesmithError(
             f"no pair: the columns are {listed}\nA pair has 'chosen' and 'rejected', and {' or '.join(PROMPTS)} unless "
-            f"both are whole conversations. Write {way}."
+            f"both are whole {'texts or ' if task == 'ranked' else ''}conversations. Write {way}."
         )
     if task == "judged" and all(row.get(name) is None for name in LABELS):
         raise TunesmithError(
@@ -253,14 +254,16 @@ def _preferences(row: Mapping[str, Any], chosen: str, rejected: str) -> str:
 def parse(row: Mapping[str, Any], format_name: str, options: FormatOptions) -> Row:
     """`row` as a value of the format `format_name`. Raises TunesmithError that says what is wrong with it."""
     is_padded, row = isinstance(row, ArrowRow), renamed(row, options)
-    if format_name in ("pairs", "judged"):
+    if format_name in ("pairs", "ranked", "judged"):
         _check_preference(row, options.task)
         plainly = FormatOptions(turns=options.turns)
 
         def read(answer: dict[str, Any], name: str) -> Row:
             return parse(ArrowRow(answer) if is_padded else answer, name, plainly)
 
-        return read_pair(row, read) if format_name == "pairs" else read_judged(row, read)
+        if format_name == "judged":
+            return read_judged(row, read)
+        return read_pair(row, read, whole=format_name == "ranked")
     missing = [column for column in FORMATS[format_name] if row.get(column) is None]
     if missing:
         raise TunesmithError(

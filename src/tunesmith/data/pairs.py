@@ -27,18 +27,21 @@ Read: TypeAlias = Callable[[dict[str, Any], str], Row]
 """A row and the name of its format to what it is."""
 
 
-def read_pair(row: Mapping[str, Any], read: Read) -> Pair:
-    """The pair of a row with `chosen` and `rejected`. Raises TunesmithError for answers to different prompts."""
+def read_pair(row: Mapping[str, Any], read: Read, *, whole: bool = False) -> Pair:
+    """The pair of a row with `chosen` and `rejected`. With `whole`, each side counts as it stands, prompt and answer
+    together. Otherwise raises TunesmithError where the answer of a side can't be told from its prompt, and for answers
+    to different prompts."""
     column = next((name for name in PROMPTS if row.get(name) is not None), None)
     rest = {name: value for name, value in row.items() if name not in (*SIDES, *PROMPTS, "margin", "weight")}
     if column is None and row.get("instruction") is not None:
         answers = [_read_side(rest | {"output": row[side]}, "instruction", side, read) for side in SIDES]
     else:
-        answers = [_side(row, side, column, rest, read) for side in SIDES]
+        answers = [_side(row, side, column, rest, read, whole=whole) for side in SIDES]
     chosen, rejected = answers
     if isinstance(chosen, Conversation) and isinstance(rejected, Conversation):
         if chosen.prompt_length is None or rejected.prompt_length is None:
-            chosen, rejected = _divided(chosen, rejected)
+            if not whole:
+                chosen, rejected = _divided(chosen, rejected)
             _check_repeated(row, column, chosen)
     elif not (isinstance(chosen, Text) and isinstance(rejected, Text)):
         raise TunesmithError("'chosen' and 'rejected' are of two kinds; both must be text, or both messages")
@@ -68,14 +71,18 @@ def read_judged(row: Mapping[str, Any], read: Read) -> Judged:
     return Judged(answer=answer, good=bool(label), weight=_weight(row, read))
 
 
-def _side(row: Mapping[str, Any], side: str, column: str | None, rest: dict[str, Any], read: Read) -> Row:
+def _side(
+    row: Mapping[str, Any], side: str, column: str | None, rest: dict[str, Any], read: Read, *, whole: bool
+) -> Row:
     """One answer with its prompt, as a row of its own; a conversation without `prompt_length` where the answer's
-    messages begin with the prompt."""
+    messages begin with the prompt, and with `whole` a text without a prompt."""
     answer, prompt = row[side], None if column is None else row[column]
     if isinstance(answer, dict):
         answer = [answer]
     if isinstance(answer, list | tuple) and not (answer and _is_answer(answer[0])):
         return _read_side(rest | {"messages": answer}, "messages", side, read)
+    if column is None and whole and isinstance(answer, str):
+        return _read_side(rest | {"text": answer}, "text", side, read)
     if column is None:
         raise TunesmithError(
             f"{side!r} is {shown(row[side])}, and the row has no prompt, so where the answer begins can't be told. "

@@ -156,12 +156,19 @@ def histogram(lengths: Any) -> list[tuple[int, int, int]]:
 
 
 def judge(
-    splits: Mapping[str, SplitReport], *, shared: Mapping[str, int], allow_no_eos: bool, end_tokens: str
+    splits: Mapping[str, SplitReport],
+    *,
+    shared: Mapping[str, int],
+    allow_no_eos: bool,
+    end_tokens: str,
+    ranked: bool = False,
 ) -> Preflight:
     """The problems that stop the run, and the notes.
 
-    `shared` is what `shared_examples` gives; `end_tokens` names the tokens that would end a text.
+    `shared` is what `shared_examples` gives; `end_tokens` names the tokens that would end a text. Of `ranked` rows one
+    token is scored, and none is learned.
     """
+    allow_no_eos = allow_no_eos or ranked
     problems: list[str] = []
     notes: list[str] = []
     if not allow_no_eos and not any(report.counts.stops for name, report in splits.items() if is_train(name)):
@@ -170,7 +177,7 @@ def judge(
             "Train on whole turns or texts, raise max_length if all are cut, or set allow_no_eos: true"
         )
     for name, report in splits.items():
-        if report.without_end and not problems:
+        if report.without_end and not problems and not ranked:
             endless = f"{counted(report.without_end, 'example')} {verb(report.without_end, 'does', 'do')}"
             notes.append(f"{name}: {endless} not end with an end token (cut, or meant so)")
         if report.double_bos:
@@ -178,7 +185,7 @@ def judge(
             problems.append(
                 f"{name} data: {begin} with two BOS tokens; take the BOS text out of the rows, or out of the template"
             )
-        notes += _notes(name, report)
+        notes += _notes(name, report, ranked=ranked)
     notes += [
         f"{name}: {counted(count, 'example')} {verb(count, 'is', 'are')} in the training data too; its loss will look "
         "too good"
@@ -188,7 +195,7 @@ def judge(
     return Preflight(splits=splits, problems=problems, notes=notes)
 
 
-def _answer_notes(name: str, counts: Counts) -> list[str]:
+def _answer_notes(name: str, counts: Counts, *, ranked: bool) -> list[str]:
     """What is known of answers that are compared or judged."""
     notes = []
     if counts.pairs:
@@ -200,8 +207,13 @@ def _answer_notes(name: str, counts: Counts) -> list[str]:
         )
         if better > LENGTH_BIAS * worse:
             notes.append(
-                f"{name}: chosen answers are much longer than rejected ones, so the model may learn to be long; "
-                "ld_alpha, or a loss that divides by the length (loss_type: sigmoid_norm), counts against it"
+                f"{name}: chosen answers are much longer than rejected ones, so the model may learn to "
+                + (
+                    "prefer what is long"
+                    if ranked
+                    else "be long; ld_alpha, or a loss that divides by the length (loss_type: sigmoid_norm), counts "
+                    "against it"
+                )
             )
     if sum(counts.judged):
         good, bad = counts.judged
@@ -209,7 +221,7 @@ def _answer_notes(name: str, counts: Counts) -> list[str]:
     return notes
 
 
-def _notes(name: str, report: SplitReport) -> list[str]:
+def _notes(name: str, report: SplitReport, *, ranked: bool) -> list[str]:
     counts, notes = report.counts, []
     if counts.skipped:
         notes.append(
@@ -229,7 +241,7 @@ def _notes(name: str, report: SplitReport) -> list[str]:
         ways = {"as it is" if key == "{}" else key: count for key, count in counts.arguments.items()}
         listed = ", ".join(f"{count:,} with the template {key}" for key, count in ways.items())
         notes.append(f"{name}: answers follow the prompt that fits their reasoning: {listed}")
-    notes += _answer_notes(name, counts)
+    notes += _answer_notes(name, counts, ranked=ranked)
     if counts.truncated:
         share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
         more = "; raise max_length" if share > HIGH_LOSS else ""
@@ -237,7 +249,7 @@ def _notes(name: str, report: SplitReport) -> list[str]:
     if report.duplicates:
         copies = verb(report.duplicates, "is an exact copy", "are exact copies")
         notes.append(f"{name}: {counted(report.duplicates, 'example')} {copies} of another")
-    if report.supervised_share < LOW_SUPERVISION:
+    if report.supervised_share < LOW_SUPERVISION and not ranked:
         notes.append(f"{name}: only {report.supervised_share:.2%} of the tokens are supervised")
     if report.weightless:
         have = verb(report.weightless, "has", "have")

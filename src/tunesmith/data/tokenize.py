@@ -48,8 +48,9 @@ EQUAL = "both answers are the same"
 class EncodeOptions(RenderOptions):
     """What is supervised and what happens to examples over `max_length` tokens. See SFTConfig for the fields.
 
-    `share`: the documents of one conversation are one example, in which they share what they begin with. `skip_bad`: a
-    row that can't be made an example is left out and counted rather than an error.
+    `share`: the documents of one conversation are one example, in which they share what they begin with. `ranked`: the
+    sides of a pair are whole texts, each with a label where it is scored, at its end. `skip_bad`: a row that
+    can't be made an example is left out and counted rather than an error.
     """
 
     max_length: int | None = 1024
@@ -57,6 +58,7 @@ class EncodeOptions(RenderOptions):
     truncate_prompt: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     share: bool = True
+    ranked: bool = False
     skip_bad: bool = False
 
 
@@ -84,7 +86,7 @@ class Counts:
     have several, an end token); a model tuned on data without any never stops. `stops`: how many supervised turns and
     texts end with it; generation is to stop at each of them.
 
-    `pairs`: how many pairs there are; `answer_tokens` are the scored tokens of their better and of their worse answers,
+    `pairs`: how many pairs there are; `answer_tokens` are the tokens of their better and of their worse answers,
     and `longer` says how many better and how many worse answers are the longer one of their pair. `judged`: how many
     answers are good, and how many bad.
     """
@@ -134,12 +136,12 @@ class Counts:
     def drop(self, reason: str, place: str) -> None:
         _add(self.dropped, reason, [place])
 
-    def note_answers(self, answers: Sequence[Example], score: float) -> None:
-        """Count a pair, or an answer that was judged."""
-        if len(answers) == 1:
+    def note_answers(self, sizes: Sequence[int], score: float) -> None:
+        """Count a pair, or an answer that was judged, with so many tokens in each answer."""
+        if len(sizes) == 1:
             self._add_two("judged", (int(score > 0), int(score < 0)))
             return
-        better, worse = (answer.supervised for answer in answers)
+        better, worse = sizes
         self.pairs += 1
         self._add_two("answer_tokens", (better, worse))
         self._add_two("longer", (int(better > worse), int(worse > better)))
@@ -271,7 +273,11 @@ class Encoder:
     ) -> Sequence[Example]:
         """The example of answers to one prompt within max_length, which takes tokens from the prompt's front only; none
         where the answers leave no room for a prompt, or are the same."""
-        answers, prompts = [_without_rest(answer) for answer, _ in documents], [prompt for _, prompt in documents]
+        if self.options.ranked:
+            answers = [scored_at_its_end(answer.input_ids, self.tokenizer.pad_token_id) for answer, _ in documents]
+            prompts = [_common(answers)] * len(answers)
+        else:
+            answers, prompts = [_without_rest(answer) for answer, _ in documents], [prompt for _, prompt in documents]
         limit, longest = self.options.max_length, max(len(answer.input_ids) for answer in answers)
         excess = 0 if limit is None else max(0, longest - limit)
         reason = ""
@@ -295,8 +301,10 @@ class Encoder:
         if reason:
             counts.drop(reason, place)
             return []
-        counts.note_answers(answers, item.score)
-        return [_branched(answers, min(prompts), item)]
+        shared = min(prompts)
+        sizes = [len(each.input_ids) - shared if self.options.ranked else each.supervised for each in answers]
+        counts.note_answers(sizes, item.score)
+        return [_branched(answers, shared, item)]
 
     def _shared(self, documents: Sequence[Example], limit: int | None = None) -> Sequence[Example]:
         """The documents of one row as examples."""
@@ -326,7 +334,8 @@ class Encoder:
     def _text(self, row: Row) -> Rendering | Tokens:
         train_on = self.options.train_on
         if isinstance(row, Pair):
-            parts = (self._answer(row.chosen, "chosen"), self._answer(row.rejected, "rejected"))
+            read = self._whole if self.options.ranked else self._answer
+            parts = (read(row.chosen, "chosen"), read(row.rejected, "rejected"))
             return _answers(parts, row.margin, row.weight * row.chosen.weight)
         if isinstance(row, Judged):
             return _answers(
@@ -370,6 +379,29 @@ class Encoder:
                 "all its tokens. Write 'weight' for the whole row, or 0 to leave a message out"
             )
         return rendering
+
+    def _whole(self, side: Conversation | Text, name: str) -> Rendering:
+        """A side of a pair as a reward model is asked about it: messages as the chat template renders them, and nothing
+        behind them; a text with the end-of-sequence token, unless it ends with that."""
+        if isinstance(side, Text):
+            end = self.tokenizer.eos_token
+            text = side.text if side.text.endswith(end) else side.text + end
+            span = Span(start=0, stop=len(text))
+            return Rendering(documents=(Rendered(text=text, spans=(span,), special_tokens=True, closed=False),))
+        if any(message.weight != 1.0 for message in side.messages):
+            raise TunesmithError(
+                f"{name}: a message has a weight of its own, and what is scored is the whole conversation. Write "
+                "'weight' for the whole row"
+            )
+        try:
+            rendering = render(
+                replace(side, weight=1.0, prompt_length=None), self.template, replace(self.options, train_on="all")
+            )
+        except NotTheRow:
+            raise
+        except TunesmithError as error:
+            raise TunesmithError(f"{name}: {error}") from error
+        return replace(rendering, documents=tuple(replace(each, closed=False) for each in rendering.documents))
 
     def _example(self, rendered: Rendered, encoding: Any) -> tuple[Example, int]:
         """The example of one encoding, and how many of its tokens are the prompt of a prompt-completion row."""
@@ -507,6 +539,20 @@ def _without_rest(answer: Example) -> Example:
     labels = answer.labels
     stop = next((i + 1 for i in range(len(labels) - 1, -1, -1) if labels[i] != IGNORE_INDEX), 0)
     return answer if stop in (0, len(labels)) else _cut(answer, 0, stop)
+
+
+def scored_at_its_end(ids: Sequence[int], pad_token_id: int | None) -> Example:
+    """A text with a label where a sequence classifier of `transformers` scores it: at its last token other than the one
+    that pads. Where the end-of-sequence token pads, that is the token before it."""
+    place = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] != pad_token_id), 0)
+    return Example(input_ids=[*ids], labels=[ids[i] if i == place else IGNORE_INDEX for i in range(len(ids))])
+
+
+def _common(sides: Sequence[Example]) -> int:
+    """How many tokens all sides begin with alike, up to where one of them is scored."""
+    shortest = min(next(i for i, label in enumerate(side.labels) if label != IGNORE_INDEX) for side in sides)
+    columns = zip(*(side.input_ids[:shortest] for side in sides), strict=True)
+    return next((i for i, tokens in enumerate(columns) if len({*tokens}) > 1), shortest)
 
 
 def _branched(answers: Sequence[Example], prompt: int, item: Answers) -> Example:

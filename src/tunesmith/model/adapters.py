@@ -63,9 +63,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         raise TunesmithError(f"peft_config is {type(config).__name__}; expected a peft config such as LoraConfig")
     _refuse(config, bits_of(model))
     config = copy.deepcopy(config)  # peft writes the names that "all-linear" means for this model into it
-    config.task_type = config.task_type or "CAUSAL_LM"
-    if config.task_type != "CAUSAL_LM":
-        raise TunesmithError(f"peft_config: task_type is {config.task_type}; for a language model it is CAUSAL_LM")
+    _settle_task(config, model)
     _check_names(config, model)
     everything, given = all_linear(config), copy.copy(config)
     if everything:
@@ -97,8 +95,18 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return adapted
 
 
+def _settle_task(config: PeftConfig, model: PreTrainedModel) -> None:
+    """What the model is for, which `peft` wants to know: of a sequence classifier, it trains and saves the head whole.
+    A recipe's LoRA says CAUSAL_LM, whatever is trained."""
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    wanted, known = ("SEQ_CLS", "a sequence classifier") if classifies else ("CAUSAL_LM", "a language model")
+    if config.task_type not in (None, "CAUSAL_LM", wanted):
+        raise TunesmithError(f"peft_config: task_type is {config.task_type}; for {known} it is {wanted}")
+    config.task_type = wanted
+
+
 def base_model(model: Model) -> PreTrainedModel:
-    """The causal language model inside the adapters, or `model` itself."""
+    """The model of `transformers` inside the adapters, or `model` itself."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base

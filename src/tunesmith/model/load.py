@@ -6,8 +6,8 @@ loads neither models nor peft: commands that look at data need a tokenizer only.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +76,66 @@ def load_model(
 
     `dtype` is float32 unless said otherwise: weights that are trained must hold updates far smaller than themselves;
     "auto" takes the checkpoint's. With `allow_pickle`, weights may also be in pickle files, of which torch then reads
-    numbers only. Raises TunesmithError when the model can't be loaded, or lacks weights.
+    numbers only. Raises TunesmithError when the model can't be loaded, or lacks weights, and for a classifier.
     """
     from transformers import AutoModelForCausalLM
 
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    model, missing = _loaded(AutoModelForCausalLM, name, dtype=dtype, **trusted, **kwargs)
+    if is_classifier(model.config):
+        raise TunesmithError(
+            f"model {name} is a sequence classifier, such as a reward model, which scores texts and writes none; "
+            "`tunesmith reward` trains such models, and `tunesmith eval` measures them"
+        )
+    _refuse_random(name, model, missing)
+    return model
+
+
+def load_classifier(
+    name: str,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    **kwargs: Any,
+) -> "PreTrainedModel":
+    """The sequence classifier `name` with one output: as it was saved, or of a causal language model with a new head,
+    drawn from torch's random numbers. Arguments and errors are those of `load_model`."""
+    from transformers import AutoModelForSequenceClassification
+
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    saved = load_config(name, trust_remote_code=trust_remote_code, **{k: kwargs[k] for k in kwargs if k == "revision"})
+    if is_classifier(saved) and saved.num_labels != 1:
+        raise TunesmithError(
+            f"model {name} is a classifier with {saved.num_labels} outputs (num_labels), and a reward is one; take "
+            "another one, or the language model that it was made of"
+        )
+    kwargs["num_labels"] = 1
+    with nullcontext() if is_classifier(saved) else _quiet():  # which would report the head as missing
+        model, missing = _loaded(AutoModelForSequenceClassification, name, dtype=dtype, **trusted, **kwargs)
+    body = f"{model.base_model_prefix}."
+    _refuse_random(name, model, [key for key in missing if is_classifier(saved) or key.startswith(body)])
+    return model
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a saved model is a sequence classifier, such as a reward model."""
+    kinds = config.architectures or []
+    return bool(kinds) and all(kind.endswith("ForSequenceClassification") for kind in kinds)
+
+
+def _refuse_random(name: str, model: "PreTrainedModel", missing: Sequence[str]) -> None:
+    if missing:
+        raise TunesmithError(
+            f"model {name} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+
+
+def _loaded(
+    auto: Any, name: str, *, dtype: torch.dtype | str, trust_remote_code: bool, allow_pickle: bool, **kwargs: Any
+) -> "tuple[PreTrainedModel, list[str]]":
+    """The model `name` by one of the auto classes of `transformers`, and the names of weights that it lacks."""
     share_cores()
     path = resolve_model(name)
     dtype = kwargs.pop("torch_dtype", dtype)  # its earlier name in transformers
@@ -88,7 +144,7 @@ def load_model(
     with _explained(name), no_bars(hide=Path(path).is_dir()):  # those of a download stay
         if not trust_remote_code:
             _refuse_code(path, kwargs.get("revision"))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -97,13 +153,7 @@ def load_model(
             **kwargs,
         )
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise TunesmithError(
-            f"model {name} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return model
+    return model, sorted(report["missing_keys"])
 
 
 def load_config(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedConfig:
@@ -188,10 +238,11 @@ def load_adapted(
     dtype: torch.dtype | str = torch.float32,
     trust_remote_code: bool = False,
     is_trainable: bool = False,
+    classifier: bool = False,
     **kwargs: Any,
 ) -> "PeftModel":
-    """The adapters in the folder or of the hub's name `name`, on their base model; `kwargs` are those of
-    `from_pretrained` for the latter. Raises TunesmithError."""
+    """The adapters in the folder or of the hub's name `name`, on their base model, which is a `classifier` or writes
+    texts; `kwargs` are those of `from_pretrained` for the latter. Raises TunesmithError."""
     path = resolve_model(name)
     if not _has(path, ADAPTER_WEIGHTS):  # `peft` would take pickled ones
         raise TunesmithError(f"{path} has {ADAPTERS}, but not {ADAPTER_WEIGHTS}: adapters in safetensors are needed")
@@ -199,7 +250,19 @@ def load_adapted(
 
     refuse_lost_start(path)
     base, revision = base_of(path)
-    model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, **(revision | kwargs))
+    scores = adapters_score(path)
+    if scores and not classifier:
+        raise TunesmithError(
+            f"{name} holds the adapters of a sequence classifier, which scores texts and writes none; `tunesmith eval` "
+            "measures it"
+        )
+    if classifier and not scores:
+        raise TunesmithError(
+            f"{name} holds the adapters of a model that writes texts; merge them (`tunesmith merge`), and train a "
+            "reward model from the result"
+        )
+    load = load_classifier if classifier else load_model
+    model = load(base, dtype=dtype, trust_remote_code=trust_remote_code, **(revision | kwargs))
     rows = len(load_tokenizer(path, trust_remote_code=trust_remote_code))
     if rows > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -207,11 +270,22 @@ def load_adapted(
         return PeftModel.from_pretrained(model, path, is_trainable=is_trainable)
 
 
+def adapters_score(path: str) -> bool:
+    """Whether the adapters in the folder or of the hub's name `path` belong to a sequence classifier."""
+    return adapter_config(path).get("task_type") == "SEQ_CLS"
+
+
+def adapter_config(path: str) -> dict[str, Any]:
+    """What adapters say of themselves."""
+    file = Path(path) / ADAPTERS if Path(path).is_dir() else Path(str(cached_file(path, ADAPTERS)))
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
 def refuse_lost_start(path: str) -> None:
     """Raises TunesmithError for adapters in the folder or of the hub's name `path` that belong onto other weights than
     those of the base model: they would be loaded without a word, and be another model."""
-    file = Path(path) / ADAPTERS if Path(path).is_dir() else Path(str(cached_file(path, ADAPTERS)))
-    start = json.loads(file.read_text(encoding="utf-8")).get("init_lora_weights")
+    start = adapter_config(path).get("init_lora_weights")
     if isinstance(start, str) and start.startswith(LOST_STARTS):  # before peft wants what it needs to start them
         raise TunesmithError(
             f"{path}: these adapters were started with init_lora_weights={start!r}, which changed the base model's "
@@ -327,6 +401,17 @@ def _explained(name: str, part: str = "model ") -> Iterator[None]:
         local = name == DEMO or Path(name).expanduser().is_dir()
         hint = "" if local else f"\nThere is no folder {name} here either{_nearest_folder(Path(name))}"
         raise TunesmithError(f"{part}{name} could not be loaded: {error}{hint}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what `transformers` says of weights that a file lacks or has too many of."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager

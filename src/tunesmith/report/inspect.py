@@ -39,6 +39,9 @@ SUPERVISED_SPECIAL = "bold underline color(54) on color(114)"
 UNSUPERVISED, UNSUPERVISED_SPECIAL = "dim", "magenta"
 WEIGHT, IDS, BOUNDARY = "bold cyan", "cyan", "bold"
 
+SCORED = ", scored at its end"
+"""Behind the name of a side of a pair of which nothing is learned but its score."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
@@ -137,6 +140,9 @@ class InspectedRow:
         documents = f"{listed}, {ends} of them with an end token"
         if answers:
             documents = f"{listed}, {ends} of {answers} answers with an end token"
+        elif any(document.name.endswith(SCORED) for document in self.documents):
+            pairs = sum(document.name.endswith(SCORED) for document in self.documents) // 2
+            documents = f"{counted(pairs, 'pair')}, each side scored at its end"
         once = "" if self.computed in (None, tokens) else f" ({self.computed:,} computed: what documents share, once)"
         return f"{tokens:,} tokens{once}, {_share(supervised, tokens)}, {documents}"
 

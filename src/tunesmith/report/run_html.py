@@ -170,7 +170,7 @@ def named(origin: Origin) -> str:
 def _loss_unit(runs: Sequence[RunData]) -> str:
     trainers = {run.record.trainer for run in runs if run.record is not None}
     [trainer] = trainers if len(trainers) == 1 else ["sft"]
-    return {"dpo": "of a pair", "kto": "of an answer"}.get(trainer, "nats a supervised token")
+    return {"dpo": "of a pair", "reward": "of a pair", "kto": "of an answer"}.get(trainer, "nats a supervised token")
 
 
 def _rewards(run: RunData) -> Iterator[str]:
@@ -180,6 +180,9 @@ def _rewards(run: RunData) -> Iterator[str]:
         ("Rewards of chosen (first) and rejected answers", "beta x nats", ("rewards/chosen", "rewards/rejected")),
         ("Pairs whose chosen answer has the higher reward", "share", ("rewards/accuracies",)),
         ("Log-probabilities of chosen (first) and rejected answers", "nats", ("logps/chosen", "logps/rejected")),
+        ("Least, mean and largest reward", "reward", ("min_reward", "mean_reward", "max_reward")),
+        ("Pairs whose chosen answer has the higher reward", "share", ("accuracy",)),
+        ("Reward of the chosen answer less that of the rejected one", "reward", ("margin",)),
     ):
         curves = [
             Curve(

@@ -1,11 +1,11 @@
-"""DPOConfig and KTOConfig: what runs on pairs, and on judged answers, do, with TRL's names."""
+"""DPOConfig, KTOConfig and RewardConfig: what runs on pairs, and on judged answers, do, with TRL's names."""
 # ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tunesmith.errors import TunesmithError
-from tunesmith.settings.config import Config, accept_older_names, setting
+from tunesmith.settings.config import Config, Overlong, accept_older_names, setting
 
 KTOLoss = Literal["kto", "apo_zero_unpaired"]
 OLDER_LOSSES = {"aot_pair": "aot"}
@@ -13,17 +13,10 @@ OLDER_LOSSES = {"aot_pair": "aot"}
 
 
 @dataclass
-class PreferenceConfig(Config):
-    """What runs share that compare a model with its reference."""
+class AnswersConfig(Config):
+    """What runs share that learn from whole answers rather than from tokens."""
 
-    learning_rate: float = setting(1e-6, "Peak learning rate; LoRA wants about ten times more.")
-    beta: float = setting(0.1, "How close to stay to the reference: higher is closer; the weight of the odds in orpo.")
-    # The reference
-    precompute_ref_log_probs: bool = setting(
-        False, "Compute what the reference says once, before training, and keep it in the cache."
-    )
-    precompute_ref_batch_size: int | None = setting(None, "Pairs at a time in that; unset, per_device_eval_batch_size.")
-    disable_dropout: bool = setting(True, "Train without dropout, so that model and reference are comparable.")
+    disable_dropout: bool = setting(True, "Train without dropout, so that answers are comparable.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,13 +26,12 @@ class PreferenceConfig(Config):
         """Settings of all runs that would say nothing here."""
         if self.label_smoothing_factor:
             raise TunesmithError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, which is of supervised fine-tuning; write "
-                "label_smoothing for a share of wrong preferences"
+                f"label_smoothing_factor is {self.label_smoothing_factor}, which is of supervised fine-tuning; "
+                f"{self._smoothing}"
             )
         if self.neftune_noise_alpha is not None:
             raise TunesmithError(
-                "neftune_noise_alpha is set: noise on the embeddings would tell the model from its reference; leave it "
-                "out"
+                "neftune_noise_alpha is set: noise on the embeddings would tell apart what is compared; leave it out"
             )
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches:
@@ -54,10 +46,35 @@ class PreferenceConfig(Config):
                 f"packing_strategy is {self.packing_strategy}, which cuts examples, and a pair is packed whole; "
                 "write bfd"
             )
+
+    @property
+    def _smoothing(self) -> str:
+        """What to write in place of label_smoothing_factor."""
+        return "leave it out"
+
+
+@dataclass
+class PreferenceConfig(AnswersConfig):
+    """What runs share that compare a model with its reference."""
+
+    learning_rate: float = setting(1e-6, "Peak learning rate; LoRA wants about ten times more.")
+    beta: float = setting(0.1, "How close to stay to the reference: higher is closer; the weight of the odds in orpo.")
+    # The reference
+    precompute_ref_log_probs: bool = setting(
+        False, "Compute what the reference says once, before training, and keep it in the cache."
+    )
+    precompute_ref_batch_size: int | None = setting(None, "Pairs at a time in that; unset, per_device_eval_batch_size.")
+
+    def _refuse_ignored(self) -> None:
+        super()._refuse_ignored()
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             raise TunesmithError(
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}; write 1 or more, or leave it out"
             )
+
+    @property
+    def _smoothing(self) -> str:
+        return "write label_smoothing for a share of wrong preferences"
 
 
 @dataclass
@@ -162,3 +179,45 @@ class KTOConfig(PreferenceConfig):
 
 
 accept_older_names(KTOConfig)
+
+
+@dataclass
+class RewardConfig(AnswersConfig):
+    """Settings of a reward model, which learns from pairs to score answers.
+
+    Every field of `transformers.TrainingArguments` is a field here and means the same. Other defaults than there:
+    `learning_rate` 1e-4, `logging_steps` 10, `bf16` None: `precision` decides.
+
+    Pairs of which a side is over `max_length` are dropped; with `overlong: truncate`, what is too much goes from the
+    front that both sides share.
+    """
+
+    learning_rate: float = setting(1e-4, "Peak learning rate.")
+    overlong: Overlong = setting("drop", "Pairs over max_length: drop | truncate (from the prompt's front) | error.")
+    center_rewards_coefficient: float | None = setting(
+        None, "The weight of (reward of chosen + reward of rejected)^2, which keeps rewards around 0; such as 0.01."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center_rewards_coefficient is not None and not self.center_rewards_coefficient >= 0:
+            raise TunesmithError(
+                f"center_rewards_coefficient is {self.center_rewards_coefficient}; write a weight from 0 on, such as "
+                "0.01, or leave it out"
+            )
+
+    def _refuse_ignored(self) -> None:
+        super()._refuse_ignored()
+        for name, neutral, reason in (
+            ("sample_prompts", 0, "a reward model writes no answers"),
+            ("router_aux_loss_coef", None, "a reward has no loss for the balance of experts"),
+            ("allow_no_eos", False, "a reward model writes no texts that could fail to end"),
+            ("turns", "auto", "a conversation is scored as one text"),
+            ("prompt_mismatch", "error", "a conversation is scored as one text"),
+            ("marks", "verified", "a conversation is scored at its end"),
+        ):
+            if getattr(self, name) != neutral:
+                raise TunesmithError(f"{name} is {getattr(self, name)!r}, and {reason}; leave it out")
+
+
+accept_older_names(RewardConfig)

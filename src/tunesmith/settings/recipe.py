@@ -22,20 +22,21 @@ from tunesmith.settings.older import LEAVE_OUT, RENAMED
 if TYPE_CHECKING:
     from tunesmith.settings.config import Config
 
-LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5}
+LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4}
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
-Trainer = Literal["sft", "dpo", "kto"]
+Trainer = Literal["sft", "dpo", "kto", "reward"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
         "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`) | kto: learn "
-        "from answers that are good or bad (as `tunesmith kto`).",
+        "from answers that are good or bad (as `tunesmith kto`) | reward: learn to score answers from pairs (as "
+        "`tunesmith reward`).",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
@@ -264,9 +265,14 @@ def _setting(name: str, place: str) -> Setting:
 def config_of(trainer: Trainer) -> "type[Config]":
     """The config that a trainer takes."""
     from tunesmith.settings.config import SFTConfig
-    from tunesmith.settings.preference import DPOConfig, KTOConfig
+    from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
 
-    configs: dict[Trainer, type[Config]] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}
+    configs: dict[Trainer, type[Config]] = {
+        "sft": SFTConfig,
+        "dpo": DPOConfig,
+        "kto": KTOConfig,
+        "reward": RewardConfig,
+    }
     return configs[trainer]
 
 

@@ -316,7 +316,7 @@ class Keeper:
         if ranks is None:
             return
         rank, trainer = self._args.process_index, self._trainer
-        ranks["sums"] = _shared_sums(ranks["sums"], self._args.world_size)
+        ranks["sums"] = _shared_sums(ranks["sums"], self._args.world_size, self._meter.number_of_extremes)
         own = {name: states[min(rank, len(states) - 1)] for name, states in ranks.items()}
         loss, logged, *meter = own.pop("sums").tolist()
         trainer._tr_loss += loss
@@ -565,16 +565,18 @@ class Keeper:
         return lambda: dict(weights)
 
 
-def _shared_sums(sums: Tensor, processes: int) -> Tensor:
+def _shared_sums(sums: Tensor, processes: int, extremes: int) -> Tensor:
     """The sums for the log of so many processes, of those of others: (processes, ...). The mean of the losses and the
     total of the rest stay: the first process has all of that, and the step of the last log and the tokens since the
-    start are the same on all."""
+    start are the same on all. The last `extremes` columns are the largest of each process, and not added."""
     if len(sums) == processes:
         return sums
     shared = sums.new_zeros(processes, sums.shape[1])
     shared[:, 0] = sums[:, 0].mean()
     shared[:, 1:3] = sums[0, 1:3]
     shared[0, 3:] = sums[:, 3:].sum(dim=0)
+    last = sums.shape[1] - extremes
+    shared[:, last:] = sums[:, last:].amax(dim=0)
     return shared
 
 

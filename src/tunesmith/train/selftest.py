@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
+from tunesmith.data.tokenize import scored_at_its_end
 from tunesmith.errors import TunesmithError
 from tunesmith.model import ways
 from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
@@ -26,6 +27,7 @@ from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation
 from tunesmith.model.precision import PrecisionName
+from tunesmith.model.scores import scores_of
 from tunesmith.objectives.supervised import supervised_loss
 from tunesmith.settings.config import Config
 from tunesmith.types import IGNORE_INDEX, Example
@@ -93,23 +95,65 @@ def check_before_training(model: Model, dataset: Any, args: Config, *, flat: boo
 
     Raises TunesmithError when losses differ, and with "always" when the test can't be done.
     """
-    if args.self_test == "off":
+    examples = _tested(model, dataset, args)
+    if not examples:
         return None
+    assert args.precision != "auto"
+    rows = [*chain.from_iterable(examples)]
+    found = self_test(model, rows, flat=flat, precision=args.precision, groups=[*map(len, examples)])
+    logger.info("%s", found)
+    return found
+
+
+def check_scores(model: Model, dataset: Any, args: Config, *, flat: bool) -> float | None:
+    """As `check_before_training`, of a sequence classifier, with the scores of texts in place of losses; returns the
+    largest difference of a score. Raises TunesmithError where it is more than rounding."""
+    examples = _tested(model, dataset, args)
+    if not examples:
+        return None
+    base, low = base_model(model), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    pad = base.config.get_text_config().pad_token_id
+    groups = [tuple(scored_at_its_end(ids, pad) for ids in group) for group in examples]
+    batch = (FlatCollator() if flat else PaddedCollator(pad_token_id=pad)).batch(groups).to(base.device)
+    with _untouched(model, base.device), torch.autocast(base.device.type, dtype=low, enabled=low is not None):
+        with _ways(other=False):
+            ids = [torch.tensor([example.input_ids], device=base.device) for example in batch.documents]
+            theirs = torch.cat([model(input_ids=row).logits[0].float() for row in ids])
+        with _compiled_layers_at_work(model), _ways(other=True):
+            ours = scores_of(model, batch)
+    if not theirs.isfinite().all():
+        raise TunesmithError(
+            f"self-test: {type(base).__name__} gives a score of {float(theirs.sum())} in its own forward. Its weights "
+            "are damaged, or its numbers too large for this precision: set precision: fp32, or bf16 in place of fp16"
+        )
+    worst = float(((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max())
+    tolerance = ROUNDED.token if low is not None or not _exact(model) else EXACT.token
+    if not worst <= tolerance:
+        raise TunesmithError(
+            f"self-test: {type(base).__name__} gives other scores in this run's batches than text by text in its own "
+            f"forward, so another model would be trained: they are up to {worst:.2g} apart ({tolerance:g} may be "
+            f"rounding) on {len(theirs)} texts; {f'{PAD_INSTEAD}, and report it' if flat else 'report it'}"
+        )
+    logger.info("Self-test on %d texts: scores in one batch are up to %.1e from those one by one.", len(theirs), worst)
+    return worst
+
+
+def _tested(model: Model, dataset: Any, args: Config) -> list[list[list[int]]]:
+    """The examples to test on; none where `args.self_test` is off or, with "auto", nothing can be tested. Raises
+    TunesmithError with "always" where nothing can."""
+    if args.self_test == "off":
+        return []
     always = args.self_test == "always"
     reason = _impossible(model, args)
     # The rows of a stream are read once for each look at them, which may be slow, or not repeat.
     examples = [] if reason or not (always or isinstance(dataset, Dataset)) else _examples(dataset)
     if examples:
-        assert args.precision != "auto"
-        rows = [*chain.from_iterable(examples)]
-        found = self_test(model, rows, flat=flat, precision=args.precision, groups=[*map(len, examples)])
-        logger.info("%s", found)
-        return found
+        return examples
     reason = reason or "the training data has no rows with two tokens in `input_ids` to test on"
     if always:
         raise TunesmithError(f"self_test is 'always', but {reason}; set self_test: auto")
     logger.info("No self-test: %s.", reason)
-    return None
+    return []
 
 
 def _impossible(model: Model, args: Config) -> str:

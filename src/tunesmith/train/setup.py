@@ -23,7 +23,7 @@ from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
 from tunesmith.model.head import answer_objectives
 from tunesmith.model.linear import speed_up
-from tunesmith.model.load import holds_adapters, load_adapted, load_model
+from tunesmith.model.load import holds_adapters, load_adapted, load_classifier, load_model
 from tunesmith.model.precision import compute_dtype, settle_precision
 from tunesmith.model.quantize import bits_of, check_optimizer, check_quantization, keep_quantized, refuse_untrainable
 from tunesmith.model.tokens import (
@@ -89,46 +89,45 @@ def used_ids(train: Any, evaluated: Any) -> set[int] | None:
     return ids
 
 
-def prepare_model(
-    model: str | Model,
-    args: Config,
-    peft_config: PeftConfig | None,
-    quantization_config: Any,
-    vocabulary: Vocabulary,
-) -> Model:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSetup:
+    """How a model is made ready to train: by which settings and for which tokens, with which adapters and weights.
+    `ends` are the tokens that end the supervised texts. A `classifier` scores texts with one number."""
+
+    args: Config
+    vocabulary: Vocabulary
+    ends: Collection[int] = ()
+    classifier: bool = False
+    peft_config: PeftConfig | None = None
+    quantization_config: Any = None
+
+
+def prepare_model(model: str | Model, setup: ModelSetup) -> Model:
     """The model with its adapters, its frozen weights in the compute precision, and a row for each token of the
-    `vocabulary`; the rows of new tokens are trained. A `model` that names saved adapters goes on training these."""
+    vocabulary; the rows of new tokens are trained. A `model` that names saved adapters goes on training these."""
+    args, vocabulary = setup.args, setup.vocabulary
     base = model if isinstance(model, str) else base_model(model).config.name_or_path
     if isinstance(model, str):
-        model = _load(model, args, peft_config, quantization_config)
+        model = _load(model, setup)
     else:
         for name, value in (
             ("model_init_kwargs", args.model_init_kwargs),
-            ("quantization_config", quantization_config),
+            ("quantization_config", setup.quantization_config),
         ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
     refuse_untrainable(base_model(model))
     if bits_of(base_model(model)):
         keep_quantized(model)
-    tokenizer = vocabulary.tokenizer
-    new = [] if args.chat_template_path is None else _new_tokens(model, tokenizer, vocabulary.added)
+    new = [] if args.chat_template_path is None else _new_tokens(model, vocabulary.tokenizer, vocabulary.added)
     if not new:
         _refuse_tokens_beyond(model, vocabulary)
-    by_hand: list[int] = []
-    if vocabulary.given and base and (peft_config is not None or isinstance(model, PeftModel)):
-        lacking = tokens_lacking_in(base, tokenizer, args.trust_remote_code)
-        by_hand = sorted(lacking.difference(new) & set(lacking if vocabulary.used is None else vocabulary.used))
-    if by_hand and isinstance(model, PeftModel) and not trains_rows(model):
-        raise TunesmithError(
-            f"the data has tokens that {base} never saw ({_named(by_hand, tokenizer)}), and the model's adapters leave "
-            f"their embeddings as they are. Make them with trainable_token_indices={by_hand[:3]}, or give the trainer "
-            "the model without adapters and peft_config, which trains these rows; if they were trained before, save "
-            "the model with its tokenizer and load it from there"
-        )
-    if peft_config is None:
+    by_hand = _made_by_hand(model, base, setup, new)
+    if setup.peft_config is not None:
+        model = _with_adapters(model, setup.peft_config, vocabulary.tokenizer, new, by_hand)
+    else:
         if new:
-            resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
+            resize_for(base_model(model), vocabulary.tokenizer, new, ROWS_MULTIPLE)
         if bits_of(model) and not isinstance(model, PeftModel):
             raise TunesmithError(NO_ADAPTERS)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -136,18 +135,8 @@ def prepare_model(
                 "no parameter of the model requires a gradient, so nothing would be trained; "
                 "load adapters with is_trainable=True"
             )
-    else:
-        model = _with_adapters(model, peft_config, tokenizer, new, by_hand)
     if isinstance(model, PeftModel):
-        for name in model.peft_config:
-            if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
-                raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
-        for config in model.peft_config.values():
-            folder = Path(config.base_model_name_or_path or "")
-            if config.base_model_name_or_path and folder.is_dir():  # saved adapters are loaded from anywhere
-                config.base_model_name_or_path = str(folder.absolute())
-        if args.activation_checkpointing and not has_virtual_tokens(model):
-            model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+        _settle_adapters(model, args)
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
         raise TunesmithError(
             "loraplus_lr_ratio is set, but no LoRA adapters are trained; give a LoraConfig, or drop it"
@@ -156,7 +145,39 @@ def prepare_model(
     return model
 
 
-def _load(name: str, args: Config, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
+def _made_by_hand(model: Model, base: str | None, setup: ModelSetup, new: Sequence[int]) -> list[int]:
+    """The tokens in the data that `base` never saw and somebody made rows for, `new` ones aside; adapters must train
+    these. Raises TunesmithError for a model whose adapters don't."""
+    vocabulary, tokenizer = setup.vocabulary, setup.vocabulary.tokenizer
+    if not (vocabulary.given and base) or (setup.peft_config is None and not isinstance(model, PeftModel)):
+        return []
+    lacking = tokens_lacking_in(base, tokenizer, setup.args.trust_remote_code)
+    by_hand = sorted(lacking.difference(new) & set(lacking if vocabulary.used is None else vocabulary.used))
+    if by_hand and isinstance(model, PeftModel) and not trains_rows(model):
+        raise TunesmithError(
+            f"the data has tokens that {base} never saw ({_named(by_hand, tokenizer)}), and the model's adapters leave "
+            f"their embeddings as they are. Make them with trainable_token_indices={by_hand[:3]}, or give the trainer "
+            "the model without adapters and peft_config, which trains these rows; if they were trained before, save "
+            "the model with its tokenizer and load it from there"
+        )
+    return by_hand
+
+
+def _settle_adapters(model: PeftModel, args: Config) -> None:
+    """Let adapters be saved under their names, and found from anywhere, and what is recomputed reach them."""
+    for name in model.peft_config:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
+            raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+    for config in model.peft_config.values():
+        folder = Path(config.base_model_name_or_path or "")
+        if config.base_model_name_or_path and folder.is_dir():  # saved adapters are loaded from anywhere
+            config.base_model_name_or_path = str(folder.absolute())
+    if args.activation_checkpointing and not has_virtual_tokens(model):
+        model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+
+
+def _load(name: str, setup: ModelSetup) -> Model:
+    args, peft_config, quantization_config = setup.args, setup.peft_config, setup.quantization_config
     init = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     init.pop("trust_remote_code", None)  # which `args` say
     if "torch_dtype" in init:  # its name in `transformers`, once
@@ -180,8 +201,8 @@ def _load(name: str, args: Config, peft_config: PeftConfig | None, quantization_
     trusted: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
     if adapters:
         logger.info("Starts from the adapters in %s, at step 0; resume_from_checkpoint would go on with a run.", name)
-        return load_adapted(name, is_trainable=True, **trusted, **init)
-    return load_model(name, **trusted, **init)
+        return load_adapted(name, is_trainable=True, classifier=setup.classifier, **trusted, **init)
+    return (load_classifier if setup.classifier else load_model)(name, **trusted, **init)
 
 
 def _new_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, added: Sequence[int]) -> list[int]:
@@ -331,13 +352,13 @@ def check_data_given(args: Config, train_dataset: Any) -> None:
     check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
 
 
-def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
     """Make config, generation config and tokenizer agree: what ends a text, what pads.
 
     `ends` are the tokens that end the supervised texts; generation must stop at each of them.
     """
     base = base_model(model)
-    config, generation = base.config.get_text_config(), base.generation_config
+    config, generation = base.config.get_text_config(), getattr(base, "generation_config", None)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -50,7 +51,7 @@ from tunesmith.train.journal import DataSeen, Journal, record_of
 from tunesmith.train.keeper import Keeper
 from tunesmith.train.limits import check_logits, keep_freed_memory
 from tunesmith.train.loaders import Batching, Loaders
-from tunesmith.train.meter import BatchLoss, Meter
+from tunesmith.train.meter import BatchLoss, Extreme, Meter
 from tunesmith.train.offload import offloading
 from tunesmith.train.overrides import Overrides, PlainBatch, as_batch
 from tunesmith.train.recovery import Recovery
@@ -83,6 +84,8 @@ class BaseTrainer(transformers.Trainer):
     """The names in `BatchLoss.sums` whose means are logged."""
     counted: tuple[str, ...] = ()
     """Those of them that have a number of their own, in `BatchLoss.counts`."""
+    extremes: Mapping[str, Extreme] = MappingProxyType({})
+    """The names in `BatchLoss.extremes` that are logged, and which of their values: "min" or "max"."""
     kind: ClassVar[str] = "sft"
     """What is trained, in the record of a run."""
     publisher: ClassVar[Any] = None
@@ -110,7 +113,7 @@ class BaseTrainer(transformers.Trainer):
         self.preflight = preflight
         self.data = data
         self._starting_point = starting_point
-        self.meters = {mode: Meter(self.means, self.counted) for mode in ("train", "eval")}
+        self.meters = {mode: Meter(self.means, self.counted, self.extremes) for mode in ("train", "eval")}
         self.loaders = Loaders(self, batching)
         super().__init__(model=model, args=args, data_collator=cast(Any, batching.collator), **arguments)
         if self.args.n_gpu > 1:
@@ -189,14 +192,13 @@ class BaseTrainer(transformers.Trainer):
                 run; the disk is full.
         """
         self.journal.page = None
-        check_metric(self, self.means)
+        check_metric(self, [*self.means, *self.extremes])
         if self.model is None:  # which a search lets go of between trials, and the checks below are of
             self.model = self.call_model_init(*args[:1], **{name: kwargs[name] for name in kwargs if name == "trial"})
         settings = cast(Config, self.args)
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
-        flat = not self.loaders.batching.padded
-        check_before_training(cast(Model, self.model), self.train_dataset, settings, flat=flat)
+        self.test_itself()
         if settings.device.type == "cpu":
             keep_freed_memory()
         main = self.is_world_process_zero()
@@ -219,6 +221,11 @@ class BaseTrainer(transformers.Trainer):
                 self.guard.end()
             self.keeper.wait()
         return output
+
+    def test_itself(self) -> None:
+        """Raises TunesmithError where the model says something else in this run's batches than in its own forward."""
+        flat, settings = not self.loaders.batching.padded, cast(Config, self.args)
+        check_before_training(cast(Model, self.model), self.train_dataset, settings, flat=flat)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = cast(Any, list(self.loaders.batching.columns))
@@ -374,7 +381,7 @@ class BaseTrainer(transformers.Trainer):
         those of the steps that were not logged before."""
         if "loss" in logs or "train_loss" in logs:
             tokens, measured = self.meters["train"].report(self.accelerator)
-            logs |= {name: measured[name] for name in self.means if name in measured}
+            logs |= {name: measured[name] for name in (*self.means, *self.extremes) if name in measured}
             if "loss" in logs or measured:
                 logs["num_tokens"] = tokens
         if "loss" in logs:
