@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.distillation import DistillationConfig, GKDConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
+    from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, KTOTrainer, SFTTrainer
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,10 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataSource",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "GKDConfig",
+    "GKDTrainer",
     "KTOConfig",
     "KTOTrainer",
     "SFTConfig",
@@ -32,6 +37,10 @@ __all__ = [
 _DEFINED_IN = {
     "DPOConfig": "tunesmith.settings.preference",
     "DPOTrainer": "tunesmith.trainers",
+    "DistillationConfig": "tunesmith.settings.distillation",
+    "DistillationTrainer": "tunesmith.trainers",
+    "GKDConfig": "tunesmith.settings.distillation",
+    "GKDTrainer": "tunesmith.trainers",
     "KTOConfig": "tunesmith.settings.preference",
     "KTOTrainer": "tunesmith.trainers",
     "DataSource": "tunesmith.data.mixture",
@@ -52,7 +61,7 @@ _IN_TRL = {
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
         ("RewardTrainer", "RewardConfig", "GRPOTrainer", "GRPOConfig"),
-        "tunesmith does supervised fine-tuning, DPO and KTO: import it from trl, which loads what was tuned here",
+        "tunesmith does supervised fine-tuning, DPO, KTO and distillation: import it from trl, which loads what was tuned here",
     ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""

@@ -8,7 +8,7 @@ from tunesmith.runs.files import REPORT
 from tunesmith.runs.record import Origin
 from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.train import dpo, kto, sft
+from tunesmith.train import distillation, dpo, kto, sft
 from tunesmith.train.trainer import BaseTrainer
 
 
@@ -77,3 +77,11 @@ class DPOTrainer(dpo.DPOTrainer, Published):
 
 class KTOTrainer(kto.KTOTrainer, Published):
     __doc__ = kto.KTOTrainer.__doc__
+
+
+class DistillationTrainer(distillation.DistillationTrainer, Published):
+    __doc__ = distillation.DistillationTrainer.__doc__
+
+
+class GKDTrainer(distillation.GKDTrainer, Published):
+    __doc__ = distillation.GKDTrainer.__doc__

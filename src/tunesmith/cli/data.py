@@ -42,7 +42,7 @@ def preparer_of(recipe: "Recipe") -> "DataPreparer":
 
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    tasks: dict[Trainer, Task] = {"sft": "supervised", "dpo": "pairs", "kto": "judged"}
+    tasks: dict[Trainer, Task] = {"sft": "supervised", "dpo": "pairs", "kto": "judged", "distill": "supervised"}
     return DataPreparer(recipe.config, tokenizer, None, task=tasks[recipe.trainer])
 
 

@@ -159,8 +159,10 @@ def _chosen(count: int, kind: str, row: int | None, random: int | None, seed: in
 def _settings(recipe: "Recipe") -> list[tuple[str, str]]:
     config = recipe.config
     trained: str = config.resolved_train_on or "the completion of prompt-completion rows, else all (train_on is unset)"
-    if recipe.trainer != "sft":
-        trained = "both answers, chosen against rejected" if recipe.trainer == "dpo" else "the answer, good or bad"
+    if recipe.trainer == "dpo":
+        trained = "both answers, chosen against rejected"
+    elif recipe.trainer == "kto":
+        trained = "the answer, good or bad"
     packing = config.packing_strategy if config.packing else "no"
     return [
         ("model", f"{recipe.model} (its tokenizer; no weights are loaded)"),
