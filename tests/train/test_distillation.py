@@ -165,7 +165,13 @@ def test_a_student_learns_from_its_teacher(distill_of: Any) -> None:
 
 
 def test_micro_batches_accumulate_to_the_same_step(distill_of: Any) -> None:
-    settings = {"lmbda": 0.5, "seq_kd": True, "max_new_tokens": 6, "max_steps": 1, "train_sampling_strategy": "sequential"}
+    settings = {
+        "lmbda": 0.5,
+        "seq_kd": True,
+        "max_new_tokens": 6,
+        "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+    }
     whole = distill_of(folder="whole", per_device_train_batch_size=6, **settings)
     parts = distill_of(folder="parts", per_device_train_batch_size=2, gradient_accumulation_steps=3, **settings)
     for trainer in (whole, parts):
@@ -282,8 +288,8 @@ def test_what_can_not_be_meant_is_refused(settings: dict[str, Any], message: str
 def test_teachers_with_other_tokens_are_refused_by_name(
     distill_of: Any, model_of: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
+    model = model_of("llama")
     with pytest.raises(TunesmithError, match="give another model"):
-        model = model_of("llama")
         distill_of(model=model, teacher_model=model)
     with pytest.raises(TunesmithError, match="no teacher: write teacher_model_name_or_path"):
         distill_of(teacher_model=None)

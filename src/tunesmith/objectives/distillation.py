@@ -198,7 +198,9 @@ class _DistillationLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part in chunks(hidden, weight):
             logits = finite_logits(hidden[part], weight, bias, form)
-            events = _Events(torch.log_softmax(logits / options.temperature, dim=-1), teacher, part, options.temperature)
+            events = _Events(
+                torch.log_softmax(logits / options.temperature, dim=-1), teacher, part, options.temperature
+            )
             values, slopes, total = divergence(events.teacher, events.student, options.beta)
             chunk = Chunk(logits, tokens[part], form)  # which overwrites the logits
             outcome.take(part, chunk)

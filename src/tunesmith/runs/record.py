@@ -135,8 +135,8 @@ class RunRecord:
     trainer's `state.log_history`, `metrics` the last evaluation's; `prompts` are for whoever wants to ask the model,
     `samples` were asked.
 
-    `trainer` is "sft", or "distill" for a run with a teacher; "dpo" for one on pairs, or "kto" for one on judged answers,
-    whose losses are of these rather than of tokens.
+    `trainer` is "sft", or "distill" for a run with a teacher; "dpo" for one on pairs, or "kto" for one on judged
+    answers, whose losses are of these rather than of tokens.
 
     Numbers that are not finite are None in what is written, and tokens and passwords are blacked out.
     """

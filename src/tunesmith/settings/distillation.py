@@ -46,7 +46,8 @@ class DistillationConfig(SFTConfig):
     max_new_tokens: int = setting(512, "Most tokens of an answer that is written in training.")
     # The loss
     beta: float = setting(
-        1.0, "The divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalized JSD."
+        1.0,
+        "The divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalized JSD.",
     )
     temperature: float = setting(1.0, "Of the answers that are written, and of both distributions in the loss.")
     supervised_weight: float = setting(
@@ -63,6 +64,10 @@ class DistillationConfig(SFTConfig):
             raise TunesmithError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
         if not 0 < self.temperature < float("inf"):
             raise TunesmithError(f"temperature is {self.temperature}; write a number above 0, such as 1")
+        if not isinstance(self.teacher_model_init_kwargs, dict | None):
+            raise TunesmithError(
+                f"teacher_model_init_kwargs is {self.teacher_model_init_kwargs!r}; write an object, e.g. {{key: value}}"
+            )
         self._check_top_k()
         self._refuse_ignored()
 

@@ -23,7 +23,7 @@ from tunesmith.data.batches import Batch, Collator, Targets
 from tunesmith.data.dataset import Source
 from tunesmith.data.mixture import DataSource
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, base_model
+from tunesmith.model.adapters import Model
 from tunesmith.model.generate import Sampling, answer_ids
 from tunesmith.model.head import in_evaluation
 from tunesmith.objectives.distillation import (
@@ -34,7 +34,6 @@ from tunesmith.objectives.distillation import (
     distillation_loss,
     first_tokens,
     top_logprobs,
-    vocabulary_of,
 )
 from tunesmith.runs.states import kept_random_states
 from tunesmith.settings.config import SFTConfig
@@ -44,9 +43,15 @@ from tunesmith.train.overrides import overridden
 from tunesmith.train.preference import without_dropout
 from tunesmith.train.reference import weights_digest
 from tunesmith.train.rows import Sources
-from tunesmith.train.setup import used_ids
 from tunesmith.train.sft import SFTTrainer
-from tunesmith.train.teacher import KeptTeacher, check_vocabulary, loaded_teacher, predictions_of, ready_teacher
+from tunesmith.train.teacher import (
+    KeptTeacher,
+    check_vocabulary,
+    loaded_teacher,
+    predictions_of,
+    ready_teacher,
+    rows_of,
+)
 from tunesmith.train.together import in_turn
 from tunesmith.train.trainer import BaseTrainer
 from tunesmith.types import IGNORE_INDEX, Example
@@ -119,9 +124,7 @@ class DistillationTrainer(SFTTrainer):
         if settings.writes_answers:
             self._check_prompts()
         student, tokenizer = cast(Model, self.model), cast(PreTrainedTokenizerBase, self.processing_class)
-        check_vocabulary(
-            given, student, tokenizer, settings, lambda: used_ids(self.train_dataset, cast(Any, self.eval_dataset))
-        )
+        check_vocabulary(given, student, tokenizer, settings, self._setup.vocabulary.used)
         if settings.disable_dropout:
             without_dropout(student)
         flat = not self.loaders.batching.padded
@@ -140,12 +143,12 @@ class DistillationTrainer(SFTTrainer):
     def _asked_before(self, count: int) -> KeptTeacher:
         """What the teacher says of all rows, computed or in the cache."""
         args, teacher, kept = self.settings, cast(Model, self.teacher), KeptTeacher(count)
-        common = min(base_model(model).get_output_embeddings().weight.shape[0] for model in (self.model, teacher))  # type: ignore[union-attr, arg-type]
+        common = min(rows_of(cast(Model, self.model)), rows_of(teacher))
         if count >= common:
             raise TunesmithError(
                 f"teacher_top_k is {count}, and the vocabulary has {common} tokens; write fewer, or leave it out"
             )
-        key = [weights_digest(teacher), str(args.precision), self.options.temperature, int(common)]
+        key = [weights_digest(teacher), str(args.precision), self.options.temperature, common]
 
         def score(batch: Batch) -> TopLogProbs:
             batch = batch.to(args.device)
@@ -305,9 +308,9 @@ def answer_start(document: Example) -> int:
     start = next(i for i in range(stop, -1, -1) if labels[i] == IGNORE_INDEX) + 1
     if start == 1:
         raise TunesmithError(
-            "answers are written to prompts in training (lmbda, seq_kd), and a row has no prompt: all of its tokens are "
-            "supervised. Write train_on: assistant for conversations, give rows with prompt and completion, or write "
-            "lmbda: 0 and seq_kd: false"
+            "answers are written to prompts in training (lmbda, seq_kd), and a row has no prompt: all of its tokens "
+            "are supervised. Write train_on: assistant for conversations, give rows with prompt and completion, or "
+            "write lmbda: 0 and seq_kd: false"
         )
     return start
 
@@ -317,14 +320,14 @@ def _given_teacher(given: Any, student: Any, args: Any) -> str | Model:
     name = getattr(args, "teacher_model_name_or_path", None)
     if given is None and name is None:
         raise TunesmithError(
-            "no teacher: write teacher_model_name_or_path, a larger model of the student's family, or give teacher_model"
+            "no teacher: write teacher_model_name_or_path, a larger model of the student's family, or give the trainer "
+            "a teacher_model"
         )
     if given is not None and name is not None and given != name:
         raise TunesmithError("teacher_model and teacher_model_name_or_path both say who teaches; keep one")
     if given is not None and not isinstance(given, str) and given is student:
         raise TunesmithError("teacher_model is the student itself, which would change with it; give another model")
-    found: str | Model = name if given is None else given
-    return found
+    return cast("str | Model", name if given is None else given)
 
 
 class GKDTrainer(DistillationTrainer):
@@ -350,7 +353,9 @@ class GKDTrainer(DistillationTrainer):
         formatting_func: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         if data_collator is not None:
-            raise TunesmithError("data_collator is given, and answers are put into batches by the trainer; leave it out")
+            raise TunesmithError(
+                "data_collator is given, and answers are put into batches by the trainer; leave it out"
+            )
         super().__init__(
             model,
             teacher_model,

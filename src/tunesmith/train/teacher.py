@@ -51,7 +51,7 @@ def loaded_teacher(given: str | Model, args: DistillationConfig) -> Model:
         )
     if has_virtual_tokens(given):
         raise TunesmithError("teacher_model has virtual tokens, which shift its positions; give one without")
-    return given.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return given.requires_grad_(False).eval()
 
 
 def ready_teacher(teacher: Model, args: DistillationConfig, *, flat: bool) -> Model:
@@ -60,7 +60,7 @@ def ready_teacher(teacher: Model, args: DistillationConfig, *, flat: bool) -> Mo
         raise TunesmithError("teacher_model can't take batches without padding; write padding_free: false")
     faster_layers(teacher, args)
     # Quantized weights are where they were loaded to.
-    return teacher if bits_of(base_model(teacher)) else teacher.to(args.device)  # type: ignore[arg-type, no-any-return]
+    return teacher if bits_of(base_model(teacher)) else teacher.to(args.device)  # type: ignore[arg-type]
 
 
 # The vocabulary
@@ -71,19 +71,20 @@ def check_vocabulary(
     student: Model,
     tokenizer: PreTrainedTokenizerBase,
     args: DistillationConfig,
-    used: Callable[[], Collection[int] | None],
+    used: Collection[int] | None,
 ) -> None:
     """Raises TunesmithError for a teacher whose tokens have other ids than the student's.
 
-    Added tokens, such as those that a template reserves, may differ where the data uses none of them: `used` tells its
-    ids, None where nobody knows. A loaded teacher that does not say where it comes from must have as many embeddings.
+    Added tokens, such as those that a template reserves, may differ where the data uses none of them: `used` are its
+    ids, None where nobody knows them. A loaded teacher that does not say where it comes from must have as many
+    embeddings.
     """
-    name = teacher if isinstance(teacher, str) else base_model(teacher).config.name_or_path
-    if isinstance(teacher, str) or (name and Path(name).exists()):
+    name = str((teacher if isinstance(teacher, str) else base_model(teacher).config.name_or_path) or "")
+    if isinstance(teacher, str) or (name and Path(name).is_dir()):
         theirs = load_tokenizer(name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code)
         _compare(theirs, tokenizer, name, used)
         return
-    ours, others = (_rows(model) for model in (student, teacher))
+    ours, others = (rows_of(model) for model in (student, teacher))
     if ours != others:
         raise TunesmithError(
             f"teacher_model has {others} embeddings and the student {ours}, and it does not say where its tokenizer "
@@ -95,15 +96,14 @@ def _compare(
     theirs: PreTrainedTokenizerBase,
     ours: PreTrainedTokenizerBase,
     name: str,
-    used: Callable[[], Collection[int] | None],
+    used: Collection[int] | None,
 ) -> None:
     tokens = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (theirs, ours)]
     differing = sorted(i for i in tokens[0].keys() | tokens[1].keys() if tokens[0].get(i) != tokens[1].get(i))
     if not differing:
         return
     added = theirs.added_tokens_decoder.keys() | ours.added_tokens_decoder.keys()
-    in_data = used()
-    wrong = [i for i in differing if i not in added or in_data is None or i in in_data]
+    wrong = [i for i in differing if i not in added or used is None or i in used]
     if wrong:
         shown = ", ".join(f"{i} is {tokens[0].get(i)!r} and {tokens[1].get(i)!r}" for i in wrong[:3])
         raise TunesmithError(
@@ -113,9 +113,10 @@ def _compare(
     logger.info("%d added tokens differ between teacher and student; the data has none of them.", len(differing))
 
 
-def _rows(model: Model) -> int:
-    head = base_model(model).get_output_embeddings()
-    return int(head.weight.shape[0]) if head is not None else 0  # type: ignore[arg-type]
+def rows_of(model: Model) -> int:
+    """V, padding of the embeddings included."""
+    head: Any = base_model(model).get_output_embeddings()
+    return 0 if head is None else int(head.weight.shape[0])
 
 
 # What it says
