@@ -35,8 +35,8 @@ def from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_folder_is_complete_and_in_the_table() -> None:
-    expected = "chat classification continued_pretraining dpo full instruct json_extraction kto lora_4bit lora_8bit"
-    assert [*expected.split(), "reward", "tool_calls"] == RECIPES
+    expected = "chat classification continued_pretraining distill dpo full instruct json_extraction kto lora_4bit"
+    assert [*expected.split(), "lora_8bit", "reward", "tool_calls"] == RECIPES
     table = (FOLDER / "README.md").read_text(encoding="utf-8")
     used = set()
     for name in RECIPES:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.distillation import DistillationConfig, GKDConfig
 from tunesmith.settings.preference import DPOConfig
-from tunesmith.trainers import DPOTrainer, SFTTrainer
+from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, SFTTrainer
 
 
 def arguments_of(trainer: type) -> list[str]:
@@ -48,6 +50,12 @@ def test_each_of_trls_choices_is_taken_or_refused_by_name(name: str, choice: str
 def test_the_trainer_takes_trls_arguments_in_trls_order() -> None:
     assert arguments_of(SFTTrainer) == [*ARGUMENTS, "model_init", "older"]
     theirs = "model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks"
+    theirs_of_distillation = "model teacher_model args train_dataset eval_dataset processing_class callbacks optimizers"
+    assert arguments_of(DistillationTrainer)[:10] == [
+        *theirs_of_distillation.split(),
+        "quantization_config",
+        "peft_config",
+    ]
     assert arguments_of(DPOTrainer)[:12] == [*theirs.split(), "optimizers", "quantization_config", "peft_config"]
 
 
@@ -112,4 +120,49 @@ def test_ten_steps_on_pairs_go_as_they_go_in_trl(settings: dict[str, Any], tiny_
         logged.append([entry for entry in run.state.log_history if "loss" in entry])
     for theirs, ours in zip(*logged, strict=True):
         for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.documented
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_ten_steps_with_a_teacher_go_as_they_go_in_trl(beta: float, tiny_model: Path, tmp_path: Path) -> None:
+    """On the answers of the data; those that a student writes are drawn by other random numbers there. The template
+    writes nothing behind the end of a turn, which TRL would train, too."""
+    gkd = import_module("trl.experimental.gkd")
+    assert arguments_of(GKDTrainer) == arguments_of(gkd.GKDTrainer)
+    assert arguments_of(DistillationTrainer)[:10] == arguments_of(import_module("trl").DistillationTrainer)[:10]
+    for ours, theirs in ((GKDConfig, gkd.GKDConfig), (DistillationConfig, import_module("trl").DistillationConfig)):
+        made = ours(output_dir=str(tmp_path), use_cpu=True)
+        for field in fields(theirs):
+            if field.name in ("temperature", "lmbda", "beta", "seq_kd", "disable_dropout", "learning_rate"):
+                assert getattr(made, field.name) == _default(field)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.5)
+    words = ["yes", "no", "maybe so", "it is", "not at all, no", "of course", "why", "so"]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Is it {word}?"}, {"role": "assistant", "content": word * (i + 1)}]}
+        for i, word in enumerate(words)
+    ]
+    common: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    common |= {"max_steps": 10, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lmbda": 0.0}
+    common |= {"learning_rate": 5e-3, "logging_steps": 1, "save_strategy": "no", "beta": beta}
+    logged, tokenizer = [], AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for config, trainer in ((gkd.GKDConfig, gkd.GKDTrainer), (GKDConfig, GKDTrainer)):
+        run = trainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_model),
+            teacher_model=teacher,
+            args=config(**common, gradient_checkpointing=False),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+        )
+        run.train()
+        logged.append([entry for entry in run.state.log_history if "loss" in entry])
+    for theirs, ours in zip(*logged, strict=True):
+        for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)

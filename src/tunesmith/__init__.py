@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.distillation import DistillationConfig, GKDConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+    from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,10 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataSource",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "GKDConfig",
+    "GKDTrainer",
     "KTOConfig",
     "KTOTrainer",
     "RewardConfig",
@@ -34,6 +39,10 @@ __all__ = [
 _DEFINED_IN = {
     "DPOConfig": "tunesmith.settings.preference",
     "DPOTrainer": "tunesmith.trainers",
+    "DistillationConfig": "tunesmith.settings.distillation",
+    "DistillationTrainer": "tunesmith.trainers",
+    "GKDConfig": "tunesmith.settings.distillation",
+    "GKDTrainer": "tunesmith.trainers",
     "KTOConfig": "tunesmith.settings.preference",
     "KTOTrainer": "tunesmith.trainers",
     "RewardConfig": "tunesmith.settings.preference",
@@ -56,7 +65,7 @@ _IN_TRL = {
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
         ("GRPOTrainer", "GRPOConfig"),
-        "tunesmith does supervised fine-tuning, DPO, KTO and reward models: import it from trl, which loads what was "
+        "tunesmith does supervised fine-tuning, preferences and distillation: import it from trl, which loads what was "
         "tuned here",
     ),
 }

@@ -8,7 +8,7 @@ from tunesmith.runs.files import REPORT
 from tunesmith.runs.record import Origin
 from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.train import dpo, kto, reward, sft
+from tunesmith.train import distillation, dpo, kto, reward, sft
 from tunesmith.train.trainer import BaseTrainer
 
 
@@ -81,3 +81,11 @@ class KTOTrainer(kto.KTOTrainer, Published):
 
 class RewardTrainer(reward.RewardTrainer, Published):
     __doc__ = reward.RewardTrainer.__doc__
+
+
+class DistillationTrainer(distillation.DistillationTrainer, Published):
+    __doc__ = distillation.DistillationTrainer.__doc__
+
+
+class GKDTrainer(distillation.GKDTrainer, Published):
+    __doc__ = distillation.GKDTrainer.__doc__

@@ -42,7 +42,13 @@ def preparer_of(recipe: "Recipe") -> "DataPreparer":
 
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    tasks: dict[Trainer, Task] = {"sft": "supervised", "dpo": "pairs", "kto": "judged", "reward": "ranked"}
+    tasks: dict[Trainer, Task] = {
+        "sft": "supervised",
+        "dpo": "pairs",
+        "kto": "judged",
+        "reward": "ranked",
+        "distill": "supervised",
+    }
     return DataPreparer(recipe.config, tokenizer, None, task=tasks[recipe.trainer])
 
 

@@ -16,6 +16,7 @@ from tunesmith.cli import (
     chat,
     check,
     demo,
+    distill,
     doctor,
     dpo,
     export,
@@ -91,7 +92,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a mistake, too.")] = False,
 ) -> None:
-    """Fine-tuning of language models, on texts or on preferences.
+    """Fine-tuning of language models, on texts, on preferences, or by a teacher.
 
     Begin: tunesmith demo, or tunesmith init recipe.yaml --data rows.jsonl
     Every command has --quiet and --json, and shows an example with --help.
@@ -110,6 +111,7 @@ for command, text, usage in (
     (dpo.dpo, dpo.HELP, train.USAGE),
     (kto.kto, kto.HELP, train.USAGE),
     (reward.reward, reward.HELP, train.USAGE),
+    (distill.distill, distill.HELP, train.USAGE),
     (check.check, check.HELP, check.USAGE),
     (inspect.inspect, inspect.HELP, inspect.USAGE),
     (plan.plan, plan.HELP, plan.USAGE),

@@ -28,6 +28,7 @@ activation_offloading move elsewhere is counted too. Exit code 2 when the recipe
 """
 PARTS = {
     "weights": "weights",
+    "teacher": "weights of the teacher",
     "adapters": "adapters",
     "gradients": "gradients",
     "optimizer": "optimizer",
@@ -56,7 +57,7 @@ def plan(
     if path is None:
         overrides.setdefault("data", "unused")
     recipe = resolve(path, overrides | NO_NEED)
-    if recipe.trainer != "sft":
+    if recipe.trainer not in ("sft", "distill"):
         more = "a head of its own" if recipe.trainer == "reward" else "a reference"
         raise TunesmithError(
             f"plan counts supervised runs, and this one is {recipe.trainer}, which also has {more}. "

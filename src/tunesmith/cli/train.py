@@ -188,12 +188,17 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
     from tunesmith.train.together import number_of_processes
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+    from tunesmith.trainers import DistillationTrainer, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-    trainers = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer, "reward": RewardTrainer}
-    kind: Any = trainers[recipe.trainer]
+    kinds: Any = {
+        "sft": SFTTrainer,
+        "dpo": DPOTrainer,
+        "kto": KTOTrainer,
+        "reward": RewardTrainer,
+        "distill": DistillationTrainer,
+    }
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
-        trainer: PublicTrainer = kind(
+        trainer: PublicTrainer = kinds[recipe.trainer](
             model=recipe.model,
             args=recipe.config,
             train_dataset=train_rows,

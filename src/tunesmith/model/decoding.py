@@ -59,11 +59,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """The answer to the request `index`, without its stop token. `ended`: it had one."""
+    """The answer to the request `index`, without its stop token. `ended`: it had one, `stop`."""
 
     index: int
     ids: list[int]
     ended: bool
+    stop: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -416,7 +417,7 @@ class _Rows:
                 answer.append(token)
             if ended or len(answer) == self.requests[row].limit:
                 leaving.append(row)
-                yield Done(index=self.requests[row].index, ids=answer, ended=ended)
+                yield Done(index=self.requests[row].index, ids=answer, ended=ended, stop=token if ended else None)
         for row in reversed(leaving):
             self._drop(row)
 

@@ -245,7 +245,8 @@ def _by_transformers(
     answers = []
     for request, ids in zip(requests, output[:, before:].tolist(), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stops), None)
-        answers.append(Done(index=request.index, ids=ids[:end], ended=end is not None))
+        stop = None if end is None else ids[end]
+        answers.append(Done(index=request.index, ids=ids[:end], ended=stop is not None, stop=stop))
     return answers
 
 

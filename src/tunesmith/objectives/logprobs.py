@@ -87,6 +87,12 @@ def chunks(hidden: Tensor, weight: Tensor | None) -> Iterator[slice]:
         yield slice(start, min(start + rows, hidden.shape[0]))
 
 
+def finite_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, form: LogitForm) -> Tensor:
+    """`head_logits`, of which each is finite: -inf times its probability 0 would be nan."""
+    logits = head_logits(hidden, weight, bias, form)
+    return logits.clamp_(min=FINITE) if bias is not None or weight is None else logits
+
+
 class Chunk:
     """The predictions of some positions in numbers: `p` (S, V), and of each position `nll`, `entropy`, `correct`, and
     with `with_mean` the mean nll of all words, which label smoothing wants."""
@@ -116,10 +122,7 @@ class Chunk:
         with_mean: bool = False,
     ) -> "Chunk":
         """Of hidden states (S, H), or of logits (S, V) where there is no `weight`."""
-        logits = head_logits(hidden, weight, bias, form)
-        if bias is not None or weight is None:
-            logits.clamp_(min=FINITE)  # -inf times its probability 0 would be nan
-        return cls(logits, tokens, form, with_mean=with_mean)
+        return cls(finite_logits(hidden, weight, bias, form), tokens, form, with_mean=with_mean)
 
     def gradient(self, weights: Tensor | None, smoothing: float = 0.0) -> Tensor:
         """(S, V): the gradient of the sum of weights * nll by the head's product, before scale and softcap; with
@@ -130,6 +133,10 @@ class Chunk:
         d[rows, self._tokens] -= 1 - smoothing
         if weights is not None:
             d *= weights[:, None]
+        return self.through_form(d)
+
+    def through_form(self, d: Tensor) -> Tensor:
+        """(S, V): a gradient by the logits, in place made one by the head's product, before scale and softcap."""
         if self._slope is not None:
             d *= self._slope
         if self._form.scale != 1.0:

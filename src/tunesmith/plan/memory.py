@@ -29,6 +29,8 @@ from tunesmith.model.quantize import Bits
 from tunesmith.objectives.logprobs import CHUNK_BYTES
 from tunesmith.plan import footprint
 from tunesmith.plan.footprint import MOST, Bytes, Scaling, Shape, Subject, Timeline, scaling, timeline
+from tunesmith.settings.config import Config
+from tunesmith.settings.distillation import DistillationConfig
 from tunesmith.settings.lora import lora_config
 from tunesmith.settings.recipe import Recipe
 from tunesmith.text import size
@@ -76,7 +78,8 @@ MOST_ROWS_COUNTED = 16
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """What decides about memory. `rows` documents of `length` tokens are a micro-batch; `flat` False pads them.
-    `checkpoint_every`: gradient checkpointing of every n-th layer; 0 for none."""
+    `checkpoint_every`: gradient checkpointing of every n-th layer; 0 for none. `teacher`: of a model that is in memory
+    beside it."""
 
     config: PreTrainedConfig
     lora: LoraConfig
@@ -89,6 +92,7 @@ class Run:
     accumulation: int = 1
     optimizer: str = "adamw_torch_fused"
     trust_remote_code: bool = False
+    teacher: PreTrainedConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +107,7 @@ class Memory:
     activations: int
     loss: int
     overhead: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
@@ -149,7 +154,20 @@ def run_of(recipe: Recipe, gpu: str | None) -> Run:
         accumulation=config.gradient_accumulation_steps,
         optimizer=str(getattr(config.optim, "value", config.optim)),
         trust_remote_code=config.trust_remote_code,
+        teacher=_teacher(config),
     )
+
+
+def _teacher(config: Config) -> PreTrainedConfig | None:
+    """That of a distillation which asks it in every step."""
+    if not isinstance(config, DistillationConfig) or config.teacher_top_k is not None:
+        return None
+    if (name := config.teacher_model_name_or_path) is None:
+        raise TunesmithError("no teacher: write teacher_model_name_or_path, a larger model of the student's family")
+    revision = {"revision": config.teacher_model_revision} if config.teacher_model_revision else {}
+    if holds_adapters(name):
+        name, revision = base_of(resolve_model(name))
+    return load_config(name, trust_remote_code=config.trust_remote_code, **revision)
 
 
 def _batch(recipe: Recipe) -> tuple[int, int]:
@@ -270,7 +288,7 @@ class Counted:
 
     def _memory(self, alive: Bytes, layer: float) -> Memory:
         """At a moment when `alive` is; the backward of a layer, which is to come, has `layer` bytes."""
-        parts = {name: self.static[name] for name in ("weights", "adapters", "optimizer")}
+        parts = {name: self.static[name] for name in ("weights", "adapters", "optimizer", "teacher")}
         parts |= {name: alive[name] for name in (footprint.ACTIVATIONS, footprint.LOSS, footprint.GRADIENTS)}
         if self.run.accumulation > 1:
             parts["gradients"] = self.static["gradients"]
@@ -327,7 +345,7 @@ def estimate(run: Run, tokens: int, gradients: int) -> Timeline:
 def count(run: Run, method: Method) -> Counted:
     """The model of `run` by `method`, on fake tensors. Raises TunesmithError for one that is no causal language
     model, and for adapters that don't fit it."""
-    base = _base(run, DTYPES["fp32" if method == "full" else run.precision])
+    base = _base(run, run.config, DTYPES["fp32" if method == "full" else run.precision])
     if method in ("8bit", "4bit"):
         as_if_quantized(base, method)
     notes = _notes(run, base)
@@ -342,14 +360,17 @@ def count(run: Run, method: Method) -> Counted:
             if method != "full":
                 base.enable_input_require_grads()
     speed_up(wrapped)
-    static = _static(wrapped, run.optimizer, adapted=method != "full")
+    static = _static(wrapped, run.optimizer, adapted=method != "full") | {"teacher": 0}
+    if run.teacher is not None:
+        teacher = _base(run, run.teacher, DTYPES[run.precision])
+        static["teacher"] = sum(tensor.nbytes for tensor in (*teacher.parameters(), *teacher.buffers()))
     autocast = None if run.precision == "fp32" else DTYPES[run.precision]
     subject = footprint.subject(base, wrapped, autocast)
     return Counted(run=replace(run, flat=documents), static=static, subject=subject, notes=notes)
 
 
-def _base(run: Run, dtype: torch.dtype) -> PreTrainedModel:
-    config = copy.deepcopy(run.config)
+def _base(run: Run, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(

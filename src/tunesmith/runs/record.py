@@ -135,7 +135,8 @@ class RunRecord:
     trainer's `state.log_history`, `metrics` the last evaluation's; `prompts` are for whoever wants to ask the model,
     `samples` were asked.
 
-    `trainer` is "sft"; "dpo" for a run on pairs, "reward" for a reward model of pairs, or "kto" for a run on judged
+    `trainer` is "sft", or "distill" for a run with a teacher; "dpo" for a run on pairs, "reward" for a reward model of
+    pairs, or "kto" for a run on judged
     answers, whose losses are of these rather than of tokens.
 
     Numbers that are not finite are None in what is written, and tokens and passwords are blacked out.

@@ -85,6 +85,8 @@ def _todays(name: str, value: Any, names: Collection[str], owner: str) -> tuple[
         return "train_sampling_strategy", "group_by_length"
     if name in RENAMED:
         return RENAMED[name], value
+    if name == "max_completion_length" and "max_new_tokens" in names:
+        return "max_new_tokens", value
     if name == "save_safetensors":
         raise TunesmithError(
             f"{owner}: save_safetensors is {value!r}; weights are written as safetensors only, drop it"

@@ -22,21 +22,20 @@ from tunesmith.settings.older import LEAVE_OUT, RENAMED
 if TYPE_CHECKING:
     from tunesmith.settings.config import Config
 
-LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4}
+LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4, "distill": 2e-4}
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
-Trainer = Literal["sft", "dpo", "kto", "reward"]
+Trainer = Literal["sft", "dpo", "kto", "reward", "distill"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
-        "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`) | kto: learn "
-        "from answers that are good or bad (as `tunesmith kto`) | reward: learn to score answers from pairs (as "
-        "`tunesmith reward`).",
+        "What is learned from: sft (texts) | dpo (pairs of answers) | kto (answers that are good or bad) | reward (pairs, "
+        "to score answers) | distill (a teacher). The commands of these names set it.",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
@@ -91,6 +90,9 @@ OTHER_NAMES = {
     "train_data": "data",
     "model_name_or_path": "model",
     "use_peft": "lora",
+    "teacher": "teacher_model_name_or_path",
+    "teacher_model": "teacher_model_name_or_path",
+    "max_completion_length": "max_new_tokens",
 }
 """What other tools call a key of ours; only for the hint."""
 
@@ -265,6 +267,7 @@ def _setting(name: str, place: str) -> Setting:
 def config_of(trainer: Trainer) -> "type[Config]":
     """The config that a trainer takes."""
     from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.distillation import DistillationConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
 
     configs: dict[Trainer, type[Config]] = {
@@ -272,6 +275,7 @@ def config_of(trainer: Trainer) -> "type[Config]":
         "dpo": DPOConfig,
         "kto": KTOConfig,
         "reward": RewardConfig,
+        "distill": DistillationConfig,
     }
     return configs[trainer]
 

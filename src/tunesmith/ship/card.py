@@ -328,6 +328,7 @@ def _summary(card: Card) -> str:
         "sft": "supervised fine-tuning",
         "dpo": "preference optimization (DPO) on pairs of answers",
         "kto": "preference optimization (KTO) on answers that are good or bad",
+        "distill": "distillation",
     }
     return f"{model}, by {ways[_trainer(card)]} with tunesmith.{note}"
 
@@ -357,7 +358,7 @@ def _results_section(card: Card) -> list[str]:
     if card.results:
         rows = [[inline(result.dataset), result.metric, f"{result.value:.4f}"] for result in card.results]
         parts.append(table(["evaluated on", "metric", "value"], rows))
-        what = {"sft": "supervised tokens", "dpo": "pairs", "kto": "answers"}[_trainer(card)]
+        what = {"dpo": "pairs", "kto": "answers"}.get(_trainer(card), "supervised tokens")
         parts.append(f"All are over the {what} of the set, each predicted from the true text before it.")
     if card.picture:
         parts.append(f"![The loss over the steps of training.]({PICTURE})")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -72,6 +72,7 @@ class SFTTrainer(RowsTrainer):
 
     _tag_names = ("tunesmith", "sft")
     means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
+    config: ClassVar[type[SFTConfig]] = SFTConfig
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class SFTTrainer(RowsTrainer):
                 raise TunesmithError("tokenizer and processing_class are the same argument; keep processing_class")
             processing_class = tokenizer
         given = given_model(model, model_init)
-        args = as_config(with_arguments(args, older), given, SFTConfig)
+        args = as_config(with_arguments(args, older), given, self.config)
         if args.loss_type == "dft" and compute_loss_func is not None:
             raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
         if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
