@@ -1,6 +1,7 @@
 """The imports of src/tunesmith go down the layers only, and what reads and shows rows stays free of torch."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,7 +19,7 @@ SRC = REPO / "src"
 # From the ground up. A place may import from itself and from those before it.
 LAYERS = (
     *("base", "settings", "terminal", "data", "runs", "model", "objectives", "train", "ship", "report"),
-    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "cli"),
+    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "cli", "integrations"),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
 BASE = ("errors", "types", "text", "home", "secrets")
@@ -201,8 +202,8 @@ def test_every_library_that_the_source_imports_is_a_declared_dependency() -> Non
     """Not one that happens to be there because another library needs it."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["quant"]]
-    wanted += project["optional-dependencies"].get("serve", [])
-    declared = {normal(requirement.split(">")[0]) for requirement in wanted}
+    wanted += project["optional-dependencies"]["serve"] + project["optional-dependencies"]["ray"]
+    declared = {normal(re.split(r"[>\[]", requirement)[0]) for requirement in wanted}
     distributions = packages_distributions()
     missing = []
     for found in all_imports():

@@ -89,3 +89,13 @@ class DistillationTrainer(distillation.DistillationTrainer, Published):
 
 class GKDTrainer(distillation.GKDTrainer, Published):
     __doc__ = distillation.GKDTrainer.__doc__
+
+
+TRAINERS: dict[str, Any] = {
+    "sft": SFTTrainer,
+    "dpo": DPOTrainer,
+    "kto": KTOTrainer,
+    "reward": RewardTrainer,
+    "distill": DistillationTrainer,
+}
+"""By their names in a recipe."""

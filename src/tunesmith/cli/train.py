@@ -18,6 +18,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish_lines, progress_console, say
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from tunesmith.settings.recipe import Recipe, Trainer
     from tunesmith.trainers import Published as PublicTrainer
 
@@ -165,56 +167,13 @@ def _end_as_lost(error: Exception) -> None:
 def run(recipe: "Recipe") -> None:
     """Trains as `recipe` says, and saves the model. Ctrl-C saves a checkpoint and exits with 130, SIGTERM
     with 143."""
-    from tunesmith.model.load import resolve_model
-    from tunesmith.model.precision import settle_precision
-    from tunesmith.runs.folder import check_writable
-    from tunesmith.train.setup import check_trackers
-
-    output = Path(str(recipe.config.output_dir))
-    check_trackers(recipe.config.report_to)
-    _check_resume(recipe.config.resume_from_checkpoint, output)
-    if _is_main():
-        check_writable(output)
-    train_rows, eval_rows = data.training_rows(recipe), data.eval_rows(recipe)
-    for name, (value, reason) in recipe.chosen.items():
-        _say(f"{name}: {value} ({reason})")
-    if note := settle_precision(recipe.config):
-        _say(note)
-    resolve_model(recipe.model, _say)
-
-    from tunesmith.model.precision import compute_dtype
-    from tunesmith.model.quantize import quantization
-    from tunesmith.settings.lora import lora_config
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
     from tunesmith.train.together import number_of_processes
-    from tunesmith.trainers import DistillationTrainer, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-    kinds: Any = {
-        "sft": SFTTrainer,
-        "dpo": DPOTrainer,
-        "kto": KTOTrainer,
-        "reward": RewardTrainer,
-        "distill": DistillationTrainer,
-    }
+    output, rows = Path(str(recipe.config.output_dir)), opened(recipe)
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
-        trainer: PublicTrainer = kinds[recipe.trainer](
-            model=recipe.model,
-            args=recipe.config,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            callbacks=[stop],
-            peft_config=lora_config(recipe.lora) if recipe.lora not in (None, False) else None,
-            quantization_config=quantization(recipe.quantize, compute_dtype(recipe.config))
-            if recipe.quantize
-            else None,
-        )
-        trainer.origins |= data.origins(recipe)
-        if trainer.is_world_process_zero():
-            output.mkdir(parents=True, exist_ok=True)
-            (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-        _say_preflight(trainer)
-        _say(trainer.trainable)
+        trainer = trainer_of(recipe, rows, [stop])
         view.follow(trainer)
         with _reporting(trainer, output):
             trainer.train(resume_from_checkpoint=recipe.config.resume_from_checkpoint)
@@ -225,6 +184,54 @@ def run(recipe: "Recipe") -> None:
     # Who started several processes would end those that still write, where the first of them seems to have failed.
     if stop.stopped and number_of_processes() == 1:
         raise typer.Exit(stop.exit_code)
+
+
+def opened(recipe: "Recipe") -> tuple[Any, Any]:
+    """The rows to train on and those to evaluate on, before any weight is loaded: what can be wrong with the recipe
+    shows, and the model is there."""
+    from tunesmith.model.load import resolve_model
+    from tunesmith.model.precision import settle_precision
+    from tunesmith.runs.folder import check_writable
+    from tunesmith.train.setup import check_trackers
+
+    output = Path(str(recipe.config.output_dir))
+    check_trackers(recipe.config.report_to)
+    _check_resume(recipe.config.resume_from_checkpoint, output)
+    if _is_main():
+        check_writable(output)
+    rows = data.training_rows(recipe), data.eval_rows(recipe)
+    for name, (value, reason) in recipe.chosen.items():
+        _say(f"{name}: {value} ({reason})")
+    if note := settle_precision(recipe.config):
+        _say(note)
+    resolve_model(recipe.model, _say)
+    return rows
+
+
+def trainer_of(recipe: "Recipe", rows: tuple[Any, Any], callbacks: "list[TrainerCallback]") -> "PublicTrainer":
+    """A trainer that is ready to train on `rows` as `recipe` says, which is in its output folder then."""
+    from tunesmith.model.precision import compute_dtype
+    from tunesmith.model.quantize import quantization
+    from tunesmith.settings.lora import lora_config
+    from tunesmith.trainers import TRAINERS
+
+    trainer = TRAINERS[recipe.trainer](
+        model=recipe.model,
+        args=recipe.config,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        callbacks=callbacks,
+        peft_config=lora_config(recipe.lora) if recipe.lora not in (None, False) else None,
+        quantization_config=quantization(recipe.quantize, compute_dtype(recipe.config)) if recipe.quantize else None,
+    )
+    trainer.origins |= data.origins(recipe)
+    output = Path(str(recipe.config.output_dir))
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    _say_preflight(trainer)
+    _say(trainer.trainable)
+    return trainer
 
 
 def _finish(trainer: "PublicTrainer", *, stopped: bool) -> None:

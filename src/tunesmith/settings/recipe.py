@@ -34,8 +34,8 @@ TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
-        "What is learned from: sft (texts) | dpo (pairs of answers) | kto (answers that are good or bad) | reward (pairs, "
-        "to score answers) | distill (a teacher). The commands of these names set it.",
+        "What is learned from: sft (texts) | dpo (pairs of answers) | kto (answers that are good or bad) | reward "
+        "(pairs, to score answers) | distill (a teacher). The commands of these names set it.",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
