@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from docs.guide import build
-from tests.ship.hub_server import hub_server
-from tests.ship.hub_state import LFS_SUFFIXES, Blob, Hub, Repo
+from tunesmith.practice.hub_server import hub_server
+from tunesmith.practice.hub_state import LFS_SUFFIXES, Blob, Hub, Repo
 
 SCRIPTS = build.chapters()
 NOTEBOOKS = [build.notebook_path(script, language) for script in SCRIPTS for language in build.LANGUAGES]
