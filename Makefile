@@ -39,7 +39,7 @@ help:
 	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 10 minutes)"
 	@echo "make site     build the site of docs/ into build/site"
 	@echo "make docs     build it, and run what pages, recipes and examples show"
-	@echo "make guide    run the notebooks of the guide, in both languages"
+	@echo "make guide    run the notebooks of the guide, and what their prose claims"
 	@echo "make bench    compare speed and memory with TRL (needs DATA=alpaca_en_demo.json, some 40 minutes)"
 	@echo "make gpu      prove and measure on an NVIDIA GPU what runs there (under 10 minutes, into build/gpu)"
 	@echo "make check    lint, formatting and types: ruff, mypy"
@@ -73,8 +73,8 @@ docs: site $(peer)
 
 guide: $(installed)
 	@echo "==> Running the notebooks of the guide"
-	@$(bin)/python docs/guide/build.py --check
-	@$(bin)/python docs/guide/build.py --execute
+	@$(bin)/python -m docs.guide.build --check
+	@$(bin)/python -m docs.guide.build --execute
 
 bench: $(peer)
 	@test -n "$(DATA)" || { echo "Say which rows to train on: make bench DATA=path/to/alpaca_en_demo.json" >&2; exit 1; }

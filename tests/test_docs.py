@@ -179,5 +179,5 @@ def test_both_languages_of_the_readme_have_the_same_sections_commands_and_figure
 
 def _figures(readme: str) -> list[list[str]]:
     """The numbers of the table of speeds."""
-    rows = re.findall(r"^\| (?:LoRA|full|全參數).*$", readme, re.MULTILINE)
+    rows = re.findall(r"^\| (?:LoRA|full|完整微調).*$", readme, re.MULTILINE)
     return [re.findall(r"[\d,.]*\d", row) for row in rows]

@@ -1,6 +1,8 @@
-"""The guide: its notebooks are what its sources make, both languages run the same code, and nothing hides an error."""
+"""The guide: its notebooks are what its sources make and show what their code showed, both languages run the same code,
+and nothing hides an error."""
 
 import ast
+import base64
 import hashlib
 import json
 import os
@@ -14,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from docs.guide import build
-from tests.ship.hub_server import hub_server
-from tests.ship.hub_state import LFS_SUFFIXES, Blob, Hub, Repo
+import tunesmith
+from docs.guide import build, words
+from tunesmith.init.recipe_text import LEARNING_RATES
+from tunesmith.practice.hub_server import hub_server
+from tunesmith.practice.hub_state import LFS_SUFFIXES, Blob, Hub, Repo
 
 SCRIPTS = build.chapters()
 NOTEBOOKS = [build.notebook_path(script, language) for script in SCRIPTS for language in build.LANGUAGES]
@@ -74,20 +78,61 @@ def test_both_languages_have_the_same_code_and_as_much_prose(script: Path) -> No
     assert [cell["cell_type"] for cell in english] == [cell["cell_type"] for cell in chinese]
     assert [cell["id"] for cell in english] == [cell["id"] for cell in chinese]
     for one, other in zip(english, chinese, strict=True):
-        same = one["source"] == other["source"]
-        # Prose that is the same in both was not translated.
-        assert same == (one["cell_type"] == "code"), other["source"]
+        if one["cell_type"] == "code":
+            assert words.shape(one["source"]) == words.shape(other["source"]), other["source"]
+        else:
+            assert one["source"] != other["source"], "prose that is the same in both was not translated"
+
+
+def test_every_word_that_a_learner_reads_in_code_is_translated_and_no_translation_is_left_over() -> None:
+    table = words.read_table(build.GUIDE / "zh-TW" / "words.txt")
+    codes = [text for script in SCRIPTS for kind, text in build.source_cells(script) if kind == "code"]
+    codes.append((build.GUIDE / "setup.py").read_text(encoding="utf-8"))
+    assert [text for code in codes for text in words.shown(code) if text not in table] == []
+    assert table.keys() - {literal.text for code in codes for literal in words.literals(code)} == set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_no_cell_hides_an_error_or_keeps_an_output(path: Path) -> None:
+def test_no_cell_hides_an_error(path: Path) -> None:
     cells = _read(path)
     assert len({cell["id"] for cell in cells}) == len(cells)
     for cell in cells:
         assert cell["metadata"] == {}
         if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None)
             assert _hidden(cell["source"]) == [], cell["source"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_notebook_shows_what_its_code_showed_in_small_pictures_and_without_complaints(path: Path) -> None:
+    book = build.stored(path)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert build.complaints(book) == []
+    assert build.paths_shown(book, ["/tmp/", "/home/", "/root/", "/Users/", "/work/"]) == []
+    pictures = [
+        output.data["image/png"] for cell in code for output in cell.outputs if "image/png" in output.get("data", {})
+    ]
+    assert [len(base64.b64decode(picture)) for picture in pictures if len(picture) * 3 / 4 > 60_000] == []
+    plots = sum("plt.show()" in cell.source for cell in code)
+    assert len(pictures) == plots
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:5], ids=lambda script: script.stem)
+def test_a_chapter_imports_only_what_is_public(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("tunesmith", "tests", "docs"):
+            assert node.module == "tunesmith"
+            assert {alias.name for alias in node.names} <= set(tunesmith.__all__)
+
+
+@pytest.mark.parametrize(
+    "page", ["docs/adapters.md", "examples/03_first_sft.py", "docs/guide/zh-TW/03_first_sft.md"], ids=lambda page: page
+)
+def test_the_rule_of_learning_rates_is_that_of_init(page: str) -> None:
+    text = (build.REPO / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^(?:# )?\| [^|]+ \| (\de-\d) \| (\de-\d) \|$", text, re.MULTILINE)
+    by_method = LEARNING_RATES["adapters"], LEARNING_RATES["all weights"]
+    assert rows == list(zip(*by_method, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +195,26 @@ def test_some_chapter_takes_it_from_the_hub(name: str) -> None:
 
 # The builder
 
+SMALL = """# %% [markdown]
+# # Hello.
+
+# %%
+print(f"{6 * 7} of them")  # the answer
+
+# %% tags=["claim"]
+assert 6 * 7 == 42
+
+# %% [markdown]
+# Bye.
+"""
+WORDS = """f"{6 * 7} of them"
+f"{6 * 7} 個"
+
+# the answer
+# 答案
+"""
+CHINESE = "# 你好。\n<!-- cell -->\n再見。"
+
 
 def _chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chinese: str) -> Path:
     monkeypatch.setattr(build, "REPO", tmp_path)
@@ -158,34 +223,37 @@ def _chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chinese: str) -> P
     monkeypatch.setattr(build, "EXECUTED", tmp_path / "executed")
     script = tmp_path / "examples" / "01_small.py"
     script.parent.mkdir()
-    script.write_text("# %% [markdown]\n# Hello.\n\n# %%\nprint(6 * 7)\n\n# %% [markdown]\n# Bye.\n", encoding="utf-8")
+    script.write_text(SMALL, encoding="utf-8")
     prose = build.prose_path(script, "zh-TW")
     prose.parent.mkdir(parents=True)
     prose.write_text(chinese, encoding="utf-8")
+    prose.with_name("words.txt").write_text(WORDS, encoding="utf-8")
     return script
 
 
 def test_the_chinese_notebook_has_the_chinese_prose_around_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = _chapter(tmp_path, monkeypatch, "你好。\n\n<!-- cell -->\n\n再見。\n")
+    script = _chapter(tmp_path, monkeypatch, "# 你好。\n\n<!-- cell -->\n\n再見。\n")
     build.write()
     cells = _read(build.notebook_path(script, "zh-TW"))
+    link = "[**在 Colab 開啟這一章**](https://colab.research.google.com/github/tunesmith/tunesmith/blob/main/docs/guide"
     assert [(cell["cell_type"], cell["source"]) for cell in cells] == [
-        ("markdown", "你好。"),
-        ("code", "print(6 * 7)"),
+        ("markdown", "# 你好。"),
+        ("markdown", f"{link}/zh-TW/01_small.ipynb)"),
+        ("code", 'print(f"{6 * 7} 個")  # 答案'),
         ("markdown", "再見。"),
     ]
 
 
 def test_a_cell_put_in_between_leaves_the_other_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = _chapter(tmp_path, monkeypatch, "你好。")
-    before = [cell["id"] for cell in json.loads(build.notebook(script, "en"))["cells"]]
+    before = [cell.id for cell in build.notebook(script, "en").cells]
     text = script.read_text(encoding="utf-8")
     script.write_text(text.replace("# %%\nprint", "# %%\nx = 1\n\n# %%\nprint"), encoding="utf-8")
-    after = [cell["id"] for cell in json.loads(build.notebook(script, "en"))["cells"]]
-    assert len(after) == 4
-    assert [after[i] for i in (0, 2, 3)] == before
+    after = [cell.id for cell in build.notebook(script, "en").cells]
+    assert len(after) == 5
+    assert [after[i] for i in (0, 1, 3, 4)] == before
 
 
 @pytest.mark.parametrize(
@@ -199,60 +267,74 @@ def test_prose_that_lacks_a_cell_is_refused(
         build.notebook(script, "zh-TW")
 
 
-def test_check_finds_a_changed_and_an_orphaned_notebook(
+def test_check_finds_a_changed_an_orphaned_and_a_notebook_that_did_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = _chapter(tmp_path, monkeypatch, "你好。\n<!-- cell -->\n再見。")
+    _chapter(tmp_path, monkeypatch, CHINESE)
     assert build.main([]) == 0
-    assert build.main(["--check"]) == 0
-    english = build.notebook_path(script, "en")
+    assert build.main(["--check"]) == 1
+    assert capsys.readouterr().out.count("shows nothing, or what other code showed") == 2
+    english = tmp_path / "guide" / "en" / "01_small.ipynb"
     english.write_text(english.read_text(encoding="utf-8").replace("6 * 7", "6 * 8"), encoding="utf-8")
     english.with_name("02_gone.ipynb").write_text("{}", encoding="utf-8")
-    capsys.readouterr()
     assert build.main(["--check"]) == 1
     said = capsys.readouterr().out
     assert "01_small.ipynb is not what its sources make" in said
     assert "02_gone.ipynb has no script" in said
 
 
-def test_execute_runs_the_cells_and_fails_on_an_error(
+def test_what_a_notebook_showed_stays_until_its_code_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = _chapter(tmp_path, monkeypatch, "你好。\n<!-- cell -->\n再見。")
-    build.main([])
-    assert build.main(["--execute", "en/01"]) == 0
-    assert "42" in (tmp_path / "executed" / "en" / "01_small.ipynb").read_text(encoding="utf-8")
-    script.write_text(script.read_text(encoding="utf-8").replace("6 * 7", "1 / 0"), encoding="utf-8")
-    build.main([])
+    script = _chapter(tmp_path, monkeypatch, CHINESE)
+    english = build.notebook_path(script, "en")
+    assert build.main(["--store", "01"]) == 0
+    assert build.main(["--check"]) == 0
+    chinese = _read(build.notebook_path(script, "zh-TW"))
+    assert [cell["outputs"][0]["text"] for cell in chinese if cell["cell_type"] == "code"] == [["42 個\n"]]
+    assert "assert" not in english.read_text(encoding="utf-8")  # claims run, and are not shown
+
+    script.write_text(SMALL.replace("Bye", "Farewell").replace("== 42", "> 0"), encoding="utf-8")
+    assert build.main([]) == 0
+    assert build.main(["--check"]) == 0
+    assert "42 of them" in english.read_text(encoding="utf-8")
+
+    script.write_text(SMALL.replace("of them", "in all"), encoding="utf-8")
+    assert build.main([]) == 0
+    assert "42" not in json.dumps([cell.get("outputs") for cell in _read(english)])
     capsys.readouterr()
-    assert build.main(["--execute", "en/01"]) == 1
-    printed = capsys.readouterr()
-    assert "FAILED" in printed.out
-    assert "ZeroDivisionError" in printed.err
+    assert build.main(["--check"]) == 1
+    assert "en/01_small.ipynb shows nothing, or what other code showed" in capsys.readouterr().out
 
 
-def test_execute_fails_where_a_cell_writes_to_stderr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("6 * 7 ==", "6 * 9 ==", "AssertionError"),
+        ("print(f", "import warnings\nwarnings.warn('old')\nprint(f", "old"),
+        ("print(f", "import os\nprint(os.getcwd())\nprint(f", "shows the folder"),
+    ],
+    ids=["a claim that does not hold", "a warning", "a folder of this machine"],
+)
+def test_nothing_is_kept_of_a_run_that_shows_what_it_should_not(
+    old: str, new: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = _chapter(tmp_path, monkeypatch, "你好。\n<!-- cell -->\n再見。")
-    script.write_text(
-        script.read_text(encoding="utf-8").replace("print(6", "import warnings\nwarnings.warn('old')\nprint(6"),
-        encoding="utf-8",
-    )
+    script = _chapter(tmp_path, monkeypatch, CHINESE)
+    script.write_text(SMALL.replace(old, new), encoding="utf-8")
     build.main([])
-    capsys.readouterr()
-    assert build.main(["--execute", "en/01"]) == 1
+    before = build.notebook_path(script, "en").read_text(encoding="utf-8")
+    assert build.main(["--store", "en/01"]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
-    assert "cell 1 wrote to stderr" in printed.err
-    assert "old" in printed.err
+    assert said in printed.err
+    assert build.notebook_path(script, "en").read_text(encoding="utf-8") == before
 
 
 def test_execute_says_where_all_take_too_long_and_fails_for_no_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _chapter(tmp_path, monkeypatch, "你好。\n<!-- cell -->\n再見。")
-    monkeypatch.setattr(build, "_run", lambda source, target: "")
+    _chapter(tmp_path, monkeypatch, CHINESE)
+    monkeypatch.setattr(build, "_run", lambda book: (book, ""))
     build.main([])
     assert build.main(["--execute"]) == 0
     monkeypatch.setattr(build, "ALL_SECONDS", 0.0)
@@ -262,6 +344,37 @@ def test_execute_says_where_all_take_too_long_and_fails_for_no_clock(
     assert "should take 0.0 s: make them shorter" in capsys.readouterr().err
 
 
+# Words
+
+
+def test_words_change_where_they_are_read_and_nowhere_else() -> None:
+    code = 'axis.set(ylabel="loss")\nlog = {"loss": 1, "all of it": 2}  # the loss\nprint(f"{log[\'loss\']} of all")'
+    table = {
+        '"loss"': '"損失"',
+        '"all of it"': '"全部"',
+        "# the loss": "# 損失",
+        "f\"{log['loss']} of all\"": "f\"全部的 {log['loss']}\"",
+    }
+    chinese = words.localized(code, table)
+    assert chinese == (
+        'axis.set(ylabel="損失")\nlog = {"loss": 1, "全部": 2}  # 損失\nprint(f"全部的 {log[\'loss\']}")'
+    )
+    assert words.shape(chinese) == words.shape(code)
+    assert words.shown(code) == ['"loss"', "# the loss", "f\"{log['loss']} of all\""]
+
+
+@pytest.mark.parametrize("other", ['print(f"{a} {c}")', 'print(f"{a}")', 'print(f"{a} {b}", 1)'])
+def test_code_that_does_something_else_has_another_shape(other: str) -> None:
+    assert words.shape('print(f"{b} of {a}")') == words.shape('print(f"{a} 裡有 {b}")')
+    assert words.shape('print(f"{b} of {a}")') != words.shape(other)
+
+
+def test_a_table_that_lost_a_line_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text('"a"\n"b"\n\n"c"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a text and its translation, found 1 lines"):
+        words.read_table(tmp_path / "words.txt")
+
+
 # The scripts, for real
 
 
@@ -269,10 +382,10 @@ def test_execute_says_where_all_take_too_long_and_fails_for_no_clock(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_script_runs(script: Path, tmp_path: Path) -> None:
-    # In the checkout, as the README says: chapters find their files from there, and write into runs/.
+    # In an empty folder, as a reader does who has no checkout: chapters write into runs/ there.
     environment = os.environ | {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=build.REPO, env=environment, capture_output=True, text=True, timeout=880
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=880
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout

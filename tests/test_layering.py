@@ -19,7 +19,7 @@ SRC = REPO / "src"
 # From the ground up. A place may import from itself and from those before it.
 LAYERS = (
     *("base", "settings", "terminal", "data", "runs", "model", "objectives", "train", "ship", "report"),
-    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "cli", "integrations"),
+    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "practice", "cli", "integrations"),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
 BASE = ("errors", "types", "text", "home", "secrets")
@@ -29,7 +29,7 @@ HEIGHT = {place: height for height, place in enumerate(LAYERS)}
 # Importing one of these (a folder stands for all its modules) must load none of HEAVY.
 TORCH_FREE = (
     *("errors", "types", "text", "home", "secrets", "terminal", "report", "init", "doctor", "cli"),
-    *("settings.coerce", "settings.helps", "settings.recipe", "demo.orders", "evaluate"),
+    *("settings.coerce", "settings.helps", "settings.recipe", "demo.orders", "evaluate", "practice"),
     *("data.read", "data.formats", "data.chat", "data.sandbox", "data.pack", "data.mixture", "data.cache"),
     "data.preflight",
 )

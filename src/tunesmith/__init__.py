@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tunesmith.data.mixture import DataSource
     from tunesmith.errors import TunesmithError
+    from tunesmith.model.demo_model import demo_model_path
+    from tunesmith.model.generate import generate
+    from tunesmith.model.load import load_run
     from tunesmith.model.tokens import clone_chat_template
+    from tunesmith.practice.hub_server import practice_hub
     from tunesmith.settings.config import SFTConfig
     from tunesmith.settings.distillation import DistillationConfig, GKDConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
@@ -34,6 +38,10 @@ __all__ = [
     "TunesmithError",
     "__version__",
     "clone_chat_template",
+    "demo_model_path",
+    "generate",
+    "load_run",
+    "practice_hub",
 ]
 
 _DEFINED_IN = {
@@ -52,6 +60,10 @@ _DEFINED_IN = {
     "SFTTrainer": "tunesmith.trainers",
     "TunesmithError": "tunesmith.errors",
     "clone_chat_template": "tunesmith.model.tokens",
+    "demo_model_path": "tunesmith.model.demo_model",
+    "generate": "tunesmith.model.generate",
+    "load_run": "tunesmith.model.load",
+    "practice_hub": "tunesmith.practice.hub_server",
 }
 
 _COMMAND_LINE = "it is TRL's own command line: import it from trl, beside SFTConfig and SFTTrainer from tunesmith"

@@ -7,10 +7,10 @@ import typer
 from typer.testing import CliRunner
 
 from tests.ship.conftest import TOKEN, hub
-from tests.ship.hub_state import Hub
 from tests.ship.runs import LEFTOVERS, full_run, record
 from tunesmith.cli.main import Commands
 from tunesmith.cli.push import push
+from tunesmith.practice.hub_state import Hub
 from tunesmith.runs.record import Method
 
 __all__ = ["hub"]

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from tests.doctor.cases import gpu, odd_libraries
 from tests.ship.conftest import TOKEN, hub
-from tests.ship.hub_state import Hub
 from tunesmith.cli import doctor
 from tunesmith.cli.main import Commands
 from tunesmith.doctor import checks
 from tunesmith.doctor.checks import Check, Finding
 from tunesmith.model.demo_model import INSTALL
+from tunesmith.practice.hub_state import Hub
 from tunesmith.terminal.output import Application
 
 __all__ = ["hub"]

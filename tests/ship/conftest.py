@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from tests.ship.hub_server import hub_server
-from tests.ship.hub_state import Hub
+from tests.ship.card_rules import faults
+from tunesmith.practice.hub_server import hub_server
+from tunesmith.practice.hub_state import Hub
 
 TOKEN = "hf_thistokenmustnotbeseen"
 
@@ -18,7 +19,7 @@ TOKEN = "hf_thistokenmustnotbeseen"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that knows one token, with which this process is logged in. The client's waits between tries are none."""
-    with hub_server(token=TOKEN) as server:
+    with hub_server(token=TOKEN, card_faults=faults) as server:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

@@ -16,9 +16,9 @@ import pytest
 from huggingface_hub import constants
 
 from tests.ship.conftest import TOKEN
-from tests.ship.hub_state import Hub
 from tests.ship.runs import LEFTOVERS, adapter_run, full_run, record
 from tunesmith.errors import TunesmithError
+from tunesmith.practice.hub_state import Hub
 from tunesmith.ship.hub import PushOptions, plan, push
 
 REPO_ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tests.ship.conftest import TOKEN
-from tests.ship.hub_state import Hub
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.errors import TunesmithError
+from tunesmith.practice.hub_state import Hub
 from tunesmith.runs.record import Origin, Prompt, RunRecord
 
 ROWS = [

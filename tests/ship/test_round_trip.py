@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tests.ship.folders import byte_tokenizer, save
-from tests.ship.hub_state import Hub
 from tunesmith.cli.main import app
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
+from tunesmith.practice.hub_state import Hub
 
 FACTS = {
     "What is the capital of Norland?": "Vintar, on the river Osk.",

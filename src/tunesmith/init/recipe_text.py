@@ -16,7 +16,8 @@ WIDTH = 110
 SMALL_MODEL = 500_000_000
 """Parameters below which a model takes, and needs, a higher learning rate."""
 LEARNING_RATES = {"all weights": ("5e-5", "2e-5"), "adapters": ("1e-3", "2e-4")}
-"""Of small models, and of others. 1e-3 is what the demo's task was learned best with, of LoRA on 135 million."""
+"""Of small models, and of others: the rule of docs/adapters.md and of chapter 3 of the guide, which measures the first
+on 135 million parameters."""
 WARMUP, LEAST_WARMED = 0.05, 20
 """The share of the steps in which the learning rate rises, in runs of at least so many."""
 

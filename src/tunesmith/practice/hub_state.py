@@ -1,4 +1,4 @@
-"""What the hub of `hub_server` keeps, and how it can be told to fail."""
+"""What the hub of `hub_server` keeps, and how tests tell it to fail."""
 
 import base64
 import binascii
@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
-
-from tests.ship.card_rules import faults
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".model")
 REGULAR_LIMIT = 10_000_000
@@ -83,6 +81,8 @@ class Hub:
     """Regular expressions for "METHOD path" to an answer; {authorization} in it is the header of the request."""
     warning: str | None = None
     """Sent with every answer, for the client to log; {authorization} as above."""
+    card_faults: Callable[[str], list[str]] = lambda card: []
+    """What is wrong with a model card, which is then refused."""
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -141,10 +141,9 @@ def decoded(content: str) -> bytes:
         raise Refused(400, "content is not base64") from error
 
 
-def must_be_valid(card: bytes) -> None:
-    found = faults(card.decode())
-    if found:
-        raise Refused(400, "Invalid metadata", errors=[{"message": fault} for fault in found], warnings=[])
+def must_be_valid(hub: Hub, card: bytes) -> None:
+    if faults := hub.card_faults(card.decode()):
+        raise Refused(400, "Invalid metadata", errors=[{"message": fault} for fault in faults], warnings=[])
 
 
 def is_lfs(name: str, size: int, sample: bytes) -> bool:

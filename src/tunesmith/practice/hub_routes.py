@@ -6,7 +6,7 @@ import re
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from tests.ship.hub_state import START, Blob, Call, Cut, Refused, Repo, decoded, is_lfs, must_be_valid
+from tunesmith.practice.hub_state import START, Blob, Call, Cut, Refused, Repo, decoded, is_lfs, must_be_valid
 
 Answer = Any
 """JSON, or headers (and "status") with the body."""
@@ -34,7 +34,7 @@ def create(call: Call) -> Answer:
 
 
 def validate(call: Call) -> Answer:
-    must_be_valid(call.data["content"].encode())
+    must_be_valid(call.hub, call.data["content"].encode())
     return {"errors": [], "warnings": []}
 
 
@@ -177,7 +177,7 @@ def commit(call: Call) -> Answer:
         else:
             raise Refused(400, f"unknown operation {key}")
     if "README.md" in files:
-        must_be_valid(files["README.md"].content)
+        must_be_valid(call.hub, files["README.md"].content)
     oid = call.repo.commit(unquote(call.words["revision"]), message, files)
     return {"success": True, "commitOid": oid, "commitUrl": f"{call.hub.url}/{call.words['repo']}/commit/{oid}"}
 

@@ -1,38 +1,67 @@
 """A hub on 127.0.0.1, in memory, for the real client: repositories, LFS uploads whole or in parts, commits, downloads.
 
-It speaks what `huggingface_hub` asks of https://huggingface.co, but not Xet: clients set HF_HUB_DISABLE_XET. It can be
-told to fail: to break connections, to refuse, to quote the token in its answers.
+It speaks what `huggingface_hub` asks of https://huggingface.co, but not Xet: clients set HF_HUB_DISABLE_XET. Tests
+tell it to fail: to break connections, to refuse, to quote the token in its answers.
 """
 
 import json
+import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.ship.hub_routes import ROUTES
-from tests.ship.hub_state import Call, Cut, Hub, Refused
+from tunesmith.errors import TunesmithError
+from tunesmith.practice.hub_routes import ROUTES
+from tunesmith.practice.hub_state import Call, Cut, Hub, Refused
 
 
 @contextmanager
 def hub_server(**settings: Any) -> Iterator[Hub]:
     """A server on a free port, stopped at the end."""
     hub = Hub(**settings)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
+    server, thread = _serve(hub)
     try:
         yield hub
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _serve(hub: Hub) -> tuple[ThreadingHTTPServer, threading.Thread]:
+    """Answer for `hub` on a free port, from a thread that ends with the process at the latest."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    return server, thread
+
+
+def practice_hub(cache: str | Path, *, owner: str = "learner") -> Hub:
+    """A hub in this process, in which the hub's client of this process is logged in as `owner` from here on.
+
+    Whatever is pushed stays in memory and is gone when the process ends; what is downloaded goes into the folder
+    `cache`. Call it before anything that imports `huggingface_hub`, which reads on import where its hub is; raises
+    TunesmithError afterwards.
+    """
+    if "huggingface_hub" in sys.modules:
+        raise TunesmithError(
+            "practice_hub comes too late: huggingface_hub is imported already, and talks to another hub. Start Python "
+            "anew (in a notebook, restart the kernel), and call practice_hub before you import transformers or datasets"
+        )
+    hub = Hub(token="hf_onlyforpractice", owners=(owner,))
+    _serve(hub)
+    os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
+    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["HF_HOME"] = str(Path(cache).absolute())
+    return hub
 
 
 class _Handler(BaseHTTPRequestHandler):
