@@ -19,7 +19,7 @@ SRC = REPO / "src"
 # From the ground up. A place may import from itself and from those before it.
 LAYERS = (
     *("base", "settings", "terminal", "data", "runs", "model", "objectives", "train", "ship", "report"),
-    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "practice", "cli", "integrations"),
+    *("trainers", "evaluate", "plan", "doctor", "init", "demo", "serve", "practice", "board", "cli", "integrations"),
 )
 # The modules directly in src/tunesmith, and the place each belongs to.
 BASE = ("errors", "types", "text", "home", "secrets")

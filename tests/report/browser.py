@@ -56,7 +56,7 @@ FRAME = '<iframe src="{page}" style="width: {width}px"></iframe>'
 
 def look(page: Path, folder: Path, *, size: str = "1200,2400", dark: bool = False) -> Seen:
     """Loads the file `page`; `folder` takes the browser's files. Skips the test where there is no browser."""
-    _needs_browser()
+    needs_browser()
     picture = folder / f"{page.stem}{'-dark' if dark else ''}.png"
     flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}", *_scheme(dark)]
     seen = _run([*flags, "--dump-dom", f"--screenshot={picture}", page.as_uri()])
@@ -66,7 +66,7 @@ def look(page: Path, folder: Path, *, size: str = "1200,2400", dark: bool = Fals
 
 def measured(page: Path, folder: Path, *, widths: Sequence[int], dark: bool = False) -> list[Measured]:
     """Lays the file `page` out in frames of `widths`, in pixels: no window of the browser gets as narrow as a phone."""
-    _needs_browser()
+    needs_browser()
     file = folder / "frames.html"
     frames = "\n".join(FRAME.format(width=width, page=page.as_uri()) for width in widths)
     file.write_text(FRAMES.format(frames=frames), encoding="utf-8")
@@ -78,7 +78,7 @@ def measured(page: Path, folder: Path, *, widths: Sequence[int], dark: bool = Fa
     return [Measured(needed=int(needed), smallest=int(smallest), background=rest) for needed, smallest, rest in parts]
 
 
-def _needs_browser() -> None:
+def needs_browser() -> None:
     """Where a build server forgets the browser, the tests say so; elsewhere they can do without."""
     if CHROMIUM.exists():
         return

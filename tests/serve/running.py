@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tunesmith.model.generate import Sampling
-from tunesmith.serve.server import Access, Server, Service, Settings, bind, url_of
+from tunesmith.serve.access import Access, bind, url_of
+from tunesmith.serve.server import Server, Service, Settings
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tests.serve.running import serving
 from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.model.generate import Answer, Sampling, generate_from_ids
 from tunesmith.model.load import load_run
-from tunesmith.serve.server import Access
+from tunesmith.serve.access import Access
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 

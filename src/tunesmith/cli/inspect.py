@@ -84,42 +84,64 @@ def prepared(
     recipe: "Recipe", row: int | None, random: int | None
 ) -> tuple[list[tuple[str, str]], list["InspectedRow"]]:
     """The facts about the recipe's training data, and the rows that were asked for, as the collator gives them."""
-    from tunesmith.data.batches import FlatCollator, pairs_of
-    from tunesmith.report.inspect import SCORED, Vocabulary, count_facts, inspect_row
+    rows = PreparedRows(recipe)
+    return rows.facts, [rows.row(number) for number in _chosen(len(rows), rows.kind, row, random, recipe.config.seed)]
 
-    source = training_rows(recipe)
-    preparer = preparer_of(recipe)
-    packing = recipe.config.packing
-    dataset: Any
-    if isinstance(source, dict):
-        dataset, _ = preparer.mixture(source, packing=packing, eval_packing=preparer.packs_eval)
-    else:
-        dataset = preparer(source, "train", packing=packing)
-    vocabulary, kind = Vocabulary.of(preparer.tokenizer), "pack" if recipe.config.packing else "example"
-    rows = []
-    for number in _chosen(len(dataset), kind, row, random, recipe.config.seed):
-        title = f"{kind} {number:,} of {len(dataset):,}"
-        if recipe.trainer in ("dpo", "reward"):
-            pairs, about = pairs_of(dataset[number - 1]), SCORED if recipe.trainer == "reward" else ""
-            rows.append(_tree(title, pairs, vocabulary, about))
-            continue
-        batch = FlatCollator()([dataset[number - 1]])
-        if recipe.trainer == "kto" and not packing:
+
+class PreparedRows:
+    """The training rows of a recipe, as the collator gives them; `facts` are labels and values about all of them."""
+
+    def __init__(self, recipe: "Recipe") -> None:
+        from tunesmith.report.inspect import Vocabulary
+
+        source, preparer = training_rows(recipe), preparer_of(recipe)
+        packing = recipe.config.packing
+        self._dataset: Any
+        if isinstance(source, dict):
+            self._dataset, _ = preparer.mixture(source, packing=packing, eval_packing=preparer.packs_eval)
+        else:
+            self._dataset = preparer(source, "train", packing=packing)
+        self._recipe, self._vocabulary = recipe, Vocabulary.of(preparer.tokenizer)
+        self.kind = "pack" if packing else "example"
+        self.facts = self._facts(preparer.counts)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def row(self, number: int) -> "InspectedRow":
+        """The `number`-th row, counted from 1."""
+        from tunesmith.data.batches import FlatCollator, pairs_of
+        from tunesmith.report.inspect import SCORED, inspect_row
+
+        title = f"{self.kind} {number:,} of {len(self):,}"
+        if self._recipe.trainer in ("dpo", "reward"):
+            about = SCORED if self._recipe.trainer == "reward" else ""
+            return _tree(title, pairs_of(self._dataset[number - 1]), self._vocabulary, about)
+        batch = FlatCollator()([self._dataset[number - 1]])
+        if self._recipe.trainer == "kto" and self.kind != "pack":
             title += ", a good answer" if batch.documents[0].score > 0 else ", a bad answer"
         documents = [example.input_ids for example in batch.documents]
         weights = batch["weights"][0].tolist() if "weights" in batch else None
         ids, labels = [*chain.from_iterable(documents)], batch.labels[0].tolist()
-        shown = inspect_row(title, ids, labels, weights, [*map(len, documents)], vocabulary)
-        rows.append(replace(shown, computed=batch.computed_tokens))
-    facts = _settings(recipe)
-    for split, counts in preparer.counts.items():
-        facts += [("split", split)] if len(preparer.counts) > 1 else []
-        facts += count_facts(counts)
-    if packing:
-        size: Any = recipe.config.max_length
-        full = sum(len(row) for row in dataset["input_ids"]) / (len(dataset) * size)
-        facts.append(("packs", f"{len(dataset):,} of up to {size:,} tokens, {full:.0%} full"))
-    return facts, rows
+        shown = inspect_row(title, ids, labels, weights, [*map(len, documents)], self._vocabulary)
+        return replace(shown, computed=batch.computed_tokens)
+
+    def text(self, number: int) -> str:
+        """The text of the `number`-th row, special tokens and all."""
+        return "".join(piece.text for document in self.row(number).documents for piece in document.pieces)
+
+    def _facts(self, counts: Any) -> list[tuple[str, str]]:
+        from tunesmith.report.inspect import count_facts
+
+        facts, config = _settings(self._recipe), self._recipe.config
+        for split, found in counts.items():
+            facts += [("split", split)] if len(counts) > 1 else []
+            facts += count_facts(found)
+        if config.packing:
+            size: Any = config.max_length
+            full = sum(len(row) for row in self._dataset["input_ids"]) / (len(self) * size)
+            facts.append(("packs", f"{len(self):,} of up to {size:,} tokens, {full:.0%} full"))
+        return facts
 
 
 def _tree(title: str, pairs: Sequence["Group"], vocabulary: "Vocabulary", about: str) -> "InspectedRow":

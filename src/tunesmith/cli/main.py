@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from tunesmith import __version__
 from tunesmith.cli import (
+    board,
     chat,
     check,
     demo,
@@ -125,7 +126,7 @@ for command, text, usage in (
     )(command)
 app.command("eval", short_help=summary(evaluate))(evaluate)
 for other in (
-    *(init.init, chat.chat, serve.serve, demo.demo, report.report),
+    *(init.init, board.board, chat.chat, serve.serve, demo.demo, report.report),
     *(merge.merge, export.export, push.push, templates.templates, doctor.doctor),
 ):
     app.command(short_help=summary(other))(other)

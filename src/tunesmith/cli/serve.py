@@ -40,7 +40,8 @@ def serve(
     from tunesmith.data.prompts import form_of
     from tunesmith.model.generate import Sampling
     from tunesmith.model.load import load_run
-    from tunesmith.serve.server import KEY, Server, Service, Settings, access_for, bind, url_of
+    from tunesmith.serve.access import KEY, access_for, bind, url_of
+    from tunesmith.serve.server import Server, Service, Settings
 
     access = access_for(host, os.environ.get(KEY), allow_remote=allow_remote)
     defaults = Sampling(max_new_tokens=max_tokens, temperature=temperature)

@@ -414,9 +414,12 @@ def page(title: str, about: Sequence[tuple[str, str]], rows: Sequence[InspectedR
     vision.
     """
     parts = [f"<h1>{escape(title)}</h1>\n", facts(about), LEGEND.format(checked=" checked" if ids else "")]
-    for row in rows:
-        parts += _row(row)
-    return whole_page(title, parts, STYLE)
+    return whole_page(title, [*parts, rows_html(rows)], STYLE)
+
+
+def rows_html(rows: Sequence[InspectedRow]) -> str:
+    """The rows alone, for a page that has `STYLE`."""
+    return "".join(part for row in rows for part in _row(row))
 
 
 def _row(row: InspectedRow) -> Iterator[str]:

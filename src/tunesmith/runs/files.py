@@ -10,6 +10,8 @@ report.html     the page about the run; comparison.html is about several
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -22,6 +24,8 @@ from tunesmith.errors import TunesmithError
 
 METRICS, SAMPLES, EXAMPLES, PREFLIGHT = "metrics.jsonl", "samples.jsonl", "examples.json", "preflight.json"
 REPORT, COMPARISON = "report.html", "comparison.html"
+OWNER = ".owner"
+"""Says which process writes to the folder, as long as it does."""
 
 
 def loss_name(metric: str) -> str | None:
@@ -33,6 +37,25 @@ def loss_name(metric: str) -> str | None:
         return None
     data_set = metric.removeprefix("eval_").removesuffix("loss").removesuffix("_")
     return f"evaluation: {data_set}" if data_set else "evaluation"
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process writes to the run in `folder`. One that can't be asked, on another machine say, is taken to
+    live."""
+    try:
+        words = (folder / OWNER).read_text(encoding="utf-8").split()
+        number, machine = int(words[1]), words[3].rstrip(",")
+    except (OSError, ValueError, IndexError):
+        return False
+    if machine != socket.gethostname() or sys.platform == "win32":  # where asking would end the process
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -19,9 +19,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import OWNER
 from tunesmith.text import size
 
-LOCK, OWNER = ".lock", ".owner"
+LOCK = ".lock"
 
 
 def check_writable(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 import asyncio
 import copy
-import hmac
-import ipaddress
 import logging
 import socket
 import time
@@ -11,29 +9,25 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Model, Sampling, room_of
 from tunesmith.serve import answer, protocol
+from tunesmith.serve.access import HEALTH, Access, Guard, error
 from tunesmith.serve.answer import Call, Cancelled, Finished, Job, Question
-from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, error, event
+from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, event
 
-KEY = "TUNESMITH_API_KEY"
-HEALTH = "/health"
-"""Needs no key."""
 LARGEST = 16 * 2**20
 """Bytes of a request's body."""
 GONE = 499
@@ -47,81 +41,6 @@ FAILED = "the answer could not be generated; the server's log says why"
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-# Who may ask: programs of this machine, and whoever has the key; no web page that a browser shows
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own, and reached from nowhere else."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Access:
-    """`local`: requests must name this machine in their Host header. A page whose name an attacker lets point here
-    (DNS rebinding) names another. `api_key`: requests must bring it."""
-
-    local: bool = True
-    api_key: str | None = None
-
-
-def access_for(host: str, api_key: str | None, *, allow_remote: bool) -> Access:
-    """Who may ask a server on `host`. Raises TunesmithError for a key that no header can have, and where other machines
-    could ask although nobody allowed it, or without a key."""
-    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise TunesmithError(f"{KEY} is empty, or has characters that a header can't have; unset it, or set a key")
-    local = is_loopback(host)
-    if not local and not allow_remote:
-        raise TunesmithError(
-            f"host {host} lets other machines ask; keep to 127.0.0.1, or give --allow-remote and set {KEY}"
-        )
-    if not local and api_key is None:
-        raise TunesmithError(f"--allow-remote needs a key that clients send: set {KEY}")
-    return Access(local=local, api_key=api_key)
-
-
-class Guard:
-    """ASGI middleware that refuses requests by their headers."""
-
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        refused = self._refused(Headers(scope=scope), scope["path"])
-        return await (refused or self._app)(scope, receive, send)
-
-    def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
-        host = headers.get("host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            name = ""
-        if self._access.local and not is_loopback(name):
-            return _refusal(403, f"the Host header is {host!r}; this server answers to localhost only", "wrong_host")
-        origin = headers.get("origin")
-        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            return _refusal(403, f"pages of {origin} may not ask this server", "wrong_origin")
-        key = self._access.api_key
-        if (
-            key is not None
-            and path != HEALTH
-            and not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {key}".encode())
-        ):
-            return _refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer", "invalid_api_key")
-        return None
-
-
-def _refusal(status: int, message: str, code: str) -> JSONResponse:
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return JSONResponse(error(message, status=status, code=code), status, headers)
 
 
 # The interface
@@ -363,30 +282,7 @@ def _explained(request: Request, failure: Exception) -> Response:
     return JSONResponse(error(message, status=status), status)
 
 
-# A port
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket on `port`, or on a free one for 0. It accepts nothing yet. Raises TunesmithError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise TunesmithError(f"host {host} is no address of this machine: {error}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise TunesmithError(
-            f"port {port} of {host} can't be used: {error.strerror}; give another --port, or 0 for a free one"
-        ) from error
-    return bound
-
-
-def url_of(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+# The server
 
 
 class Server(uvicorn.Server):
