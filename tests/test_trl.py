@@ -18,8 +18,8 @@ from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
 from tunesmith.settings.distillation import DistillationConfig, GKDConfig
-from tunesmith.settings.preference import DPOConfig
-from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, SFTTrainer
+from tunesmith.settings.preference import DPOConfig, RewardConfig
+from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, RewardTrainer, SFTTrainer
 
 
 def arguments_of(trainer: type) -> list[str]:
@@ -57,6 +57,9 @@ def test_the_trainer_takes_trls_arguments_in_trls_order() -> None:
         "peft_config",
     ]
     assert arguments_of(DPOTrainer)[:12] == [*theirs.split(), "optimizers", "quantization_config", "peft_config"]
+    theirs = "model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks optimizers"
+    last = "optimizer_cls_and_kwargs preprocess_logits_for_metrics quantization_config peft_config"
+    assert arguments_of(RewardTrainer) == [*theirs.split(), *last.split()]
 
 
 @pytest.mark.documented
@@ -79,6 +82,32 @@ def _default(field: "Field[Any]") -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
+_WORDS = ["yes", "no", "maybe so", "it is", "not at all, no", "of course", "why", "so"]
+PAIRS = [
+    {"prompt": f"Is it {word}? ", "chosen": word, "rejected": _WORDS[i - 1] + "!" * (i % 4)}
+    for i, word in enumerate(_WORDS)
+]
+
+
+def ten_steps(runs: Mapping[Any, Any], model: Path, folder: Path, rows: Any, settings: dict[str, Any]) -> Any:
+    """What a trainer of TRL's and ours log on the same rows, by their configs."""
+    common: dict[str, Any] = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False}
+    common |= {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+    }
+    logged = []
+    for config, trainer in runs.items():
+        run = trainer(model=str(model), args=config(**common | settings), train_dataset=Dataset.from_list(rows))
+        run.train()
+        logged.append([entry for entry in run.state.log_history if "loss" in entry])
+    return zip(*logged, strict=True)
+
+
 @pytest.mark.documented
 @pytest.mark.parametrize(
     "settings",
@@ -99,26 +128,8 @@ def _default(field: "Field[Any]") -> Any:
 def test_ten_steps_on_pairs_go_as_they_go_in_trl(settings: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     """Pairs of texts: of messages, TRL scores what the template writes behind the end of a turn, too."""
     trl = import_module("trl")
-    words = ["yes", "no", "maybe so", "it is", "not at all, no", "of course", "why", "so"]
-    rows = [
-        {"prompt": f"Is it {word}? ", "chosen": word, "rejected": words[i - 1] + "!" * (i % 4)}
-        for i, word in enumerate(words)
-    ]
-    common: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
-    common |= {
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-    }
-    logged = []
-    for config, trainer in ((trl.DPOConfig, trl.DPOTrainer), (DPOConfig, DPOTrainer)):
-        args = config(**common | settings, gradient_checkpointing=False)
-        run = trainer(model=str(tiny_model), args=args, train_dataset=Dataset.from_list(rows))
-        run.train()
-        logged.append([entry for entry in run.state.log_history if "loss" in entry])
-    for theirs, ours in zip(*logged, strict=True):
+    runs = {trl.DPOConfig: trl.DPOTrainer, DPOConfig: DPOTrainer}
+    for theirs, ours in ten_steps(runs, tiny_model, tmp_path, PAIRS, settings):
         for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)
 
@@ -166,3 +177,33 @@ def test_ten_steps_with_a_teacher_go_as_they_go_in_trl(beta: float, tiny_model: 
     for theirs, ours in zip(*logged, strict=True):
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.documented
+@pytest.mark.parametrize("form", ["texts", "messages", "whole conversations", "texts without a prompt"])
+def test_ten_steps_of_a_reward_model_go_as_they_go_in_trl(form: str, tiny_model: Path, tmp_path: Path) -> None:
+    """From a language model: the new head is the same, too. A step is one batch, so that the least and largest reward
+    are those of TRL, which takes the mean over batches."""
+    trl = import_module("trl")
+    rows: list[dict[str, Any]] = PAIRS
+    if form == "texts without a prompt":
+        rows = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in PAIRS]
+    elif form != "texts":
+        ask = [[{"role": "user", "content": row["prompt"]}] for row in PAIRS]
+        said = [
+            {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in PAIRS
+        ]
+        rows = [
+            {"prompt": prompt, **sides}
+            if form == "messages"
+            else {side: prompt + messages for side, messages in sides.items()}
+            for prompt, sides in zip(ask, said, strict=True)
+        ]
+    if form != "whole conversations":
+        rows = [row | {"margin": 0.25 * (i % 3)} for i, row in enumerate(rows)]
+    runs = {trl.RewardConfig: trl.RewardTrainer, RewardConfig: RewardTrainer}
+    settings = {"center_rewards_coefficient": 0.1}
+    names = ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "grad_norm", "num_tokens")
+    for theirs, ours in ten_steps(runs, tiny_model, tmp_path, rows, settings):
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), name

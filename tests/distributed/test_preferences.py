@@ -1,4 +1,4 @@
-"""Pairs and judged answers are trained by two processes as by one, an uneven last step included."""
+"""Pairs, judged answers and rewards are trained by two processes as by one, an uneven last step included."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.forked import together
 from tests.models import tiny
 from tests.train.runs import largest_difference
-from tunesmith import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from tunesmith import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 pytestmark = pytest.mark.processes
 PAIRS = [{"prompt": f"q {i} " + "x" * (i % 5), "chosen": "a" * (1 + i % 7), "rejected": "b" * 3} for i in range(11)]
@@ -20,6 +20,7 @@ JUDGED = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 
 CASES: dict[str, tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]] = {
     "pairs": (DPOConfig, DPOTrainer, PAIRS, {}),
     "precomputed": (DPOConfig, DPOTrainer, PAIRS, {"precompute_ref_log_probs": True}),
+    "rewards": (RewardConfig, RewardTrainer, PAIRS, {"center_rewards_coefficient": 0.1}),
     "judged": (KTOConfig, KTOTrainer, JUDGED, {"loss_type": "apo_zero_unpaired"}),
 }
 
@@ -43,11 +44,14 @@ def _train(folder: Path, tokenizer: Path, processes: int) -> None:
         )
         loaded = AutoTokenizer.from_pretrained(tokenizer)
         torch.manual_seed(0)
-        model = tiny("llama", len(loaded))
+        auto = AutoModelForSequenceClassification if kind is RewardTrainer else AutoModelForCausalLM
+        model = tiny("llama", len(loaded), auto=auto, num_labels=1)
         trainer = kind(model, args=args, train_dataset=rows, eval_dataset=rows[:5], processing_class=loaded)
         trainer.train()
         logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        logged.append(trainer.evaluate()["eval_loss"])
+        measured = trainer.evaluate()
+        logged.append(measured["eval_loss"])
+        logged += [measured[f"eval_{name}"] for name in trainer.extremes]
         if trainer.is_world_process_zero():
             save_file({name: value.detach().clone() for name, value in model.named_parameters()}, folder / f"{name}.st")
             (folder / f"{name}.json").write_text(json.dumps(logged))
@@ -68,5 +72,5 @@ def test_two_processes_train_preferences_as_one_does(name: str, runs: Path) -> N
     one, two = (load_file(runs / str(processes) / f"{name}.st") for processes in (1, 2))
     assert largest_difference(one, two) < 1e-6
     logged = [json.loads((runs / str(processes) / f"{name}.json").read_text()) for processes in (1, 2)]
-    assert len(logged[0]) == 4
+    assert len(logged[0]) == (6 if name == "rewards" else 4)
     assert logged[1] == pytest.approx(logged[0], abs=1e-6)

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
+from tests.models import tiny
 from tests.ship.card_rules import faults, header_of
 from tests.ship.runs import QUESTION, record
 from tunesmith.errors import TunesmithError
@@ -108,6 +111,34 @@ def test_the_demo_models_name_on_the_hub_and_its_licence_are_known(adapters: Pat
     assert header["license"] == "apache-2.0"
     assert "4-bit (Q4_1) form" in card
     assert "/home/me" not in card
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+def test_the_code_on_a_reward_models_card_scores_an_answer(
+    adapted: bool, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = tiny("llama", len(tokenizer), auto=AutoModelForSequenceClassification, num_labels=1)
+    if adapted:
+        tiny("llama", len(tokenizer)).save_pretrained(tmp_path / "base")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"]))
+    folder = tmp_path / "run"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    method = Method(kind="lora", rank=8) if adapted else Method()
+    run = without_curves(trainer="reward", method=method, metrics={"eval_math_accuracy": 0.75}, samples=())
+    card = card_of(folder, run)
+    header = header_of(card)
+    assert header["pipeline_tag"] == "text-classification"
+    assert header["tags"][:2] == ["tunesmith", "reward"]
+    assert "by reward modelling on pairs of answers with tunesmith. It is a sequence classifier" in card
+    assert "| math | accuracy of pairs | 0.7500 |" in card
+    assert "All are over the pairs of the set, whose answers are scored as whole texts." in card
+    code = card.split("```python\n")[1].split("```")[0].replace(REPO, str(folder))
+    exec(code, {})
+    messages = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+    inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+    assert float(capsys.readouterr().out) == pytest.approx(float(model.eval()(**inputs).logits), abs=1e-6)
 
 
 def test_a_base_model_that_nobody_else_has_is_not_linked(full: Path) -> None:

@@ -8,10 +8,16 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from tests.models import ARCHITECTURES, tiny
 from tests.ship.merging import VOCABULARY, difference, logits, lora, merged, names, save_run, shake, with_adapters
+from tunesmith.ship.merge import merge
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -184,3 +190,30 @@ def test_adapters_of_a_quantized_base_go_into_its_original_weights(bits: int, tm
     assert difference(logits(model), with_adapters(tmp_path / "run")) < 1e-5
     for name in ("model.norm.weight", "model.embed_tokens.weight"):
         assert torch.equal(model.get_parameter(name), tiny("llama", VOCABULARY).get_parameter(name))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["language model", "classifier"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_reward_model_merges_to_a_plain_classifier_with_its_head(
+    name: str, whole: bool, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The base is a language model, whose files have no head for scores, or a classifier."""
+    auto: Any = AutoModelForSequenceClassification
+    settings = {"auto": auto, "num_labels": 1} if whole else {}
+    tiny(name, VOCABULARY, **settings).save_pretrained(tmp_path / "base")
+    adapted: Any = get_peft_model(
+        auto.from_pretrained(tmp_path / "base", num_labels=1), lora(task_type="SEQ_CLS", modules_to_save=["score"])
+    )
+    shake(adapted)
+    adapted.save_pretrained(str(tmp_path / "run"))
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "run")
+    report = merge(tmp_path / "run", tmp_path / "merged")
+    assert report.in_memory is None
+    assert report.drift is not None
+    assert report.drift.within
+    assert "scores" in str(report.drift)
+    model, info = auto.from_pretrained(report.folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.num_labels == 1
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=1e-5, atol=1e-5)

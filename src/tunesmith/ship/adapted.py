@@ -24,7 +24,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import ADAPTER_WEIGHTS, ADAPTERS, refuse_lost_start
@@ -80,10 +85,14 @@ def _token_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if module in layers}
 
 
-def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device: its layers and their shapes, and no weights."""
+def empty_model(
+    config: PreTrainedConfig, *, classifier: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device, or the `classifier`: its layers and their shapes, and
+    no weights."""
+    auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     with torch.device("meta"), explained("the base model can't be built"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        model = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -250,7 +259,7 @@ class MergedWeights:
         growing: Iterable[str],
     ) -> None:
         self._adapted, self._weights, self._dtype = adapted, weights, dtype
-        self._growing = set(growing)
+        self._growing = list(growing)
         self._there = set(weights.names())
         self._source = {name: self._alias(name, shared) for name in adapted.shapes}
         self._dropped: set[str] = set()
@@ -270,8 +279,10 @@ class MergedWeights:
         return {name: self._cast(name, tensors[name]) for name in piece.names}
 
     def dtype(self, name: str) -> torch.dtype:
-        """The format that the tensor `name` is written in."""
-        stored = self._weights.dtype(self._source[name])
+        """The format that the tensor `name` is written in. What came with the adapters alone, such as the head of a
+        classifier, has that of the embeddings."""
+        source = self._source[name]
+        stored = self._weights.dtype(source if source in self._there else self._source[self._growing[0]])
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
 
     def _alias(self, name: str, shared: Sequence[tuple[str, ...]]) -> str:
@@ -287,7 +298,7 @@ class MergedWeights:
         if touched or apart:
             first, *others = (self.tensors(Piece(names=(name,), size=0))[name] for name in group)
             if not all(torch.equal(first, other) for other in others):
-                if not self._growing.issuperset(group):
+                if not {*group} <= {*self._growing}:
                     raise TunesmithError(
                         f"the adapters make {' and '.join(group)} different, which are one weight in the base model"
                     )

@@ -32,8 +32,13 @@ ANSWER_TOKENS = 128
 """New tokens of an answer, at most."""
 MANY_POINTS = 60
 """Up to so many points of a curve, each is marked."""
-EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy|rewards/accuracies)")
-METRICS = {"loss": "loss", "mean_token_accuracy": "accuracy of tokens", "rewards/accuracies": "accuracy of pairs"}
+EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy|rewards/accuracies|accuracy)")
+METRICS = {
+    "loss": "loss",
+    "mean_token_accuracy": "accuracy of tokens",
+    "rewards/accuracies": "accuracy of pairs",
+    "accuracy": "accuracy of pairs",
+}
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that change the direction of writing."""
@@ -51,6 +56,23 @@ TEXT_ANSWER = """inputs = tokenizer("Once upon a time", return_tensors="pt")
 """
 GENERATE = """output = model.generate(**inputs.to(model.device), max_new_tokens=200, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+SCORE_CODE = """import torch
+from {library} import {auto}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+model = {auto}.from_pretrained("{repo}"{arguments})
+"""
+CHAT_SCORE = """messages = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+"""
+TEXT_SCORE = """inputs = tokenizer("What is 2 + 2? 4" + tokenizer.eos_token, return_tensors="pt")
+"""
+SCORE = """with torch.no_grad():
+    print(float(model(**inputs).logits))  # the higher, the better"""
 PIPELINE_CODE = """from transformers import pipeline
 
 generator = pipeline("text-generation", model="{repo}")
@@ -178,7 +200,7 @@ def with_samples(record: RunRecord, folder: Path, say: Callable[[str], None]) ->
     A record without prompts, or with samples already, is returned unchanged. So is one whose base model can't be
     loaded; `say` is told why.
     """
-    if record.samples or not record.prompts:
+    if record.samples or not record.prompts or record.trainer == "reward":  # which writes no answers
         return record
     say(f"Answering {len(record.prompts)} prompts before and after training, for the card ...")
     try:
@@ -222,7 +244,7 @@ def _header(card: Card) -> ModelCardData:
     trained_on = [count.origin for count in card.record.data if count.split == "train"] if card.record else []
     data = ModelCardData(
         library_name="transformers" if card.model.adapter is None else "peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(card),
         base_model=card.base_id,
         license=card.licence.identifier,
         license_name=card.licence.name,
@@ -236,7 +258,7 @@ def _header(card: Card) -> ModelCardData:
         datasets=list(dict.fromkeys(filter(None, map(_dataset_id, trained_on)))) or None,
         eval_results=[
             EvalResult(
-                task_type="text-generation",
+                task_type=_task(card),
                 dataset_type=result.hub_name or re.sub(r"[^a-z0-9]+", "-", result.dataset.lower()).strip("-") or "eval",
                 dataset_name=result.dataset,
                 metric_type=result.metric.split()[0],
@@ -300,7 +322,7 @@ def _page(card: Card) -> str:
         block(_snippet(card), "python"),
         *_results_section(card),
         *_samples_section(card),
-        *(_data_section(card.record) if card.record and card.record.data else []),
+        *(_data_section(card, card.record) if card.record and card.record.data else []),
         *(_training_section(card, card.record) if card.record else []),
         "## Licence",
         _licence(card),
@@ -329,12 +351,25 @@ def _summary(card: Card) -> str:
         "dpo": "preference optimization (DPO) on pairs of answers",
         "kto": "preference optimization (KTO) on answers that are good or bad",
         "distill": "distillation",
+        "reward": "reward modelling on pairs of answers",
     }
+    if _trainer(card) == "reward":
+        note = (
+            " It is a sequence classifier: it gives a whole text, a prompt with its answer, one score, higher for "
+            f"better answers.{note}"
+        )
     return f"{model}, by {ways[_trainer(card)]} with tunesmith.{note}"
 
 
 def _trainer(card: Card) -> str:
+    if card.record is None and (card.model.adapter or {}).get("task_type") == "SEQ_CLS":
+        return "reward"
     return card.record.trainer if card.record else "sft"
+
+
+def _task(card: Card) -> str:
+    """What the model is for, by the hub's name."""
+    return "text-classification" if _trainer(card) == "reward" else "text-generation"
 
 
 def _snippet(card: Card) -> str:
@@ -343,6 +378,8 @@ def _snippet(card: Card) -> str:
     # Adapters may be saved without a tokenizer; then prompts of messages tell that the base model has a template.
     prompts = [*(sample.prompt for sample in record.samples), *record.prompts] if record else []
     is_chat = card.model.has_template or any(not isinstance(prompt.prompt, str) for prompt in prompts)
+    if _trainer(card) == "reward":
+        return _score_snippet(card, is_chat=is_chat)
     if card.model.adapter is None:
         return PIPELINE_CODE.format(repo=card.repo) + (CHAT_PIPELINE if is_chat else TEXT_PIPELINE)
     tokenizer = card.repo if card.model.has_tokenizer else card.base_id or card.repo
@@ -353,13 +390,28 @@ def _snippet(card: Card) -> str:
     return load + answer + GENERATE
 
 
+def _score_snippet(card: Card, *, is_chat: bool) -> str:
+    """Python that loads the model by its name on the hub, and scores an answer."""
+    whole = card.model.adapter is None
+    load = SCORE_CODE.format(
+        library="transformers" if whole else "peft",
+        auto="AutoModelForSequenceClassification" if whole else "AutoPeftModelForSequenceClassification",
+        tokenizer=card.repo if card.model.has_tokenizer else card.base_id or card.repo,
+        repo=card.repo,
+        arguments="" if whole else ", num_labels=1",
+    )
+    return load + (CHAT_SCORE if is_chat else TEXT_SCORE) + SCORE
+
+
 def _results_section(card: Card) -> list[str]:
     parts = []
     if card.results:
         rows = [[inline(result.dataset), result.metric, f"{result.value:.4f}"] for result in card.results]
         parts.append(table(["evaluated on", "metric", "value"], rows))
-        what = {"dpo": "pairs", "kto": "answers"}.get(_trainer(card), "supervised tokens")
-        parts.append(f"All are over the {what} of the set, each predicted from the true text before it.")
+        trainer = _trainer(card)
+        what = {"dpo": "pairs", "kto": "answers", "reward": "pairs"}.get(trainer, "supervised tokens")
+        how = "whose answers are scored as whole texts" if trainer == "reward" else None
+        parts.append(f"All are over the {what} of the set, {how or 'each predicted from the true text before it'}.")
     if card.picture:
         parts.append(f"![The loss over the steps of training.]({PICTURE})")
     return ["## Results", *parts] if parts else []
@@ -377,7 +429,7 @@ def _samples_section(card: Card) -> list[str]:
     return parts[:-1]  # without a rule at the end, or without any sample nothing
 
 
-def _data_section(record: RunRecord) -> list[str]:
+def _data_section(card: Card, record: RunRecord) -> list[str]:
     rows = []
     for count in record.data:
         name, on_hub = count.origin.name, _dataset_id(count.origin)
@@ -385,7 +437,10 @@ def _data_section(record: RunRecord) -> list[str]:
         numbers = (count.examples, count.tokens, count.supervised_tokens, count.dropped)
         rows.append([inline(count.split), inline(count.source), origin, *(f"{number:,}" for number in numbers)])
     head = ["split", "source", "from", "examples", "tokens", "supervised tokens", "rows dropped"]
-    return ["## Data", table(head, rows), "Only supervised tokens were learned; the others were read as their context."]
+    learned = "Only supervised tokens were learned; the others were read as their context."
+    if _trainer(card) == "reward":
+        learned = "An example is a pair of answers; what is called supervised is where each of them is scored."
+    return ["## Data", table(head, rows), learned]
 
 
 def _training_section(card: Card, record: RunRecord) -> list[str]:

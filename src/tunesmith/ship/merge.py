@@ -25,7 +25,16 @@ from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.devices import here
 from tunesmith.model.generate import stop_ids
-from tunesmith.model.load import ADAPTERS, CONFIG, base_of, load_config, load_model, load_tokenizer, resolve_model
+from tunesmith.model.load import (
+    ADAPTERS,
+    CONFIG,
+    base_of,
+    load_classifier,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from tunesmith.model.load import run_folder as newest
 from tunesmith.model.precision import DTYPES, PrecisionName
 from tunesmith.runs.files import follow_umask
@@ -109,6 +118,7 @@ class Drift:
 
     `absolute` is the largest difference of any logit, `relative` the same over the largest logit; `equal` of `tokens`
     likeliest next tokens are the same, in the answers that the other model gives, and `ties` of the others as likely.
+    Of classifiers, logits are scores, and `tokens` is 0.
     """
 
     absolute: float
@@ -123,9 +133,11 @@ class Drift:
         return self.relative <= self.tolerance  # not so for NaN
 
     def __str__(self) -> str:
+        what = "logit" if self.tokens else "score"
+        tokens = f", {self.equal} of {self.tokens} greedy tokens equal" if self.tokens else ""
         return (
-            f"largest difference of logits {self.absolute:.3g} ({self.relative:.2g} of the largest logit, tolerance "
-            f"{self.tolerance:.2g}), {self.equal} of {self.tokens} greedy tokens equal"
+            f"largest difference of {what}s {self.absolute:.3g} ({self.relative:.2g} of the largest {what}, tolerance "
+            f"{self.tolerance:.2g}){tokens}"
         )
 
 
@@ -154,6 +166,7 @@ class _Job:
     folder: Path
     base: str
     revision: dict[str, Any]
+    classifier: bool
     rows: int
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
@@ -241,19 +254,23 @@ def _prepare(folder: Path, options: MergeOptions, progress: Progress | None) -> 
     trust = options.trust_remote_code
     config = load_config(base, trust_remote_code=trust, **revision)
     _refuse_quantized(config, base, folder)
+    classifier = settings.task_type == "SEQ_CLS"
+    if classifier:
+        config.num_labels = 1
     beside = next((place for place in (folder, folder.parent) if (place / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(str(beside or path), trust_remote_code=trust, **({} if beside else revision))
-    model = empty_model(config, trust_remote_code=trust)
+    model = empty_model(config, classifier=classifier, trust_remote_code=trust)
     rows = rows_in_adapters(folder, model) or len(tokenizer)
     grow(model, rows)
     with explained(f"the weights of the base model {base} can't be read"):
         stored = stored_weights(path, revision.get("revision"))
-        names = names_in_files(model, stored.names())
+        names = names_in_files(model, stored.names(), new_head=classifier)
     shared, growing = shared_names(model), growing_names(model)
     loaded: LoadedWeights | None = None
     weights: Weights = stored.under(names.files)
     if names.obstacle is not None:
-        whole = load_model(base, dtype="auto", trust_remote_code=trust, **revision).requires_grad_(False)
+        load = load_classifier if classifier else load_model
+        whole = load(base, dtype="auto", trust_remote_code=trust, **revision).requires_grad_(False)
         grow(whole, rows)
         loaded = weights = LoadedWeights(whole)
     adapted = AdaptedModel(model, folder, settings)
@@ -263,6 +280,7 @@ def _prepare(folder: Path, options: MergeOptions, progress: Progress | None) -> 
         folder=folder,
         base=base,
         revision=revision,
+        classifier=classifier,
         rows=rows,
         tokenizer=tokenizer,
         model=model if loaded is None else whole,
@@ -304,7 +322,7 @@ def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
             job.model.tie_weights()
         job.model.save_pretrained(folder, max_shard_size=options.shard_bytes())
         files = len(list(folder.glob("*.safetensors")))
-    generation = job.model.generation_config
+    generation = getattr(job.model, "generation_config", None)  # which classifiers lack
     if generation is not None:
         # As it is in the base model: some that are published have a temperature and no sampling, which `transformers`
         # reads, and refuses to write.
@@ -328,6 +346,8 @@ def _settle(job: _Job) -> None:
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, role) is not None:
                 setattr(config, role, getattr(tokenizer, role))
+    if job.classifier:
+        return
     path = cached_file(
         resolve_model(job.base),
         GENERATION_CONFIG_NAME,
@@ -352,16 +372,21 @@ def _compare(job: _Job, folder: Path, options: MergeOptions) -> Drift:
     tolerance = TOLERANCES[job.dtype] if options.tolerance is None else options.tolerance
     trust = options.trust_remote_code
     try:
-        base = load_model(job.base, dtype=dtype, trust_remote_code=trust, **job.revision).requires_grad_(False)
+        load = load_classifier if job.classifier else load_model
+        base = load(job.base, dtype=dtype, trust_remote_code=trust, **job.revision).requires_grad_(False)
         grow(base, job.rows)
         with explained(f"the adapters in {job.folder} could not be loaded"):
             before: Any = PeftModel.from_pretrained(base, str(job.folder)).to(device).eval()
-        expected = traces(before, job.tokenizer, options.prompts or PROMPTS)
+        prompts = options.prompts or PROMPTS
+        expected: Any = (scores_of if job.classifier else traces)(before, job.tokenizer, prompts)
         del before, base
         gc.collect()
-        after: Any = load_model(str(folder), dtype=dtype, trust_remote_code=trust)
+        after: Any = load(str(folder), dtype=dtype, trust_remote_code=trust)
         after.to(device).eval()
-        drift = drift_of([logits_of(after, trace.ids) for trace in expected], expected, tolerance)
+        if job.classifier:
+            drift = _drift_of_scores(scores_of(after, job.tokenizer, prompts), expected, tolerance)
+        else:
+            drift = drift_of([logits_of(after, trace.ids) for trace in expected], expected, tolerance)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise TunesmithError(
             "there is not enough memory to load and compare the models; leave the check out"
@@ -372,6 +397,21 @@ def _compare(job: _Job, folder: Path, options: MergeOptions) -> Drift:
             "tolerance, or dtype fp32, which rounds less, would let it pass"
         )
     return drift
+
+
+@torch.inference_mode()
+def scores_of(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """(D,) What a classifier says of each text as a user's message, or as it is where there is no chat template."""
+    ids = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    rows = [torch.tensor([row], device=model.device) for row in ids]
+    return torch.cat([model(input_ids=row).logits[0].float().cpu() for row in rows])
+
+
+def _drift_of_scores(found: Tensor, expected: Tensor, tolerance: float) -> Drift:
+    """How far scores are from those expected, relative to the largest of them, or to 1 where all are smaller."""
+    absolute = float((found - expected).abs().max())
+    relative = absolute / max(1.0, float(expected.abs().max()))
+    return Drift(absolute=absolute, relative=relative, tolerance=tolerance, equal=0, ties=0, tokens=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

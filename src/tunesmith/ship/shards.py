@@ -158,8 +158,9 @@ class NamesInFiles:
     obstacle: str | None = None
 
 
-def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFiles:
-    """What the weights of `model` are called in its files, which have the names `stored`."""
+def names_in_files(model: PreTrainedModel, stored: Iterable[str], *, new_head: bool = False) -> NamesInFiles:
+    """What the weights of `model` are called in its files, which have the names `stored`. With a `new_head`, they need
+    not have what is behind the decoder."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -178,7 +179,9 @@ def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> NamesInFile
         if own == bare:
             written[own] = name
     aliases = {name: group for group in shared_names(model) for name in group}
-    missing = [name for name in tensors if not files.keys() & set(aliases.get(name, (name,)))]
+    body = f"{model.base_model_prefix}." if new_head else ""
+    needed = [name for name in tensors if name.startswith(body)]
+    missing = [name for name in needed if not files.keys() & set(aliases.get(name, (name,)))]
     lacking = f"its files have no weight that becomes {missing[0]}" if missing else None
     return NamesInFiles(files=files, written=written, obstacle=lacking)
 
