@@ -56,6 +56,19 @@ def test_a_file_is_enough_and_the_recipe_passes_check(labelled: Path, tiny_model
     assert "train/mail: 54 rows, 54 examples" in checked.output
 
 
+@pytest.mark.parametrize("trainer", ["dpo", "kto"])
+def test_preferences_become_a_recipe_of_their_trainer(trainer: str, tmp_path: Path, tiny_model: Path) -> None:
+    answers = {"dpo": {"chosen": "yes", "rejected": "no"}, "kto": {"completion": "yes", "label": True}}[trainer]
+    written(tmp_path / "rows.jsonl", [{"prompt": f"ask {i}", **answers} for i in range(60)])
+    done = tunesmith("init", "--data", "rows.jsonl", "--model", tiny_model)
+    assert done.exit_code == 0, done.output
+    assert f"goal: {trainer} (" in done.output
+    found = recipe_of()
+    assert (found["trainer"], found["max_length"]) == (trainer, 64)
+    checked = tunesmith("check", "recipe.yaml")
+    assert checked.exit_code == 0, checked.output
+
+
 def test_one_row_is_not_many(tmp_path: Path, tiny_model: Path) -> None:
     written(tmp_path / "one.jsonl", [{"text": "a text"}])
     done = tunesmith("init", "--data", "one.jsonl", "--model", tiny_model)

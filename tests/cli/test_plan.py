@@ -93,6 +93,8 @@ def test_a_recipe_that_does_not_fit_says_what_to_change(recipe: Path, monkeypatc
     [
         (("--gpu", "a101"), "--gpu a101: choose"),
         (("--method", "loar"), "--method loar: choose full | lora | 8bit | 4bit; did you mean 'lora'?"),
+        (("--shard", "all", "--processes", 2), "--shard all: choose none | grad | full"),
+        (("--shard", "full", "--method", "4bit"), "4bit weights can't be cut into rows; leave shard out"),
         (("--max-length", "none"), "max_length is None"),
         (("--max-lenght", "3"), "did you mean 'max_length'"),
         (("--model", "owner/nowhere"), "owner/nowhere could not be loaded"),
@@ -102,3 +104,27 @@ def test_mistakes_are_named(recipe: Path, arguments: tuple[str, ...], message: s
     result = planned(recipe, *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+
+
+def test_several_processes_have_a_table_of_their_own(recipe: Path) -> None:
+    asked = (recipe, "--gpu", "h100", "--processes", 4, "--shard", "full", "--method", "full")
+    result = planned(*asked)
+    assert result.exit_code == 0, result.output
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    first = lines.index("full, shard full, the same rows in each process:")
+    rows = [line.split() for line in lines[first:] if line.endswith("/s") or line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["processes", "1", "4", "8", "64", "512"]
+    assert any(line.startswith("sent by each of 512: all-gather") for line in lines)
+    found = json.loads(planned(*asked, "--json").stdout)["processes"]
+    assert (found["processes"], found["shard"]) == (4, "full")
+    one, four = found["scales"][:2]
+    assert one["sent"] == {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
+    assert four["sent"]["all_reduce"] == 0 < four["sent"]["reduce_scatter"]
+    assert four["tokens"] == 4 * one["tokens"] == 4 * 3 * 64
+
+
+def test_pairs_are_planned_as_two_answers(recipe: Path) -> None:
+    found = json.loads(planned(recipe, "--trainer", "dpo", "--json").stdout)["methods"]
+    assert found["lora"]["memory"]["reference"] == 0
+    assert found["full"]["memory"]["reference"] * 2 == found["full"]["memory"]["optimizer"]
+    assert "3 rows of 2 answers of 64 tokens" in planned(recipe, "--trainer", "dpo").stdout

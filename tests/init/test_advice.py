@@ -27,6 +27,8 @@ from tunesmith.init.recipe_text import Line, Section, heading, sections, source_
 
 CHAT = RowFacts(rows=400, format="messages", kind="conversation", roles=("user", "assistant"), answers=3)
 PAIRS = RowFacts(rows=400, format="instruction", kind="conversation", separate=True, answers=1)
+PREFERRED = RowFacts(rows=400, format="pairs", kind="preference", separate=True, answers=1)
+JUDGED = replace(PREFERRED, format="judged", kind="judged", good=100)
 TEXT = RowFacts(rows=400, format="text", kind="text")
 LABELS = replace(PAIRS, labels=(("billing", 200), ("bug", 150), ("other", 50)))
 MODEL = ModelFacts(name="demo", parameters=135_000_000, context=2048, note="small")
@@ -57,6 +59,8 @@ def settings(given: Facts) -> dict[str, Any]:
         (replace(CHAT, json_answers=0.95), "json"),
         (replace(CHAT, tools=1, json_answers=1.0), "tools"),
         (TEXT, "continue"),
+        (PREFERRED, "dpo"),
+        (JUDGED, "kto"),
     ],
 )
 def test_the_goal_is_guessed_from_the_rows(rows: RowFacts, goal: str) -> None:
@@ -69,6 +73,23 @@ def test_a_goal_that_the_rows_can_not_serve_is_refused() -> None:
     with pytest.raises(TunesmithError, match=r"none of these rows has any; write --goal chat"):
         check_goal("tools", CHAT)
     check_goal("continue", CHAT)
+    with pytest.raises(TunesmithError, match=r"needs rows with 'chosen' and 'rejected'; write --goal chat"):
+        check_goal("dpo", CHAT)
+    with pytest.raises(TunesmithError, match=r"write --goal dpo.*--columns label=is_good"):
+        check_goal("kto", PREFERRED)
+
+
+def test_preferences_get_the_settings_of_their_trainer() -> None:
+    pairs = settings(facts(goal="dpo", rows=PREFERRED))
+    expected = {"trainer": "dpo", "loss_type": "sigmoid", "beta": 0.1, "learning_rate": "1e-4", "num_train_epochs": 2}
+    assert expected.items() <= pairs.items()
+    assert not {"train_on", "packing", "overlong"} & pairs.keys()
+    judged = settings(facts(goal="kto", rows=JUDGED))
+    assert {"trainer": "kto", "loss_type": "kto", "desirable_weight": 3.0}.items() <= judged.items()
+    one = Fit(method="lora", length=512, rows=1, checkpointing=True)
+    assert settings(facts(goal="kto", rows=replace(JUDGED, good=200), fit=one))["loss_type"] == "apo_zero_unpaired"
+    large = replace(MODEL, parameters=8_000_000_000)
+    assert settings(facts(goal="dpo", rows=PREFERRED, model=large))["learning_rate"] == "1e-5"
 
 
 def test_what_is_supervised_follows_format_and_goal() -> None:

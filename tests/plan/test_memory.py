@@ -5,10 +5,14 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import REPO
@@ -18,12 +22,13 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import adapt
 from tunesmith.model.attention import document_map, use_documents
 from tunesmith.model.devices import GPUS, Device, device
-from tunesmith.model.head import from_hidden
+from tunesmith.model.head import Predictions, from_hidden
 from tunesmith.model.linear import speed_up
-from tunesmith.objectives.supervised import supervised_loss
-from tunesmith.plan.footprint import GRADIENTS, Count, Shape, scaling, timeline
-from tunesmith.plan.memory import LIBRARIES, Memory, Method, Run, as_if_quantized, count, largest, plan
+from tunesmith.plan.footprint import GRADIENTS, Count, Shape, scaling, scored, supervised, timeline
+from tunesmith.plan.memory import LIBRARIES, NO_NEED, Memory, Method, Run, as_if_quantized, count, largest, plan
+from tunesmith.plan.memory import run_of as planned_run
 from tunesmith.settings.lora import lora_config
+from tunesmith.settings.recipe import resolve
 
 LORA = {"r": 4}
 CPU = Device(name="cpu", memory=10**10, precision="fp32", one_kernel=False)
@@ -57,7 +62,14 @@ class RealCount(Count):
         return self.counted(func(*args, **(kwargs or {})))
 
 
-def real_peak(model: PreTrainedModel, wrapped: Any, rows: int, length: int, autocast: torch.dtype | None = None) -> int:
+def real_peak(
+    model: PreTrainedModel,
+    wrapped: Any,
+    rows: int,
+    length: int,
+    autocast: torch.dtype | None = None,
+    objective: Callable[[Predictions], Tensor] = supervised,
+) -> int:
     """Bytes beside the weights, of a step with real tensors that are counted as they come and go."""
     use_documents(model)
     speed_up(wrapped)
@@ -71,7 +83,7 @@ def real_peak(model: PreTrainedModel, wrapped: Any, rows: int, length: int, auto
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             given = {"input_ids": ids, "position_ids": ids, "attention_mask": documents, "use_cache": False}
             predictions = from_hidden(model, given, Targets(positions=positions, tokens=positions % 97))
-            loss = supervised_loss(predictions).loss
+            loss = objective(predictions)
         loss.backward()
         count.end("all")
     return count.segments["all"].peak.total()
@@ -92,6 +104,46 @@ def test_a_fake_step_has_the_peak_of_a_real_one(name: str, adapted: bool) -> Non
     found = timeline(counted.subject, Shape(rows=3, length=40)).peak.total()
     assert found == pytest.approx(expected, rel=0.05)
     assert not counted.is_estimate
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_a_step_on_preferences_keeps_what_its_log_probabilities_need(adapted: bool) -> None:
+    sizes = {"vocab_size": 4096, "num_hidden_layers": 4}
+    model = tiny("llama", **sizes)
+    wrapped: Any = adapt(model, lora_config(LORA)) if adapted else model
+    expected = real_peak(model, wrapped, 6, 40, objective=scored)
+    run = run_of(config_of("llama", **sizes), rows=3, length=40, documents=2, scores=True)
+    counted = count(run, "lora" if adapted else "full")
+    assert counted.memory(3, 40).total - LIBRARIES > expected
+    assert timeline(counted.subject, Shape(rows=6, length=40)).peak.total() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [
+        ({"trainer": "dpo", "lora": True}, 0),  # the model without its adapters
+        ({"trainer": "dpo"}, 1),
+        ({"trainer": "kto"}, 1),
+        ({"trainer": "dpo", "precompute_ref_log_probs": True}, 0),
+        ({"trainer": "dpo", "loss_type": "simpo"}, 0),
+        ({"trainer": "sft"}, 0),
+    ],
+)
+def test_a_reference_is_a_second_copy_of_the_trained_weights_or_nothing(
+    settings: dict[str, Any], copies: int, tiny_model: Path
+) -> None:
+    recipe = resolve(None, {"model": str(tiny_model), "data": "unused", "max_length": 64, **settings, **NO_NEED})
+    run = planned_run(recipe, "cpu")
+    counted = count(run, "lora" if settings.get("lora") else "full")
+    assert counted.static["reference"] == copies * counted.static["gradients"]
+    assert run.documents == (2 if settings["trainer"] == "dpo" else 1)
+    shared = replace(counted, run=replace(counted.run, processes=4, shard="full"))
+    assert shared.memory(1, 64).reference == -(-counted.static["reference"] // 4)
+
+
+def test_adapters_that_are_trained_further_are_copied_for_the_reference() -> None:
+    counted = count(run_of(config_of("llama"), has_reference=True, adapted=True), "lora")
+    assert counted.static["reference"] == counted.static["adapters"] > 0
 
 
 def test_copies_of_weights_under_autocast_are_gone_before_the_backward() -> None:

@@ -27,7 +27,9 @@ def init(
     data: Annotated[
         list[str] | None, typer.Option(help="The rows: a file, a folder, or a name on the hub; repeatable.")
     ] = None,
-    goal: Annotated[str | None, typer.Option(help="chat | instruct | classify | tools | json | continue.")] = None,
+    goal: Annotated[
+        str | None, typer.Option(help="chat | instruct | classify | tools | json | continue | dpo | kto.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="lora | full | 8bit | 4bit.")] = None,
     output: Annotated[str | None, typer.Option(help="The folder of the run.")] = None,
     columns: Annotated[

@@ -13,7 +13,7 @@ from tunesmith.init.facts import Lengths, RowFacts
 from tunesmith.text import counted, verb
 from tunesmith.types import TrainOn
 
-Goal = Literal["chat", "instruct", "classify", "tools", "json", "continue"]
+Goal = Literal["chat", "instruct", "classify", "tools", "json", "continue", "dpo", "kto"]
 Method = Literal["lora", "full", "8bit", "4bit"]
 GOALS: dict[Goal, str] = {
     "chat": "conversations of several turns",
@@ -22,7 +22,11 @@ GOALS: dict[Goal, str] = {
     "tools": "calls of tools",
     "json": "JSON as the answer",
     "continue": "plain text, as in pretraining",
+    "dpo": "pairs of a better and a worse answer",
+    "kto": "answers that are good or bad",
 }
+PREFERENCES: dict[str, Goal] = {"preference": "dpo", "judged": "kto"}
+"""What rows with a preference are for, by their kind."""
 METHODS: dict[Method, str] = {
     "lora": "adapters beside frozen weights",
     "full": "all weights",
@@ -38,6 +42,7 @@ STEP_ROWS = ((500, 4), (2_000, 8), (20_000, 16), (100_000, 32))
 """Up to this many rows of data, this many rows a step: small data needs steps, large data allows quieter gradients."""
 MOST_STEP_ROWS = 64
 EPOCHS = ((300, 5), (2_000, 3), (20_000, 2))
+PREFERENCE_EPOCHS = ((300, 3), (2_000, 2))
 HELD_OUT = ((49, 0.0), (200, 0.1), (10_000, 0.05))
 MOST_HELD_OUT = 500
 PACK, PACK_ROWS = 1024, 1_000
@@ -118,6 +123,10 @@ class Schedule:
 
 def guess_goal(rows: RowFacts) -> tuple[Goal, str]:
     """What rows like these are mostly trained for, and what shows it."""
+    if rows.kind == "preference":
+        return "dpo", "each row has a better and a worse answer"
+    if rows.kind == "judged":
+        return "kto", f"{rows.good:,} of {rows.rows:,} answers are labelled good"
     if rows.kind in ("text", "tokens"):
         return "continue", "the rows are " + ("plain text" if rows.kind == "text" else "tokens")
     if rows.tools:
@@ -141,6 +150,12 @@ def _few_labels(rows: RowFacts) -> int:
 
 def check_goal(goal: Goal, rows: RowFacts) -> None:
     """Raises TunesmithError for a goal that rows like these can't serve."""
+    if goal in PREFERENCES.values() and PREFERENCES.get(rows.kind) != goal:
+        wanted = "'chosen' and 'rejected'" if goal == "dpo" else "'label', true or false, beside prompt and answer"
+        raise TunesmithError(
+            f"--goal {goal} needs rows with {wanted}; write --goal {guess_goal(rows)[0]}, or leave it out, or say "
+            f"which columns are which: --columns {'chosen=good,rejected=bad' if goal == 'dpo' else 'label=is_good'}"
+        )
     if goal != "continue" and rows.kind == "text":
         raise TunesmithError(
             f"--goal {goal} needs questions and answers, but the rows are plain text (format {rows.format!r}); write "
@@ -154,8 +169,8 @@ def check_goal(goal: Goal, rows: RowFacts) -> None:
 
 
 def train_on(goal: Goal, rows: RowFacts) -> tuple[TrainOn | None, str]:
-    """Which part of a row is supervised, and why; None for rows whose own labels say it."""
-    if rows.kind == "tokens":
+    """Which part of a row is supervised, and why; None for rows whose own labels say it, or their preference."""
+    if rows.kind == "tokens" or rows.kind in PREFERENCES:
         return None, ""
     if goal == "continue" or rows.kind == "text":
         return "all", "the whole text is learned"
@@ -219,7 +234,8 @@ def schedule(facts: Facts) -> Schedule:
     total, lengths, length = facts.rows.rows, facts.lengths, facts.fit.length
     share = next((share for most, share in HELD_OUT if total <= most), float(f"{MOST_HELD_OUT / total:.1g}"))
     train = total - round(share * total)
-    epochs = next((count for most, count in EPOCHS if train <= most), 1)
+    table = PREFERENCE_EPOCHS if facts.rows.kind in PREFERENCES else EPOCHS
+    epochs = next((count for most, count in table if train <= most), 1)
     packing, units, size = packs(facts), train, step_rows(train)
     if packing:
         units = max(1, ceil(train * lengths.mean / length))
@@ -246,7 +262,7 @@ def pack_length(goal: Goal, rows: RowFacts, lengths: Lengths, model: ModelFacts)
         return length
     pack = min(max(length, PACK), model.context or PACK)
     is_short = rows.rows >= PACK_ROWS and lengths.mean * SHORT <= pack and lengths.longest <= pack
-    return pack if is_short and goal != "classify" else None
+    return pack if is_short and goal != "classify" and goal not in PREFERENCES.values() else None
 
 
 def packs(facts: Facts) -> bool:
@@ -264,6 +280,10 @@ def notes_on(facts: Facts) -> list[str]:
     if rows.duplicates:
         copies = verb(rows.duplicates, "is an exact copy of another", "are exact copies of others")
         notes.append(f"{counted(rows.duplicates, 'row')} {copies}; what is held out may be among them")
+    if rows.kind in PREFERENCES:
+        notes.append(
+            "preferences refine a model that answers already: --model takes the folder of a run of `tunesmith train`"
+        )
     if facts.wanted.goal == "classify" and rows.labels:
         most = ", ".join(f"{label or '(empty)'} {count / rows.rows:.0%}" for label, count in rows.labels[:6])
         notes.append(f"{len(rows.labels):,} labels: {most}{', ...' if len(rows.labels) > 6 else ''}")

@@ -15,13 +15,14 @@ from itertools import islice
 from typing import Any, Literal
 
 from tunesmith.data.columns import ANSWERS, guessed_columns, named_column, question_columns
-from tunesmith.data.formats import FormatOptions, detect, parse_rows
+from tunesmith.data.formats import FormatOptions, Task, detect, parse_rows
 from tunesmith.data.messages import TurnOptions, names_in
+from tunesmith.data.pairs import LABELS, SIDES
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
-from tunesmith.types import Conversation, Row, Text, TrainOn
+from tunesmith.types import Conversation, Judged, Pair, Row, Text, TrainOn
 
-Kind = Literal["conversation", "pair", "text", "tokens"]
+Kind = Literal["conversation", "pair", "text", "tokens", "preference", "judged"]
 SAMPLE = 5_000
 MOST_LABELS = 200
 """With more different answers than that, they are not counted."""
@@ -31,7 +32,8 @@ MOST_LABELS = 200
 class RowFacts:
     """All rows of a source, in numbers.
 
-    `kind`: a conversation, a pair of texts, one text, or tokens. `separate`: rows say what of them is the prompt.
+    `kind`: a conversation, a pair of texts, one text, or tokens; two answers of which one is preferred, or a judged
+    answer. `good` counts the answers that are judged good. `separate`: rows say what of them is the prompt.
     `answers` is the most assistant turns of a row; `tools` counts rows with tools or calls of them; `json_answers` is
     the share of last answers that are a JSON object or list; `labels` counts each different last answer, the most
     frequent first, and is empty where there are more than MOST_LABELS.
@@ -47,11 +49,13 @@ class RowFacts:
     tools: int = 0
     json_answers: float = 0.0
     labels: tuple[tuple[str, int], ...] = ()
+    good: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Tokens of sampled examples, ascending, and the share of them that is trained on; `rows` stand for all."""
+    """Tokens of sampled examples, ascending, and the share of them that is trained on; `rows` stand for all. Of pairs,
+    each answer with its prompt is one."""
 
     sizes: tuple[int, ...]
     rows: int
@@ -97,11 +101,14 @@ class _Tally:
     answers: int = 0
     tools: int = 0
     json_answers: int = 0
+    good: int = 0
     labels: Counter[str] | None = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
         self.rows += 1
         self.seen.add(hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        self.good += isinstance(row, Judged) and row.good
+        row = answers_of(row)[0]
         if isinstance(row, Conversation):
             self.roles |= dict.fromkeys(message.role for message in row.messages)
             self.answers = max(self.answers, sum(message.role == "assistant" for message in row.messages))
@@ -114,12 +121,15 @@ class _Tally:
 
 
 def look(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str], template: str | None = None
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    columns: Mapping[str, str],
+    template: str | None = None,
+    task: Task = "supervised",
 ) -> Survey:
-    """Reads all of `rows`, (place, row) pairs. `template` is the source of the chat template, which may know roles of
-    its own. Raises TunesmithError, with the place, for a row that can't be trained on or has another shape than the
-    first."""
-    options = FormatOptions(columns=columns, turns=TurnOptions(known_roles=names_in(template)))
+    """Reads all of `rows`, (place, row) pairs, as of `task`. `template` is the source of the chat template, which may
+    know roles of its own. Raises TunesmithError, with the place, for a row that can't be trained on or has another
+    shape than the first."""
+    options = FormatOptions(columns=columns, turns=TurnOptions(known_roles=names_in(template)), task=task)
     tally, dice = _Tally(), random.Random(0)
     sample: list[tuple[str, Row]] = []
     names: list[str] = []
@@ -131,13 +141,15 @@ def look(
             sample[at] = place, row
     if not sample:
         raise TunesmithError("the data set is empty")
-    first = sample[0][1]
+    first = answers_of(sample[0][1])[0]
     prompt = (
         first.prompt_length if isinstance(first, Conversation) else first.prompt if isinstance(first, Text) else None
     )
     kind: Kind = "conversation" if isinstance(first, Conversation) else "tokens"
     if isinstance(first, Text):
         kind = "text" if first.prompt is None else "pair"
+    if task != "supervised":
+        kind = "preference" if task == "pairs" else "judged"
     facts = RowFacts(
         rows=tally.rows,
         format=names[0],
@@ -149,6 +161,7 @@ def look(
         tools=tally.tools,
         json_answers=tally.json_answers / tally.rows,
         labels=tuple(tally.labels.most_common()) if tally.labels is not None else (),
+        good=tally.good,
     )
     return Survey(facts=facts, sample=sample)
 
@@ -158,14 +171,34 @@ def measure(survey: Survey, tokenizer: Any, train_on: TrainOn | None, template_k
     row that the template refuses."""
     options = EncodeOptions(train_on=train_on, max_length=None, template_kwargs=template_kwargs)
     encoder, counts, sizes = Encoder(tokenizer, options), Counts(), list[int]()
-    rest = iter(survey.sample)
+    rest = iter((place, answer) for place, row in survey.sample for answer in answers_of(row))
     while part := list(islice(rest, BATCH_ROWS)):
         sizes += [len(example.input_ids) for example in encoder.encode(part, counts)]
     if not sizes:
         reason, (count, places) = next(iter(counts.dropped.items()))
         raise TunesmithError(f"no example is left of {counts.rows} rows ({reason}: {count}, {places[0]}...)")
     share = counts.supervised / max(1, counts.tokens)
-    return Lengths(sizes=tuple(sorted(sizes)), rows=survey.facts.rows, supervised=share)
+    answers = survey.facts.rows * (2 if survey.facts.kind == "preference" else 1)
+    return Lengths(sizes=tuple(sorted(sizes)), rows=answers, supervised=share)
+
+
+def answers_of(row: Row) -> list[Row]:
+    """A row as the supervised rows that its answers would be, each behind the prompt: two of a pair, the better one
+    first."""
+    if isinstance(row, Pair):
+        return [row.chosen, row.rejected]
+    return [row.answer if isinstance(row, Judged) else row]
+
+
+def task_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Task:
+    """What a row is for, by its columns under our names: two answers make a pair, and an answer with a label that is
+    true or false is judged."""
+    there = {name: value for name, value in row.items() if value is not None and name not in columns.values()}
+    there |= {ours: row[theirs] for ours, theirs in columns.items() if row.get(theirs) is not None}
+    if there.keys() >= {*SIDES}:
+        return "pairs"
+    answered = there.keys() >= {"prompt", "completion"} or not there.keys().isdisjoint(("messages", "conversations"))
+    return "judged" if answered and any(type(there.get(name)) is bool for name in LABELS) else "supervised"
 
 
 def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str] | None:

@@ -12,6 +12,7 @@ from tunesmith.terminal.output import note, say
 from tunesmith.text import counted, size
 
 if TYPE_CHECKING:
+    from tunesmith.data.formats import Task
     from tunesmith.data.read import Rows
     from tunesmith.init.advice import Facts, Fit, Goal, Method, ModelFacts, Room
     from tunesmith.init.facts import Lengths, RowFacts
@@ -48,14 +49,14 @@ class Options:
 
 def facts_of(options: Options) -> tuple["Facts", list[str]]:
     """All that the recipe is decided by, and what is worth a note."""
-    from tunesmith.init.advice import Facts, Wanted, check_goal, guess_goal, notes_on, train_on
+    from tunesmith.init.advice import PREFERENCES, Facts, Wanted, check_goal, guess_goal, notes_on, train_on
     from tunesmith.init.facts import look, measure
 
     names, rows = _data(options)
     name, template = options.model or _asked_model(options), options.template
     tokenizer, run = _model(name, template)
     columns = _chosen_columns(options, rows, tokenizer.chat_template is not None)
-    survey = look(rows, columns, tokenizer.chat_template)
+    survey = look(rows, columns, tokenizer.chat_template, _task(options, rows, columns))
     about = survey.facts
     if about.kind == "conversation" and tokenizer.chat_template is None:
         template = "chatml"
@@ -76,7 +77,8 @@ def facts_of(options: Options) -> tuple["Facts", list[str]]:
         columns=columns,
     )
     try:
-        lengths = measure(survey, tokenizer, train_on(goal, about)[0], {})
+        supervised = "completion" if about.kind in PREFERENCES else train_on(goal, about)[0]
+        lengths = measure(survey, tokenizer, supervised, {})
     except TunesmithError as error:
         if "does not show tool calls" not in str(error):
             raise
@@ -150,9 +152,12 @@ def _fit(
     run: "Run", goal: "Goal", method: "Method | None", model: "ModelFacts", rows: "RowFacts", lengths: "Lengths"
 ) -> "Fit":
     """The first way to train that this machine has room for."""
-    from tunesmith.init.advice import fit, pack_length, step_rows, wanted_length
+    from tunesmith.init.advice import PREFERENCES, fit, pack_length, step_rows, wanted_length
     from tunesmith.plan.memory import count
 
+    if rows.kind in PREFERENCES:  # with a reference; KTO also asks for answers to other prompts
+        is_pair = rows.kind == "preference"
+        run = replace(run, documents=1 + is_pair, scores=True, passes=1 if is_pair else 3, has_reference=True)
     methods: tuple[Method, ...] = (method,) if method else ("lora", "8bit", "4bit")
     packed, alone = pack_length(goal, rows, lengths, model), wanted_length(goal, rows, lengths, model)
     most, capacity = step_rows(rows.rows), int(ROOM * run.device.memory)
@@ -175,6 +180,16 @@ def _fit(
 # Columns
 
 
+def _task(options: Options, rows: "Rows", columns: Mapping[str, str]) -> "Task":
+    """What the first row is for. Who names a goal of supervised rows wants one side of a pair, or no label."""
+    from tunesmith.init.advice import PREFERENCES
+    from tunesmith.init.facts import task_of
+
+    if options.goal is not None and options.goal not in PREFERENCES.values():
+        return "supervised"
+    return task_of(next(iter(rows))[1], columns)
+
+
 def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str, str]:
     """The `columns` setting: as given, as the names of the columns suggest, or as somebody answers."""
     from tunesmith.data.formats import FormatOptions, detect
@@ -183,6 +198,8 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
     place, first = next(iter(rows))
     if options.columns is not None:
         return _parsed_columns(options.columns)
+    if _task(options, rows, {}) != "supervised":
+        return {}
     try:
         proposed = proposed_columns(first, templated=templated)
     except TunesmithError as error:
@@ -264,14 +281,15 @@ def _asked_model(options: Options) -> str:
 
 
 def _asked_goal(options: Options, guessed: "Goal", why: str) -> "Goal":
-    from tunesmith.init.advice import GOALS
+    from tunesmith.init.advice import GOALS, PREFERENCES
 
-    if not options.asks:
+    if not options.asks or guessed in PREFERENCES.values():
         say(f"goal: {guessed} ({why})")
         return guessed
-    for name, text in GOALS.items():
+    goals = {name: text for name, text in GOALS.items() if name not in PREFERENCES.values()}
+    for name, text in goals.items():
         typer.echo(f"  {name:<9} {text}{f'  <- {why}' if name == guessed else ''}")
-    answer: Goal = ask("What are they for", tuple(GOALS), guessed)
+    answer: Goal = ask("What are they for", tuple(goals), guessed)
     return answer
 
 

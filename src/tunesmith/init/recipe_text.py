@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tunesmith.init.advice import GOALS, METHODS, Facts, Schedule, schedule, train_on, wanted_length
+from tunesmith.init.advice import GOALS, METHODS, PREFERENCES, Facts, Schedule, schedule, train_on, wanted_length
 from tunesmith.text import counted, verb
 
 WIDTH = 110
@@ -18,6 +18,8 @@ SMALL_MODEL = 500_000_000
 LEARNING_RATES = {"all weights": ("5e-5", "2e-5"), "adapters": ("1e-3", "2e-4")}
 """Of small models, and of others: the rule of docs/adapters.md and of chapter 3 of the guide, which measures the first
 on 135 million parameters."""
+PREFERENCE_RATES = {"all weights": ("5e-6", "1e-6"), "adapters": ("1e-4", "1e-5")}
+"""The same of runs on preferences."""
 WARMUP, LEAST_WARMED = 0.05, 20
 """The share of the steps in which the learning rate rises, in runs of at least so many."""
 
@@ -101,7 +103,7 @@ def sections(facts: Facts) -> list[Section]:
     plan = schedule(facts)
     return [
         Section(title="The model and the data", lines=tuple(_data(facts, plan))),
-        Section(title="What is learned", lines=tuple(_supervision(facts, plan))),
+        Section(title="What is learned", lines=tuple(_learned(facts, plan))),
         Section(title=f"What is trained: {METHODS[facts.fit.method]}", lines=tuple(_method(facts))),
         Section(title="Steps", lines=tuple(_steps(facts, plan))),
         Section(title="What is kept of the run", lines=tuple(_records(plan))),
@@ -133,6 +135,9 @@ def _data(facts: Facts, plan: Schedule) -> list[Line]:
     wanted, model = facts.wanted, facts.model
     path: Any = wanted.data[0] if len(wanted.data) == 1 else list(wanted.data)
     lines = [Line(key="model", value=model.name, why=model.note)]
+    if facts.rows.kind in PREFERENCES:
+        why = f"learns from {GOALS[wanted.goal]}; as `tunesmith {wanted.goal}`"
+        lines.append(Line(key="trainer", value=wanted.goal, why=why))
     if model.template:
         lines.append(Line(key="chat_template_path", value=model.template, why="how messages become one text"))
     if plan.held_out:
@@ -150,6 +155,32 @@ def _data(facts: Facts, plan: Schedule) -> list[Line]:
         lines.append(Line(key="columns", value=dict(wanted.columns), why=f"our names of your columns: {named}"))
     lines.append(Line(key="output", value=wanted.output, why="the folder of the run"))
     return lines
+
+
+def _learned(facts: Facts, plan: Schedule) -> list[Line]:
+    return _preference(facts, plan) if facts.rows.kind in PREFERENCES else _supervision(facts, plan)
+
+
+def _preference(facts: Facts, plan: Schedule) -> list[Line]:
+    rows, length = facts.rows, facts.fit.length
+    if facts.wanted.goal == "dpo":
+        lines = [Line(key="loss_type", value="sigmoid", why="DPO; the page about preferences lists others")]
+    elif plan.micro > 1:
+        why = "how far the model is from its reference is estimated in each micro-batch"
+        lines = [Line(key="loss_type", value="kto", why=why)]
+    else:
+        why = "memory has room for one answer at once, and kto needs two"
+        lines = [Line(key="loss_type", value="apo_zero_unpaired", why=why)]
+    bad = rows.rows - rows.good
+    if facts.wanted.goal == "kto" and rows.good and bad and rows.good != bad:
+        key, rarer = ("desirable_weight", rows.good) if rows.good < bad else ("undesirable_weight", bad)
+        why = f"{rows.good:,} answers are good and {bad:,} bad; so weighed, both count alike"
+        lines.append(Line(key=key, value=round((rows.rows - rarer) / rarer, 2), why=why))
+    lines.append(Line(key="beta", value=0.1, why="higher stays closer to the model that training begins with"))
+    over = facts.lengths.over(length)
+    cut = "; what is too much goes from the prompt's front" if over else ""
+    why = f"of a prompt with one answer. {_length_reason(facts, plan)}{cut}"
+    return [*lines, Line(key="max_length", value=length, why=why)]
 
 
 def _supervision(facts: Facts, plan: Schedule) -> list[Line]:
@@ -179,9 +210,10 @@ def _length_reason(facts: Facts, plan: Schedule) -> str:
     if plan.packing:
         rows = "texts" if facts.wanted.goal == "continue" else "rows"
         return f"tokens of a pack; your {rows} have {lengths.mean:,.0f} on average, the longest {lengths.longest:,}"
-    most = f"99% of your rows have {lengths.share(0.99):,} tokens or fewer"
+    what = "answers" if facts.rows.kind in PREFERENCES else "rows"
+    most = f"99% of your {what} have {lengths.share(0.99):,} tokens or fewer"
     if not over:
-        return f"all of your rows fit: {most}, the longest {lengths.longest:,}"
+        return f"all of your {what} fit: {most}, the longest {lengths.longest:,}"
     limit = ""
     if context is not None and length >= context:
         limit = "; the model has no positions for more"
@@ -224,7 +256,8 @@ def _learning_rate(facts: Facts) -> Line:
     small = facts.model.parameters < SMALL_MODEL
     why = f"usual for {kind} of a model of {facts.model.parameters / 1e6:,.0f} million parameters"
     why += "; larger ones want less" if small else ""
-    return Line(key="learning_rate", value=LEARNING_RATES[kind][0 if small else 1], why=why)
+    rates = PREFERENCE_RATES if facts.rows.kind in PREFERENCES else LEARNING_RATES
+    return Line(key="learning_rate", value=rates[kind][0 if small else 1], why=why)
 
 
 def _steps(facts: Facts, plan: Schedule) -> list[Line]:

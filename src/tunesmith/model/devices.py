@@ -1,4 +1,4 @@
-"""How much memory the devices have that a run may be planned for."""
+"""What the devices have that a run may be planned for: memory, and what their makers state of their speed."""
 
 import os
 from dataclasses import dataclass
@@ -13,36 +13,63 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """What is stated of a device. `flops`: floating point operations a second in 16-bit matrix products with fp32 sums,
+    without sparsity. `link` and `network`: bytes a second that one GPU can send to another of its machine, and to
+    another machine while all GPUs of its machine send; `together`: how many GPUs a machine has."""
+
+    flops: float
+    link: float
+    network: float
+    together: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """`memory` is what programs can have of it, in bytes; `precision` what a run with `precision: auto` is expected to
-    settle on there; `one_kernel` whether attention takes one kernel for all documents in that precision."""
+    settle on there; `one_kernel` whether attention takes one kernel for all documents in that precision; `speed` is
+    None where nobody states one."""
 
     name: str
     memory: int
     precision: PrecisionName
     one_kernel: bool
+    speed: Speed | None = None
 
     @property
     def is_cpu(self) -> bool:
         return self.name == CPU
 
 
-def _gpu(name: str, gib: float, *, ampere: bool = True) -> Device:
-    return Device(name=name, memory=int(gib * GIB), precision="bf16" if ampere else "fp16", one_kernel=ampere)
+def _gpu(name: str, gib: float, speed: Speed | None = None, *, ampere: bool = True) -> Device:
+    precision: PrecisionName = "bf16" if ampere else "fp16"
+    return Device(name=name, memory=int(gib * GIB), precision=precision, one_kernel=ampere, speed=speed)
 
 
-# What `torch.cuda.get_device_properties(0).total_memory` says, which is less than what the name of the card says.
+def _stated(tera: float, link: float, network: float, together: int = 8) -> Speed:
+    """From teraflops, and bytes in 1e9 a second."""
+    return Speed(flops=tera * 1e12, link=link * 1e9, network=network * 1e9, together=together)
+
+
+# Memory is what `torch.cuda.get_device_properties(0).total_memory` says, less than what the name of the card says.
+# Speed is what NVIDIA's data sheets of these products state, of the 3090 and 4090 the white papers of the GA102 and Ada
+# architectures: dense, with fp32 sums. Links are half of what is stated for both directions: NVLink of the SXM modules,
+# PCI Express of all others. The network is that of DGX A100 (8 x 200 Gb/s), H100, H200 and B200 (8 x 400), of the AWS
+# instances g4dn.12xlarge (4 T4, 50 Gb/s), g5.48xlarge and g6.48xlarge (8 A10G or L4, 100), and 10 Gb/s for a
+# desktop of two cards.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("t4", 14.6, ampere=False),
-        _gpu("a10g", 22.0),
-        _gpu("l4", 22.0),
-        _gpu("3090", 23.6),
-        _gpu("4090", 23.6),
-        _gpu("a100", 39.4),
-        _gpu("a100-80gb", 79.1),
-        _gpu("h100", 79.1),
+        _gpu("t4", 14.6, _stated(65, 16, 50 / 8 / 4, 4), ampere=False),
+        _gpu("a10g", 22.0, _stated(70, 32, 100 / 8 / 8)),
+        _gpu("l4", 22.0, _stated(121, 32, 100 / 8 / 8)),
+        _gpu("3090", 23.6, _stated(71, 32, 10 / 8 / 2, 2)),
+        _gpu("4090", 23.6, _stated(165.2, 32, 10 / 8 / 2, 2)),
+        _gpu("a100", 39.4, _stated(312, 300, 25)),
+        _gpu("a100-80gb", 79.1, _stated(312, 300, 25)),
+        _gpu("h100", 79.1, _stated(989.4, 450, 50)),
+        _gpu("h200", 139.8, _stated(989.4, 450, 50)),
+        _gpu("b200", 178.3, _stated(2250, 900, 50)),
     )
 }
 

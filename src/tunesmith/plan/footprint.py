@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batches import Targets
 from tunesmith.model.attention import document_map
-from tunesmith.model.head import from_hidden, from_logits, plain_head
+from tunesmith.model.head import Predictions, from_hidden, from_logits, plain_head
+from tunesmith.objectives.logprobs import token_logprobs
 from tunesmith.objectives.supervised import supervised_loss
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
@@ -61,25 +62,42 @@ class Segment:
 @dataclass(kw_only=True, slots=True)
 class Subject:
     """A model whose step is counted, `wrapped` in its adapters where it has some. `autocast`: the precision of
-    products where that is not the weights' own. `layers` are those that are run, and `repeats[i]` is the number of the
-    one that stands for layer `i`; both are empty where the layers were not found, and the whole model is run."""
+    products where that is not the weights' own. `loss`: what is computed of its predictions. `layers` are those that
+    are run, and `repeats[i]` is the number of the one that stands for layer `i`; both are empty where the layers were
+    not found, and the whole model is run."""
 
     base: PreTrainedModel
     wrapped: nn.Module
     autocast: torch.dtype | None
+    loss: Callable[[Predictions], Tensor]
     layers: Sequence[nn.Module]
     repeats: Sequence[int]
     fakes: FakeTensorMode = field(default_factory=FakeTensorMode)
 
 
-def subject(base: PreTrainedModel, wrapped: nn.Module, autocast: torch.dtype | None) -> Subject:
+def supervised(predictions: Predictions) -> Tensor:
+    """The loss of supervised runs, whose gradient is ready when the forward ends."""
+    return supervised_loss(predictions).loss
+
+
+def scored(predictions: Predictions) -> Tensor:
+    """What every loss of preferences is a function of; the backward makes the logits again."""
+    return token_logprobs(predictions).logprobs.sum()
+
+
+def subject(
+    base: PreTrainedModel,
+    wrapped: nn.Module,
+    autocast: torch.dtype | None,
+    loss: Callable[[Predictions], Tensor] = supervised,
+) -> Subject:
     """Makes the parameters of a model on the meta device fake ones of the CPU, whose kernels are then chosen, and
     leaves it the layers that the others repeat."""
-    layers = _layers(base)
+    layers = decoder_layers(base)
     repeats = _repeats(layers, getattr(base.config.get_text_config(), "layer_types", None))
     if repeats:
         del layers[max(repeats) + 1 :]
-    fake = Subject(base=base, wrapped=wrapped, autocast=autocast, layers=list(layers), repeats=repeats)
+    fake = Subject(base=base, wrapped=wrapped, autocast=autocast, loss=loss, layers=list(layers), repeats=repeats)
     with fake.fakes:
         _make_fake(wrapped)
     wrapped.train()
@@ -129,7 +147,7 @@ def _sum(a: Bytes, b: Bytes) -> Bytes:
 # The model
 
 
-def _layers(base: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers; an empty list where they are not found."""
     depth = getattr(base.config.get_text_config(), "num_hidden_layers", None)
     lists = (module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
@@ -277,7 +295,7 @@ def _loss(subject: Subject, inputs: dict[str, Tensor], mask: Tensor | None, coun
         else:
             predictions = from_hidden(base, given, targets)
         count.kind = LOSS
-        return supervised_loss(predictions).loss
+        return subject.loss(predictions)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tunesmith.model.load import base_of, holds_adapters, load_config, resolve_m
 from tunesmith.model.precision import DTYPES, PrecisionName, settle_precision
 from tunesmith.model.quantize import Bits
 from tunesmith.objectives.logprobs import CHUNK_BYTES
+from tunesmith.objectives.preference import PreferenceOptions
 from tunesmith.plan import footprint
 from tunesmith.plan.footprint import MOST, Bytes, Scaling, Shape, Subject, Timeline, scaling, timeline
 from tunesmith.settings.config import Config
@@ -37,6 +38,8 @@ from tunesmith.text import size
 
 Method = Literal["full", "lora", "8bit", "4bit"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Shard = Literal["none", "grad", "full"]
+SHARDS: tuple[Shard, ...] = get_args(Shard)
 
 STATES: dict[str, float] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"), 8),
@@ -52,6 +55,10 @@ STATES: dict[str, float] = {
 }
 """Bytes of an optimizer's state for each trained number, which is in fp32."""
 UNKNOWN_STATES = 8.0
+FP32 = 4
+"""Bytes of a number, as gradients are summed over processes."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What configs call the number of experts of a layer."""
 
 LIBRARIES_ALONE = 550_000_000
 """Bytes of a process that has imported torch, transformers, peft and datasets."""
@@ -77,9 +84,16 @@ MOST_ROWS_COUNTED = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What decides about memory. `rows` documents of `length` tokens are a micro-batch; `flat` False pads them.
-    `checkpoint_every`: gradient checkpointing of every n-th layer; 0 for none. `teacher`: of a model that is in memory
-    beside it."""
+    """What decides about memory. `rows` of `documents` documents of `length` tokens are a micro-batch; `flat` False
+    pads them. `checkpoint_every`: gradient checkpointing of every n-th layer; 0 for none.
+
+    `processes` train together, and `shard` is what they share out: nothing, gradients and the optimizer's state, or
+    weights, too.
+
+    `scores`: log-probabilities are what is learned from, as in all runs on preferences. `passes`: how often a step also
+    goes forward without gradients. `has_reference`: one is asked in training. It is the model without new adapters, or
+    else a second copy of what is trained; `adapted` says that the model has adapters already. `teacher`: the config of
+    a model that is in memory beside it."""
 
     config: PreTrainedConfig
     lora: LoraConfig
@@ -93,17 +107,32 @@ class Run:
     optimizer: str = "adamw_torch_fused"
     trust_remote_code: bool = False
     teacher: PreTrainedConfig | None = None
+    processes: int = 1
+    shard: Shard = "none"
+    documents: int = 1
+    scores: bool = False
+    passes: int = 0
+    has_reference: bool = False
+    adapted: bool = False
+
+    @property
+    def shares(self) -> int:
+        """The number of processes that a model is shared out to."""
+        return 1 if self.shard == "none" else self.processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes by part, at the moment of a step when the sum is largest. `overhead`: what the libraries, the allocator
-    and, on a GPU, the driver's context add."""
+    """Bytes by part, at the moment of a step when the sum is largest. `reference`: a second copy of trained weights.
+    `exchanged`: what processes gather, and gradients on their way. `overhead`: what the libraries, the allocator and,
+    on a GPU, the driver's context add."""
 
     weights: int
     adapters: int
+    reference: int
     gradients: int
     optimizer: int
+    exchanged: int
     activations: int
     loss: int
     overhead: int
@@ -130,23 +159,29 @@ class MethodPlan:
     notes: tuple[str, ...] = ()
 
 
-def run_of(recipe: Recipe, gpu: str | None) -> Run:
-    """What of `recipe` decides about its memory on the device `gpu`. Raises TunesmithError for an unknown device and a
-    model whose config can't be had."""
-    config = recipe.config
+def run_of(recipe: Recipe, gpu: str | None, shard: Shard | None = None) -> Run:
+    """What of `recipe` decides about its memory on the device `gpu`, shared out as `shard` or the recipe says. Raises
+    TunesmithError for an unknown device and a model whose config can't be had."""
+    config: Any = recipe.config
     measured_here = settle_precision(config) != ""
-    target = device(gpu, config.precision)  # type: ignore[arg-type]
-    name, settings = recipe.model, dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    target = device(gpu, config.precision)
+    name, settings = recipe.model, dict(config.model_init_kwargs or {})
     revision = {"revision": settings["revision"]} if settings.get("revision") else {}
-    if holds_adapters(name):
+    if adapted := holds_adapters(name):
         name, revision = base_of(resolve_model(name))
-    rows, length = _batch(recipe)
-    more: dict[str, Any] = config.activation_checkpointing_kwargs or {}  # type: ignore[assignment]
+    documents = 2 if recipe.trainer == "dpo" else 1
+    rows, length = _batch(recipe, documents)
+    more: dict[str, Any] = config.activation_checkpointing_kwargs or {}
+    compares = _compares(recipe)
+    asked = compares and not config.precompute_ref_log_probs
+    estimates = (
+        recipe.trainer == "kto" and config.loss_type == "kto"
+    )  # how far it is from its reference, on other answers
     return Run(
         config=load_config(name, trust_remote_code=config.trust_remote_code, **revision),
         lora=lora_config(recipe.lora if recipe.lora not in (None, False) else True),
         device=target,
-        precision=target.precision if measured_here else config.precision,  # type: ignore[arg-type]
+        precision=target.precision if measured_here else config.precision,
         rows=rows,
         length=length,
         flat=config.padding_free,
@@ -154,8 +189,23 @@ def run_of(recipe: Recipe, gpu: str | None) -> Run:
         accumulation=config.gradient_accumulation_steps,
         optimizer=str(getattr(config.optim, "value", config.optim)),
         trust_remote_code=config.trust_remote_code,
+        processes=recipe.processes,
+        shard=getattr(config, "shard", "none") if shard is None else shard,
+        documents=documents,
+        scores=recipe.trainer in ("dpo", "kto"),
+        passes=int(asked) + 2 * estimates,
+        has_reference=asked,
+        adapted=adapted,
         teacher=_teacher(config),
     )
+
+
+def _compares(recipe: Recipe) -> bool:
+    """Whether a run compares the model with its reference."""
+    config: Any = recipe.config
+    if recipe.trainer != "dpo":
+        return recipe.trainer == "kto"
+    return PreferenceOptions(losses=config.losses, reference_free=config.reference_free).needs_reference
 
 
 def _teacher(config: Config) -> PreTrainedConfig | None:
@@ -170,16 +220,16 @@ def _teacher(config: Config) -> PreTrainedConfig | None:
     return load_config(name, trust_remote_code=config.trust_remote_code, **revision)
 
 
-def _batch(recipe: Recipe) -> tuple[int, int]:
-    """Documents of a micro-batch at its largest, and the tokens of each."""
+def _batch(recipe: Recipe, documents: int) -> tuple[int, int]:
+    """Rows of a micro-batch at its largest, each of so many documents, and the tokens of a document."""
     config = recipe.config
     tokens = config.max_tokens_per_batch
     if config.max_length is None and tokens is None:
         raise TunesmithError("max_length is None, so any batch may come; write the length to plan for, --max-length N")
     if tokens is None:
         return config.per_device_train_batch_size, int(config.max_length or 0)
-    length = min(config.max_length or tokens, tokens)
-    return tokens // length, length
+    length = min(config.max_length or tokens, tokens // documents)
+    return max(1, tokens // (documents * length)), length
 
 
 def plan(run: Run, method: Method) -> MethodPlan:
@@ -264,21 +314,49 @@ def _judged(plan: MethodPlan) -> str:
 # A model
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Units:
+    """What of a model processes gather and exchange at a time: a decoder layer, and all else together, the root.
+
+    `root` and `layers` are the bytes of each as it is computed with. `trained_root` and `trained_layer` count the
+    numbers of them that are trained, of the largest layer. `products` counts the weights that a token is multiplied
+    with, and `attention` the numbers of its queries in all layers.
+    """
+
+    root: int
+    layers: tuple[int, ...]
+    trained_root: int
+    trained_layer: int
+    products: int
+    attention: int
+
+
 @dataclass(kw_only=True)
 class Counted:
-    """A model by one method. `static` are the bytes of weights, adapters, and, of what is trained, gradients and
-    optimizer states."""
+    """A model by one method. `static` are the bytes of weights, adapters, and, of what is trained, gradients, optimizer
+    states and the reference's copy, all of them of a whole model."""
 
     run: Run
     static: dict[str, int]
+    units: Units
     subject: Subject
     notes: tuple[str, ...] = ()
     is_estimate: bool = False
     _scaling: Scaling | None = None
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters are trained, and the rest is frozen."""
+        return self.static["adapters"] > 0
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return self.static["gradients"] // FP32
+
     def memory(self, rows: int, length: int) -> Memory:
-        """Of micro-batches of `rows` documents of `length` tokens."""
-        step = self._step(rows, length)
+        """Of micro-batches of `rows` rows, whose documents have `length` tokens."""
+        step = self._step(rows * self.run.documents, length)
         before_backward = len(step.moments) // 2 + 1
         moments = [
             self._memory(alive, step.layer if i < before_backward else 0.0) for i, alive in enumerate(step.moments)
@@ -288,10 +366,13 @@ class Counted:
 
     def _memory(self, alive: Bytes, layer: float) -> Memory:
         """At a moment when `alive` is; the backward of a layer, which is to come, has `layer` bytes."""
-        parts = {name: self.static[name] for name in ("weights", "adapters", "optimizer", "teacher")}
+        shares = self.run.shares
+        parts = {name: -(-self.static[name] // shares) for name in ("weights", "adapters", "reference", "optimizer")}
+        parts["teacher"] = self.static["teacher"]
         parts |= {name: alive[name] for name in (footprint.ACTIVATIONS, footprint.LOSS, footprint.GRADIENTS)}
-        if self.run.accumulation > 1:
-            parts["gradients"] = self.static["gradients"]
+        if self.run.accumulation > 1 or shares > 1:
+            parts["gradients"] = -(-self.static["gradients"] // shares)
+        parts["exchanged"] = self._exchanged()
         if not self.run.device.is_cpu:
             moving = sum(parts[name] for name in ("gradients", "activations", "loss"))
             return Memory(**parts, overhead=CONTEXT + int(ROUNDING * moving))
@@ -300,10 +381,25 @@ class Counted:
             holes += SCATTERED_LAYERS * layer + SCATTERED_LOSS * parts["loss"]
         return Memory(**parts, overhead=LIBRARIES + int(holes))
 
+    def _exchanged(self) -> int:
+        """Of several processes: without sharing, the buckets in which all gradients are summed. With it, what is
+        gathered (all weights, or all but those of layers, of which there are two: the next one is on its way while one
+        computes), the whole gradients of the root, and those of the largest unit as they are sent."""
+        units = self.run.shares > 1 and self.units
+        if not units:
+            return self.static["gradients"] if self.run.processes > 1 else 0
+        gathered = sum(units.layers) if self.run.shard == "grad" else 2 * max(units.layers, default=0)
+        sent = units.trained_root + max(units.trained_root, units.trained_layer)
+        return units.root + gathered + FP32 * sent
+
     def _step(self, rows: int, length: int) -> Timeline:
         if self.run.flat and self.run.device.one_kernel and self.run.precision != "fp32":
             rows, length = 1, rows * length  # one kernel makes no copies of each document's part
-        if (rows, length) == (self.run.rows, self.run.length) and rows <= MOST_ROWS_COUNTED and rows * length <= MOST:
+        if (
+            (rows, length) == (self.run.rows * self.run.documents, self.run.length)
+            and rows <= MOST_ROWS_COUNTED
+            and rows * length <= MOST
+        ):
             return self._counted(rows, length)
         if self._scaling is None:
             self._scaling = scaling(self._counted, rows, length)
@@ -346,6 +442,7 @@ def count(run: Run, method: Method) -> Counted:
     """The model of `run` by `method`, on fake tensors. Raises TunesmithError for one that is no causal language
     model, and for adapters that don't fit it."""
     base = _base(run, run.config, DTYPES["fp32" if method == "full" else run.precision])
+    products, attention = _per_token(base)
     if method in ("8bit", "4bit"):
         as_if_quantized(base, method)
     notes = _notes(run, base)
@@ -364,9 +461,49 @@ def count(run: Run, method: Method) -> Counted:
     if run.teacher is not None:
         teacher = _base(run, run.teacher, DTYPES[run.precision])
         static["teacher"] = sum(tensor.nbytes for tensor in (*teacher.parameters(), *teacher.buffers()))
+    copied = run.has_reference and (method == "full" or run.adapted)
+    static["reference"] = static["gradients"] if copied else 0
     autocast = None if run.precision == "fp32" else DTYPES[run.precision]
-    subject = footprint.subject(base, wrapped, autocast)
-    return Counted(run=replace(run, flat=documents), static=static, subject=subject, notes=notes)
+    if run.shares > 1 and method == "full" and run.precision == "bf16":
+        for layer in footprint.decoder_layers(base):  # which are gathered so, where autocast would copy them
+            layer.to(DTYPES["bf16"])
+    units = _units(base, wrapped, products, attention)
+    subject = footprint.subject(base, wrapped, autocast, footprint.scored if run.scores else footprint.supervised)
+    return Counted(run=replace(run, flat=documents), static=static, units=units, subject=subject, notes=notes)
+
+
+def _per_token(base: PreTrainedModel) -> tuple[int, int]:
+    """How many weights a token is multiplied with, and how many numbers its queries have in all layers: of a mixture of
+    experts, the weights of those that it goes to."""
+    config: Any = base.config.get_text_config()
+    experts = next((getattr(config, name) for name in EXPERTS if getattr(config, name, None)), 1)
+    part = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    looked_up, head = base.get_input_embeddings(), base.get_output_embeddings()
+    skipped = set() if head is not None and head.weight is looked_up.weight else {looked_up.weight}
+    products = 0.0
+    for name, weight in base.named_parameters():
+        if weight.dim() > 1 and weight not in skipped:
+            products += weight.numel() * (part if ".experts." in name else 1)
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    width = int(getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
+    return int(products), heads * width * int(getattr(config, "num_hidden_layers", None) or 0)
+
+
+def _units(base: PreTrainedModel, wrapped: nn.Module, products: int, attention: int) -> Units:
+    layers = list(footprint.decoder_layers(base))
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    root = [parameter for parameter in wrapped.parameters() if parameter not in inside]
+    adapters = sum(p.numel() for p in wrapped.parameters() if p.requires_grad) if wrapped is not base else 0
+    return Units(
+        root=sum(parameter.nbytes for parameter in root),
+        layers=tuple(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers),
+        trained_root=sum(parameter.numel() for parameter in root if parameter.requires_grad),
+        trained_layer=max(
+            (sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers), default=0
+        ),
+        products=products + adapters,
+        attention=attention,
+    )
 
 
 def _base(run: Run, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
