@@ -111,5 +111,8 @@ def test_ten_steps_on_pairs_go_as_they_go_in_trl(settings: dict[str, Any], tiny_
         run.train()
         logged.append([entry for entry in run.state.log_history if "loss" in entry])
     for theirs, ours in zip(*logged, strict=True):
-        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"):
+        for name in (
+            *("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"),
+            *("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
+        ):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)
