@@ -109,6 +109,8 @@ class DPOTrainer(PreferenceTrainer):
                 "logps/chosen": pairs.chosen.sum(),
                 "logps/rejected": pairs.rejected.sum(),
             }
+            margins = better.new_full((len(documents) // 2,), torch.nan)
+            margins[[i // 2 for i in real[::2]]] = better - worse
             by_token, counts = token_sums(scored, batch, real[::2], real[1::2])
         if answer.router_loss is not None:
             sums["aux_loss"] = answer.router_loss.detach() * len(margin)
@@ -120,6 +122,7 @@ class DPOTrainer(PreferenceTrainer):
             sums=sums | by_token,
             counts=counts,
             nll=-scored.logprobs.detach(),
+            margins=margins,
             outputs=answer.outputs,
         )
 
