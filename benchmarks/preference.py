@@ -5,8 +5,8 @@ on the same model, pairs and settings.
                                     [--steps 4] [--rows 4] [--json out.json]
 
 `data` has the pairs of the file (`conversations`, `chosen`, `rejected`); `long` has made ones, a prompt of 600 tokens
-and two answers of 100. All are pairs of texts, which both sides make into the same tokens. Each measurement is a process
-of its own: AdamW, fp32, the pairs in the same order, without gradient checkpointing.
+and two answers of 100. All are pairs of texts, which both sides make into the same tokens. Each measurement is a
+process of its own: AdamW, fp32, the pairs in the same order, without gradient checkpointing.
 
     ours         the prompt of a pair once
     unshared     ours with `share_prefix: off`
@@ -15,8 +15,8 @@ of its own: AdamW, fp32, the pairs in the same order, without gradient checkpoin
 
 The first two steps are left out of the rates, as in `benchmarks/train.py`. CPU seconds are of all threads; on a machine
 that others use, they say more than the clock. `predicted` is the ratio of the arithmetic that the counts of tokens ask
-for: a computed token takes 6 x (weights in products) FLOP, 2 of them for the reference, and a scored token as much of the
-head. Padding is computed, too. Needs `pip install -e '.[bench]'`.
+for: a computed token takes 6 x (weights in products) FLOP, 2 of them for the reference, and a scored token as much of
+the head. Padding is computed, too. Needs `pip install -e '.[bench]'`.
 """
 
 import argparse
@@ -37,9 +37,7 @@ MODES = ("data", "long")
 SIDES = ("ours", "unshared", "trl", "ours-before", "unshared-before", "trl-before")
 LENGTH = 1024
 PROMPT, ANSWER = 600, 100
-WORDS = (
-    "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they".split()
-)
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 """Words that are a token each, a space in front of them included."""
 
 Row = dict[str, str]
