@@ -6,7 +6,7 @@
 # - what supervised fine-tuning gives, and what it can't;
 # - what a *preference* is, and how a reward model learns from many of them;
 # - what RLHF does with the reward, and why it must be held back;
-# - how DPO gets there without a reward model, on toy numbers and on a real model;
+# - how DPO gets there without a reward model, on toy numbers and, with `DPOTrainer`, on a real model;
 # - when to use which.
 #
 # ## What supervised fine-tuning gives
@@ -27,10 +27,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
+from transformers import PrinterCallback
 
-from tunesmith.data.prompts import prompt_ids
-from tunesmith.model.load import load_run
+from tunesmith import DPOConfig, DPOTrainer
 
 torch.manual_seed(0)
 
@@ -168,9 +168,9 @@ print("RLHF:", [f"{share:.3f}" for share in policies["beta 1.0"]])
 print("DPO: ", [f"{share:.3f}" for share in dpo])
 
 # %% [markdown]
-# The same policy, from preferences alone. Now with a real model: we prefer short answers. The probability of an
-# answer is the product of those of its tokens, so its logarithm is a sum. LoRA gives us the reference for free: it is
-# the same model with its adapter switched off.
+# The same policy, from preferences alone. Now with a real model: we prefer short answers. A row has a `prompt`, the
+# `chosen` and the `rejected` answer. The probability of an answer is the product of those of its tokens, so its
+# logarithm is a sum. LoRA gives us the reference for free: it is the same model with its adapter switched off.
 
 # %%
 PREFERENCES = [
@@ -181,50 +181,56 @@ PREFERENCES = [
 ]
 HELD_OUT = ("What is the capital of Egypt?", "Cairo.", "The capital of Egypt is the great city of Cairo.")
 
-model, tokenizer = load_run(MODEL)
-model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
-END = tokenizer.convert_tokens_to_ids("<|im_end|>")  # it ends a turn, whatever the tokenizer's end token is
-
-
-def log_probability(question, answer):
-    """The logarithm of the probability of the whole answer."""
-    asked = prompt_ids(tokenizer, [{"role": "user", "content": question}])
-    said = tokenizer(answer, add_special_tokens=False)["input_ids"] + [END]
-    logits = model(torch.tensor([asked + said], device=model.device)).logits[0].float()  # on a GPU it may be in 16 bits
-    each = logits.log_softmax(-1)[len(asked) - 1 : -1]  # the score of a token stands one place before it
-    return each.gather(1, torch.tensor(said, device=model.device)[:, None]).sum()
+def row(question, chosen, rejected):
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
 
 
-def both(question, chosen, rejected):
-    return log_probability(question, chosen), log_probability(question, rejected)
+trainer = DPOTrainer(
+    model=MODEL,
+    args=DPOConfig(
+        output_dir="runs/guide/06",
+        beta=0.1,
+        learning_rate=5e-4,
+        lr_scheduler_type="constant",
+        max_steps=4,
+        per_device_train_batch_size=len(PREFERENCES),
+        precision="fp32",
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    ),
+    train_dataset=[row(*preference) for preference in PREFERENCES],
+    eval_dataset=[row(*HELD_OUT)],
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+trainer.remove_callback(PrinterCallback)  # what we want to see of the log, we print below
 
+start = trainer.evaluate()
+trainer.train()
+end = trainer.evaluate()
 
-with torch.no_grad(), model.disable_adapter():
-    fixed = [both(*preference) for preference in PREFERENCES]
-    start = both(*HELD_OUT)
-
-optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-4)
-for step in range(4):
-    total = 0.0
-    for preference, (chosen, rejected) in zip(PREFERENCES, fixed, strict=True):
-        loss = dpo_loss(*both(*preference), chosen, rejected, beta=0.1) / len(PREFERENCES)
-        loss.backward()
-        total += loss.item()
-    optimizer.step()
-    optimizer.zero_grad()
-    print(f"step {step + 1}: loss {total:.3f}")
-
-with torch.no_grad():
-    end = both(*HELD_OUT)
-for name, (chosen, rejected) in (("before", start), ("after", end)):
-    print(
-        f"{name}: a new question, log probability short {chosen:.1f}, long {rejected:.1f}: gap {chosen - rejected:+.1f}"
-    )
+for entry in trainer.state.log_history:
+    if "loss" in entry:
+        print(f"step {entry['step']}: loss {entry['loss']:.3f}, margin {entry['rewards/margins']:.3f}")
+for name, measured in (("before", start), ("after", end)):
+    short, long = measured["eval_logps/chosen"], measured["eval_logps/rejected"]
+    print(f"{name}: a new question, log probability short {short:.1f}, long {long:.1f}: gap {short - long:+.1f}")
 
 # %% [markdown]
 # The first loss is $\log 2 \approx 0.693$: at the start policy and reference are one, so the margin is 0. Then it
-# falls, and on a question that was not in the data the short answer gains on the long one.
+# falls, and on a question that was not in the data the short answer gains on the long one. `DPOTrainer` computes the
+# prompt of a pair once for both answers. On the command line it is `tunesmith dpo --model demo --data pairs.jsonl
+# --lora --output runs/dpo`. Afterwards `report.html` in its folder shows how the rewards went, and which pairs the
+# model still has the wrong way around.
+#
+# Where do pairs come from? Let the model of chapter 3 answer, keep what is wrong, and put the right answer beside it:
+# `tunesmith demo --preferences` does that and counts before and after.
 #
 # ## When to use which
 #
@@ -232,13 +238,14 @@ for name, (chosen, rejected) in (("before", start), ("after", end)):
 # | --- | --- | --- |
 # | good answers | SFT | simple, stable, and the base of everything below |
 # | pairs of a better and a worse answer | SFT, then DPO | no reward model, and nothing is generated while training |
+# | single answers, each judged good or bad | SFT, then KTO (`KTOTrainer`) | a thumb up or down is all it needs |
 # | a reward that can be computed, such as by tests | reinforcement learning | it finds ways that nobody wrote down |
 # | many preferences, and a budget | a reward model, then RLHF | it judges new answers, as often as you like |
 # | facts that change daily | none: search, and put what is found into the prompt | weights are a bad newspaper |
 #
 # A model that has not had SFT first hardly ever writes an answer worth preferring. So you have already done the first
-# step. [TRL](https://huggingface.co/docs/trl) has trainers for the others, and a model that tunesmith saved is one
-# that they load.
+# step. For what tunesmith has no trainer for, there is [TRL](https://huggingface.co/docs/trl), which loads the models
+# that tunesmith saves.
 #
 # ## Try it yourself
 #

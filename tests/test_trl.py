@@ -130,7 +130,10 @@ def test_ten_steps_on_pairs_go_as_they_go_in_trl(settings: dict[str, Any], tiny_
     trl = import_module("trl")
     runs = {trl.DPOConfig: trl.DPOTrainer, DPOConfig: DPOTrainer}
     for theirs, ours in ten_steps(runs, tiny_model, tmp_path, PAIRS, settings):
-        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"):
+        for name in (
+            *("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"),
+            *("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
+        ):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4)
 
 

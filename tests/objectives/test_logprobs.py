@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models import flat, token_rows
-from tests.objectives.test_supervised import OPTIONS, H, S, V, gradients, inputs, predictions, reference
+from tests.objectives.test_supervised import (
+    OPTIONS,
+    H,
+    S,
+    V,
+    gradients,
+    inputs,
+    predictions,
+    reference,
+    reference_logits,
+)
 from tunesmith.data.batches import Batch
 from tunesmith.model.head import Predictions, answer_objectives
 from tunesmith.objectives import logprobs
@@ -23,16 +33,39 @@ WEIGHTS = torch.linspace(-1.5, 2.0, S)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("rows", [1, 3, S])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("trained", [True, False], ids=["head trained", "head frozen"])
 def test_values_and_weighted_gradients_are_those_of_torch(
-    form: dict[str, Any], rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    form: dict[str, Any], rows: int, bias: bool, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", rows * 4 * V)
     x = inputs(bias=bias)
+    for parameter in (x.weight, x.bias):
+        if parameter is not None:
+            parameter.requires_grad_(trained)
     ours, theirs = token_logprobs(predictions(x, **form)).logprobs, -reference(x, **form)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     pairs = zip(gradients((ours * WEIGHTS).sum(), x), gradients((theirs * WEIGHTS).sum(), x), strict=True)
     for mine, expected in pairs:
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_of_a_frozen_head_the_logits_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, made = inputs(bias=False), []
+    right = logprobs.head_logits
+    monkeypatch.setattr(logprobs, "head_logits", lambda *given: made.append(len(given[0])) or right(*given))
+    token_logprobs(predictions(x)).logprobs.sum().backward()
+    assert made == [S, S]
+    x.weight.requires_grad_(False)
+    token_logprobs(predictions(x)).logprobs.sum().backward()
+    assert made == [S, S, S]
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_mean_logit_is_that_of_the_models_logits(form: dict[str, Any]) -> None:
+    x = inputs()
+    scored = token_logprobs(predictions(x, **form), with_mean_logit=True)
+    torch.testing.assert_close(scored.mean_logit, reference_logits(x, **form).mean(dim=-1))
+    assert token_logprobs(predictions(x)).mean_logit is None
 
 
 def test_a_loss_that_mixes_tokens_gets_its_gradient_through_them() -> None:

@@ -23,7 +23,7 @@ from tunesmith.report.run_html import (
     outcomes,
     page,
 )
-from tunesmith.runs.files import METRICS, SAMPLES, append
+from tunesmith.runs.files import EXAMPLES, METRICS, SAMPLES, append, read, write
 from tunesmith.runs.record import Method
 
 
@@ -82,6 +82,24 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_small(tmp_path: Path) -> N
     assert len(ids) == len(set(ids))
     used = {*re.findall(r'href="#([^"]+)"', html), *re.findall(r"url\(#([^)]+)\)", html)}
     assert used <= set(ids)
+
+
+def test_of_a_run_on_pairs_the_page_has_rewards_lengths_and_the_worst(tmp_path: Path) -> None:
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+    history = tuple({"step": step, "logps/rejected": -9.0} | dict.fromkeys(names, 0.1 * step) for step in (1, 2))
+    folder = write_run(tmp_path / "run", trainer="dpo", history=history)
+    pair = {"margin": -1.5, "usual": 0.25, "step": 7, "prompt": "asked", "chosen": HOSTILE, "rejected": "worse"}
+    lengths = [["the chosen answer is longer", 8, 6], ["the rejected answer is longer", 4, 1]]
+    write(folder / EXAMPLES, read(folder / EXAMPLES) | {"lengths_of_pairs": lengths, "worst_pairs": [pair]})
+    html = without_style(page(read_run(folder)))
+    for label in ("Rewards of chosen", "Margins", "Pairs whose chosen", "Log-probabilities of chosen"):
+        assert f'aria-label="{label}' in html
+    words = Reader(html).words
+    assert "the chosen answer is longer 8 75%" in words
+    assert "the rejected answer is longer 4 25%" in words
+    assert "margin -1.5, usual then 0.25; step 7" in words
+    assert HOSTILE in words
+    assert "Worst pairs" not in page(read_run(write_run(tmp_path / "other")))
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Rows to train on, and what is measured of a run."""
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -8,8 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from tests.data.styles import TEMPLATES
 from tunesmith import SFTTrainer
+from tunesmith.train.preference import PreferenceTrainer
 from tunesmith.train.trainer import BaseTrainer
 
+T = TypeVar("T", bound=PreferenceTrainer)
 TEXTS = ["a", "on", "the mat", "sat there, it seems", "cat", "A longer line of text.", "of", "it is so, and so on"]
 TEXT_ROWS = [{"text": text} for text in TEXTS]
 PAIR_ROWS = [{"prompt": text[:-1] or "?", "completion": text[-1:] * (i + 1)} for i, text in enumerate(TEXTS)]
@@ -63,6 +67,41 @@ def token_losses(model: Any, dataset: Any, smoothing: float = 0.0) -> list[Tenso
         losses = cross_entropy(logits, labels[1:], reduction="none", label_smoothing=smoothing)
         found.append(losses[labels[1:] != -100])
     return found
+
+
+def maker(
+    trainer: type[T],
+    rows: list[dict[str, Any]],
+    place: Path,
+    tokenizer: Any,
+    model_of: Callable[..., Any],
+    **usual: Any,
+) -> Callable[..., T]:
+    """A function that makes a trainer of preferences on `rows`; what that does not know is a setting, and `usual`
+    settings may be set anew. It writes into a folder in `place`."""
+
+    def make(name: str = "llama", folder: str = "run", **given: Any) -> T:
+        own = {"model", "ref_model", "peft_config", "train_dataset", "eval_dataset"}
+        arguments = {key: given.pop(key) for key in [*given] if key in own}
+        if "model" not in arguments:
+            arguments["model"] = model_of(name)
+        settings: dict[str, Any] = {
+            "output_dir": str(place / folder),
+            "report_to": "none",
+            "use_cpu": True,
+            "precision": "fp32",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0.0,
+            "self_test": "off",
+        }
+        arguments = {"train_dataset": rows, "processing_class": tokenizer} | arguments
+        return trainer(**arguments, args=trainer.config(**settings | usual | given))
+
+    return make
 
 
 def watched(trainer: SFTTrainer) -> list[list[tuple[int, ...]]]:

@@ -14,6 +14,7 @@ from tests.models import flat, padded
 from tests.train.runs import PAIR_ROWS, REASONING, TALKS, UNEVEN_ROWS, token_losses, trained
 from tests.train.test_guard import poison
 from tunesmith import SFTTrainer
+from tunesmith.data.batches import FlatCollator
 from tunesmith.data.samplers import by_document
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import generate
@@ -21,6 +22,7 @@ from tunesmith.model.load import load_run
 from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, read, read_lines
 from tunesmith.runs.record import RunRecord
 from tunesmith.train.ledger import KEPT, Ledger, losses_of
+from tunesmith.types import Example
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {text}"}, {"role": "assistant", "content": text * 2}]}
@@ -239,6 +241,32 @@ def test_a_step_that_begins_again_counts_once() -> None:
     assert found is not None
     assert (found["rows"], found["mean"]) == (1, 2.0)  # no mean of what is not finite
     assert [loss for loss, _ in losses_of(batch, torch.tensor([1.0, 3.0, 5.0]))] == [2.0, 5.0]
+
+
+def test_pairs_are_counted_by_length_and_the_worst_are_kept() -> None:
+    ledger = Ledger()
+    batch = FlatCollator().batch(
+        [
+            tuple(Example(input_ids=[1, 2, *answer], labels=[-100, -100, *answer]) for answer in answers)
+            for answers in (([3, 4], [5]), ([6], [7, 8]), ([9], [10]))
+        ]
+    )
+    nll = torch.ones(8)
+    ledger.add(batch, nll, torch.tensor([0.5, -2.0, math.nan]))  # the last one does not count
+    ledger.end_step(1)
+    ledger.add(batch, nll, torch.tensor([0.7, 0.1, 0.4]))
+    ledger.end_step(2)
+    ledger.end_pass()
+    found = ledger.as_json(lambda ids: " ".join(map(str, ids)))
+    assert found is not None
+    assert found["lengths_of_pairs"] == [
+        ["the chosen answer is longer", 2, 2],
+        ["the rejected answer is longer", 2, 1],
+        ["both are equally long", 1, 1],
+    ]
+    assert [pair["step"] for pair in found["worst_pairs"]] == [2, 2, 2]  # of a pair that came again, the latest
+    assert [pair["margin"] for pair in found["worst_pairs"]] == pytest.approx([0.1, 0.4, 0.7])
+    assert [found["worst_pairs"][0][name] for name in ("prompt", "chosen", "rejected")] == ["1 2", "6", "7 8"]
 
 
 # Samples

@@ -10,9 +10,9 @@ from peft import LoraConfig
 from torch import nn
 
 from tests.models import gradient_error, gradients, tiny
-from tests.train.runs import largest_difference, weights_of
+from tests.train.runs import largest_difference, maker, weights_of
 from tests.train.test_preference import moved, padded_logprobs
-from tunesmith import KTOConfig, KTOTrainer, TunesmithError
+from tunesmith import KTOTrainer, TunesmithError
 from tunesmith.data.batches import Batch, documents_of
 from tunesmith.objectives.preference import apo_zero_unpaired_loss, kl_estimate, kto_loss
 from tunesmith.train.kto import mismatch
@@ -35,29 +35,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 
 @pytest.fixture
 def kto_of(model_of: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., KTOTrainer]:
-    """Makes a trainer on ROWS; what it does not know is a setting."""
-
-    def make(folder: str = "run", **given: Any) -> KTOTrainer:
-        own = {"model", "ref_model", "peft_config", "train_dataset", "eval_dataset"}
-        arguments = {key: given.pop(key) for key in [*given] if key in own}
-        common: dict[str, Any] = {
-            "output_dir": str(tmp_path / folder),
-            "report_to": "none",
-            "use_cpu": True,
-            "precision": "fp32",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "max_grad_norm": 0.0,
-            "per_device_train_batch_size": 3,
-            "self_test": "off",
-        }
-        arguments = {"train_dataset": ROWS, "processing_class": tokenizer, "model": model_of()} | arguments
-        return KTOTrainer(**arguments, args=KTOConfig(**common | given))
-
-    return make
+    return maker(KTOTrainer, ROWS, tmp_path, tokenizer, model_of, per_device_train_batch_size=3)
 
 
 def test_a_prompt_with_the_answer_of_the_next() -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tests.forked import finished, start
 from tests.models import gradient_error, gradients, tiny
-from tests.train.runs import largest_difference, weights_of
+from tests.train.runs import largest_difference, maker, weights_of
 from tunesmith import DPOConfig, DPOTrainer, TunesmithError
 from tunesmith.data.batches import Batch, pairs_of
 from tunesmith.model import ways
@@ -38,31 +38,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 
 @pytest.fixture
 def dpo_of(model_of: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., DPOTrainer]:
-    """Makes a trainer on PAIRS; what it does not know is a setting."""
-
-    def make(name: str = "llama", folder: str = "run", **given: Any) -> DPOTrainer:
-        own = {"model", "ref_model", "peft_config", "train_dataset", "eval_dataset"}
-        arguments = {key: given.pop(key) for key in [*given] if key in own}
-        common: dict[str, Any] = {
-            "output_dir": str(tmp_path / folder),
-            "report_to": "none",
-            "use_cpu": True,
-            "precision": "fp32",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "max_grad_norm": 0.0,
-            "per_device_train_batch_size": 4,
-            "self_test": "off",
-        }
-        defaults = {"train_dataset": PAIRS, "processing_class": tokenizer}
-        if "model" not in arguments:
-            arguments["model"] = model_of(name)
-        return DPOTrainer(**defaults | arguments, args=DPOConfig(**common | given))
-
-    return make
+    return maker(DPOTrainer, PAIRS, tmp_path, tokenizer, model_of, per_device_train_batch_size=4)
 
 
 def moved(model: nn.Module) -> None:
@@ -227,6 +203,8 @@ def test_a_reference_of_the_users_and_one_computed_before(dpo_of: Any, model_of:
     assert "eval_rewards/margins" in computed.evaluate(computed.train_dataset)
     with pytest.raises(TunesmithError, match="were not there when the reference was computed"):
         computed.evaluate(PAIRS[3:5])
+    untrained = dpo_of(folder="untrained", precompute_ref_log_probs=True)
+    assert untrained.evaluate(PAIRS[3:5])["eval_rewards/margins"] == 0.0  # it is the reference still
     with pytest.raises(TunesmithError, match="compares with none"):
         dpo_of(ref_model=other, loss_type="simpo")
 
@@ -270,6 +248,27 @@ def test_losses_without_a_reference_compute_none(dpo_of: Any) -> None:
 # A run
 
 
+def test_what_is_logged_by_token(dpo_of: Any) -> None:
+    """One step on all pairs: the mean logit of each side, the entropy of both, and how often the chosen token is the
+    likeliest one, as means over tokens."""
+    trainer = dpo_of(per_device_train_batch_size=7, max_steps=1)
+    found: dict[str, list[Tensor]] = {}
+    for row in trainer.train_dataset:
+        for side, document in zip(("chosen", "rejected"), pairs_of(row)[0], strict=True):
+            places = [i for i, label in enumerate(document.labels) if label != -100]
+            with torch.no_grad():
+                logits = trainer.model(input_ids=torch.tensor([document.input_ids])).logits[0, [i - 1 for i in places]]
+            found.setdefault(f"logits/{side}", []).append(logits.mean(dim=-1))
+            found.setdefault("entropy", []).append(torch.distributions.Categorical(logits=logits).entropy())
+            if side == "chosen":
+                labels = torch.tensor([document.labels[i] for i in places])
+                found.setdefault("mean_token_accuracy", []).append((logits.argmax(dim=-1) == labels).float())
+    logged = first_log(trainer)
+    assert {name: logged[name] for name in found} == pytest.approx(
+        {name: float(torch.cat(values).mean()) for name, values in found.items()}, rel=1e-4
+    )
+
+
 def test_weights_and_margins_of_rows_count(dpo_of: Any) -> None:
     rows = [row | {"weight": 1.0 + i % 2, "margin": 0.5 * (i % 3)} for i, row in enumerate(PAIRS)]
     trainer = dpo_of(train_dataset=rows, beta=0.2)
@@ -281,6 +280,9 @@ def test_weights_and_margins_of_rows_count(dpo_of: Any) -> None:
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(TunesmithError, match="rows have a 'margin', which loss_type: ipo does not know"):
         dpo_of(train_dataset=rows, loss_type="ipo")
+    with pytest.raises(TunesmithError, match="rows have a 'margin', which loss_type: sft does not know"):
+        dpo_of(train_dataset=rows, loss_type="sft")
+    dpo_of(train_dataset=rows, loss_type=["sigmoid", "sft"])
 
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["all weights", "lora"])

@@ -52,17 +52,18 @@ def run(output: Path, console: Console, seed: int = SEED, precision: Precision =
     `SFTConfig`.
     """
     rows, held_out = training_rows(seed=seed), held_out_rows(seed=seed)
-    trainer = _trainer(output, rows, seed, precision, console)
+    trainer = supervised_trainer(output, rows, seed, precision, console)
     with trainer.model.disable_adapter():  # which change nothing yet, and take time
-        before = _measure(trainer, held_out, "before", console)
+        before = measure(trainer, held_out, "before training", console)
     with TrainingProgress.attach(trainer, console):
         trainer.train()
-    after = _measure(trainer, held_out, "after", console)
+    after = measure(trainer, held_out, "after training", console)
     trainer.save_model()
     return Outcome(trained=len(rows), held_out=held_out, before=before, after=after, report=trainer.report)
 
 
-def _trainer(output: Path, rows: list[Row], seed: int, precision: Precision, console: Console) -> Any:
+def supervised_trainer(output: Path, rows: list[Row], seed: int, precision: Precision, console: Console) -> Any:
+    """A trainer that makes the demo model answer e-mails like those of `rows`, in one pass over them."""
     demo_model_path(progress=lambda line: console.print(line, highlight=False))
     args = SFTConfig(
         output_dir=str(output),
@@ -93,13 +94,22 @@ def _trainer(output: Path, rows: list[Row], seed: int, precision: Precision, con
     return SFTTrainer(model=DEMO, args=args, train_dataset=rows, peft_config=adapter)
 
 
-def _measure(trainer: Any, held_out: list[Row], when: str, console: Console) -> Score:
-    """Answers every held-out e-mail greedily, and counts."""
-    prompts = [row["messages"][:-1] for row in held_out]
-    expected = [row["messages"][-1]["content"] for row in held_out]
-    count = len(prompts)
-    with console.status(f"Answering {count} e-mails the model has never seen, {when} training ..."):
-        answers = generate(trainer.model, trainer.processing_class, prompts, max_new_tokens=MAX_NEW_TOKENS)
+def measure(trainer: Any, held_out: list[Row], when: str, console: Console) -> Score:
+    """Answers every held-out e-mail greedily, and counts; `when` is said, such as "after training"."""
+    expected, count = list(map(right_answer, held_out)), len(held_out)
+    with console.status(f"Answering {count} e-mails the model has never seen, {when} ..."):
+        answers = answer(trainer, held_out)
     exact = sum(map(exact_match, answers, expected)) / count
-    console.print(f"{when.capitalize()} training: {exact:.0%} of {count} new e-mails exactly right.", highlight=False)
+    console.print(f"{when[0].upper()}{when[1:]}: {exact:.0%} of {count} new e-mails exactly right.", highlight=False)
     return Score(answers=answers, exactly_right=exact, valid_json=sum(map(valid_json, answers)) / count)
+
+
+def answer(trainer: Any, rows: list[Row], temperature: float = 0.0) -> list[str]:
+    """What the trainer's model answers to the e-mails of `rows`."""
+    prompts = [row["messages"][:-1] for row in rows]
+    settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": temperature}
+    return generate(trainer.model, trainer.processing_class, prompts, **settings)
+
+
+def right_answer(row: Row) -> str:
+    return row["messages"][-1]["content"]

@@ -1,8 +1,9 @@
 """Log-probabilities of the tokens that follow at S positions, in chunks: no (S, V) logits are ever held at once.
 
 Every objective is a function of these. `token_logprobs` is for those that weigh tokens only when the forward is over (a
-preference, a policy): its backward makes the logits of a chunk once more and takes a weight for each token. Supervised
-loss (`objectives.supervised`) is built from the same parts, and has its gradient ready when the forward ends.
+preference, a policy): its backward takes a weight for each token. The gradient of a token's hidden state is its weight
+times that of its log-probability, which is ready when the forward ends; only the gradient of a head that is trained
+needs the logits of a chunk once more. Supervised loss (`objectives.supervised`) is built from the same parts.
 
 Shapes: S positions, H hidden size, V vocabulary.
 """
@@ -26,22 +27,38 @@ FINITE = torch.finfo(torch.float32).min
 class TokenLogProbs:
     """`logprobs` (S,) fp32, in nats, with their graph; without one, `entropy` (S,) of each prediction, and `correct`
     (S,), whether its most likely token is the one that follows. `collision` (S,), where it was asked for, is the log of
-    the probability that two tokens drawn from the prediction are the same, the sum of all squared probabilities."""
+    the probability that two tokens drawn from the prediction are the same, the sum of all squared probabilities, and
+    `mean_logit` (S,), where that was asked for, the mean of the prediction's logits."""
 
     logprobs: Tensor
     entropy: Tensor
     correct: Tensor
     collision: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
-def token_logprobs(predictions: Predictions, *, with_collision: bool = False) -> TokenLogProbs:
+def token_logprobs(
+    predictions: Predictions, *, with_collision: bool = False, with_mean_logit: bool = False
+) -> TokenLogProbs:
     """The log-probability of each of the S tokens. With S = 0 it is empty and keeps its graph, so that a micro-batch
     without targets still takes part in distributed training."""
-    collision = torch.empty(len(predictions.tokens), device=predictions.tokens.device) if with_collision else None
-    logprobs, entropy, correct = _TokenLogProbs.apply(
-        predictions.hidden, predictions.weight, predictions.bias, predictions.tokens, predictions.form, collision
+    collision, mean_logit = (
+        torch.empty(len(predictions.tokens), device=predictions.tokens.device) if wanted else None
+        for wanted in (with_collision, with_mean_logit)
     )
-    return TokenLogProbs(logprobs=logprobs, entropy=entropy, correct=correct, collision=collision)
+    logprobs, entropy, correct = _TokenLogProbs.apply(
+        predictions.hidden,
+        predictions.weight,
+        predictions.bias,
+        predictions.tokens,
+        predictions.form,
+        collision,
+        mean_logit,
+        torch.is_grad_enabled(),
+    )
+    return TokenLogProbs(
+        logprobs=logprobs, entropy=entropy, correct=correct, collision=collision, mean_logit=mean_logit
+    )
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -54,26 +71,39 @@ class _TokenLogProbs(torch.autograd.Function):
         tokens: Tensor,
         form: LogitForm,
         collision: Tensor | None,
+        mean_logit: Tensor | None,
+        with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        needed = ctx.needs_input_grad[:3]
+        # Of the model's own logits (no weight), the gradient is as large as they are, and takes no product to make.
+        ready = with_grad and weight is not None and needed == (True, False, False)
+        by_nll = Gradients.empty(hidden, weight, bias, needed) if ready else None
         outcome = Outcome.empty(tokens)
         for part in chunks(hidden, weight):
-            chunk = Chunk.of(hidden[part], weight, bias, tokens[part], form)
+            chunk = Chunk.of(hidden[part], weight, bias, tokens[part], form, with_mean=mean_logit is not None)
             outcome.take(part, chunk)
             if collision is not None:
                 collision[part] = torch.linalg.vecdot(chunk.p, chunk.p).log()
-        ctx.save_for_backward(hidden, weight, bias, tokens)
-        ctx.form = form
+            if mean_logit is not None:
+                mean_logit[part] = chunk.mean_logit
+            if by_nll is not None:
+                by_nll.add(part, chunk.gradient(None), hidden, weight)
+        ctx.save_for_backward(*((by_nll.hidden,) if by_nll is not None else (hidden, weight, bias, tokens)))
+        ctx.form, ctx.ready = form, ready
         ctx.mark_non_differentiable(outcome.entropy, outcome.correct)
         return outcome.nll.neg(), outcome.entropy, outcome.correct
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.ready:
+            [by_nll] = ctx.saved_tensors
+            return (by_nll * -grad.float()[:, None]).to(by_nll.dtype), *(None,) * 7
         hidden, weight, bias, tokens = ctx.saved_tensors
         gradients = Gradients.empty(hidden, weight, bias, ctx.needs_input_grad[:3])
         for part in chunks(hidden, weight):
             chunk = Chunk.of(hidden[part], weight, bias, tokens[part], ctx.form)
             gradients.add(part, chunk.gradient(-grad[part].float()), hidden, weight)
-        return *gradients.of_inputs(), None, None, None
+        return *gradients.of_inputs(), *(None,) * 5
 
 
 # The parts, which supervised loss is made of, too
@@ -94,21 +124,22 @@ def finite_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, fo
 
 
 class Chunk:
-    """The predictions of some positions in numbers: `p` (S, V), and of each position `nll`, `entropy`, `correct`, and
-    with `with_mean` the mean nll of all words, which label smoothing wants."""
+    """The predictions of some positions in numbers: `p` (S, V), and of each position `nll`, `entropy`, `correct`, the
+    log of the sum of all exponentials (`log_sum`), and with `with_mean` the mean of all logits (`mean_logit`)."""
 
     def __init__(self, logits: Tensor, tokens: Tensor, form: LogitForm, *, with_mean: bool = False) -> None:
         self._tokens, self._form = tokens, form
         self.p = torch.softmax(logits, dim=-1)
         top, own = logits.amax(dim=-1), logits.gather(-1, tokens[:, None])[:, 0]
         # At its largest logit, p is 1 over the sum that it was divided by.
-        log_sum = -self.p.amax(dim=-1).log()
-        self.nll = top - own + log_sum
+        above_top = -self.p.amax(dim=-1).log()
+        self.nll = top - own + above_top
         self.correct = own == top
-        self.mean = top + log_sum - logits.mean(dim=-1) if with_mean else None
+        self.log_sum = top + above_top
+        self.mean_logit = logits.mean(dim=-1) if with_mean else None
         # The derivative of the soft cap, before the logits are overwritten.
         self._slope = None if form.softcap is None else 1 - (logits / form.softcap).square_()
-        self.entropy = top + log_sum - logits.mul_(self.p).sum(dim=-1)
+        self.entropy = self.log_sum - logits.mul_(self.p).sum(dim=-1)
 
     @classmethod
     def of(

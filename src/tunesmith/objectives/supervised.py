@@ -81,8 +81,8 @@ class _SupervisedLoss(torch.autograd.Function):
             chunk = Chunk.of(hidden[part], weight, bias, tokens[part], form, with_mean=options.smoothing > 0)
             outcome.take(part, chunk)
             losses = chunk.nll.clone()
-            if chunk.mean is not None:
-                losses = (1 - options.smoothing) * chunk.nll + options.smoothing * chunk.mean
+            if chunk.mean_logit is not None:  # log_sum - mean_logit: the mean nll of all words
+                losses = (1 - options.smoothing) * chunk.nll + options.smoothing * (chunk.log_sum - chunk.mean_logit)
             scales = None if weights is None else weights[part].float()
             if options.dft:
                 losses *= (own := (-chunk.nll).exp())

@@ -55,9 +55,22 @@ class ExampleLoss:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PairMargin:
+    """A pair, by how much the reward of `chosen` was above that of `rejected` at `step`, and what was usual then."""
+
+    margin: float
+    usual: float
+    step: int
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
     """The losses of the `rows` of the last pass over the data. `histogram` counts those up to each of `edges`, and
-    those above the last."""
+    those above the last. Of pairs, `lengths_of_pairs` has, by which answer is longer, how many there are and in how
+    many the chosen one has the higher reward."""
 
     rows: int
     mean: float
@@ -67,6 +80,8 @@ class Examples:
     histogram: tuple[int, ...]
     easiest: tuple[ExampleLoss, ...]
     hardest: tuple[ExampleLoss, ...]
+    lengths_of_pairs: tuple[tuple[str, int, int], ...] = ()
+    worst_pairs: tuple[PairMargin, ...] = ()
 
 
 Buckets = tuple[tuple[int, int, int], ...]

@@ -80,6 +80,7 @@ def page(run: RunData) -> str:
         *_curves(run),
         *_events(run),
         *_samples(run),
+        *_pairs(run),
         *_rows(run),
         *_data(run),
         *_settings(run),
@@ -178,6 +179,7 @@ def _rewards(run: RunData) -> Iterator[str]:
     history = run.record.history if run.record is not None else ()
     for title, unit, names in (
         ("Rewards of chosen (first) and rejected answers", "beta x nats", ("rewards/chosen", "rewards/rejected")),
+        ("Margins: rewards of chosen answers less those of rejected ones", "beta x nats", ("rewards/margins",)),
         ("Pairs whose chosen answer has the higher reward", "share", ("rewards/accuracies",)),
         ("Log-probabilities of chosen (first) and rejected answers", "nats", ("logps/chosen", "logps/rejected")),
         ("Least, mean and largest reward", "reward", ("min_reward", "mean_reward", "max_reward")),
@@ -282,6 +284,29 @@ def _rows(run: RunData) -> Iterator[str]:
     hardest, easiest = examples.hardest, examples.easiest[:SHOWN_EASIEST]
     yield from _ranked("Hardest rows", "furthest above what was usual at their step: odd, wrong, or new", hardest)
     yield from _ranked("Easiest rows", "the lowest loss: known before, or learned; nothing more to gain", easiest)
+
+
+def _pairs(run: RunData) -> Iterator[str]:
+    """Of a run on pairs: whether the rewards go by the length of answers, and the pairs with the lowest margins."""
+    examples = run.examples
+    if examples is None or not examples.lengths_of_pairs:
+        return
+    yield f"<h2>Pairs <small>steps {examples.first_step:,} to {examples.last_step:,}</small></h2>\n"
+    cells = [(name, f"{count:,}", f"{right / count:.0%}") for name, count, right in examples.lengths_of_pairs]
+    yield table(("pairs in which", "pairs", "chosen has the higher reward"), cells)
+    yield (
+        '<p class="faint">Where these shares are far apart, the model goes by the length of answers rather than by '
+        "what they say.</p>\n"
+    )
+    yield "<h3>Worst pairs <small>their margin is furthest below what was usual at their step: odd, wrong, or hard"
+    yield "</small></h3>\n"
+    for pair in examples.worst_pairs:
+        caption = f"margin {amount(pair.margin)}, usual then {amount(pair.usual)}; step {pair.step:,}"
+        yield f'<p class="faint">{caption}</p>\n'
+        yield '<div class="answers">\n'
+        for title, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+            yield text_box(title, cut(text, LONGEST))
+        yield "</div>\n"
 
 
 def _ranked(title: str, about: str, rows: Sequence[ExampleLoss]) -> Iterator[str]:

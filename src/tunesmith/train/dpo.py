@@ -25,7 +25,7 @@ from tunesmith.objectives.preference import (
 )
 from tunesmith.settings.preference import DPOConfig
 from tunesmith.train.meter import BatchLoss
-from tunesmith.train.preference import PreferenceTrainer, document_weight
+from tunesmith.train.preference import BY_TOKEN, PreferenceTrainer, document_weight, token_sums
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -44,7 +44,9 @@ class DPOTrainer(PreferenceTrainer):
     means: tuple[str, ...] = (
         *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected"),
+        *BY_TOKEN,
     )
+    counted = BY_TOKEN
     config = DPOConfig
     task = "pairs"
     read = staticmethod(pairs_of)
@@ -75,7 +77,7 @@ class DPOTrainer(PreferenceTrainer):
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
         """The losses of the pairs, times their weights."""
         reference = self.by_reference(model, batch)
-        objective = partial(token_logprobs, with_collision=self.options.weighting)
+        objective = partial(token_logprobs, with_collision=self.options.weighting, with_mean_logit=True)
         answer = self.predict_targets(model, batch, batch.targets(), objective, with_outputs=with_outputs)
         scored: TokenLogProbs = answer.outcome
         documents, weights = batch.documents, _weights(batch)
@@ -107,11 +109,22 @@ class DPOTrainer(PreferenceTrainer):
                 "logps/chosen": pairs.chosen.sum(),
                 "logps/rejected": pairs.rejected.sum(),
             }
+            margins = better.new_full((len(documents) // 2,), torch.nan)
+            margins[[i // 2 for i in real[::2]]] = better - worse
+            by_token, counts = token_sums(scored, batch, real[::2], real[1::2])
         if answer.router_loss is not None:
             sums["aux_loss"] = answer.router_loss.detach() * len(margin)
             if model.training:
                 loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
-        return BatchLoss(loss=loss, count=len(margin), sums=sums, nll=-scored.logprobs.detach(), outputs=answer.outputs)
+        return BatchLoss(
+            loss=loss,
+            count=len(margin),
+            sums=sums | by_token,
+            counts=counts,
+            nll=-scored.logprobs.detach(),
+            margins=margins,
+            outputs=answer.outputs,
+        )
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """The weight of its pairs: their number, where none has a weight of its own."""

@@ -165,10 +165,10 @@ class Journal:
         """A micro-batch of the step is over."""
         self._parts.append((loss.detach(), _counts(batch, loss)))
 
-    def note_losses(self, batch: Batch, nll_S: Tensor | None) -> None:
-        """The loss of each supervised token of a batch that was trained on."""
+    def note_losses(self, batch: Batch, nll_S: Tensor | None, margins_P: Tensor | None = None) -> None:
+        """The loss of each supervised token of a batch that was trained on, and of pairs the difference of rewards."""
         if (self._active or self._shared) and nll_S is not None and batch.groups:
-            self._ledger.add(batch, nll_S)
+            self._ledger.add(batch, nll_S, margins_P)
 
     def forget_step(self) -> None:
         """The step begins again."""

@@ -6,6 +6,7 @@ not divided.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from tunesmith.objectives.logprobs import TokenLogProbs, token_logprobs
 from tunesmith.objectives.preference import apo_zero_unpaired_loss, kl_estimate, kto_loss
 from tunesmith.settings.preference import KTOConfig
 from tunesmith.train.meter import BatchLoss
-from tunesmith.train.preference import PreferenceTrainer, document_weight
+from tunesmith.train.preference import BY_TOKEN, PreferenceTrainer, document_weight, token_sums
 from tunesmith.train.reference import AsItIs
 from tunesmith.types import IGNORE_INDEX, Example
 
@@ -33,7 +34,7 @@ class KTOTrainer(PreferenceTrainer):
 
     _tag_names = ("tunesmith", "kto")
     kind = "kto"
-    counted = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    counted = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", *BY_TOKEN)
     means: tuple[str, ...] = (*counted, "kl")
     config = KTOConfig
     task = "judged"
@@ -54,7 +55,8 @@ class KTOTrainer(PreferenceTrainer):
         assert documents, "a batch of answers knows its documents"
         real = [i for i, example in enumerate(documents) if document_weight(example) > 0]
         kl = self._kl(model, [documents[i] for i in real], device) if self.over_the_batch else torch.zeros(())
-        answer = self.predict_targets(model, batch, batch.targets(), token_logprobs, with_outputs=with_outputs)
+        objective = partial(token_logprobs, with_mean_logit=True)
+        answer = self.predict_targets(model, batch, batch.targets(), objective, with_outputs=with_outputs)
         scored: TokenLogProbs = answer.outcome
         own = batch.by_document(scored.logprobs)
         if not real:  # rows that only even out processes; what is 0 keeps its graph
@@ -74,8 +76,9 @@ class KTOTrainer(PreferenceTrainer):
             losses = apo_zero_unpaired_loss(ratios, good, **weights)
         loss = (losses * torch.tensor([document_weight(documents[i]) for i in real], device=device)).sum()
         rewards, logps = args.beta * ratios.detach(), logps.detach()
-        sums: dict[str, Tensor] = {"kl": kl * len(real)}
-        counts: dict[str, int] = {}
+        of_side = [[i for i in real if (documents[i].score > 0) == side] for side in (True, False)]
+        sums, counts = token_sums(scored, batch, *of_side)
+        sums["kl"] = kl * len(real)
         for side, chosen in (("chosen", good), ("rejected", ~good)):
             sums |= {f"rewards/{side}": rewards[chosen].sum(), f"logps/{side}": logps[chosen].sum()}
             counts |= dict.fromkeys((f"rewards/{side}", f"logps/{side}"), int(chosen.sum()))

@@ -23,7 +23,8 @@ class BatchLoss:
     `loss` is a sum, with its graph, which is divided by the trainer's `batch_weight`. `sums` are further sums over
     `count` tokens or pairs, by the names under which their means are logged; those that are over fewer have their
     number in `counts`. `extremes` are least or largest values. `nll` (S,) is the loss of each supervised token, where
-    there is such a thing. `outputs` are the model's, if they were asked for.
+    there is such a thing, and `margins` (P,) the difference of the rewards of each pair, NaN for one that does not
+    count. `outputs` are the model's, if they were asked for.
     """
 
     loss: Tensor
@@ -32,6 +33,7 @@ class BatchLoss:
     counts: Mapping[str, int] = field(default_factory=dict)
     extremes: Mapping[str, Tensor] = field(default_factory=dict)
     nll: Tensor | None = None
+    margins: Tensor | None = None
     outputs: Any = None
 
 

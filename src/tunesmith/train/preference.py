@@ -5,7 +5,7 @@ of their log-probabilities is in `train.dpo` and `train.kto`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar, cast
@@ -44,6 +44,8 @@ from tunesmith.train.together import in_turn
 from tunesmith.types import Example
 
 logger = logging.getLogger(__name__)
+BY_TOKEN = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+"""Logged as means over tokens of answers."""
 CHECKED_PAIRS = 4
 """So many pairs must be to the model before the first step what they are to its reference."""
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
@@ -61,6 +63,8 @@ class PreferenceTrainer(RowsTrainer):
     """What rows are read as."""
     read: ClassVar[Any]
     """A function: groups of documents of a prepared row."""
+    _until_training: Reference | None = None
+    """The reference whose answers the rows have: it is there until the first step changes the model."""
 
     def __init__(
         self,
@@ -153,6 +157,7 @@ class PreferenceTrainer(RowsTrainer):
             reference = reference_of(model)
         if args.precompute_ref_log_probs:
             self._compute_before(model, reference)
+            self._until_training = reference
             return None
         return reference
 
@@ -213,12 +218,13 @@ class PreferenceTrainer(RowsTrainer):
         kept = kept_reference(batch)
         if kept is not None:
             return [values.to(batch.input_ids.device) for values in kept]
-        if self.reference is None:
+        reference = self.reference or self._until_training
+        if reference is None:
             raise TunesmithError(
                 "precompute_ref_log_probs: these rows were not there when the reference was computed, and it is gone; "
                 "give them to the trainer as eval_dataset"
             )
-        return batch.by_document(self.reference_logprobs(model, batch, self.reference))
+        return batch.by_document(self.reference_logprobs(model, batch, reference))
 
     # A run
 
@@ -226,7 +232,7 @@ class PreferenceTrainer(RowsTrainer):
         """As in `BaseTrainer`; before the first step, the model must be what its reference is."""
         if not (resume_from_checkpoint or self._checked):
             self._check_start()
-        self._checked = True
+        self._checked, self._until_training = True, None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_start(self) -> None:
@@ -286,6 +292,29 @@ def document_weight(example: Example) -> float:
     if not example.target_count:
         return 0.0
     return 1.0 if example.weights is None else example.weights[-1]
+
+
+def token_sums(
+    scored: TokenLogProbs, batch: Batch, better: Sequence[int], worse: Sequence[int]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What is logged by token, in sums with the numbers of tokens that they are over: the mean logit of the answers
+    `better` and `worse`, documents of the batch, the entropy of all, and the accuracy of the better ones."""
+    assert scored.mean_logit is not None
+    logits, entropies, correct = (
+        batch.by_document(values) for values in (scored.mean_logit, scored.entropy, scored.correct)
+    )
+    zero = scored.entropy.new_zeros(())
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for name, values, documents in (
+        ("logits/chosen", logits, better),
+        ("logits/rejected", logits, worse),
+        ("entropy", entropies, [*better, *worse]),
+        ("mean_token_accuracy", correct, better),
+    ):
+        sums[name] = sum((values[i].sum() for i in documents), zero)
+        counts[name] = sum(len(values[i]) for i in documents)
+    return sums, counts
 
 
 def without_dropout(model: nn.Module) -> None:

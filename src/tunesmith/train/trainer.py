@@ -350,7 +350,7 @@ class BaseTrainer(transformers.Trainer):
             else:
                 meter.add(outcome, self.batch_weight(batch))
             if model.training:
-                self.journal.note_losses(batch, outcome.nll)
+                self.journal.note_losses(batch, outcome.nll, outcome.margins)
             # An all-masked step has weight 0 and loss 0: dividing by 1 keeps the zero and its graph.
             total = torch.as_tensor(weight, device=outcome.loss.device)
             loss = outcome.loss / torch.where(total > 0, total, torch.ones_like(total))
