@@ -146,7 +146,7 @@ def test_metrics_and_predictions_still_come_row_by_row_in_order(by_tokens: Calla
 def test_an_example_over_the_budget_stops_before_weights_load(
     split: str, by_tokens: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.train.sft.prepare_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("tunesmith.train.rows.prepare_model", lambda *_: pytest.fail("weights were loaded"))
     long = [*UNEVEN_ROWS[:2], {"prompt": "a" * 60, "completion": "b" * 10}]
     data = {"train_dataset": long} if split == "train" else {"eval_dataset": {"eval": long}}
     with pytest.raises(TunesmithError, match=f"{split} data: row 2 takes 71 tokens, over max_tokens_per_batch: 64"):

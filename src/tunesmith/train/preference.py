@@ -5,7 +5,7 @@ of their log-probabilities is in `train.dpo` and `train.kto`.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar, cast
@@ -14,21 +14,16 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, Row, documents_of
-from tunesmith.data.dataset import DataPreparer, Source
+from tunesmith.data.dataset import DataPreparer
 from tunesmith.data.formats import Task
-from tunesmith.data.mixture import DataSource
-from tunesmith.data.prompts import remember
-from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, starting_point
+from tunesmith.model.adapters import Model
 from tunesmith.model.head import in_evaluation
-from tunesmith.model.load import prepare_tokenizer
 from tunesmith.objectives.logprobs import TokenLogProbs, token_logprobs
 from tunesmith.settings.preference import PreferenceConfig
-from tunesmith.train.evaluations import check_data
 from tunesmith.train.loaders import Batching
 from tunesmith.train.reference import (
     AsItIs,
@@ -41,20 +36,9 @@ from tunesmith.train.reference import (
     weights_digest,
     with_reference,
 )
-from tunesmith.train.rows import RowsTrainer, Sources
+from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
-from tunesmith.train.setup import (
-    Vocabulary,
-    align_tokens,
-    as_config,
-    check_data_given,
-    faster_layers,
-    given_model,
-    prepare_model,
-    ready_for_batches,
-    router_coefficient,
-    used_ids,
-)
+from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
 from tunesmith.train.together import in_turn
 from tunesmith.types import Example
 
@@ -71,7 +55,6 @@ class PreferenceTrainer(RowsTrainer):
     `ref_model` is given.
     """
 
-    _tag_names: tuple[str, ...] = ("tunesmith",)
     config: ClassVar[type[PreferenceConfig]]
     task: ClassVar[Task]
     """What rows are read as."""
@@ -84,7 +67,7 @@ class PreferenceTrainer(RowsTrainer):
         ref_model: str | Model | None = None,
         args: Any = None,
         data_collator: Any = None,
-        train_dataset: Source | Mapping[str, Source | DataSource] | None = None,
+        train_dataset: TrainSource | None = None,
         eval_dataset: Sources | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Any = None,
@@ -103,58 +86,28 @@ class PreferenceTrainer(RowsTrainer):
         given = given_model(model)
         args = as_config(args, given, self.config)
         self.take_settings(args)
-        check_data_given(args, train_dataset)
-        tokenizer, added = prepare_tokenizer(processing_class, given, args)
-        data = DataPreparer(args, tokenizer, None, task=self.task)
-        with in_turn(args):
-            train, evaluated = data.everything(train_dataset, eval_dataset)
-        remember(tokenizer, data.form)
-        preflight = data.preflight()
-        preflight.stop_on_problems()
-        check_data(args, evaluated)
-        data.save_skipped()
-        check_fit(args, train, evaluated)
-        for dataset in (train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
-            self.check_rows(dataset)
-
-        vocabulary = Vocabulary(
-            tokenizer=tokenizer, added=added, used=used_ids(train, evaluated), given=processing_class is not None
-        )
-        set_seed(args.seed)  # adapters start from random numbers
-        model = prepare_model(given, args, peft_config, quantization_config, vocabulary)
-        start = starting_point(model)
-        self.router_coefficient = router_coefficient(model, args)
-        batching = self._batching(model, args, tokenizer)
-        align_tokens(model, tokenizer, data.stops)
-        if args.disable_dropout:
-            without_dropout(model)
-        if self.router_coefficient:
-            self.means = (*self.means, "aux_loss")
         self._checked = self._begins_as_reference = False
         super().__init__(
-            model,
-            args,
-            batching,
-            data=data,
-            preflight=preflight,
-            starting_point=start,
-            train_dataset=train,
-            eval_dataset=evaluated,
-            processing_class=tokenizer,
+            Given(
+                model=given,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            ),
+            partial(DataPreparer, formatting_func=None, task=self.task),
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        model.add_model_tags(list(self._tag_names))
-        self.reference = self._found_reference(model, ref_model)
+        self.reference = self._found_reference(cast(Model, self.model), ref_model)
 
     # What another one says
 
     def take_settings(self, args: Any) -> None:
         """Take what is needed of a checked config. Raises TunesmithError for what contradicts."""
-
-    def check_rows(self, dataset: Any) -> None:
-        """Raises TunesmithError for prepared rows that can't be used, or have what would be ignored."""
 
     @property
     def needs_reference(self) -> bool:
@@ -168,8 +121,10 @@ class PreferenceTrainer(RowsTrainer):
 
     # Batches
 
-    def _batching(self, model: Model, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> Batching:
+    def batching(self, model: Model, args: Any, tokenizer: PreTrainedTokenizerBase, *, sized: bool) -> Batching:
         """Batches of documents that share their prompts; the model's forward is prepared for them."""
+        if args.disable_dropout:
+            without_dropout(model)
         flat = ready_for_batches(model, flat=args.padding_free, routers=bool(self.router_coefficient))
         faster_layers(model, args)
         read, together = type(self).read, self.over_the_batch

@@ -89,46 +89,44 @@ def used_ids(train: Any, evaluated: Any) -> set[int] | None:
     return ids
 
 
-def prepare_model(
-    model: str | Model,
-    args: Config,
-    peft_config: PeftConfig | None,
-    quantization_config: Any,
-    vocabulary: Vocabulary,
-) -> Model:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSetup:
+    """How a model is made ready to train: by which settings and for which tokens, with which adapters and weights.
+    `ends` are the tokens that end the supervised texts."""
+
+    args: Config
+    vocabulary: Vocabulary
+    ends: Collection[int] = ()
+    peft_config: PeftConfig | None = None
+    quantization_config: Any = None
+
+
+def prepare_model(model: str | Model, setup: ModelSetup) -> Model:
     """The model with its adapters, its frozen weights in the compute precision, and a row for each token of the
-    `vocabulary`; the rows of new tokens are trained. A `model` that names saved adapters goes on training these."""
+    vocabulary; the rows of new tokens are trained. A `model` that names saved adapters goes on training these."""
+    args, vocabulary = setup.args, setup.vocabulary
     base = model if isinstance(model, str) else base_model(model).config.name_or_path
     if isinstance(model, str):
-        model = _load(model, args, peft_config, quantization_config)
+        model = _load(model, args, setup.peft_config, setup.quantization_config)
     else:
         for name, value in (
             ("model_init_kwargs", args.model_init_kwargs),
-            ("quantization_config", quantization_config),
+            ("quantization_config", setup.quantization_config),
         ):
             if value is not None:
                 raise TunesmithError(f"{name} is for a model given by name; this one is loaded already")
     refuse_untrainable(base_model(model))
     if bits_of(base_model(model)):
         keep_quantized(model)
-    tokenizer = vocabulary.tokenizer
-    new = [] if args.chat_template_path is None else _new_tokens(model, tokenizer, vocabulary.added)
+    new = [] if args.chat_template_path is None else _new_tokens(model, vocabulary.tokenizer, vocabulary.added)
     if not new:
         _refuse_tokens_beyond(model, vocabulary)
-    by_hand: list[int] = []
-    if vocabulary.given and base and (peft_config is not None or isinstance(model, PeftModel)):
-        lacking = tokens_lacking_in(base, tokenizer, args.trust_remote_code)
-        by_hand = sorted(lacking.difference(new) & set(lacking if vocabulary.used is None else vocabulary.used))
-    if by_hand and isinstance(model, PeftModel) and not trains_rows(model):
-        raise TunesmithError(
-            f"the data has tokens that {base} never saw ({_named(by_hand, tokenizer)}), and the model's adapters leave "
-            f"their embeddings as they are. Make them with trainable_token_indices={by_hand[:3]}, or give the trainer "
-            "the model without adapters and peft_config, which trains these rows; if they were trained before, save "
-            "the model with its tokenizer and load it from there"
-        )
-    if peft_config is None:
+    by_hand = _made_by_hand(model, base, setup, new)
+    if setup.peft_config is not None:
+        model = _with_adapters(model, setup.peft_config, vocabulary.tokenizer, new, by_hand)
+    else:
         if new:
-            resize_for(base_model(model), tokenizer, new, ROWS_MULTIPLE)
+            resize_for(base_model(model), vocabulary.tokenizer, new, ROWS_MULTIPLE)
         if bits_of(model) and not isinstance(model, PeftModel):
             raise TunesmithError(NO_ADAPTERS)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -136,24 +134,45 @@ def prepare_model(
                 "no parameter of the model requires a gradient, so nothing would be trained; "
                 "load adapters with is_trainable=True"
             )
-    else:
-        model = _with_adapters(model, peft_config, tokenizer, new, by_hand)
     if isinstance(model, PeftModel):
-        for name in model.peft_config:
-            if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
-                raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
-        for config in model.peft_config.values():
-            folder = Path(config.base_model_name_or_path or "")
-            if config.base_model_name_or_path and folder.is_dir():  # saved adapters are loaded from anywhere
-                config.base_model_name_or_path = str(folder.absolute())
-        if args.activation_checkpointing and not has_virtual_tokens(model):
-            model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
+        _settle_adapters(model, args)
     if args.loraplus_lr_ratio is not None and not any(".lora_B" in name for name, _ in model.named_parameters()):
         raise TunesmithError(
             "loraplus_lr_ratio is set, but no LoRA adapters are trained; give a LoraConfig, or drop it"
         )
     logger.info("%s.", trainable(model))
     return model
+
+
+def _made_by_hand(model: Model, base: str | None, setup: ModelSetup, new: Sequence[int]) -> list[int]:
+    """The tokens in the data that `base` never saw and somebody made rows for, `new` ones aside; adapters must train
+    these. Raises TunesmithError for a model whose adapters don't."""
+    vocabulary, tokenizer = setup.vocabulary, setup.vocabulary.tokenizer
+    if not (vocabulary.given and base) or (setup.peft_config is None and not isinstance(model, PeftModel)):
+        return []
+    lacking = tokens_lacking_in(base, tokenizer, setup.args.trust_remote_code)
+    by_hand = sorted(lacking.difference(new) & set(lacking if vocabulary.used is None else vocabulary.used))
+    if by_hand and isinstance(model, PeftModel) and not trains_rows(model):
+        raise TunesmithError(
+            f"the data has tokens that {base} never saw ({_named(by_hand, tokenizer)}), and the model's adapters leave "
+            f"their embeddings as they are. Make them with trainable_token_indices={by_hand[:3]}, or give the trainer "
+            "the model without adapters and peft_config, which trains these rows; if they were trained before, save "
+            "the model with its tokenizer and load it from there"
+        )
+    return by_hand
+
+
+def _settle_adapters(model: PeftModel, args: Config) -> None:
+    """Let adapters be saved under their names, and found from anywhere, and what is recomputed reach them."""
+    for name in model.peft_config:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a folder, which must not lead out of the run's
+            raise TunesmithError(f"an adapter is named {name!r}; use letters, digits, - and _, as for a folder")
+    for config in model.peft_config.values():
+        folder = Path(config.base_model_name_or_path or "")
+        if config.base_model_name_or_path and folder.is_dir():  # saved adapters are loaded from anywhere
+            config.base_model_name_or_path = str(folder.absolute())
+    if args.activation_checkpointing and not has_virtual_tokens(model):
+        model.enable_input_require_grads()  # what is recomputed needs an input with a gradient
 
 
 def _load(name: str, args: Config, peft_config: PeftConfig | None, quantization_config: Any) -> Model:
@@ -331,7 +350,7 @@ def check_data_given(args: Config, train_dataset: Any) -> None:
     check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
 
 
-def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
     """Make config, generation config and tokenizer agree: what ends a text, what pads.
 
     `ends` are the tokens that end the supervised texts; generation must stop at each of them.

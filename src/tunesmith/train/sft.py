@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, cast
 
@@ -15,33 +15,16 @@ from transformers.trainer_utils import HPSearchBackend, PredictionOutput
 
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
 from tunesmith.data.dataset import DataPreparer, Source
-from tunesmith.data.mixture import DataSource
-from tunesmith.data.prompts import remember
-from tunesmith.data.samplers import check_fit
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, StartingPoint, starting_point
-from tunesmith.model.load import prepare_tokenizer
+from tunesmith.model.adapters import Model
 from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
-from tunesmith.settings.config import SFTConfig, own_settings, settings_of
+from tunesmith.settings.config import Config, SFTConfig, own_settings, settings_of
 from tunesmith.settings.older import by_todays_names
-from tunesmith.train.evaluations import check_data
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.overrides import PlainCollator, overridden
-from tunesmith.train.rows import RowsTrainer, Sources
-from tunesmith.train.setup import (
-    Vocabulary,
-    align_tokens,
-    as_config,
-    check_data_given,
-    faster_layers,
-    given_model,
-    prepare_model,
-    ready_for_batches,
-    router_coefficient,
-    used_ids,
-)
-from tunesmith.train.together import in_turn
+from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
+from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
 from tunesmith.train.trainer import BaseTrainer
 
 PREPARED_BY = {
@@ -53,6 +36,16 @@ OF_BACKENDS = {"assignments", "metric", "wandb"}
 """What backends of a search put beside the settings."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Users:
+    """What the user computes in the trainer's place: batches, by a `collator`; the `loss`, from logits; a `step`, in a
+    subclass that overrides its hooks."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
+    loss: bool
+    step: bool
 
 
 class SFTTrainer(RowsTrainer):
@@ -85,7 +78,7 @@ class SFTTrainer(RowsTrainer):
         model: str | Model | None = None,
         args: SFTConfig | TrainingArguments | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-        train_dataset: Source | Mapping[str, Source | DataSource] | None = None,
+        train_dataset: TrainSource | None = None,
         eval_dataset: Sources | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
@@ -106,59 +99,24 @@ class SFTTrainer(RowsTrainer):
             processing_class = tokenizer
         given = given_model(model, model_init)
         args = as_config(with_arguments(args, older), given, SFTConfig)
-        _check_arguments(args, train_dataset, compute_loss_func)
+        if args.loss_type == "dft" and compute_loss_func is not None:
+            raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
         if args.loraplus_lr_ratio is not None and (optimizers[0] is not None or optimizer_cls_and_kwargs is not None):
             raise TunesmithError("loraplus_lr_ratio and an optimizer of yours both say how fast what learns; drop one")
-        tokenizer, added = prepare_tokenizer(processing_class, given, args)
-        data = DataPreparer(args, tokenizer, formatting_func, shares=data_collator is None)
-        by_row = compute_metrics is not None
-        with in_turn(args):
-            train, evaluated = data.everything(train_dataset, eval_dataset, by_row=by_row)
-        remember(tokenizer, data.form)
-        preflight = data.preflight()
-        preflight.stop_on_problems()
-        check_data(args, evaluated)
-        data.save_skipped()
-        check_fit(args, train, None if by_row else evaluated)
-        wants_plain = self._overridden(args)
-
-        vocabulary = Vocabulary(
-            tokenizer=tokenizer, added=added, used=used_ids(train, evaluated), given=processing_class is not None
-        )
-
-        def prepared(model: str | Model) -> tuple[Model, StartingPoint | None, Batching]:
-            model = prepare_model(model, args, peft_config, quantization_config, vocabulary)
-            start = starting_point(model)
-            self.router_coefficient = router_coefficient(model, args) if compute_loss_func is None else 0.0
-            batching = _prepared_for_batches(
-                model,
-                args,
-                tokenizer,
-                data_collator,
-                wants_logits=compute_loss_func is not None,
-                wants_plain=wants_plain,
-                sized=isinstance(train, Dataset),
-                routers=bool(self.router_coefficient),
-            )
-            align_tokens(model, tokenizer, data.stops)
-            return model, start, batching
-
-        set_seed(args.seed)  # adapters start from random numbers
-        self._prepared = prepared
-        model, start, batching = prepared(given)
-        if self.router_coefficient:
-            self.means = (*self.means, "aux_loss")
         self.loss_options = LossOptions(smoothing=args.label_smoothing_factor, dft=args.loss_type == "dft")
+        self._users = _Users(collator=data_collator, loss=compute_loss_func is not None, step=self._overridden(args))
         super().__init__(
-            model,
-            args,
-            batching,
-            data=data,
-            preflight=preflight,
-            starting_point=start,
-            train_dataset=train,
-            eval_dataset=evaluated,
-            processing_class=tokenizer,
+            Given(
+                model=given,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            ),
+            partial(DataPreparer, formatting_func=formatting_func, shares=data_collator is None),
+            by_row=compute_metrics is not None,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -166,14 +124,53 @@ class SFTTrainer(RowsTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        model.add_model_tags(list(self._tag_names))
         self.model_init = cast(Any, model_init)
+
+    def balancing(self, model: Model, args: Config) -> float:
+        return 0.0 if self._users.loss else super().balancing(model, args)
+
+    def batching(self, model: Model, args: Any, tokenizer: PreTrainedTokenizerBase, *, sized: bool) -> Batching:
+        """Flat batches where the model takes them, else rows of like length together; for a loss of the user's padded
+        ones, in plain dictionaries for a subclass. The model's forward is prepared for them: it answers objectives,
+        and its layers take the faster or the compiled way."""
+        users, routers = self._users, bool(self.router_coefficient)
+        # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
+        wanted = args.padding_free and not (users.loss or users.step) and args.neftune_noise_alpha is None
+        grouped = not args.packing and args.train_sampling_strategy == "random" and sized
+        flat = ready_for_batches(model, flat=wanted, grouped=grouped, routers=routers)
+        faster_layers(model, args)
+        by_length = args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat)
+        by_prefix = args.train_sampling_strategy == "group_by_prefix"
+        if by_prefix and not (flat and sized and users.collator is None):
+            reason = (
+                "a stream does not tell its rows before they are read"
+                if not sized
+                else "a data_collator makes the batches"
+                if users.collator is not None
+                else "batches are padded here"
+            )
+            raise TunesmithError(
+                "train_sampling_strategy: group_by_prefix puts rows that begin alike into one batch, which computes "
+                f"once what they share, but {reason}; write random"
+            )
+        padded = PaddedCollator(
+            read=documents_of,
+            pad_token_id=cast(int, tokenizer.pad_token_id),
+            multiple=int(args.pad_to_multiple_of or 1),
+        )
+        ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
+        return Batching(
+            collator=users.collator or (PlainCollator(padded=padded) if users.step else ours),
+            by_row=padded,
+            grouped="prefix" if by_prefix else "length" if by_length else None,
+            regroups=not routers,  # whose loss is one of a whole micro-batch
+        )
 
     def call_model_init(self, trial: Any = None) -> Model:
         """A fresh model by `model_init`, prepared as the first one was; `train` calls it each time."""
         model: Any = super().call_model_init(trial)
         set_seed(self.args.seed)  # adapters and the order of rows are as without it
-        model, self._starting_point, _ = self._prepared(model)
+        model, self._starting_point, _ = self.ready(model, sized=isinstance(self.train_dataset, Dataset))
         model.add_model_tags(list(self._tag_names))
         self.recovery.watch(model)
         return model
@@ -238,59 +235,6 @@ class SFTTrainer(RowsTrainer):
         of documents: one for each row, but for conversations that are trained turn by turn (`turns`)."""
         prepared = self.data(test_dataset, metric_key_prefix, packing=False)
         return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
-
-
-def _check_arguments(args: SFTConfig, train_dataset: Any, compute_loss_func: Any) -> None:
-    check_data_given(args, train_dataset)
-    if args.loss_type == "dft" and compute_loss_func is not None:
-        raise TunesmithError("loss_type: dft and compute_loss_func both say what the loss is; drop one")
-
-
-def _prepared_for_batches(
-    model: Model,
-    args: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data_collator: Any,
-    *,
-    wants_logits: bool,
-    wants_plain: bool,
-    sized: bool,
-    routers: bool,
-) -> Batching:
-    """How rows become batches: flat ones where the model takes them, else rows of like length together; for a loss of
-    the user's padded ones, in plain dictionaries for a subclass. The model's forward is prepared for them: it answers
-    objectives, and its layers take the faster or the compiled way."""
-    # NEFTune scales its noise by the length of a row, which in a flat row is that of all documents together.
-    wanted = args.padding_free and not (wants_logits or wants_plain) and args.neftune_noise_alpha is None
-    grouped = not args.packing and args.train_sampling_strategy == "random" and sized
-    flat = ready_for_batches(model, flat=wanted, grouped=grouped, routers=routers)
-    faster_layers(model, args)
-    padded = PaddedCollator(
-        read=documents_of,
-        pad_token_id=cast(int, tokenizer.pad_token_id),
-        multiple=int(args.pad_to_multiple_of or 1),
-    )
-    ours = FlatCollator(share_prefix=args.share_prefix == "auto") if flat else padded
-    by_length = args.train_sampling_strategy == "group_by_length" or (grouped and wanted and not flat)
-    by_prefix = args.train_sampling_strategy == "group_by_prefix"
-    if by_prefix and not (flat and sized and data_collator is None):
-        reason = (
-            "a stream does not tell its rows before they are read"
-            if not sized
-            else "a data_collator makes the batches"
-            if data_collator is not None
-            else "batches are padded here"
-        )
-        raise TunesmithError(
-            "train_sampling_strategy: group_by_prefix puts rows that begin alike into one batch, which computes once "
-            f"what they share, but {reason}; write random"
-        )
-    return Batching(
-        collator=data_collator or (PlainCollator(padded=padded) if wants_plain else ours),
-        by_row=padded,
-        grouped="prefix" if by_prefix else "length" if by_length else None,
-        regroups=not routers,  # whose loss is one of a whole micro-batch
-    )
 
 
 def with_arguments(args: SFTConfig | TrainingArguments | None, older: Mapping[str, Any]) -> Any:
