@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from tunesmith.errors import TunesmithError
     from tunesmith.model.tokens import clone_chat_template
     from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.policy import GRPOConfig, RLOOConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
+    from tunesmith.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 __version__ = "0.1.0"
 
@@ -20,8 +21,12 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataSource",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "SFTConfig",
     "SFTTrainer",
     "TunesmithError",
@@ -34,6 +39,10 @@ _DEFINED_IN = {
     "DPOTrainer": "tunesmith.trainers",
     "KTOConfig": "tunesmith.settings.preference",
     "KTOTrainer": "tunesmith.trainers",
+    "GRPOConfig": "tunesmith.settings.policy",
+    "GRPOTrainer": "tunesmith.trainers",
+    "RLOOConfig": "tunesmith.settings.policy",
+    "RLOOTrainer": "tunesmith.trainers",
     "DataSource": "tunesmith.data.mixture",
     "SFTConfig": "tunesmith.settings.config",
     "SFTTrainer": "tunesmith.trainers",
@@ -51,8 +60,8 @@ _IN_TRL = {
     "ConstantLengthDataset": "write SFTConfig(packing=True)",
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
-        ("RewardTrainer", "RewardConfig", "GRPOTrainer", "GRPOConfig"),
-        "tunesmith does supervised fine-tuning, DPO and KTO: import it from trl, which loads what was tuned here",
+        ("RewardTrainer", "RewardConfig"),
+        "tunesmith does supervised fine-tuning, DPO, KTO, GRPO and RLOO: import it from trl, which loads what was tuned here",
     ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""

@@ -8,7 +8,7 @@ from tunesmith.runs.files import REPORT
 from tunesmith.runs.record import Origin
 from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.train import dpo, kto, sft
+from tunesmith.train import dpo, grpo, kto, rloo, sft
 from tunesmith.train.trainer import BaseTrainer
 
 
@@ -77,3 +77,11 @@ class DPOTrainer(dpo.DPOTrainer, Published):
 
 class KTOTrainer(kto.KTOTrainer, Published):
     __doc__ = kto.KTOTrainer.__doc__
+
+
+class GRPOTrainer(grpo.GRPOTrainer, Published):
+    __doc__ = grpo.GRPOTrainer.__doc__
+
+
+class RLOOTrainer(rloo.RLOOTrainer, Published):
+    __doc__ = rloo.RLOOTrainer.__doc__

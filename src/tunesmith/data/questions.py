@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tunesmith.data.messages import TurnOptions, names_in, read_turns
 from tunesmith.data.preflight import Preflight
-from tunesmith.data.prompts import prompt_ids, text_ids
+from tunesmith.data.prompts import TrainedForm, prompt_ids, text_ids
 from tunesmith.data.read import with_places
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
 from tunesmith.data.values import shown
@@ -35,24 +35,23 @@ class Question:
 
 
 class Questions:
-    """Reads the prompts of each split of a run with the same tokenizer and settings.
+    """Reads the prompts of each split of a run with the same tokenizer and settings; stands where a trainer of rows has
+    a `DataPreparer`.
 
     A prepared split is a data set with the number of each question in `every`, its tokens (`prompt_ids`), and a digest
-    of its row; the rows themselves stay what the user gave.
+    of its row; the rows themselves stay what the user gave. `columns` are those of the rows, by split.
     """
-
-    examples: Mapping[str, Dataset] = {}
-    """Of supervised examples there are none."""
 
     def __init__(self, args: Any, tokenizer: Any) -> None:
         self._args, self._tokenizer = args, tokenizer
         self._turns = TurnOptions(known_roles=names_in(tokenizer.chat_template), merge_turns=args.merge_turns)
         self.every: list[Question] = []
         self.columns: dict[str, set[str]] = {}
+        self.examples: dict[str, Dataset] = {}  # of supervised examples there are none
         self._splits: dict[str, tuple[int, int]] = {}
+        self._skipped: dict[str, SkippedRows] = {}
         self._notes: list[str] = []
-        unknown = {*(args.columns or {})} - {"prompt"}
-        if unknown:
+        if unknown := {*(args.columns or {})} - {"prompt"}:
             raise TunesmithError(f"columns: {min(unknown)!r} is not read here; write `columns: {{prompt: ...}}`")
 
     def __call__(self, source: Any, split: str) -> Dataset:
@@ -61,18 +60,19 @@ class Questions:
             raise TunesmithError(f"{split} data is a stream; load it: prompts are drawn from all of them")
         if isinstance(source, DatasetDict):
             raise TunesmithError(f"{split} data has the splits {', '.join(source)}; give one: data[{min(source)!r}]")
-        skips, skipped, first = self._args.on_bad_row == "skip", SkippedRows(), len(self.every)
-        columns: set[str] = set()
+        first, columns, skipped = len(self.every), set[str](), SkippedRows()
+        bad_rows = 0
         for place, row in with_places(source):
             try:
                 if isinstance(row, BadRow):
                     raise row.error(place)
                 question = self._question(place, row)
             except TunesmithError as error:
-                if not skips:
+                if self._args.on_bad_row != "skip":
                     raise TunesmithError(f"{split} data: {error}") from error
                 bad = row if isinstance(row, BadRow) else BadRow(reason=str(error), content=dict(row))
                 skipped.add([(place, bad)])
+                bad_rows += 1
                 continue
             columns.update(row)
             self.every.append(question)
@@ -81,14 +81,12 @@ class Questions:
             raise TunesmithError(f"{split} data has no rows with a prompt")
         self.columns[split], self._splits[split] = columns, (first, len(self.every))
         lengths = [len(question.ids) for question in found]
-        bad_rows = len(list(skipped)) if skips else 0
         left_out = f"; {counted(bad_rows, 'row')} left out" if bad_rows else ""
         self._notes.append(
             f"{split}: {counted(len(found), 'prompt')} of {min(lengths):,} to {max(lengths):,} tokens{left_out}"
         )
-        if bad_rows and not self._args.process_index:
-            file = Path(str(self._args.output_dir)) / SKIPPED
-            skipped.copy_to(file, split)
+        if bad_rows:
+            self._skipped[split] = skipped
         return Dataset.from_dict(
             {
                 "number": [*range(first, len(self.every))],
@@ -96,6 +94,33 @@ class Questions:
                 "digest": [_digest(question.row) for question in found],
             }
         )
+
+    def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
+        """What is trained on, and what is evaluated on: nothing, one data set, or several by name."""
+        if isinstance(train, Mapping):
+            raise TunesmithError("data is several sources by name; give one: prompts have no shares of a mixture here")
+        return self(train, "train"), self.evaluated(evaluated, by_row=by_row)
+
+    def evaluated(self, source: Any, *, by_row: bool = False) -> Any:
+        """One data set to evaluate on, or several by name."""
+        if isinstance(source, Mapping) and not isinstance(source, DatasetDict | IterableDatasetDict):
+            return {name: self(rows, name) for name, rows in source.items()}
+        return None if source is None else self(source, "eval")
+
+    def save_skipped(self) -> None:
+        """Write the rows that are left out to `skipped_rows.jsonl` in the output folder."""
+        file = Path(str(self._args.output_dir)) / SKIPPED
+        for split, skipped in self._skipped.items():
+            skipped.copy_to(file, split)
+
+    @property
+    def stops(self) -> set[int]:
+        """Of prompts, no token ends an answer."""
+        return set()
+
+    @property
+    def form(self) -> TrainedForm:
+        return TrainedForm(arguments=dict(self._args.chat_template_kwargs or {}))
 
     def _question(self, place: str, row: Mapping[str, Any]) -> Question:
         column = (self._args.columns or {}).get("prompt", "prompt")
@@ -120,11 +145,6 @@ class Questions:
         return Question(prompt=messages, ids=ids, row=row, place=place)
 
     # What others ask of the data
-
-    @property
-    def used(self) -> set[int]:
-        """The token ids of all prompts."""
-        return {token for question in self.every for token in question.ids}
 
     def preflight(self) -> Preflight:
         return Preflight(splits={}, problems=[], notes=[*self._notes])

@@ -21,6 +21,7 @@ from uuid import uuid4
 from tunesmith.errors import TunesmithError
 
 METRICS, SAMPLES, EXAMPLES, PREFLIGHT = "metrics.jsonl", "samples.jsonl", "examples.json", "preflight.json"
+ANSWERS = "answers.jsonl"
 REPORT, COMPARISON = "report.html", "comparison.html"
 
 

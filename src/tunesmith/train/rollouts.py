@@ -30,7 +30,7 @@ class Trial(Example):
 
     `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`, by
     the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`: it
-    was cut off. Its rewards (NaN where one does not apply), their `reward` together, and the `spread` of that in its
+    was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the `spread` of that in its
     group. `size` is the number of its tokens, trained or not.
     """
 
@@ -174,7 +174,7 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
                 sampled=None if masked or answer.logprobs is None else torch.tensor(answer.logprobs),
                 cut=cut,
                 rewards=tuple(answered.rewards[i].tolist()),
-                reward=float(answered.totals[i].nan_to_num(nan=0.0)),
+                reward=float(answered.totals[i]),
                 spread=spreads[i],
                 size=len(answer.ids),
             )
