@@ -61,7 +61,7 @@ _IN_TRL = {
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
     **dict.fromkeys(
         ("RewardTrainer", "RewardConfig"),
-        "tunesmith does supervised fine-tuning, DPO, KTO, GRPO and RLOO: import it from trl, which loads what was tuned here",
+        "it is not there: import it from trl, which loads what was tuned here",
     ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""

@@ -87,6 +87,11 @@ def prepared(
     from tunesmith.data.batches import FlatCollator, pairs_of
     from tunesmith.report.inspect import Vocabulary, count_facts, inspect_row
 
+    if recipe.trainer in ("grpo", "rloo"):
+        raise TunesmithError(
+            f"this run is {recipe.trainer}: its rows have no answers yet, which are drawn when it trains; look at "
+            "answers.jsonl in the run's folder, and check the prompts with `tunesmith check`"
+        )
     source = training_rows(recipe)
     preparer = preparer_of(recipe)
     packing = recipe.config.packing

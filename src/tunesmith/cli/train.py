@@ -173,9 +173,10 @@ def run(recipe: "Recipe") -> None:
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
     from tunesmith.train.together import number_of_processes
-    from tunesmith.trainers import DPOTrainer, KTOTrainer, SFTTrainer
+    from tunesmith.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
-    kind: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer}[recipe.trainer]
+    kinds: dict[str, Any] = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer}
+    kind = (kinds | {"grpo": GRPOTrainer, "rloo": RLOOTrainer})[recipe.trainer]
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
         trainer: PublicTrainer = kind(
             model=recipe.model,

@@ -1,7 +1,7 @@
 """Rows that only ask: prompts, to which a model draws its own answers, and columns for whoever judges these.
 
-    {"prompt": "2 + 2 =", "answer": 4}                              a text to go on with
-    {"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 4}  a conversation, answered through the template
+{"prompt": "2 + 2 =", "answer": 4}                              a text to go on with
+{"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 4}  a conversation, answered through the template
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tunesmith.data.messages import TurnOptions, names_in, read_turns
+from tunesmith.data.mixture import DataSource, split_rows
 from tunesmith.data.preflight import Preflight
 from tunesmith.data.prompts import TrainedForm, prompt_ids, text_ids
 from tunesmith.data.read import with_places
@@ -97,9 +98,21 @@ class Questions:
 
     def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
         """What is trained on, and what is evaluated on: nothing, one data set, or several by name."""
-        if isinstance(train, Mapping):
-            raise TunesmithError("data is several sources by name; give one: prompts have no shares of a mixture here")
-        return self(train, "train"), self.evaluated(evaluated, by_row=by_row)
+        if not isinstance(train, Mapping) or isinstance(train, DatasetDict | IterableDatasetDict):
+            return self(train, "train"), self.evaluated(evaluated, by_row=by_row)
+        rows, held_out = [], {}
+        for name, source in train.items():
+            source = source if isinstance(source, DataSource) else DataSource(rows=source)
+            for option in ("weight", "count", "columns", "text_field"):
+                if getattr(source, option) is not None:
+                    raise TunesmithError(f"data: {option} of source {name!r} is not for prompts; leave it out")
+            used, kept = split_rows(name, with_places(source.rows), source.held_out, self._args.seed)
+            rows += used
+            if kept:
+                held_out[name] = kept
+        if held_out and evaluated is not None:
+            raise TunesmithError("eval_dataset is given, and sources hold rows out; keep one of them")
+        return self(rows, "train"), self.evaluated(held_out or evaluated, by_row=by_row)
 
     def evaluated(self, source: Any, *, by_row: bool = False) -> Any:
         """One data set to evaluate on, or several by name."""

@@ -111,8 +111,8 @@ class Generations(Sampler[list[int]]):
     micro-batch that is made of these answers.
 
     Without a seed, rows keep their order and the last generation may have fewer. With one, they are shuffled anew in
-    each epoch, by the seed and the epoch, and what does not fill a generation is left out of the epoch; `shuffled` false
-    keeps the order.
+    each epoch, by the seed and the epoch, and what does not fill a generation is left out of the epoch; `shuffled`
+    false keeps the order.
     """
 
     def __init__(self, rows: int, prompts: int, *, repeats: int = 1, seed: int | None, shuffled: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Rewards that can be checked: functions of an answer's text, and of what its row says the answer is.
 
-Each name in `CHECKS` is a function of its arguments that makes a reward. A reward has TRL's signature: lists of prompts,
-of completions and of the columns of the rows, an item for each answer, and returns a list of numbers.
+Each name in `CHECKS` is a function of its arguments that makes a reward. A reward has TRL's signature: lists of
+prompts, of completions and of the columns of the rows, an item for each answer; it returns a list of numbers.
 
     >>> CHECKS["number"](column="answer")(completions=["So it is 1,250."], answer=[1250])
     [1.0]

@@ -100,7 +100,8 @@ def deviation(rewards_PG: Tensor) -> Tensor:
     """(P,) The standard deviation of each row, of a sample (n - 1), over what is not NaN; 0 of fewer than two."""
     count = (~rewards_PG.isnan()).sum(dim=1)
     squares = (rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True)).square().nansum(dim=1)
-    return torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
+    spread = torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
+    return spread.masked_fill(is_level(rewards_PG), 0.0)  # whatever the mean rounds to
 
 
 def is_level(rewards_PG: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ def counts_of(preflight: Preflight, origins: Mapping[str, Origin]) -> tuple[Sour
 
 def prompts_of(rows: Iterable[Row], count: int) -> tuple[Prompt, ...]:
     """What the first rows ask, each with the answer in the data, where there is one: the messages before the last of
-    the assistant, or the prompt of a text; of a pair, the better answer. Rows without a question, or with more than text in it, are passed
-    over."""
+    the assistant, or the prompt of a text; of a pair, the better answer. Rows without a question, or with more than
+    text in it, are passed over."""
     prompts: dict[str, Prompt] = {}
     for row in rows:
         if (prompt := _prompt(row)) is not None:

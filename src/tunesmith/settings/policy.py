@@ -241,7 +241,7 @@ class GRPOConfig(PolicyConfig):
     loss_type: PolicyLoss = setting(
         "dapo", "grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | vespo; see docs/policies.md."
     )
-    importance_sampling_level: RatioLevel = setting("token", "One ratio for each token | sequence: for an answer, GSPO.")
+    importance_sampling_level: RatioLevel = setting("token", "A ratio for each token | sequence: for an answer (GSPO).")
     scale_rewards: RewardScaling | bool = setting(
         "group", "Divide by the deviation of rewards: group | batch | none (Dr. GRPO)."
     )
@@ -280,7 +280,8 @@ class GRPOConfig(PolicyConfig):
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         super().__post_init__()
-        if self.delta is not None and self.delta <= 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high):
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
             raise TunesmithError(
                 f"delta is {self.delta}, which would bound good answers, too; write more than 1 + epsilon_high"
             )

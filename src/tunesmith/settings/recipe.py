@@ -22,20 +22,21 @@ from tunesmith.settings.older import LEAVE_OUT, RENAMED
 if TYPE_CHECKING:
     from tunesmith.settings.config import Config
 
-LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5}
+LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "grpo": 1e-5, "rloo": 1e-5}
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
-Trainer = Literal["sft", "dpo", "kto"]
+Trainer = Literal["sft", "dpo", "kto", "grpo", "rloo"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
         "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`) | kto: learn "
-        "from answers that are good or bad (as `tunesmith kto`).",
+        "from answers that are good or bad (as `tunesmith kto`) | grpo, rloo: learn from rewards of answers that the "
+        "model draws (as `tunesmith grpo`, `tunesmith rloo`).",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
@@ -264,9 +265,13 @@ def _setting(name: str, place: str) -> Setting:
 def config_of(trainer: Trainer) -> "type[Config]":
     """The config that a trainer takes."""
     from tunesmith.settings.config import SFTConfig
+    from tunesmith.settings.policy import GRPOConfig, RLOOConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig
 
-    configs: dict[Trainer, type[Config]] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}
+    configs: dict[Trainer, type[Config]] = {
+        **{"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig},
+        **{"grpo": GRPOConfig, "rloo": RLOOConfig},
+    }
     return configs[trainer]
 
 

@@ -4,17 +4,18 @@ The trainer's own decoding is the default. Whatever else draws (`train.vllm_serv
 and the trainer computes the log-probabilities that it learns from itself.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from tunesmith.model.adapters import Model
 from tunesmith.model.generate import Sampling, answer_ids
 from tunesmith.model.head import in_evaluation
+from tunesmith.runs.states import Random, kept_random_states, random_states, restore_random_states
 
 Finish = Literal["stop", "length"]
 
@@ -38,19 +39,52 @@ class Generator(Protocol):
 
 class OwnDecoding:
     """Answers of the `model` that is trained, as it is: without dropout, in the precision within `precision()`. What
-    prompts begin with in common is computed once, and rows that have ended make room for others. Draws from `torch`'s
-    global random numbers."""
+    prompts begin with in common is computed once, and rows that have ended make room for others.
+
+    It has random numbers of its own, which begin at `seed`: whatever a reward draws changes no answer.
+    """
 
     def __init__(
-        self, model: Model, tokenizer: PreTrainedTokenizerBase, precision: Callable[[], AbstractContextManager[None]]
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+        seed: int = 0,
     ) -> None:
-        self._model, self._tokenizer, self._precision = model, tokenizer, precision
+        self._model, self._tokenizer, self._precision, self._seed = model, tokenizer, precision, seed
+        self._random: Random | None = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]:
         answers: dict[int, Generated] = {}
-        with in_evaluation(self._model), torch.no_grad(), self._precision():
+        device = self._model.device
+        with kept_random_states(device), in_evaluation(self._model), torch.no_grad(), self._precision():
+            if self._random is None:
+                set_seed(self._seed)
+            else:
+                restore_random_states(self._random, device)
             for done in answer_ids(self._model, self._tokenizer, prompts, sampling, scored=True):
                 ids = done.ids if done.stop is None else [*done.ids, done.stop]
                 finish: Finish = "stop" if done.ended else "length"
                 answers[done.index] = Generated(ids=ids, finish=finish, logprobs=done.logprobs)
+            self._random = random_states(device, all_devices=False)
         return [answers[i] for i in range(len(prompts))]
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._random = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn within begins at the seed, and what follows goes on where it was."""
+        kept, self._random = self._random, None
+        try:
+            yield
+        finally:
+            self._random = kept
+
+    def state(self) -> Mapping[str, Any]:
+        return {"random": self._random}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._random = state["random"]

@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from tunesmith.objectives.policy import (

@@ -1,8 +1,8 @@
 """A trainer that draws answers, has them judged, and makes the better ones likelier.
 
 A step begins with prompts. Where a generation is over, answers to the next prompts are drawn and judged
-(`train.rollouts`); its micro-batches then go the way of all others: their loss is a function of the log-probabilities of
-the answers' tokens (`objectives.policy`). What an advantage is, and which loss, is said in `train.grpo` and
+(`train.rollouts`); its micro-batches then go the way of all others: their loss is a function of the log-probabilities
+of the answers' tokens (`objectives.policy`). What an advantage is, and which loss, is said in `train.grpo` and
 `train.rloo`.
 """
 
@@ -24,7 +24,6 @@ from tunesmith.data.samplers import Generations, batch_loader, register_sampler
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
 from tunesmith.model.generate import Sampling, room_of
-from tunesmith.model.head import in_evaluation
 from tunesmith.objectives.logprobs import TokenLogProbs
 from tunesmith.objectives.policy import (
     Correction,
@@ -83,6 +82,7 @@ class PolicyTrainer(RowsTrainer):
     training begins with it.
     """
 
+    loss_tells = False  # it is 0 where the policy is that which has drawn, whatever the gradient
     config: ClassVar[type[PolicyConfig]]
     options: PolicyOptions
 
@@ -138,12 +138,13 @@ class PolicyTrainer(RowsTrainer):
         self._check_prompts()
         self.reference = self._chosen_reference(ref_model)
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        own_decoding = OwnDecoding(cast(Model, self.model), tokenizer, self.accelerator.autocast)
-        self.judge = Judge(
-            generator or self._generator() or own_decoding, self.rewards, tokenizer, _sampling(args), self.total
+        self.decoding = OwnDecoding(
+            cast(Model, self.model), tokenizer, precision=self.accelerator.autocast, seed=args.seed
         )
+        self.judge = Judge(generator or self.decoding, self.rewards, tokenizer, _sampling(args), self.total)
         self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
         self.keeper.add("window", self.window)
+        self.keeper.add("decoding", self.decoding)
         self._checked = False
         self._noted: dict[str, list[float]] = {}
 
@@ -165,10 +166,6 @@ class PolicyTrainer(RowsTrainer):
     @property
     def _policy(self) -> PolicyConfig:
         return cast(PolicyConfig, self.args)
-
-    def _generator(self) -> Generator | None:
-        """Another generator than the model's own decoding, where the settings name one."""
-        return None
 
     # Before the first step
 
@@ -202,8 +199,8 @@ class PolicyTrainer(RowsTrainer):
         if count < args.prompts_per_generation:
             raise TunesmithError(
                 f"there are {count} prompts, and a generation has {args.prompts_per_generation} "
-                f"({args.generation_batch_size} answers, {args.num_generations} to each); give more, or write a smaller "
-                "generation_batch_size"
+                f"({args.generation_batch_size} answers, {args.num_generations} to each); give more, or write a "
+                "smaller generation_batch_size"
             )
 
     def _chosen_reference(self, given: str | Model | None) -> Reference | None:
@@ -236,6 +233,7 @@ class PolicyTrainer(RowsTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `BaseTrainer`. Before the first step, ratios must be 1, and the reference what the model is."""
         self.window.begin()
+        self.decoding.begin()
         self._checked = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -378,8 +376,8 @@ class PolicyTrainer(RowsTrainer):
             apart = torch.cat([one - two for one, two in pairs]).abs().nan_to_num(nan=0.0).mean()
             if not apart <= tolerance.mean:
                 raise TunesmithError(
-                    f"before the first step, the model and its {name} differ by {float(apart):.4f} nats a token (at most "
-                    f"{tolerance.mean:g} is rounding), so that ratios would not begin at 1; {hint}"
+                    f"before the first step, the model and its {name} differ by {float(apart):.4f} nats a token (at "
+                    f"most {tolerance.mean:g} is rounding), so that ratios would not begin at 1; {hint}"
                 )
 
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
@@ -458,6 +456,11 @@ class PolicyTrainer(RowsTrainer):
         return torch.tensor(sum(trial.share for trial in trials), device=batch.input_ids.device)
 
     # An evaluation, and the log
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Each evaluation draws with the same random numbers, and those of the training go on behind it."""
+        with self.decoding.aside():
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

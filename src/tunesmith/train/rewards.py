@@ -196,8 +196,8 @@ def _resolved(given: Any, arguments: Mapping[str, Any]) -> RewardFunction | nn.M
     if Path(given).is_dir() or "/" in given:
         return AutoModelForSequenceClassification.from_pretrained(given, num_labels=1)
     raise TunesmithError(
-        f"reward_funcs: no reward is called {given!r}{nearest(given, CHECKS)}; there are {', '.join(CHECKS)}; a function "
-        "is `module:function` or `file.py:function`, a model a folder or a name on the hub"
+        f"reward_funcs: no reward is called {given!r}{nearest(given, CHECKS)}; there are {', '.join(CHECKS)}; a "
+        "function is `module:function` or `file.py:function`, a model a folder or a name on the hub"
     )
 
 
@@ -210,7 +210,8 @@ def _imported(path: str) -> Any:
             if not file.is_file():
                 raise TunesmithError(f"reward_funcs: no file {source}")
             spec = importlib.util.spec_from_file_location(file.stem, file)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
@@ -234,7 +235,9 @@ def _name(function: Any) -> str:
 
 def _distinct(names: Sequence[str]) -> list[str]:
     """Names under which numbers are logged: a second one of a name is counted."""
-    return [name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+    return [
+        name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)
+    ]
 
 
 def _required(function: Any) -> list[str]:
@@ -249,7 +252,9 @@ def _required(function: Any) -> list[str]:
 
 def _call(function: Any, asked: Asked, context: Mapping[str, Any]) -> Any:
     """With lists for all that the function takes."""
-    columns = {name: [row.get(name) for row in asked.rows] for name in dict.fromkeys(k for row in asked.rows for k in row)}
+    columns = {
+        name: [row.get(name) for row in asked.rows] for name in dict.fromkeys(k for row in asked.rows for k in row)
+    }
     own = {"prompts": asked.prompts, "completions": asked.completions, "completion_ids": asked.ids}
     values = {**columns, **context, **{name: [*value] for name, value in own.items()}}
     for name in ("prompt", "completion"):

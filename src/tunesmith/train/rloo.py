@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from tunesmith.objectives.policy import PolicyOptions, leave_one_out, total_rewards

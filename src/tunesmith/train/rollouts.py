@@ -28,10 +28,10 @@ from tunesmith.types import IGNORE_INDEX, Example
 class Trial(Example):
     """An answer that was drawn, with its prompt, as an example, and what the loss takes of it.
 
-    `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`, by
-    the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`: it
-    was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the `spread` of that in its
-    group. `size` is the number of its tokens, trained or not.
+    `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`,
+    by the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`:
+    it was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the
+    `spread` of that in its group. `size` is the number of its tokens, trained or not.
     """
 
     advantage: float = 0.0
@@ -98,8 +98,8 @@ def _plain(value: float) -> float | None:
 
 
 class Judge:
-    """Draws answers with a `generator`, and judges them with `rewards`, of which `total` makes one number each: (D, R) to
-    (D,)."""
+    """Draws answers with a `generator`, and judges them with `rewards`, of which `total` makes one number each: (D, R)
+    to (D,)."""
 
     def __init__(
         self,
@@ -170,7 +170,8 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
         trials.append(
             Trial(
                 input_ids=[*prompt, *answer.ids],
-                labels=[IGNORE_INDEX] * len(prompt) + [*(answer.ids if not masked else [IGNORE_INDEX] * len(answer.ids))],
+                labels=[IGNORE_INDEX] * len(prompt)
+                + [*(answer.ids if not masked else [IGNORE_INDEX] * len(answer.ids))],
                 sampled=None if masked or answer.logprobs is None else torch.tensor(answer.logprobs),
                 cut=cut,
                 rewards=tuple(answered.rewards[i].tolist()),
