@@ -385,7 +385,7 @@ class _Rows:
         together = [self._part(), *parts] if self.requests else [*parts]
         self.logits = torch.cat([part.logits for part in together])
         for kept in (self._answers, self._logprobs):
-            kept += [[] for part in parts for _ in part.requests]  # type: ignore[arg-type]
+            kept += [[] for part in parts for _ in part.requests]
         self._assemble(together)
 
     @property

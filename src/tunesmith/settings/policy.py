@@ -50,6 +50,7 @@ NOT_HERE = {
     "top_entropy_quantile": (1.0, "a quantile is of a micro-batch, which is divided where memory asks for that"),
     "entropy_coef": (0.0, "the entropy has no gradient here"),
     "use_adaptive_entropy": (False, "the entropy has no gradient here"),
+    "max_tool_calling_iterations": (None, "answers call no tools here"),
     "vllm_model_impl": ("vllm", "it is an option of the server: vllm serve --model-impl"),
     "vllm_enable_sleep_mode": (False, "it is an option of the server"),
     "vllm_structured_outputs_regex": (None, "the trainer's log-probabilities know no such rule"),
@@ -114,7 +115,7 @@ class PolicyConfig(Config):
     sync_ref_model: bool = setting(False, "TRL's; leave it.")
     ref_model_mixup_alpha: float = setting(0.6, "TRL's; leave it.")
     ref_model_sync_steps: int = setting(512, "TRL's; leave it.")
-    log_completions: bool = setting(False, "Print the best and the worst answer of a group whenever there is a log.")
+    log_completions: bool = setting(False, "Show the best and the worst answer of a group of each generation.")
     log_multimodal: bool = setting(True, "TRL's; leave it.")
     num_completions_to_print: int | None = setting(None, "TRL's; leave it.")
     log_unique_prompts: bool = setting(False, "TRL's; leave it.")
@@ -265,7 +266,7 @@ class GRPOConfig(PolicyConfig):
     )
     vllm_importance_sampling_clip_max: float | None = setting(3.0, "The highest such weight.")
     vllm_importance_sampling_clip_min: float | None = setting(None, "The lowest such weight.")
-    max_tool_calling_iterations: int | None = setting(None, "How often the model may call tools for one answer.")
+    max_tool_calling_iterations: int | None = setting(None, "TRL's; leave it: answers call no tools here.")
     cast_lm_head_to_fp32: bool = setting(False, "TRL's; leave it.")
     top_entropy_quantile: float = setting(1.0, "TRL's; leave it.")
     entropy_coef: float = setting(0.0, "TRL's; leave it.")

@@ -6,10 +6,12 @@ of the answers' tokens (`objectives.policy`). What an advantage is, and which lo
 `train.rloo`.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,7 +25,7 @@ from tunesmith.data.questions import Question, Questions
 from tunesmith.data.samplers import Generations, batch_loader, register_sampler
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
-from tunesmith.model.generate import Sampling, room_of
+from tunesmith.model.generate import Sampling, room_of, stop_ids
 from tunesmith.objectives.logprobs import TokenLogProbs
 from tunesmith.objectives.policy import (
     Correction,
@@ -45,12 +47,17 @@ from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
 from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.vllm_server import Server, VLLMServer
 
 logger = logging.getLogger(__name__)
 OF_TOKENS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 """Means over the tokens of answers."""
 PARITY = "sampling/sampling_logp_difference/mean"
 """The mean difference, in nats a token, between what the generator and the trainer say of the drawn tokens."""
+
+
+ELSEWHERE = 0.1
+"""As many nats a token a generator elsewhere may differ before the first step: it rounds in its own way, in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +148,8 @@ class PolicyTrainer(RowsTrainer):
         self.decoding = OwnDecoding(
             cast(Model, self.model), tokenizer, precision=self.accelerator.autocast, seed=args.seed
         )
-        self.judge = Judge(generator or self.decoding, self.rewards, tokenizer, _sampling(args), self.total)
+        drawing = generator or (self._server() if args.use_vllm else self.decoding)
+        self.judge = Judge(drawing, self.rewards, tokenizer, _sampling(args), self.total)
         self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
         self.keeper.add("window", self.window)
         self.keeper.add("decoding", self.decoding)
@@ -153,6 +161,16 @@ class PolicyTrainer(RowsTrainer):
     def take_settings(self, args: Any) -> PolicyOptions:
         """What the loss is, by a checked config."""
         raise NotImplementedError(f"{type(self).__name__} must define take_settings")
+
+    def _server(self) -> Generator:
+        args, tokenizer = self._policy, cast(PreTrainedTokenizerBase, self.processing_class)
+        server = Server(
+            url=args.server.rstrip("/"),
+            timeout=args.vllm_server_timeout,
+            folder=Path(str(args.output_dir)) / "vllm",
+            stops=stop_ids(cast(Model, self.model), tokenizer),
+        )
+        return VLLMServer(self.model, server, lambda: int(self.state.global_step))
 
     def total(self, rewards_DR: Tensor) -> Tensor:
         """(D,) What the rewards of each answer count together; NaN where none applies."""
@@ -293,7 +311,10 @@ class PolicyTrainer(RowsTrainer):
             asked, self._group(training=training), trainer_state=self.state, log_metric=self._note_metric
         )
         if training:
-            self.journal.note_answers(answered.best_and_worst(self.rewards.names))
+            entry = answered.best_and_worst(self.rewards.names)
+            self.journal.note_answers(entry)
+            if self._policy.log_completions and self.is_world_process_zero():
+                logger.warning("Best and worst of a group:\n%s", json.dumps(entry, indent=2, ensure_ascii=False))
         return answered
 
     def _note_metric(self, name: str, value: float) -> None:
@@ -364,20 +385,27 @@ class PolicyTrainer(RowsTrainer):
         args, model = self._policy, cast(nn.Module, self.model)
         part = trials[: args.per_device_train_batch_size]
         own = self._scores(part, len(part), AsItIs(), model)
-        tolerance = EXACT if args.precision == "fp32" else ROUNDED
-        compared = {"generator": ([trial.sampled for trial in part], "give it the weights that are trained")}
+        near = EXACT.mean if args.precision == "fp32" else ROUNDED.mean
+        compared = {
+            "generator": (
+                [trial.sampled for trial in part],
+                near if self.judge.generator is self.decoding else ELSEWHERE,
+                "give it the weights that are trained, and of a vLLM server, where temperature is not 1, "
+                "--logprobs-mode processed_logprobs",
+            )
+        }
         if not isinstance(self.reference, GivenModel):
-            near = [trial.by_reference for trial in part]
-            compared["reference"] = (near, "give the model that the reference is to be as ref_model")
-        for name, (others, hint) in compared.items():
+            others = [trial.by_reference for trial in part]
+            compared["reference"] = (others, near, "give the model that the reference is to be as ref_model")
+        for name, (others, most, hint) in compared.items():
             pairs = [(one, two) for one, two in zip(own, others, strict=True) if two is not None and len(two)]
             if not pairs:
                 continue
             apart = torch.cat([one - two for one, two in pairs]).abs().nan_to_num(nan=0.0).mean()
-            if not apart <= tolerance.mean:
+            if not apart <= most:
                 raise TunesmithError(
                     f"before the first step, the model and its {name} differ by {float(apart):.4f} nats a token (at "
-                    f"most {tolerance.mean:g} is rounding), so that ratios would not begin at 1; {hint}"
+                    f"most {most:g} is rounding), so that ratios would not begin at 1; {hint}"
                 )
 
     def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:

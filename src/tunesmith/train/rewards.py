@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -109,12 +110,12 @@ class Rewards:
         answers: list[Any] = [None] * len(self._functions)
         for i, function in enumerate(self._functions):
             if i not in later:
-                answers[i] = self._guarded(i, asked, context, lambda function=function: _call(function, asked, context))
+                answers[i] = self._guarded(i, asked, context, partial(_call, function, asked, context))
         if later:
             with ThreadPoolExecutor(1) as pool:  # a notebook's thread has a loop that runs already
                 outcomes = pool.submit(asyncio.run, _together([self._functions[i] for i in later], asked, context))
                 for i, outcome in zip(later, outcomes.result(), strict=True):
-                    answers[i] = self._guarded(i, asked, context, lambda outcome=outcome: _unwrapped(outcome))
+                    answers[i] = self._guarded(i, asked, context, partial(_unwrapped, outcome))
         return torch.stack([self._column(i, values, asked) for i, values in enumerate(answers)], dim=1)
 
     def _guarded(self, i: int, asked: Asked, context: Mapping[str, Any], call: Callable[[], Any]) -> Any:
