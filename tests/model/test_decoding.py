@@ -26,7 +26,7 @@ def prompts() -> list[list[int]]:
     return [SHORT, *(COMMON + tail for tail in tails), LONG, COMMON]
 
 
-def greedy(logits_BV: Tensor) -> Tensor:
+def greedy(logits_BV: Tensor, rows: Any) -> Tensor:
     return logits_BV.argmax(dim=-1)
 
 

@@ -136,7 +136,7 @@ class RunRecord:
     `samples` were asked.
 
     `trainer` is "sft"; "dpo" for a run on pairs, or "kto" for one on judged answers, whose losses are of these
-    rather than of tokens.
+    rather than of tokens; "grpo" or "rloo" for one on rewards.
 
     Numbers that are not finite are None in what is written, and tokens and passwords are blacked out.
     """

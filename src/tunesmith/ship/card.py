@@ -328,6 +328,8 @@ def _summary(card: Card) -> str:
         "sft": "supervised fine-tuning",
         "dpo": "preference optimization (DPO) on pairs of answers",
         "kto": "preference optimization (KTO) on answers that are good or bad",
+        "grpo": "group relative policy optimization (GRPO) on rewards of its own answers",
+        "rloo": "REINFORCE leave-one-out (RLOO) on rewards of its own answers",
     }
     return f"{model}, by {ways[_trainer(card)]} with tunesmith.{note}"
 
@@ -357,8 +359,11 @@ def _results_section(card: Card) -> list[str]:
     if card.results:
         rows = [[inline(result.dataset), result.metric, f"{result.value:.4f}"] for result in card.results]
         parts.append(table(["evaluated on", "metric", "value"], rows))
-        what = {"sft": "supervised tokens", "dpo": "pairs", "kto": "answers"}[_trainer(card)]
-        parts.append(f"All are over the {what} of the set, each predicted from the true text before it.")
+        what = {"sft": "supervised tokens", "dpo": "pairs", "kto": "answers"}.get(_trainer(card))
+        if what is not None:
+            parts.append(f"All are over the {what} of the set, each predicted from the true text before it.")
+        else:
+            parts.append("All are over answers that the model drew to the prompts of the set.")
     if card.picture:
         parts.append(f"![The loss over the steps of training.]({PICTURE})")
     return ["## Results", *parts] if parts else []

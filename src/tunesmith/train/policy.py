@@ -57,7 +57,7 @@ PARITY = "sampling/sampling_logp_difference/mean"
 
 
 ELSEWHERE = 0.1
-"""As many nats a token a generator elsewhere may differ before the first step: it rounds in its own way, in bfloat16."""
+"""As many nats a token a generator elsewhere may differ before the first step: it rounds in its own way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
