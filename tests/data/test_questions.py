@@ -29,7 +29,7 @@ def test_texts_are_gone_on_with_and_messages_are_answered(questions_of: Any, tok
     assert questions.every[0].prompt == [{"role": "user", "content": "Hi"}]
     assert questions.every[0].row["answer"] == {"a": [1, None]}  # as the user gave it
     assert questions.columns["train"] == {"prompt", "answer"}
-    assert questions.preflight().notes == ["train: 2 prompts of 7 to 39 tokens"]
+    assert questions.preflight().notes == ["train: 2 prompts of 7 to 21 tokens"]
 
 
 def test_another_column_answers_and_held_out_rows(questions_of: Any) -> None:
@@ -46,7 +46,7 @@ def test_another_column_answers_and_held_out_rows(questions_of: Any) -> None:
     ("rows", "problem"),
     [
         ([{"question": "Hi"}], "row 0: no 'prompt'; the row has question"),
-        ([{"prompt": 3}], "row 0: 'prompt' is 3"),
+        ([{"prompt": 3}], r"row 0: 'prompt' is a number \(3\)"),
         ([{"prompt": ""}], "row 0: the prompt is empty"),
         ([{"prompt": [{"role": "assistant", "content": "Hi"}]}], "the last message of 'prompt' is the assistant's"),
         ([], "has no rows with a prompt"),

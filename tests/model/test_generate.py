@@ -140,9 +140,10 @@ def test_draws_are_those_of_transformers_at_the_same_seed(
 
 
 def test_what_is_drawn_has_the_log_probabilities_of_the_models_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Among all tokens at the temperature, whatever is cut off; the token that ends the answer included."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [*range(3, 23)])
     prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     sampling = Sampling(max_new_tokens=30, temperature=2.0, top_k=40)
     torch.manual_seed(3)

@@ -297,6 +297,8 @@ def test_what_is_drawn_is_written_down(policy_of: Any, tmp_path: Path) -> None:
     assert lines[0]["prompt"][0]["content"] in [row["prompt"][0]["content"] for row in PROMPTS]
     assert lines[0]["best"]["reward"] >= lines[0]["worst"]["reward"]
     assert lines[0]["best"]["rewards"] == {"letters": lines[0]["best"]["reward"]}
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["reward"] > 0 for step in steps if "loss" in step] == [True, True]
 
 
 # Resuming

@@ -89,6 +89,7 @@ class Journal:
         self._asked: list[Asked] = []
         self._trained_on = False
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._drawn: Mapping[str, float] = {}
         self._began = self._clock = 0.0
 
     @property
@@ -203,7 +204,8 @@ class Journal:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "learning_rate": learning_rate,
         }
-        self._note(METRICS, entry)
+        self._note(METRICS, entry | dict(self._drawn))
+        self._drawn = {}
 
     def start_clock(self) -> None:
         """A step begins: what evaluation and saving took is not its."""
@@ -216,8 +218,10 @@ class Journal:
     def note_event(self, step: int, text: str) -> None:
         self._note(METRICS, {"event": text}, step)
 
-    def note_answers(self, entry: Mapping[str, Any]) -> None:
-        """Answers that were drawn for the step that begins, the best and the worst of a group."""
+    def note_answers(self, entry: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+        """Answers that were drawn for the step that begins, the best and the worst of a group; `numbers` of all of them
+        go with the step."""
+        self._drawn = numbers
         self._note(ANSWERS, entry, self._trainer.state.global_step + 1)
 
     def note_evaluation(self, metrics: Mapping[str, Any]) -> None:

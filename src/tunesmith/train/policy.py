@@ -312,7 +312,10 @@ class PolicyTrainer(RowsTrainer):
         )
         if training:
             entry = answered.best_and_worst(self.rewards.names)
-            self.journal.note_answers(entry)
+            known = answered.totals[~answered.totals.isnan()]
+            spread = float(answered.spreads.nan_to_num(nan=0.0).mean())
+            reward = {"reward": float(known.mean()), "reward_spread": spread} if len(known) else {}
+            self.journal.note_answers(entry, reward)
             if self._policy.log_completions and self.is_world_process_zero():
                 logger.warning("Best and worst of a group:\n%s", json.dumps(entry, indent=2, ensure_ascii=False))
         return answered
