@@ -17,6 +17,7 @@ from typer.main import get_command
 from tunesmith.cli.main import app
 from tunesmith.settings.coerce import members_of
 from tunesmith.settings.config import UNSUPPORTED
+from tunesmith.settings.policy import NOT_HERE
 from tunesmith.settings.recipe import KEYS, Setting, all_settings
 
 SETTINGS = Path(__file__).with_name("settings.md")
@@ -154,7 +155,7 @@ def settings_page() -> str:
         raise ValueError(f"each setting has one place in GROUPS; these have none, or two, or are no settings: {odd}")
     keys = ", ".join(f"`{name}`" for name in KEYS)
     groups = "".join(_group(group, known) for group in GROUPS)
-    return HEADER.format(keys=keys) + groups + _preferences() + _refused(known)
+    return HEADER.format(keys=keys) + groups + _preferences() + _policies() + _refused(known)
 
 
 def _preferences() -> str:
@@ -170,6 +171,27 @@ def _preferences() -> str:
         names = " ".join(name for name in known if name not in supervised or name == "loss_type")
         parts += _group(Group(title=title, text=text, names=names), known)
     return parts
+
+
+def _policies() -> str:
+    """What `tunesmith grpo` and `tunesmith rloo` have beside the settings of all runs."""
+    others, parts = all_settings(), ""
+    titles = (("Rewards of answers, by groups", "grpo", "GRPOConfig"), ("Leave-one-out", "rloo", "RLOOConfig"))
+    for title, trainer, config in titles:
+        known = all_settings(trainer)
+        text = f"Of `tunesmith {trainer}` and `{config}` only; more on [policies](policies.md)."
+        if trainer == "rloo":
+            text += " The others are those of GRPO."
+        own = [name for name in known if name not in NOT_HERE]
+        names = [name for name in own if name not in others or known[name].default != others[name].default]
+        if trainer == "rloo":
+            grpo = all_settings("grpo")
+            names = [name for name in names if name not in grpo or known[name].default != grpo[name].default]
+        parts += _group(Group(title=title, text=text, names=" ".join(names)), known)
+    items = "".join(f"- `{name}`: {_marked(reason, known)}.\n" for name, (_, reason) in NOT_HERE.items())
+    return (
+        parts + f"\n### Names of TRL that change nothing\n\nTaken at TRL's default, and refused at others.\n\n{items}"
+    )
 
 
 def _group(group: Group, known: Mapping[str, Setting]) -> str:

@@ -16,8 +16,18 @@ if TYPE_CHECKING:
     from tunesmith.practice.hub_server import practice_hub
     from tunesmith.settings.config import SFTConfig
     from tunesmith.settings.distillation import DistillationConfig, GKDConfig
+    from tunesmith.settings.policy import GRPOConfig, RLOOConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
-    from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+    from tunesmith.trainers import (
+        DistillationTrainer,
+        DPOTrainer,
+        GKDTrainer,
+        GRPOTrainer,
+        KTOTrainer,
+        RewardTrainer,
+        RLOOTrainer,
+        SFTTrainer,
+    )
 
 __version__ = "0.1.0"
 
@@ -29,8 +39,12 @@ __all__ = [
     "DistillationTrainer",
     "GKDConfig",
     "GKDTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
@@ -55,6 +69,10 @@ _DEFINED_IN = {
     "KTOTrainer": "tunesmith.trainers",
     "RewardConfig": "tunesmith.settings.preference",
     "RewardTrainer": "tunesmith.trainers",
+    "GRPOConfig": "tunesmith.settings.policy",
+    "GRPOTrainer": "tunesmith.trainers",
+    "RLOOConfig": "tunesmith.settings.policy",
+    "RLOOTrainer": "tunesmith.trainers",
     "DataSource": "tunesmith.data.mixture",
     "SFTConfig": "tunesmith.settings.config",
     "SFTTrainer": "tunesmith.trainers",
@@ -75,11 +93,6 @@ _IN_TRL = {
     "DataCollatorForLanguageModeling": "leave data_collator out: batches are made without padding",
     "ConstantLengthDataset": "write SFTConfig(packing=True)",
     "setup_chat_format": 'write SFTConfig(chat_template_path="chatml"), or call clone_chat_template',
-    **dict.fromkeys(
-        ("GRPOTrainer", "GRPOConfig"),
-        "tunesmith does supervised fine-tuning, preferences and distillation: import it from trl, which loads what was "
-        "tuned here",
-    ),
 }
 """What scripts import from TRL beside the trainer, and what to write here."""
 

@@ -8,7 +8,7 @@ from tunesmith.runs.files import REPORT
 from tunesmith.runs.record import Origin
 from tunesmith.ship.hub import MAIN, MESSAGE, HubPublisher, PushOptions, PushReport, in_full, push
 from tunesmith.ship.merge import MergeOptions, MergeReport, merge
-from tunesmith.train import distillation, dpo, kto, reward, sft
+from tunesmith.train import distillation, dpo, grpo, kto, reward, rloo, sft
 from tunesmith.train.trainer import BaseTrainer
 
 
@@ -91,11 +91,21 @@ class GKDTrainer(distillation.GKDTrainer, Published):
     __doc__ = distillation.GKDTrainer.__doc__
 
 
+class GRPOTrainer(grpo.GRPOTrainer, Published):
+    __doc__ = grpo.GRPOTrainer.__doc__
+
+
+class RLOOTrainer(rloo.RLOOTrainer, Published):
+    __doc__ = rloo.RLOOTrainer.__doc__
+
+
 TRAINERS: dict[str, Any] = {
     "sft": SFTTrainer,
     "dpo": DPOTrainer,
     "kto": KTOTrainer,
     "reward": RewardTrainer,
     "distill": DistillationTrainer,
+    "grpo": GRPOTrainer,
+    "rloo": RLOOTrainer,
 }
 """By their names in a recipe."""

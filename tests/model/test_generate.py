@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,17 +124,37 @@ def test_draws_are_those_of_transformers_at_the_same_seed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     ids = prompt_ids(tokenizer, PROMPTS[1])
-    for temperature, top_p in ((0.7, 1.0), (1.0, 0.8), (3.0, 0.95)):
-        sampling = Sampling(max_new_tokens=20, temperature=temperature, top_p=top_p)
+    for settings in (
+        *({"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 3.0, "top_p": 0.95}),
+        *({"temperature": 2.0, "top_k": 5}, {"temperature": 2.0, "min_p": 0.3}),
+        {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.7},
+    ):
+        sampling = Sampling(max_new_tokens=20, **cast(Any, settings))
         torch.manual_seed(4)
         [done] = answer_ids(model.eval(), tokenizer, [ids], sampling)
-        drawn = GenerationConfig(
-            do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=20, pad_token_id=0
-        )
+        drawn = GenerationConfig(**{"do_sample": True, "top_k": 0, "max_new_tokens": 20, "pad_token_id": 0} | settings)
         torch.manual_seed(4)
         output: Any = model.generate(torch.tensor([ids]), generation_config=drawn)  # type: ignore[operator]
         assert len(done.ids) > 3
         assert output[0, len(ids) : len(ids) + len(done.ids)].tolist() == done.ids
+
+
+def test_what_is_drawn_has_the_log_probabilities_of_the_models_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among all tokens at the temperature, whatever is cut off; the token that ends the answer included."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [*range(3, 23)])
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    sampling = Sampling(max_new_tokens=30, temperature=2.0, top_k=40)
+    torch.manual_seed(3)
+    answers = list(answer_ids(model.eval(), tokenizer, prompts, sampling, batch_size=2, scored=True))
+    assert {done.ended for done in answers} == {True, False}
+    for done in answers:
+        ids = [*done.ids, done.stop] if done.stop is not None else done.ids
+        asked = prompts[done.index]
+        logits = model(torch.tensor([[*asked, *ids]])).logits[0, len(asked) - 1 : -1].float()
+        expected = (logits / 2.0).log_softmax(dim=-1)[torch.arange(len(ids)), torch.tensor(ids)]
+        torch.testing.assert_close(torch.tensor(done.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_drawn_by_their_own_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -227,7 +247,10 @@ def test_no_prompts_give_no_answers(model: PreTrainedModel, tokenizer: PreTraine
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [
+        *({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}),
+        *({"top_k": -1}, {"min_p": 1.5}, {"repetition_penalty": 0.0}),
+    ],
 )
 def test_an_impossible_setting_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(TunesmithError, match=next(iter(wrong))):

@@ -43,6 +43,16 @@ def test_a_falling_curve_is_drawn_from_the_highest_bar_to_the_lowest() -> None:
     assert curve.sparkline(2) == "█▁"
 
 
+def test_where_there_are_rewards_they_are_shown_in_place_of_the_loss() -> None:
+    now = Snapshot(output="runs/first", total=2, epochs=1.0)
+    step = {"memory_mb": None, "grad_norm": 1.0, "learning_rate": 0.1, "supervised_tokens": 1, "tokens": 2}
+    for number, reward in enumerate((0.25, None, 0.75)):
+        drawn_now = {} if reward is None else {"reward": reward}
+        now.take({"loss": -float(number), "tokens_per_second": 1.0, **step, **drawn_now})
+    assert now.curve.sparkline(2) == "▁█"
+    assert any(line.startswith("reward 0.7500") for line in drawn(now, 60))
+
+
 def test_a_long_curve_keeps_its_form_in_bounded_memory_and_leaves_out_what_is_not_finite() -> None:
     curve = Curve(most=64)
     for i in range(10_000):

@@ -1,7 +1,7 @@
 """What commands that take a recipe share: settings for looking at its data alone, and its data, opened, not read."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.terminal.output import note
 
@@ -25,6 +25,16 @@ SAME_DATA: dict[str, Any] = {
 and a recipe for a GPU can be inspected where there is none."""
 
 
+TASKS: "dict[Trainer, Task]" = {
+    "sft": "supervised",
+    "dpo": "pairs",
+    "kto": "judged",
+    "reward": "ranked",
+    "distill": "supervised",
+}
+"""What the rows of a trainer are read as."""
+
+
 def data_recipe(arguments: list[str]) -> "Recipe":
     """The recipe of a command that looks at its data alone."""
     from tunesmith.settings.recipe import parse_options, resolve
@@ -36,20 +46,16 @@ def data_recipe(arguments: list[str]) -> "Recipe":
 
 
 def preparer_of(recipe: "Recipe") -> "DataPreparer":
-    """Prepares data as training does; only the tokenizer is loaded."""
+    """Prepares data as training does; only the tokenizer is loaded. Of rows that only ask, `Questions`."""
     from tunesmith.data.dataset import DataPreparer
+    from tunesmith.data.questions import Questions
     from tunesmith.model.load import prepare_tokenizer, resolve_model
 
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
-    tasks: dict[Trainer, Task] = {
-        "sft": "supervised",
-        "dpo": "pairs",
-        "kto": "judged",
-        "reward": "ranked",
-        "distill": "supervised",
-    }
-    return DataPreparer(recipe.config, tokenizer, None, task=tasks[recipe.trainer])
+    if recipe.trainer not in TASKS:
+        return cast(Any, Questions(recipe.config, tokenizer))
+    return DataPreparer(recipe.config, tokenizer, None, task=TASKS[recipe.trainer])
 
 
 def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":

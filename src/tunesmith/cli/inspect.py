@@ -94,6 +94,11 @@ class PreparedRows:
     def __init__(self, recipe: "Recipe") -> None:
         from tunesmith.report.inspect import Vocabulary
 
+        if recipe.trainer in ("grpo", "rloo"):
+            raise TunesmithError(
+                f"this run is {recipe.trainer}: its rows have no answers yet, which are drawn when it trains; look at "
+                "answers.jsonl in the run's folder, and check the prompts with `tunesmith check`"
+            )
         source, preparer = training_rows(recipe), preparer_of(recipe)
         packing = recipe.config.packing
         self._dataset: Any

@@ -75,6 +75,11 @@ def plan(
     if path is None:
         overrides.setdefault("data", "unused")
     recipe = resolve(path, overrides | NO_NEED)
+    if recipe.trainer in ("grpo", "rloo"):
+        raise TunesmithError(
+            f"plan counts supervised runs, and this one is {recipe.trainer}, whose answers are drawn in training; a "
+            "micro-batch that does not fit is split then, with the same gradients"
+        )
     if recipe.trainer not in PLANNED:
         raise TunesmithError(
             f"plan counts runs of {', '.join(PLANNED)}, and this one is {recipe.trainer}. "

@@ -106,6 +106,38 @@ class LengthGroups(Sampler[int]):
         yield from get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
 
 
+class Generations(Sampler[list[int]]):
+    """A batch sampler: `prompts` rows to which answers are drawn together, `repeats` times in a row, once for each
+    micro-batch that is made of these answers.
+
+    Without a seed, rows keep their order and the last generation may have fewer. With one, they are shuffled anew in
+    each epoch, by the seed and the epoch, and what does not fill a generation is left out of the epoch; `shuffled`
+    false keeps the order.
+    """
+
+    def __init__(self, rows: int, prompts: int, *, repeats: int = 1, seed: int | None, shuffled: bool = True) -> None:
+        self._rows, self._prompts, self._repeats = rows, prompts, repeats
+        self._seed, self._shuffled = seed, shuffled
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole = self._rows // self._prompts if self._seed is not None else -(-self._rows // self._prompts)
+        return whole * self._repeats
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = [*range(self._rows)]
+        if self._seed is not None and self._shuffled:
+            generator = torch.Generator().manual_seed(self._seed + self.epoch)
+            order = torch.randperm(self._rows, generator=generator).tolist()
+        for number in range(len(self) // self._repeats):
+            rows = order[number * self._prompts : (number + 1) * self._prompts]
+            for _ in range(self._repeats):
+                yield rows
+
+
 class PrefixGroups(Sampler[int]):
     """A sampler after which batches of `batch_size` hold rows that begin alike, each row once an epoch.
 
@@ -286,7 +318,7 @@ def register_sampler(loader: Any) -> Any:
     the first batches of an epoch."""
     batches = getattr(loader, "batch_sampler", None)
     for sampler in (batches, getattr(batches, "sampler", None)):
-        if isinstance(sampler, TokenBatches | LengthGroups | PrefixGroups):
+        if isinstance(sampler, TokenBatches | LengthGroups | PrefixGroups | Generations):
             loader.set_sampler(sampler)
     return loader
 

@@ -20,7 +20,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,12 +59,18 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """The answer to the request `index`, without its stop token. `ended`: it had one, `stop`."""
+    """The answer to the request `index`, without its stop token. `ended`: it had one, which is `stop`. `logprobs` of
+    all its tokens, the stop token included, in nats, where they were asked for."""
 
     index: int
     ids: list[int]
     ended: bool
     stop: int | None = None
+    logprobs: list[float] | None = None
+
+
+Pick: TypeAlias = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
+"""Chooses tokens (B,) by fp32 logits (B, V), which stay as they are, and all tokens of each row so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,13 +123,15 @@ def decode(
     model: PreTrainedModel,
     requests: Sequence[Request],
     stops: Sequence[int],
-    pick: Callable[[Tensor], Tensor],
+    pick: Pick,
     *,
     rows: int | None = None,
     streamer: BaseStreamer | None = None,
+    scored_at: float | None = None,
 ) -> Iterator[Done]:
-    """Answers as they finish. `pick` chooses tokens (B,) by fp32 logits (B, V). `rows`: how many at a time, ROWS if
-    unset, or more on a CPU. `streamer` gets the tokens of a single request, as from `transformers`.
+    """Answers as they finish. `rows`: how many at a time, ROWS if unset, or more on a CPU. `streamer` gets the tokens
+    of a single request, as from `transformers`. `scored_at`: answers have the log-probabilities of their tokens at this
+    temperature.
 
     `can_decode(model)` must hold, and the model be in evaluation mode.
     """
@@ -141,10 +149,10 @@ def decode(
             if rows is None and size == ROWS and model.device.type == "cpu":
                 size = max(ROWS, min(ROWS_ON_CPU, CACHE // (batch.bytes_per_column() * largest)))
                 continue  # more enter before the first step
-        tokens = pick(batch.logits)
+        tokens = pick(batch.logits, batch.rows)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        yield from batch.note(tokens, ends)
+        yield from batch.note(tokens, ends, scored_at)
         if batch.requests:
             batch.step()
     if streamer is not None:
@@ -365,6 +373,7 @@ class _Rows:
         self._model, self._most = _Model(model), most
         self.requests: list[Request] = []
         self._answers: list[list[int]] = []
+        self._logprobs: list[list[float]] = []
         self._padding: list[int] = []
         self._width = 0
         self._cache = self._model.cache()
@@ -375,8 +384,14 @@ class _Rows:
         """Further rows, below those that are there."""
         together = [self._part(), *parts] if self.requests else [*parts]
         self.logits = torch.cat([part.logits for part in together])
-        self._answers += [[] for part in parts for _ in part.requests]
+        for kept in (self._answers, self._logprobs):
+            kept += [[] for part in parts for _ in part.requests]
         self._assemble(together)
+
+    @property
+    def rows(self) -> Sequence[Sequence[int]]:
+        """All tokens of each row, made where they are asked for."""
+        return _Tokens(self.requests, self._answers)
 
     def _part(self) -> _Part:
         return _Part(requests=self.requests, padding=self._padding, cache=self._cache, logits=self.logits)
@@ -406,9 +421,14 @@ class _Rows:
         self._positions = self._width - left_B
         self._mask = (torch.arange(self._width, device=device) >= left_B[:, None]).long()
 
-    def note(self, tokens_B: Tensor, ends: frozenset[int]) -> Iterator[Done]:
+    def note(self, tokens_B: Tensor, ends: frozenset[int], scored_at: float | None) -> Iterator[Done]:
         """Takes in the next token of each row; rows that end with it leave."""
         self._tokens = tokens_B
+        if scored_at is not None:
+            logits = self.logits if scored_at == 1 else self.logits / scored_at
+            own = logits.gather(1, tokens_B[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            for logprobs, value in zip(self._logprobs, own.tolist(), strict=True):
+                logprobs.append(value)
         leaving = []
         for row, token in enumerate(tokens_B.tolist()):
             answer = self._answers[row]
@@ -417,13 +437,19 @@ class _Rows:
                 answer.append(token)
             if ended or len(answer) == self.requests[row].limit:
                 leaving.append(row)
-                yield Done(index=self.requests[row].index, ids=answer, ended=ended, stop=token if ended else None)
+                yield Done(
+                    index=self.requests[row].index,
+                    ids=answer,
+                    ended=ended,
+                    stop=token if ended else None,
+                    logprobs=None if scored_at is None else self._logprobs[row],
+                )
         for row in reversed(leaving):
             self._drop(row)
 
     def _drop(self, row: int) -> None:
         last = len(self.requests) - 1
-        lists: tuple[list[Any], ...] = (self.requests, self._answers, self._padding)
+        lists: tuple[list[Any], ...] = (self.requests, self._answers, self._logprobs, self._padding)
         for one in lists:
             one[row] = one[last]
             one.pop()
@@ -451,6 +477,19 @@ class _Rows:
         """Of one row's keys and values in all layers."""
         columns = [tensor[0, :, 0] for layer in self._cache.own for tensor in (layer.keys, layer.values)]
         return max(1, sum(column.nbytes for column in columns))
+
+
+class _Tokens(Sequence[Sequence[int]]):
+    """The tokens of rows: of their prompts, and of their answers so far."""
+
+    def __init__(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> None:
+        self._requests, self._answers = requests, answers
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, row: Any) -> Any:
+        return [*self._requests[row].ids, *self._answers[row]]
 
 
 def families(requests: Sequence[Request]) -> list[Family]:

@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TextStreamer,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -27,7 +29,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model as Model
 from tunesmith.model.adapters import base_model, has_virtual_tokens
 from tunesmith.model.decoding import ROWS as ROWS
-from tunesmith.model.decoding import Done, Request, can_decode, decode
+from tunesmith.model.decoding import Done, Pick, Request, can_decode, decode
 
 Messages = Sequence[Mapping[str, Any]]
 PROBE = "Xprobe answerX"
@@ -37,11 +39,16 @@ PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How answers are drawn. `temperature` 0 takes the likeliest token; above, `torch`'s global generator draws among
-    the likeliest tokens that have the probability `top_p` together."""
+    the likeliest tokens: those that have the probability `top_p` together, at most `top_k` (0: all), each at least
+    `min_p` times as likely as the likeliest. `repetition_penalty` above 1 makes tokens less likely that a row has
+    already."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -52,6 +59,12 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise TunesmithError(f"top_p is {self.top_p}, a share above 0 and up to 1")
+        if self.top_k < 0:
+            raise TunesmithError(f"top_k is {self.top_k}; write 0 for all tokens, or how many")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise TunesmithError(f"min_p is {self.min_p}, a share from 0 to 1")
+        if not self.repetition_penalty > 0:
+            raise TunesmithError(f"repetition_penalty is {self.repetition_penalty}; write 1 for none, or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +179,11 @@ def answer_ids(
     *,
     batch_size: int | None = None,
     streamer: BaseStreamer | None = None,
+    scored: bool = False,
 ) -> Iterator[Done]:
-    """The answers as they finish, by the index of their prompt. `streamer` gets the tokens of a single one.
+    """The answers as they finish, by the index of their prompt. `streamer` gets the tokens of a single one. `scored`:
+    answers have the log-probabilities of their tokens at the temperature they are drawn at, or at 1 where that is 0, of
+    all tokens of the vocabulary; those of a model whose rows can't leave a batch (`can_decode`) have none.
 
     The model must be in evaluation mode. Raises TunesmithError for a prompt that leaves no room.
     """
@@ -184,7 +200,10 @@ def answer_ids(
     ]
     stops = stop_ids(model, tokenizer)
     if not has_virtual_tokens(model) and can_decode(base_model(model)):
-        yield from decode(base_model(model), requests, stops, _picker(sampling), rows=batch_size, streamer=streamer)
+        scored_at = (sampling.temperature or 1.0) if scored else None
+        pick = _picker(sampling)
+        model = base_model(model)
+        yield from decode(model, requests, stops, pick, rows=batch_size, streamer=streamer, scored_at=scored_at)
         return
     # Padding would come between virtual tokens and the prompt.
     size = 1 if has_virtual_tokens(model) else batch_size or ROWS
@@ -194,19 +213,36 @@ def answer_ids(
         yield from _by_transformers(model, requests[start : start + size], stops, pad, sampling, streamer)
 
 
-def _picker(sampling: Sampling) -> Callable[[Tensor], Tensor]:
+def _picker(sampling: Sampling) -> Pick:
     """The tokens (B,) that are taken at fp32 logits (B, V)."""
-    if sampling.temperature == 0:
-        return lambda logits_BV: logits_BV.argmax(dim=-1)
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
-    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    warpers: list[LogitsProcessor] = []
+    if sampling.temperature > 0:
+        warpers += [TemperatureLogitsWarper(sampling.temperature)]
+        warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
 
-    def draw(logits_BV: Tensor) -> Tensor:
+    def pick(logits_BV: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+        if sampling.repetition_penalty != 1:
+            logits_BV = _penalized(logits_BV, rows, sampling.repetition_penalty)
         for warper in warpers:
             logits_BV = warper(None, logits_BV)
+        if sampling.temperature == 0:
+            return logits_BV.argmax(dim=-1)
         return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1)[:, 0]
 
-    return draw
+    return pick
+
+
+def _penalized(logits_BV: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits in which tokens of a row that are there already are divided by the penalty, or times it below 0
+    (CTRL, arXiv:1909.05858)."""
+    logits_BV = logits_BV.clone()
+    for logits, ids in zip(logits_BV, rows, strict=True):
+        there = torch.tensor([*{*ids}], device=logits.device)
+        own = logits[there]
+        logits[there] = torch.where(own < 0, own * penalty, own / penalty)
+    return logits_BV
 
 
 @torch.inference_mode()
@@ -230,7 +266,9 @@ def _by_transformers(
         max_new_tokens=min(request.limit for request in requests),
     )
     if settings.do_sample:
-        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, 0
+        settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        settings.min_p = sampling.min_p
+    settings.repetition_penalty = sampling.repetition_penalty
     ids_BT = [[pad] * (longest - len(request.ids)) + [*request.ids] for request in requests]
     mask_BT = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
     inputs: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
@@ -246,7 +284,7 @@ def _by_transformers(
     for request, ids in zip(requests, output[:, before:].tolist(), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stops), None)
         stop = None if end is None else ids[end]
-        answers.append(Done(index=request.index, ids=ids[:end], ended=stop is not None, stop=stop))
+        answers.append(Done(index=request.index, ids=ids[:end], ended=end is not None, stop=stop))
     return answers
 
 

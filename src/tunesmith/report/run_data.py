@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import STATE, all_checkpoints, checkpoints
-from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, from_json, read, read_lines
+from tunesmith.runs.files import ANSWERS, EXAMPLES, METRICS, PREFLIGHT, SAMPLES, from_json, read, read_lines
 from tunesmith.runs.record import RUN, RunRecord, Text
 
 RECIPE = "recipe.yaml"
@@ -40,6 +40,25 @@ class Answer:
     answer: str
     expected: str | None = None
     trained_on: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnAnswer:
+    """An answer that a policy drew, and its reward; None where none applied."""
+
+    text: str
+    reward: float | None
+    rewards: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """The best and the worst answer of a group, drawn for a step."""
+
+    step: int
+    prompt: Text
+    best: DrawnAnswer
+    worst: DrawnAnswer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +141,7 @@ class RunData:
     evaluations: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     events: tuple[tuple[int, str], ...] = ()
     answers: tuple[Answer, ...] = ()
+    drawn: tuple[Drawn, ...] = ()
     examples: Examples | None = None
     splits: tuple[Split, ...] = ()
     notes: tuple[str, ...] = ()
@@ -157,6 +177,7 @@ def read_run(run: str | Path) -> RunData:
         evaluations=_as_written(folder / METRICS, lambda: _evaluations(lines)),
         events=tuple((int(line.get("step") or 0), str(line["event"])) for line in lines if "event" in line),
         answers=_as_written(folder / SAMPLES, lambda: from_json(answers, tuple[Answer, ...])),
+        drawn=_as_written(folder / ANSWERS, lambda: tuple(map(_drawn, read_lines(folder / ANSWERS)))),
         examples=_as_written(folder / EXAMPLES, lambda: from_json(examples, Examples | None)),
         splits=_as_written(folder / PREFLIGHT, lambda: _splits(preflight)),
         notes=tuple(str(note) for note in preflight.get("notes") or ()),
@@ -183,6 +204,18 @@ def _logged(folder: Path, record: RunRecord | None) -> list[dict[str, Any]]:
         if history := (read(checkpoint / STATE) or {}).get("log_history"):
             return list(history)
     return []
+
+
+def _drawn(line: Mapping[str, Any]) -> Drawn:
+    """Without what functions had to say besides."""
+    best, worst = (
+        DrawnAnswer(text=str(line[name]["text"]), reward=line[name]["reward"], rewards=line[name]["rewards"])
+        for name in ("best", "worst")
+    )
+    asked = line["prompt"]
+    return Drawn(
+        step=int(line["step"]), prompt=asked if isinstance(asked, str) else tuple(asked), best=best, worst=worst
+    )
 
 
 def _step(line: Mapping[str, Any]) -> Step:

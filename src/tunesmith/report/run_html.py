@@ -1,6 +1,7 @@
 """Runs as HTML pages. One run: how it went, what it answered on the way, which rows were hard, and what it was made
 with. Several runs: what differs in their settings, where they ended, their curves over each other."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ LONGEST = 3000
 LAST_PART = 0.1
 """The loss at the end is the mean over this part of the steps."""
 
+POLICIES = ("grpo", "rloo")
+"""Trainers that learn from rewards."""
 UNFINISHED = {"error": "An error, the last of the events, ended the run", "stopped": "The run was stopped"}
 PANELS: tuple[tuple[str, str, str, bool], ...] = (
     ("learning_rate", "Learning rate", "learning rate", False),
@@ -79,6 +82,7 @@ def page(run: RunData) -> str:
         *_summary(run),
         *_curves(run),
         *_events(run),
+        *_drawn(run),
         *_samples(run),
         *_pairs(run),
         *_rows(run),
@@ -171,7 +175,10 @@ def named(origin: Origin) -> str:
 def _loss_unit(runs: Sequence[RunData]) -> str:
     trainers = {run.record.trainer for run in runs if run.record is not None}
     [trainer] = trainers if len(trainers) == 1 else ["sft"]
-    return {"dpo": "of a pair", "reward": "of a pair", "kto": "of an answer"}.get(trainer, "nats a supervised token")
+    units = {"dpo": "of a pair", "reward": "of a pair", "kto": "of an answer"}
+    return (units | dict.fromkeys(POLICIES, "0 where the policy has just drawn")).get(
+        trainer, "nats a supervised token"
+    )
 
 
 def _rewards(run: RunData) -> Iterator[str]:
@@ -196,12 +203,41 @@ def _rewards(run: RunData) -> Iterator[str]:
             yield figure(svg(curves, label=title), title, unit)
 
 
+def _policy(run: RunData) -> Iterator[str]:
+    """Of a run that learns from rewards: these, and what became of the answers, as logged."""
+    history = run.record.history if run.record is not None else ()
+    parts = sorted({name for entry in history for name in entry if re.fullmatch(r"rewards/.+/mean", name)})
+    listed = ", ".join(name.split("/")[1] for name in parts)
+    for title, unit, names in (
+        ("Reward of an answer", "mean", ("reward",)),
+        (f"Each reward: {listed}", "mean", tuple(parts) if len(parts) > 1 else ()),
+        ("Spread of rewards in a group", "deviation", ("reward_spread",)),
+        ("Answers in groups whose rewards are all equal", "share", ("frac_reward_zero_std",)),
+        ("Length of an answer", "tokens", ("completions/mean_length",)),
+        ("Answers that were cut off", "share", ("completions/clipped_ratio",)),
+        ("Distance to the reference", "nats a token", ("kl",)),
+        ("Tokens whose ratio went too far", "share", ("clip_ratio/region_mean",)),
+        ("Entropy", "nats a token", ("entropy",)),
+        ("Generator against trainer", "nats a token", ("sampling/sampling_logp_difference/mean",)),
+    ):
+        curves = [
+            Curve(
+                points=[(int(entry["step"]), entry[name]) for entry in history if entry.get(name) is not None], number=i
+            )
+            for i, name in enumerate(names)
+        ]
+        if curves and all(len(curve.points) > 1 for curve in curves):
+            yield figure(svg(curves, label=title), title, unit)
+
+
 def _curves(run: RunData) -> Iterator[str]:
     marks = [step for step, _ in run.events]
     evaluated = [Curve(points=points, number=number) for number, (_, points) in enumerate(eval_losses(run), start=1)]
     picture = svg([_curve(run, "loss", noisy=True), *evaluated], label="loss", marks=marks, wide=True)
     figures = [figure(picture, "Loss", _loss_unit([run]))]
     figures += _rewards(run)
+    if run.record is not None and run.record.trainer in POLICIES:
+        figures += _policy(run)
     figures += _panels([run], marks)
     if not any(figures):
         return
@@ -264,6 +300,22 @@ def _samples(run: RunData) -> Iterator[str]:
             title = "before training" if answer.step == 0 else f"step {answer.step:,}"
             title += ", as in the data" if same else ""
             yield text_box(title, cut(answer.answer, LONGEST) or "(nothing)", same=same)
+        yield "</div>\n"
+
+
+def _drawn(run: RunData) -> Iterator[str]:
+    if not run.drawn:
+        return
+    yield "<h2>Answers <small>The best and the worst of a group, as they were drawn</small></h2>\n"
+    parts = min(len(run.drawn), SHOWN_ANSWERS) - 1
+    for one in (run.drawn[round(i * (len(run.drawn) - 1) / max(parts, 1))] for i in range(parts + 1)):
+        yield f"<h3>Step {one.step:,}</h3>\n"
+        yield text_box("asked", cut(prompt_text(one.prompt), LONGEST))
+        yield '<div class="answers two">\n'
+        for name, answer in (("best", one.best), ("worst", one.worst)):
+            each = ", ".join(f"{key} {amount(value, 3)}" for key, value in answer.rewards.items() if value is not None)
+            title = f"{name}: {amount(answer.reward, 3)}" + (f" ({each})" if len(answer.rewards) > 1 else "")
+            yield text_box(title, cut(answer.text, LONGEST) or "(nothing)")
         yield "</div>\n"
 
 

@@ -153,9 +153,9 @@ def counts_of(preflight: Preflight, origins: Mapping[str, Origin]) -> tuple[Sour
 
 
 def prompts_of(rows: Iterable[Row], count: int) -> tuple[Prompt, ...]:
-    """What the first rows ask, each with the answer in the data: the messages before the last of the assistant, or the
-    prompt of a text; of a pair, the better answer. Rows without a question, or with more than text in it, are passed
-    over."""
+    """What the first rows ask, each with the answer in the data, where there is one: the messages before the last of
+    the assistant, or the prompt of a text; of a pair, the better answer. Rows without a question, or with more than
+    text in it, are passed over."""
     prompts: dict[str, Prompt] = {}
     for row in rows:
         if (prompt := _prompt(row)) is not None:
@@ -169,9 +169,15 @@ def _prompt(row: Row) -> Prompt | None:
     if isinstance(row, Pair | Judged):
         return _prompt(row.chosen if isinstance(row, Pair) else row.answer)
     if isinstance(row, Text):
-        return None if not row.prompt else Prompt(prompt=row.prompt, expected=row.text[len(row.prompt) :].strip())
+        expected = row.text[len(row.prompt or "") :].strip()
+        return None if not row.prompt else Prompt(prompt=row.prompt, expected=expected or None)
     if not isinstance(row, Conversation) or row.tools:
         return None
+    if row.prompt_length == len(row.messages):  # a question without an answer
+        fields_of_all = [message.fields for message in row.messages]
+        if not all(isinstance(message.get("content"), str) for message in fields_of_all):
+            return None
+        return Prompt(prompt=tuple({"role": one["role"], "content": one["content"]} for one in fields_of_all))
     last = max((i for i, message in enumerate(row.messages) if message.role == "assistant"), default=0)
     messages = [message.fields for message in row.messages[: last + 1]]
     if not last or not all(isinstance(message.get("content"), str) for message in messages):

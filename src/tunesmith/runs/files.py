@@ -23,6 +23,7 @@ from uuid import uuid4
 from tunesmith.errors import TunesmithError
 
 METRICS, SAMPLES, EXAMPLES, PREFLIGHT = "metrics.jsonl", "samples.jsonl", "examples.json", "preflight.json"
+ANSWERS = "answers.jsonl"
 REPORT, COMPARISON = "report.html", "comparison.html"
 OWNER = ".owner"
 """Says which process writes to the folder, as long as it does."""

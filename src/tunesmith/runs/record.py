@@ -136,8 +136,8 @@ class RunRecord:
     `samples` were asked.
 
     `trainer` is "sft", or "distill" for a run with a teacher; "dpo" for a run on pairs, "reward" for a reward model of
-    pairs, or "kto" for a run on judged
-    answers, whose losses are of these rather than of tokens.
+    pairs, or "kto" for a run on judged answers, whose losses are of these rather than of tokens; "grpo" or "rloo" for
+    one on rewards.
 
     Numbers that are not finite are None in what is written, and tokens and passwords are blacked out.
     """

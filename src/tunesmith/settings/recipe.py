@@ -22,20 +22,29 @@ from tunesmith.settings.older import LEAVE_OUT, RENAMED
 if TYPE_CHECKING:
     from tunesmith.settings.config import Config
 
-LORA_LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4, "distill": 2e-4}
+LORA_LEARNING_RATES = {
+    "sft": 2e-4,
+    "dpo": 1e-5,
+    "kto": 1e-5,
+    "reward": 1e-4,
+    "distill": 2e-4,
+    "grpo": 1e-5,
+    "rloo": 1e-5,
+}
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
-Trainer = Literal["sft", "dpo", "kto", "reward", "distill"]
+Trainer = Literal["sft", "dpo", "kto", "reward", "distill", "grpo", "rloo"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
         "What is learned from: sft (texts) | dpo (pairs of answers) | kto (answers that are good or bad) | reward "
-        "(pairs, to score answers) | distill (a teacher). The commands of these names set it.",
+        "(pairs, to score answers) | distill (a teacher) | grpo, rloo (rewards of the model's own answers). The "
+        "commands of these names set it.",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
@@ -268,6 +277,7 @@ def config_of(trainer: Trainer) -> "type[Config]":
     """The config that a trainer takes."""
     from tunesmith.settings.config import SFTConfig
     from tunesmith.settings.distillation import DistillationConfig
+    from tunesmith.settings.policy import GRPOConfig, RLOOConfig
     from tunesmith.settings.preference import DPOConfig, KTOConfig, RewardConfig
 
     configs: dict[Trainer, type[Config]] = {
@@ -276,6 +286,8 @@ def config_of(trainer: Trainer) -> "type[Config]":
         "kto": KTOConfig,
         "reward": RewardConfig,
         "distill": DistillationConfig,
+        "grpo": GRPOConfig,
+        "rloo": RLOOConfig,
     }
     return configs[trainer]
 

@@ -352,6 +352,8 @@ def _summary(card: Card) -> str:
         "kto": "preference optimization (KTO) on answers that are good or bad",
         "distill": "distillation",
         "reward": "reward modelling on pairs of answers",
+        "grpo": "group relative policy optimization (GRPO) on rewards of its own answers",
+        "rloo": "REINFORCE leave-one-out (RLOO) on rewards of its own answers",
     }
     if _trainer(card) == "reward":
         note = (
@@ -411,7 +413,10 @@ def _results_section(card: Card) -> list[str]:
         trainer = _trainer(card)
         what = {"dpo": "pairs", "kto": "answers", "reward": "pairs"}.get(trainer, "supervised tokens")
         how = "whose answers are scored as whole texts" if trainer == "reward" else None
-        parts.append(f"All are over the {what} of the set, {how or 'each predicted from the true text before it'}.")
+        if trainer in ("grpo", "rloo"):
+            parts.append("All are over answers that the model drew to the prompts of the set.")
+        else:
+            parts.append(f"All are over the {what} of the set, {how or 'each predicted from the true text before it'}.")
     if card.picture:
         parts.append(f"![The loss over the steps of training.]({PICTURE})")
     return ["## Results", *parts] if parts else []

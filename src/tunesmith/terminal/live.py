@@ -74,7 +74,8 @@ class Curve:
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """Where a run is. Sizes in MiB, times in seconds, shares in [0, 1]; None is what is not known yet."""
+    """Where a run is. `curve` is of the loss, or of the reward in a run that learns from rewards. Sizes in MiB, times
+    in seconds, shares in [0, 1]; None is what is not known yet."""
 
     output: str
     total: int
@@ -83,6 +84,7 @@ class Snapshot:
     epoch: float = 0.0
     phase: str = "training"
     loss: float | None = None
+    reward: float | None = None
     curve: Curve = field(default_factory=Curve)
     eval_losses: dict[str, float] = field(default_factory=dict)
     best: float | None = None
@@ -102,7 +104,10 @@ class Snapshot:
         if line.get("loss") is None:
             return
         self.loss, self.memory = line["loss"], line["memory_mb"]
-        self.curve.add(line["loss"])
+        self.reward = line.get("reward", self.reward)
+        shown = line["loss"] if self.reward is None else line.get("reward")
+        if shown is not None:
+            self.curve.add(shown)
         self.peak = max(self.peak or 0.0, self.memory) if self.memory else self.peak
         self.grad_norm, self.learning_rate = line["grad_norm"], line["learning_rate"]
         self.supervised = _blended(self.supervised, line["supervised_tokens"] / max(line["tokens"], 1))
@@ -143,9 +148,10 @@ class RunView:
         # A line that fills its row wraps when the window gets smaller, and its end would stay behind.
         width = min(options.max_width - 1, WIDEST)
         now = self.snapshot
-        loss = Text.assemble(("loss ", "dim"), (_number(now.loss, ".4f"), "bold"), " ")
+        name, value = ("loss", now.loss) if now.reward is None else ("reward", now.reward)
+        shown = Text.assemble((f"{name} ", "dim"), (_number(value, ".4f"), "bold"), " ")
         yield self._head(width)
-        yield _line(loss.append(now.curve.sparkline(width - loss.cell_len), "cyan"), width)
+        yield _line(shown.append(now.curve.sparkline(width - shown.cell_len), "cyan"), width)
         yield self._numbers(width)
         yield from self._events(width)
         yield _line(Text.assemble(("output ", "dim"), now.output), width)

@@ -22,7 +22,7 @@ from tunesmith.data.preflight import Preflight, histogram, supervised_counts
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model, base_model
 from tunesmith.runs.describe import adapter_settings_of, counts_of, method_of, prompts_of, settings_of, versions
-from tunesmith.runs.files import EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
+from tunesmith.runs.files import ANSWERS, EXAMPLES, METRICS, PREFLIGHT, SAMPLES, append, keep_up_to, up_to, write
 from tunesmith.runs.record import RunRecord
 from tunesmith.settings.config import Config
 from tunesmith.train.identity import model_origin
@@ -89,6 +89,7 @@ class Journal:
         self._asked: list[Asked] = []
         self._trained_on = False
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._drawn: Mapping[str, float] = {}
         self._began = self._clock = 0.0
 
     @property
@@ -203,7 +204,8 @@ class Journal:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "learning_rate": learning_rate,
         }
-        self._note(METRICS, entry)
+        self._note(METRICS, entry | dict(self._drawn))
+        self._drawn = {}
 
     def start_clock(self) -> None:
         """A step begins: what evaluation and saving took is not its."""
@@ -215,6 +217,12 @@ class Journal:
 
     def note_event(self, step: int, text: str) -> None:
         self._note(METRICS, {"event": text}, step)
+
+    def note_answers(self, entry: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+        """Answers that were drawn for the step that begins, the best and the worst of a group; `numbers` of all of them
+        go with the step."""
+        self._drawn = numbers
+        self._note(ANSWERS, entry, self._trainer.state.global_step + 1)
 
     def note_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """During training, before it or after."""
@@ -259,7 +267,7 @@ class Journal:
         if self._held is None:
             return
         held, self._held = self._held, None
-        for file in (METRICS, SAMPLES):
+        for file in (METRICS, SAMPLES, ANSWERS):
             self._attempt(partial(keep_up_to, self._folder / file, self._start))
         if self._data is not None and self._preflight is not None:
             # With how many tokens of an example are supervised.

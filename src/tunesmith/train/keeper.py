@@ -84,7 +84,7 @@ class Keeper:
     """
 
     def __init__(self, trainer: Trainer, meter: Meter, parts: Mapping[str, Part]) -> None:
-        self._trainer, self._meter, self._parts = trainer, meter, parts
+        self._trainer, self._meter, self._parts = trainer, meter, dict(parts)
         self._writer = Writer()
         self._run = ""
         self._taken_over = False
@@ -101,6 +101,10 @@ class Keeper:
     @property
     def _args(self) -> Config:
         return cast(Config, self._trainer.args)
+
+    def add(self, name: str, part: Part) -> None:
+        """One more part, which only some trainers have."""
+        self._parts[name] = part
 
     @property
     def left_to_others(self) -> bool:

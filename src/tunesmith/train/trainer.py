@@ -93,6 +93,9 @@ class BaseTrainer(transformers.Trainer):
     draw_page: ClassVar[Any] = None
     """A function that draws the page about the run in a folder, and returns its file."""
 
+    loss_tells: ClassVar[bool] = True
+    """Whether a loss of 0, or one far above those before it, is odd."""
+
     # The loss is divided by the weight of the whole step, so accumulation needs no further division.
     loss_is_scaled_for_ga = True
     hub_model_id: str | None = None  # type: ignore[assignment]
@@ -384,7 +387,7 @@ class BaseTrainer(transformers.Trainer):
             logs |= {name: measured[name] for name in (*self.means, *self.extremes) if name in measured}
             if "loss" in logs or measured:
                 logs["num_tokens"] = tokens
-        if "loss" in logs:
+        if "loss" in logs and self.loss_tells:
             self.guard.judge(logs["loss"])
         super().log(logs, start_time)
 

@@ -1,0 +1,43 @@
+"""`tunesmith grpo`: a recipe for rewards of answers to a trained model."""
+
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+
+HELP = """Train a model on rewards of its own answers, compared with others to the same prompt (GRPO and its kin).
+
+The same as [cyan]tunesmith train[/cyan] with [cyan]trainer: grpo[/cyan] in the recipe. Rows have a
+[cyan]prompt[/cyan], and columns for the rewards, such as [cyan]answer[/cyan].
+
+[bold]tunesmith grpo --model runs/sft --data questions.jsonl --reward-funcs exact_match --output runs/grpo[/bold]
+
+The settings used most, beside those of [cyan]tunesmith train[/cyan]:
+
+\b
+[cyan]--reward-funcs[/cyan]     exact_match, number, regex, json_schema ..., module:function, file.py:function
+[cyan]--reward-weights[/cyan]   the weight of each of several
+[cyan]--num-generations[/cyan]  answers to each prompt (8)
+[cyan]--max-completion-length[/cyan]  most tokens of an answer (512)
+[cyan]--loss-type[/cyan]        dapo, grpo, dr_grpo, cispo ...
+[cyan]--beta[/cyan]             how close to stay to the reference (0)
+"""
+
+
+def _list(wanted: bool) -> None:
+    if wanted:
+        list_settings("grpo")
+
+
+def grpo(
+    ctx: typer.Context,
+    fields: Annotated[
+        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
+    ] = False,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
+) -> None:
+    """Train a model on rewards of its answers, by groups."""
+    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="grpo")

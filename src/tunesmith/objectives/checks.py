@@ -1,0 +1,249 @@
+"""Rewards that can be checked: functions of an answer's text, and of what its row says the answer is.
+
+Each name in `CHECKS` is a function of its arguments that makes a reward. A reward has TRL's signature: lists of
+prompts, of completions and of the columns of the rows, an item for each answer; it returns a list of numbers.
+
+    >>> CHECKS["number"](column="answer")(completions=["So it is 1,250."], answer=[1250])
+    [1.0]
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from tunesmith.errors import TunesmithError
+
+Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
+Reward: TypeAlias = Callable[..., list[float]]
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|-?\.\d+")
+THINKING = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
+KINDS: dict[str, tuple[type, ...]] = {
+    **{"object": (dict,), "array": (list,), "string": (str,), "boolean": (bool,), "null": (type(None),)},
+    **{"number": (int, float), "integer": (int,)},
+}
+KEYWORDS = {
+    *("type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
+    *("minimum", "maximum", "minLength", "maxLength", "pattern"),
+}
+REMARKS = {"$schema", "$id", "title", "description", "default", "examples"}
+"""Keywords of a schema that ask for nothing."""
+
+
+def text_of(completion: Completion) -> str:
+    """The text of an answer: as it is, or of the last message of the assistant."""
+    if isinstance(completion, str):
+        return completion
+    spoken = [message.get("content") for message in completion if message.get("role") == "assistant"]
+    return spoken[-1] if spoken and isinstance(spoken[-1], str) else ""
+
+
+def json_valid() -> Reward:
+    """1 where the whole answer is JSON, else 0."""
+
+    def json_valid(completions: Sequence[Completion], **_: Any) -> list[float]:
+        return [float(_read_json(text_of(answer))[0]) for answer in completions]
+
+    return json_valid
+
+
+def json_schema(*, schema: Mapping[str, Any] | str | None = None, column: str = "schema") -> Reward:
+    """1 where the whole answer is JSON that fits a JSON schema: the one that is given, or that of the row's column.
+
+    Raises TunesmithError for a keyword that is not checked.
+    """
+    if schema is not None:
+        fixed = _schema(schema)
+        _check_keywords(fixed)
+
+        def json_schema(completions: Sequence[Completion], **_: Any) -> list[float]:
+            return [_fitting(answer, fixed) for answer in completions]
+
+        return json_schema
+
+    def json_schema_of(completions: Sequence[Completion], **columns: Any) -> list[float]:
+        schemas = [_schema(schema) for schema in columns[column]]
+        for one in schemas:
+            _check_keywords(one)
+        return [_fitting(answer, one) for answer, one in zip(completions, schemas, strict=True)]
+
+    return _needs(json_schema_of, "json_schema", column)
+
+
+def exact_match(*, column: str = "answer") -> Reward:
+    """1 where the answer is the text in the row's column, but for space around it."""
+
+    def matches(completions: Sequence[Completion], **columns: Any) -> list[float]:
+        pairs = zip(completions, columns[column], strict=True)
+        return [float(text_of(answer).strip() == str(wanted).strip()) for answer, wanted in pairs]
+
+    return _needs(matches, "exact_match", column)
+
+
+def number(*, column: str = "answer", tolerance: float = 0.0) -> Reward:
+    """1 where the last number in the answer is that of the row's column, within `tolerance` of it."""
+
+    def close(completions: Sequence[Completion], **columns: Any) -> list[float]:
+        pairs = zip(completions, columns[column], strict=True)
+        return [float(_equal(last_number(text_of(answer)), wanted, tolerance)) for answer, wanted in pairs]
+
+    return _needs(close, "number", column)
+
+
+def regex(*, pattern: str, full: bool = False) -> Reward:
+    """1 where the pattern is found in the answer; with `full`, where it is the whole answer."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise TunesmithError(f"regex: the pattern {pattern!r} can't be read: {error}") from error
+    find = compiled.fullmatch if full else compiled.search
+
+    def regex(completions: Sequence[Completion], **_: Any) -> list[float]:
+        return [float(find(text_of(answer)) is not None) for answer in completions]
+
+    return regex
+
+
+def length(*, most: int, least: int = 0, unit: Literal["tokens", "characters"] = "tokens") -> Reward:
+    """1 where the answer has from `least` to `most` tokens or characters, else 0."""
+    if unit not in ("tokens", "characters"):
+        raise TunesmithError(f"length: unit is {unit!r}; write tokens or characters")
+
+    def length(completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        sizes = map(len, completion_ids) if unit == "tokens" else (len(text_of(answer)) for answer in completions)
+        return [float(least <= size <= most) for size in sizes]
+
+    return length
+
+
+def soft_overlong(*, most: int, margin: int) -> Reward:
+    """0 up to `most` - `margin` tokens, -1 above `most`, and falling evenly between (DAPO, arXiv:2503.14476)."""
+    if not 0 < margin <= most:
+        raise TunesmithError(f"soft_overlong: margin is {margin}; write a number of tokens up to most, {most}")
+
+    def soft_overlong(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        return [max(-1.0, min(0.0, (most - margin - len(ids)) / margin)) for ids in completion_ids]
+
+    return soft_overlong
+
+
+def think_format() -> Reward:
+    """1 where the answer begins with one pair of <think> and </think>, else 0."""
+
+    def think_format(completions: Sequence[Completion], **_: Any) -> list[float]:
+        return [float(THINKING.fullmatch(text_of(answer)) is not None) for answer in completions]
+
+    return think_format
+
+
+CHECKS: dict[str, Callable[..., Reward]] = {
+    check.__name__: check
+    for check in (json_valid, json_schema, exact_match, number, regex, length, soft_overlong, think_format)
+}
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, with or without commas between thousands."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _needs(reward: Reward, name: str, column: str) -> Reward:
+    """Notes under which name it is shown, and which column of the rows it reads."""
+    reward.__name__ = name
+    reward.columns = (column,)  # type: ignore[attr-defined]
+    return reward
+
+
+def _equal(found: float | None, wanted: Any, tolerance: float) -> bool:
+    try:
+        expected = last_number(wanted) if isinstance(wanted, str) else float(wanted)
+    except (TypeError, ValueError):
+        expected = None
+    if expected is None:
+        raise TunesmithError(f"number: the row's answer is {wanted!r}, which has no number")
+    return found is not None and math.isfinite(found) and abs(found - expected) <= tolerance
+
+
+# JSON
+
+
+def _read_json(text: str) -> tuple[bool, Any]:
+    def refuse(word: str) -> Any:
+        raise ValueError(word)  # NaN and Infinity are no JSON
+
+    try:
+        return True, json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False, None
+
+
+def _schema(schema: Any) -> Mapping[str, Any]:
+    if isinstance(schema, str):
+        schema = _read_json(schema)[1]
+    if not isinstance(schema, Mapping):
+        raise TunesmithError("json_schema: the schema is no object; write one, such as {type: object}")
+    return schema
+
+
+def _check_keywords(schema: Mapping[str, Any]) -> None:
+    if unknown := sorted(schema.keys() - KEYWORDS - REMARKS):
+        raise TunesmithError(f"json_schema: {unknown[0]!r} is not checked here; write a function of yours")
+    kinds = schema.get("type", [])
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if kind not in KINDS:
+            raise TunesmithError(f"json_schema: no type is called {kind!r}; there are {', '.join(KINDS)}")
+    inner = [*(schema.get("properties") or {}).values(), schema.get("items"), schema.get("additionalProperties")]
+    for one in inner:
+        if isinstance(one, Mapping):
+            _check_keywords(one)
+
+
+def _fitting(answer: Completion, schema: Mapping[str, Any]) -> float:
+    is_json, value = _read_json(text_of(answer))
+    return float(is_json and _fits(value, schema))
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    kinds = schema.get("type")
+    if kinds is not None and not any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        return False
+    if "enum" in schema and not any(_same(value, choice) for choice in schema["enum"]):
+        return False
+    if "const" in schema and not _same(value, schema["const"]):
+        return False
+    if isinstance(value, dict):
+        return _fits_object(value, schema)
+    if isinstance(value, list):
+        within = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf)
+        return within and all(_fits(item, schema.get("items") or {}) for item in value)
+    if isinstance(value, str):
+        within = schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf)
+        return within and ("pattern" not in schema or re.search(schema["pattern"], value) is not None)
+    if _is(value, "number"):
+        return bool(schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf))
+    return True
+
+
+def _fits_object(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    known, others = schema.get("properties") or {}, schema.get("additionalProperties", True)
+    if not {*schema.get("required", ())} <= value.keys():
+        return False
+    for name, item in value.items():
+        rule = known.get(name, others)
+        if rule is False or (isinstance(rule, Mapping) and not _fits(item, rule)):
+            return False
+    return True
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, KINDS[kind])
+
+
+def _same(one: Any, two: Any) -> bool:
+    return isinstance(one, bool) == isinstance(two, bool) and bool(one == two)

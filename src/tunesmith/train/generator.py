@@ -1,0 +1,90 @@
+"""What draws answers: prompts in; tokens, log-probabilities, and how each answer came to an end, out.
+
+The trainer's own decoding is the default. Whatever else draws (`train.vllm_server`) goes through the same interface,
+and the trainer computes the log-probabilities that it learns from itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from tunesmith.model.adapters import Model
+from tunesmith.model.generate import Sampling, answer_ids
+from tunesmith.model.head import in_evaluation
+from tunesmith.runs.states import Random, kept_random_states, random_states, restore_random_states
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """An answer: its tokens, the one that ended it included (`finish` "stop"), or cut off ("length"). `logprobs` are
+    those of its tokens, in nats, by the generator, among all tokens at the temperature they were drawn at; None where
+    it does not tell."""
+
+    ids: list[int]
+    finish: Finish
+    logprobs: list[float] | None = None
+
+
+class Generator(Protocol):
+    """Draws an answer to each prompt, in their order."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]: ...
+
+
+class OwnDecoding:
+    """Answers of the `model` that is trained, as it is: without dropout, in the precision within `precision()`. What
+    prompts begin with in common is computed once, and rows that have ended make room for others.
+
+    It has random numbers of its own, which begin at `seed`: whatever a reward draws changes no answer.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+        seed: int = 0,
+    ) -> None:
+        self._model, self._tokenizer, self._precision, self._seed = model, tokenizer, precision, seed
+        self._random: Random | None = None
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]:
+        answers: dict[int, Generated] = {}
+        device = self._model.device
+        with kept_random_states(device), in_evaluation(self._model), torch.no_grad(), self._precision():
+            if self._random is None:
+                set_seed(self._seed)
+            else:
+                restore_random_states(self._random, device)
+            for done in answer_ids(self._model, self._tokenizer, prompts, sampling, scored=True):
+                ids = done.ids if done.stop is None else [*done.ids, done.stop]
+                finish: Finish = "stop" if done.ended else "length"
+                answers[done.index] = Generated(ids=ids, finish=finish, logprobs=done.logprobs)
+            self._random = random_states(device, all_devices=False)
+        return [answers[i] for i in range(len(prompts))]
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._random = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn within begins at the seed, and what follows goes on where it was."""
+        kept, self._random = self._random, None
+        try:
+            yield
+        finally:
+            self._random = kept
+
+    def state(self) -> Mapping[str, Any]:
+        return {"random": self._random}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._random = state["random"]

@@ -1,0 +1,523 @@
+"""A trainer that draws answers, has them judged, and makes the better ones likelier.
+
+A step begins with prompts. Where a generation is over, answers to the next prompts are drawn and judged
+(`train.rollouts`); its micro-batches then go the way of all others: their loss is a function of the log-probabilities
+of the answers' tokens (`objectives.policy`). What an advantage is, and which loss, is said in `train.grpo` and
+`train.rloo`.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
+from tunesmith.data.questions import Question, Questions
+from tunesmith.data.samplers import Generations, batch_loader, register_sampler
+from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import Model
+from tunesmith.model.generate import Sampling, room_of, stop_ids
+from tunesmith.objectives.logprobs import TokenLogProbs
+from tunesmith.objectives.policy import (
+    Correction,
+    Drawn,
+    PolicyOptions,
+    divisors,
+    policy_logprobs,
+    policy_losses,
+    sampler_correction,
+)
+from tunesmith.settings.policy import PolicyConfig
+from tunesmith.train.generator import Generator, OwnDecoding
+from tunesmith.train.loaders import Batching
+from tunesmith.train.meter import BatchLoss
+from tunesmith.train.preference import without_dropout
+from tunesmith.train.reference import AsItIs, GivenModel, Reference, check_sharded, reference_of, starts_as_base
+from tunesmith.train.rewards import Rewards
+from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of
+from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
+from tunesmith.train.selftest import EXACT, ROUNDED
+from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.vllm_server import Server, VLLMServer
+
+logger = logging.getLogger(__name__)
+OF_TOKENS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+"""Means over the tokens of answers."""
+PARITY = "sampling/sampling_logp_difference/mean"
+"""The mean difference, in nats a token, between what the generator and the trainer say of the drawn tokens."""
+
+
+ELSEWHERE = 0.1
+"""As many nats a token a generator elsewhere may differ before the first step: it rounds in its own way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """What a loader gives for a micro-batch: the questions of the generation that it belongs to."""
+
+    numbers: tuple[int, ...]
+
+
+class _AskingFlat(FlatCollator):
+    """Makes flat batches of answers; of rows, which have none yet, their numbers."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        return Prompts(numbers=tuple(int(row["number"]) for row in rows))
+
+
+class _AskingPadded(PaddedCollator):
+    """Makes padded batches of answers; of rows, which have none yet, their numbers."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        return Prompts(numbers=tuple(int(row["number"]) for row in rows))
+
+
+class PolicyTrainer(RowsTrainer):
+    """What trainers share that learn from rewards. The arguments are those of TRL's trainers.
+
+    `reward_funcs` is a function, a model that scores texts, a name, or several; see `docs/policies.md`. `generator`
+    draws the answers in place of the model's own decoding. `ref_model` is the reference in place of the model as
+    training begins with it.
+    """
+
+    loss_tells = False  # it is 0 where the policy is that which has drawn, whatever the gradient
+    config: ClassVar[type[PolicyConfig]]
+    options: PolicyOptions
+
+    def __init__(
+        self,
+        model: str | Model | None = None,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: TrainSource | None = None,
+        eval_dataset: Sources | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        ref_model: str | Model | None = None,
+        generator: Generator | None = None,
+    ) -> None:
+        given = given_model(model)
+        args = as_config(args, given, self.config)
+        judges = args.reward_funcs if reward_funcs is None else reward_funcs
+        if judges is None:
+            raise TunesmithError(
+                "reward_funcs is missing: a function that judges answers, or the name of one, such as exact_match"
+            )
+        self.rewards = Rewards(
+            judges, weights=args.reward_weights, tokenizers=reward_processing_classes, device=args.device
+        )
+        self.options = self.take_settings(args)
+        own = [f"rewards/{name}/mean" for name in self.rewards.names]
+        self.counted = ("reward", *OF_TOKENS, PARITY, *own)
+        self.means = (
+            *("reward_spread", "frac_reward_zero_std"),
+            *("completions/mean_length", "completions/clipped_ratio"),
+            *self.counted,
+        )
+        super().__init__(
+            Given(
+                model=given,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            ),
+            cast(Any, Questions),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_prompts()
+        self.reference = self._chosen_reference(ref_model)
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        self.decoding = OwnDecoding(
+            cast(Model, self.model), tokenizer, precision=self.accelerator.autocast, seed=args.seed
+        )
+        drawing = generator or (self._server() if args.use_vllm else self.decoding)
+        self.judge = Judge(drawing, self.rewards, tokenizer, _sampling(args), self.total)
+        self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
+        self.keeper.add("window", self.window)
+        self.keeper.add("decoding", self.decoding)
+        self._checked = False
+        self._noted: dict[str, list[float]] = {}
+
+    # What another one says
+
+    def take_settings(self, args: Any) -> PolicyOptions:
+        """What the loss is, by a checked config."""
+        raise NotImplementedError(f"{type(self).__name__} must define take_settings")
+
+    def _server(self) -> Generator:
+        args, tokenizer = self._policy, cast(PreTrainedTokenizerBase, self.processing_class)
+        server = Server(
+            url=args.server.rstrip("/"),
+            timeout=args.vllm_server_timeout,
+            folder=Path(str(args.output_dir)) / "vllm",
+            stops=stop_ids(cast(Model, self.model), tokenizer),
+        )
+        return VLLMServer(self.model, server, lambda: int(self.state.global_step))
+
+    def total(self, rewards_DR: Tensor) -> Tensor:
+        """(D,) What the rewards of each answer count together; NaN where none applies."""
+        raise NotImplementedError(f"{type(self).__name__} must define total")
+
+    def advantages(self, answered: Answered, kl_D: Tensor | None) -> Tensor:
+        """(D,) By how much each answer of a generation is better than the others of its group. `kl_D` is how far its
+        log-probability is above the reference's, where there is one."""
+        raise NotImplementedError(f"{type(self).__name__} must define advantages")
+
+    @property
+    def _policy(self) -> PolicyConfig:
+        return cast(PolicyConfig, self.args)
+
+    # Before the first step
+
+    def batching(self, model: Model, args: Any, tokenizer: PreTrainedTokenizerBase, *, sized: bool) -> Batching:
+        flat = ready_for_batches(model, flat=args.padding_free, routers=bool(self.router_coefficient))
+        faster_layers(model, args)
+        pad, multiple = cast(int, tokenizer.pad_token_id), int(args.pad_to_multiple_of or 1)
+        padded = _AskingPadded(read=documents_of, pad_token_id=pad, multiple=multiple)
+        if args.disable_dropout:
+            without_dropout(model)
+        return Batching(
+            collator=_AskingFlat(share_prefix=args.share_prefix == "auto") if flat else padded,
+            by_row=padded,
+            columns=("number",),
+        )
+
+    def _check_prompts(self) -> None:
+        """Raises TunesmithError for prompts that leave the model no room, too few of them, and columns that rewards
+        miss."""
+        questions, args = cast(Questions, cast(Any, self.data)), self._policy
+        for columns in questions.columns.values():
+            self.rewards.check(sorted(columns))
+        room = room_of(cast(Model, self.model))
+        for question in questions.every:
+            if room is not None and len(question.ids) >= room:
+                raise TunesmithError(
+                    f"{question.place}: the prompt has {len(question.ids)} tokens, and the model has room for {room}, "
+                    "answer included; leave the row out"
+                )
+        count = len(cast(Dataset, self.train_dataset))
+        if count < args.prompts_per_generation:
+            raise TunesmithError(
+                f"there are {count} prompts, and a generation has {args.prompts_per_generation} "
+                f"({args.generation_batch_size} answers, {args.num_generations} to each); give more, or write a "
+                "smaller generation_batch_size"
+            )
+
+    def _chosen_reference(self, given: str | Model | None) -> Reference | None:
+        """Where the reference is; None where nothing is kept near to one."""
+        args, model = self._policy, cast(Model, self.model)
+        if not args.beta:
+            if given is not None:
+                raise TunesmithError("ref_model is given, and beta is 0, which compares with none; leave it out")
+            return None
+        if given is not None:
+            if given is model:
+                raise TunesmithError("ref_model is the model that is trained, and would change with it; leave it out")
+            return GivenModel(self._loaded_reference(given))
+        if not starts_as_base(model):
+            check_sharded(args)
+        return reference_of(model)
+
+    def _loaded_reference(self, given: str | Model) -> Model:
+        args = self._policy
+        if isinstance(given, str):
+            from tunesmith.model.load import holds_adapters, load_adapted, load_model
+
+            load: Any = load_adapted if holds_adapters(given) else load_model
+            given = cast(Model, load(given, trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle))
+        flat = not self.loaders.batching.padded
+        if ready_for_batches(given, flat=flat) != flat:
+            raise TunesmithError("ref_model can't take batches without padding; write padding_free: false")
+        return given.to(args.device)  # type: ignore[arg-type]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `BaseTrainer`. Before the first step, ratios must be 1, and the reference what the model is."""
+        self.window.begin()
+        self.decoding.begin()
+        self._checked = bool(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # A step
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Of prompts: a generation at a time, once for each micro-batch that is made of it."""
+        args, training = self._policy, bool(kwargs.get("is_training"))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if training:
+            repeats = cast(int, args.steps_per_generation) * args.num_iterations
+            batches = Generations(
+                len(dataset), args.prompts_per_generation, repeats=repeats, seed=seed, shuffled=args.shuffle_dataset
+            )
+        else:
+            batches = Generations(len(dataset), max(1, batch_size // self._group(training=False)), seed=None)
+        loader = batch_loader(dataset.select_columns("number"), batches, self.data_collator, args, training=training)
+        return register_sampler(self.accelerator.prepare(loader))
+
+    def _group(self, *, training: bool) -> int:
+        args = self._policy
+        return args.num_generations if training else (args.num_generations_eval or args.num_generations)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """All micro-batches of a step, for which answers are drawn where a generation is over."""
+        asked, _ = super().get_batch_samples(*args, **kwargs)
+        batches = []
+        for prompts in asked:
+            if self.window.is_over:
+                self.window.fill(self._generation(prompts))
+            batches.append(self._batch(self.window.take()))
+        return batches, self._get_num_items_in_batch(batches, self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if batch_samples and isinstance(batch_samples[0], Prompts):  # whose answers are not there yet
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _batch(self, trials: Sequence[Trial]) -> Batch:
+        return cast(Any, self.loaders.batching.collator).batch([(trial,) for trial in trials]).to(self.args.device)
+
+    def _generation(self, prompts: Prompts) -> list[Trial]:
+        """Answers to prompts as trials with advantages, for training."""
+        args = self._policy
+        answered = self._answered(prompts, training=True)
+        trials = trials_of(answered, masks_cut=args.mask_truncated_completions)
+        trials = self._scored(answered, trials, args.per_device_train_batch_size)
+        if not self._checked:
+            self._check_start(trials)
+        self._checked = True
+        return trials
+
+    def _answered(self, prompts: Prompts, *, training: bool) -> Answered:
+        questions = cast(Questions, cast(Any, self.data))
+        asked: list[Question] = [questions.every[number] for number in prompts.numbers]
+        answered = self.judge(
+            asked, self._group(training=training), trainer_state=self.state, log_metric=self._note_metric
+        )
+        if training:
+            entry = answered.best_and_worst(self.rewards.names)
+            known = answered.totals[~answered.totals.isnan()]
+            spread = float(answered.spreads.nan_to_num(nan=0.0).mean())
+            reward = {"reward": float(known.mean()), "reward_spread": spread} if len(known) else {}
+            self.journal.note_answers(entry, reward)
+            if self._policy.log_completions and self.is_world_process_zero():
+                logger.warning("Best and worst of a group:\n%s", json.dumps(entry, indent=2, ensure_ascii=False))
+        return answered
+
+    def _note_metric(self, name: str, value: float) -> None:
+        """A number of a reward function's, whose mean is logged."""
+        self._noted.setdefault(name, []).append(float(value))
+
+    def _scored(self, answered: Answered, trials: list[Trial], micro_batch: int) -> list[Trial]:
+        """With log-probabilities of the model that has drawn, where that may be another one by the time they are
+        trained on, and of the reference; with advantages and divisors."""
+        args = self._policy
+        every = cast(int, args.steps_per_generation) * args.num_iterations
+        stale = args.gradient_accumulation_steps % every != 0 or self.corrects
+        model = cast(nn.Module, self.model)
+        before = self._scores(trials, micro_batch, AsItIs(), model) if stale and model.training else None
+        near = None if self.reference is None else self._scores(trials, micro_batch, self.reference, model)
+        kl = None
+        if self.reference_in_reward and near is not None:
+            own = before or self._scores(trials, micro_batch, AsItIs(), model)
+            kl = torch.tensor([float((one - two).sum()) for one, two in zip(own, near, strict=True)])
+        advantages = self.advantages(answered, kl).tolist()
+        parts = divisors(
+            self.options.loss,
+            [trial.target_count for trial in trials],
+            micro_batch=micro_batch,
+            longest=args.max_completion_length,
+            level=self.options.level,
+        )
+        return [
+            replace(
+                trial,
+                advantage=advantages[i],
+                scale=parts[i].scale,
+                share=parts[i].share,
+                before=None if before is None else before[i],
+                by_reference=None if near is None or self.reference_in_reward else near[i],
+            )
+            for i, trial in enumerate(trials)
+        ]
+
+    @property
+    def reference_in_reward(self) -> bool:
+        """Whether moving away from the reference costs reward, rather than being a loss of its own."""
+        return False
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what another generator says of its tokens counts in the loss."""
+        return False
+
+    def _scores(self, trials: Sequence[Trial], micro_batch: int, by: Reference, model: nn.Module) -> list[Tensor]:
+        """What a model says of the trained tokens of each trial, each (S,), in main memory."""
+        scores: list[Tensor] = []
+        for start in range(0, len(trials), micro_batch):
+            batch = self._batch(trials[start : start + micro_batch])
+            with torch.no_grad(), by.acting(model) as acting, self.accelerator.autocast():
+                answer = self.predict_targets(acting, batch, batch.targets(), self._logprobs)
+            outcome: TokenLogProbs = answer.outcome
+            scores += [values.cpu().clone() for values in batch.by_document(outcome.logprobs)]
+        return scores
+
+    @property
+    def _logprobs(self) -> Any:
+        return partial(policy_logprobs, temperature=self._policy.temperature)
+
+    def _check_start(self, trials: Sequence[Trial]) -> None:
+        """Raises TunesmithError where the model, which no step has changed yet, is another one than that which has
+        drawn the answers, or than its reference."""
+        args, model = self._policy, cast(nn.Module, self.model)
+        part = trials[: args.per_device_train_batch_size]
+        own = self._scores(part, len(part), AsItIs(), model)
+        near = EXACT.mean if args.precision == "fp32" else ROUNDED.mean
+        compared = {
+            "generator": (
+                [trial.sampled for trial in part],
+                near if self.judge.generator is self.decoding else ELSEWHERE,
+                "give it the weights that are trained, and of a vLLM server, where temperature is not 1, "
+                "--logprobs-mode processed_logprobs",
+            )
+        }
+        if not isinstance(self.reference, GivenModel):
+            others = [trial.by_reference for trial in part]
+            compared["reference"] = (others, near, "give the model that the reference is to be as ref_model")
+        for name, (others, most, hint) in compared.items():
+            pairs = [(one, two) for one, two in zip(own, others, strict=True) if two is not None and len(two)]
+            if not pairs:
+                continue
+            apart = torch.cat([one - two for one, two in pairs]).abs().nan_to_num(nan=0.0).mean()
+            if not apart <= most:
+                raise TunesmithError(
+                    f"before the first step, the model and its {name} differ by {float(apart):.4f} nats a token (at "
+                    f"most {most:g} is rounding), so that ratios would not begin at 1; {hint}"
+                )
+
+    def batch_loss(self, model: nn.Module, batch: Batch, *, with_outputs: bool = False) -> BatchLoss:
+        """The losses of the tokens of answers, each times the scale of its answer."""
+        answer = self.predict_targets(model, batch, batch.targets(), self._logprobs, with_outputs=with_outputs)
+        scored: TokenLogProbs = answer.outcome
+        trials = cast(tuple[Trial, ...], batch.documents)
+        device = scored.logprobs.device
+        drawn = self._drawn(scored.logprobs, trials)
+        result = policy_losses(drawn, self.options)
+        scale = torch.tensor([trial.scale for trial in trials], device=device)[drawn.owner]
+        loss = (result.losses * scale).sum()
+        tokens, rewards = len(drawn.owner), [trial.reward for trial in trials if trial.reward == trial.reward]
+        sums: dict[str, Tensor] = {
+            "reward": torch.tensor(sum(rewards)),
+            "reward_spread": torch.tensor(sum(trial.spread for trial in trials)),
+            "frac_reward_zero_std": torch.tensor(float(sum(trial.spread == 0 for trial in trials))),
+            "completions/mean_length": torch.tensor(float(sum(trial.size for trial in trials))),
+            "completions/clipped_ratio": torch.tensor(float(sum(trial.cut for trial in trials))),
+            "entropy": scored.entropy.sum(),
+            "clip_ratio/low_mean": result.low.sum(),
+            "clip_ratio/high_mean": result.high.sum(),
+            "clip_ratio/region_mean": (result.low | result.high).sum(),
+        }
+        counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {"reward": len(rewards)}
+        if result.kl is not None:
+            sums["kl"], counts["kl"] = result.kl.sum(), tokens
+        if drawn.sampled is not None:
+            apart = (scored.logprobs.detach() - drawn.sampled).abs()
+            known = ~apart.isnan()
+            sums[PARITY], counts[PARITY] = apart[known].sum(), int(known.sum())
+        for i, name in enumerate(self.rewards.names):
+            values = [trial.rewards[i] for trial in trials if trial.rewards[i] == trial.rewards[i]]
+            sums[f"rewards/{name}/mean"], counts[f"rewards/{name}/mean"] = torch.tensor(sum(values)), len(values)
+        sums = {name: value.to(device) for name, value in sums.items()}
+        if answer.router_loss is not None:
+            sums["aux_loss"] = answer.router_loss.detach() * len(trials)
+            if model.training:
+                loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
+        return BatchLoss(loss=loss, count=len(trials), sums=sums, counts=counts, outputs=answer.outputs)
+
+    def _drawn(self, logprobs: Tensor, trials: Sequence[Trial]) -> Drawn:
+        device = logprobs.device
+        counts = [trial.target_count for trial in trials]
+        owner = torch.repeat_interleave(torch.arange(len(trials)), torch.tensor(counts)).to(device)
+
+        def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+            if all(part is None for part, count in zip(parts, counts, strict=True) if count):
+                return None
+            unknown = (torch.full((count,), torch.nan) for count in counts)
+            return torch.cat([two if one is None else one for one, two in zip(parts, unknown, strict=True)]).to(device)
+
+        before = joined([trial.before for trial in trials])
+        drawn = Drawn(
+            logprobs=logprobs,
+            before=logprobs.detach() if before is None else before,
+            owner=owner,
+            advantages=torch.tensor([trial.advantage for trial in trials], device=device),
+            reference=joined([trial.by_reference for trial in trials]),
+            sampled=joined([trial.sampled for trial in trials]),
+        )
+        if not self.corrects or drawn.sampled is None:
+            return drawn
+        return replace(drawn, correction=self.correction(drawn))
+
+    def correction(self, drawn: Drawn) -> Tensor:
+        """(S,) What makes up for a generator of its own."""
+        args: Any = self._policy
+        mode = cast(Correction, args.vllm_importance_sampling_mode)
+        lowest, highest = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        return sampler_correction(drawn, mode, lowest=lowest, highest=highest)
+
+    def batch_weight(self, batch: Batch) -> Tensor:
+        """What its answers add to the number that a step is divided by."""
+        trials = cast(tuple[Trial, ...], batch.documents)
+        return torch.tensor(sum(trial.share for trial in trials), device=batch.input_ids.device)
+
+    # An evaluation, and the log
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Each evaluation draws with the same random numbers, and those of the training go on behind it."""
+        with self.decoding.aside():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Draws answers to held-out prompts, and has them judged."""
+        answered = self._answered(inputs, training=False)
+        trials = self._scored(answered, trials_of(answered, masks_cut=False), len(answered.generated))
+        return super().prediction_step(model, self._batch(trials), True, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of what reward functions have noted."""
+        if "loss" in logs:
+            noted, self._noted = self._noted, {}
+            logs |= {name: sum(values) / len(values) for name, values in noted.items() if values}
+        super().log(logs, start_time)
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        raise TunesmithError("prompts have no answers to predict; evaluate(dataset) draws some and measures rewards")
+
+
+def _sampling(args: PolicyConfig) -> Sampling:
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )

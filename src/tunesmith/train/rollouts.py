@@ -1,0 +1,225 @@
+"""A generation: answers to some prompts, judged, and made into the micro-batches that learn from them.
+
+    prompts -> answers (`train.generator`) -> rewards (`train.rewards`) -> advantages -> Trial, an Example
+            -> micro-batches, each used once an iteration
+
+An answer is a document of its own: the loss is a sum over answers, so a micro-batch that does not fit can be divided
+anywhere. Answers to one prompt are neighbours in a micro-batch, which computes their prompt once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.questions import Question
+from tunesmith.errors import TunesmithError
+from tunesmith.model.generate import Sampling
+from tunesmith.objectives.checks import Completion
+from tunesmith.objectives.policy import deviation
+from tunesmith.train.generator import Generated, Generator
+from tunesmith.train.rewards import Asked, Rewards
+from tunesmith.types import IGNORE_INDEX, Example
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial(Example):
+    """An answer that was drawn, with its prompt, as an example, and what the loss takes of it.
+
+    `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`,
+    by the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`:
+    it was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the
+    `spread` of that in its group. `size` is the number of its tokens, trained or not.
+    """
+
+    advantage: float = 0.0
+    scale: float = 1.0
+    share: float = 1.0
+    before: Tensor | None = None
+    by_reference: Tensor | None = None
+    sampled: Tensor | None = None
+    cut: bool = False
+    rewards: tuple[float, ...] = ()
+    reward: float = 0.0
+    spread: float = 0.0
+    size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """D answers of a generation, those to one prompt one after another, `group` to each, and their judgement: rewards
+    (D, R), NaN where one does not apply, and what they count together (D,), NaN where none applies. `extra` has what
+    functions had to say of each answer besides."""
+
+    questions: Sequence[Question]
+    group: int
+    generated: Sequence[Generated]
+    texts: Sequence[str]
+    rewards: Tensor
+    totals: Tensor
+    extra: Mapping[str, Sequence[Any]]
+
+    @property
+    def totals_PG(self) -> Tensor:
+        return self.totals.view(-1, self.group)
+
+    @property
+    def spreads(self) -> Tensor:
+        """(D,) The deviation of rewards in the group of each answer."""
+        return deviation(self.totals_PG).repeat_interleave(self.group)
+
+    def best_and_worst(self, names: Sequence[str]) -> dict[str, Any]:
+        """The first group with the widest spread: its prompt, its best and its worst answer, as JSON."""
+        number = int(deviation(self.totals_PG).argmax())
+        totals = self.totals_PG[number]
+        places = {
+            "best": int(totals.nan_to_num(nan=-torch.inf).argmax()),
+            "worst": int(totals.nan_to_num(nan=torch.inf).argmin()),
+        }
+        entry: dict[str, Any] = {"prompt": self.questions[number].prompt}
+        for name, place in places.items():
+            answer = number * self.group + place
+            rewards = dict(zip(names, map(_plain, self.rewards[answer].tolist()), strict=True))
+            entry[name] = {
+                "text": self.texts[answer],
+                "reward": _plain(float(self.totals[answer])),
+                "rewards": rewards,
+                "tokens": len(self.generated[answer].ids),
+                "ended": self.generated[answer].finish == "stop",
+                **{key: values[answer] for key, values in self.extra.items()},
+            }
+        return entry
+
+
+def _plain(value: float) -> float | None:
+    return None if value != value else value
+
+
+class Judge:
+    """Draws answers with a `generator`, and judges them with `rewards`, of which `total` makes one number each: (D, R)
+    to (D,)."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        rewards: Rewards,
+        tokenizer: Any,
+        sampling: Sampling,
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.generator, self.rewards, self._tokenizer = generator, rewards, tokenizer
+        self._sampling, self._total = sampling, total
+
+    def __call__(self, questions: Sequence[Question], group: int, **context: Any) -> Answered:
+        """`group` answers to each question. `context` are further arguments of reward functions.
+
+        Raises TunesmithError for what the generator or a reward can't do.
+        """
+        asked = [question for question in questions for _ in range(group)]
+        generated = self.generator([question.ids for question in asked], self._sampling)
+        if len(generated) != len(asked):
+            raise TunesmithError(f"the generator answered {len(generated)} of {len(asked)} prompts")
+        texts = [self._text(answer) for answer in generated]
+        completions: list[Completion] = [
+            text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]
+            for question, text in zip(asked, texts, strict=True)
+        ]
+        extra: dict[str, Sequence[Any]] = {}
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            if len(values) == len(asked):
+                extra[column] = [*values]
+
+        rewards = self.rewards(
+            Asked(
+                places=[question.place for question in asked],
+                prompts=[question.prompt for question in asked],
+                completions=completions,
+                ids=[answer.ids for answer in generated],
+                rows=[question.row for question in asked],
+            ),
+            log_extra=log_extra,
+            **context,
+        )
+        return Answered(
+            questions=questions,
+            group=group,
+            generated=generated,
+            texts=texts,
+            rewards=rewards,
+            totals=self._total(rewards),
+            extra=extra,
+        )
+
+    def _text(self, answer: Generated) -> str:
+        ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
+    """The answers as examples, whose tokens are trained, but for those that were cut off with `masks_cut`. They have no
+    advantages yet."""
+    spreads = answered.spreads.tolist()
+    trials = []
+    for i, answer in enumerate(answered.generated):
+        prompt = answered.questions[i // answered.group].ids
+        cut = answer.finish == "length"
+        masked = not answer.ids or (cut and masks_cut)
+        trials.append(
+            Trial(
+                input_ids=[*prompt, *answer.ids],
+                labels=[IGNORE_INDEX] * len(prompt)
+                + [*(answer.ids if not masked else [IGNORE_INDEX] * len(answer.ids))],
+                sampled=None if masked or answer.logprobs is None else torch.tensor(answer.logprobs),
+                cut=cut,
+                rewards=tuple(answered.rewards[i].tolist()),
+                reward=float(answered.totals[i]),
+                spread=spreads[i],
+                size=len(answer.ids),
+            )
+        )
+    return trials
+
+
+class Window:
+    """The generation that is trained on: its micro-batches of trials, and how many are still to come.
+
+    With one iteration and a step that takes a whole generation, it is empty behind each step, and a checkpoint holds
+    nothing of it.
+    """
+
+    def __init__(self, parts: int, iterations: int) -> None:
+        self._parts, self._iterations = parts, iterations
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._trials: list[Trial] = []
+        self._left = 0
+
+    @property
+    def is_over(self) -> bool:
+        return not self._left
+
+    def fill(self, trials: Sequence[Trial]) -> None:
+        """Begin with the micro-batches of these trials."""
+        self._trials, self._left = [*trials], self._parts * self._iterations
+
+    def take(self) -> list[Trial]:
+        """The trials of the next micro-batch."""
+        assert self._left, "a generation is drawn before it is trained on"
+        number, size = -self._left % self._parts, len(self._trials) // self._parts
+        self._left -= 1
+        taken = self._trials[number * size : (number + 1) * size]
+        if not self._left:
+            self._trials = []
+        return taken
+
+    def state(self) -> Mapping[str, Any]:
+        return {"left": self._left, "trials": [asdict(trial) for trial in self._trials]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._left = state["left"]
+        self._trials = [Trial(**{**trial, "rewards": tuple(trial["rewards"])}) for trial in state["trials"]]
