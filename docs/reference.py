@@ -155,20 +155,22 @@ def settings_page() -> str:
         raise ValueError(f"each setting has one place in GROUPS; these have none, or two, or are no settings: {odd}")
     keys = ", ".join(f"`{name}`" for name in KEYS)
     groups = "".join(_group(group, known) for group in GROUPS)
-    return HEADER.format(keys=keys) + groups + _preferences() + _policies() + _refused(known)
+    return HEADER.format(keys=keys) + groups + _others() + _policies() + _refused(known)
 
 
-def _preferences() -> str:
-    """What `tunesmith dpo`, `tunesmith kto` and `tunesmith reward` have beside the settings of all runs."""
+def _others() -> str:
+    """What other commands than `tunesmith train` have beside the settings of all runs."""
     supervised, parts = all_settings(), ""
-    for title, trainer, config in (
-        ("Pairs of answers", "dpo", "DPOConfig"),
-        ("Judged answers", "kto", "KTOConfig"),
-        ("Reward models", "reward", "RewardConfig"),
+    for title, trainer, config, page in (
+        ("Pairs of answers", "dpo", "DPOConfig", "preferences"),
+        ("Judged answers", "kto", "KTOConfig", "preferences"),
+        ("Reward models", "reward", "RewardConfig", "preferences"),
+        ("A teacher", "distill", "DistillationConfig", "distillation"),
     ):
         known = all_settings(trainer)
-        text = f"Of `tunesmith {trainer}` and `{config}` only; more on [preferences](preferences.md)."
-        names = " ".join(name for name in known if name not in supervised or name == "loss_type")
+        text = f"Of `tunesmith {trainer}` and `{config}` only; more on [{page}]({page}.md)."
+        own = {name for name in known if name not in supervised or known[name].help != supervised[name].help}
+        names = " ".join(name for name in known if name in own - {"learning_rate"})
         parts += _group(Group(title=title, text=text, names=names), known)
     return parts
 

@@ -53,7 +53,7 @@ def test_a_file_is_enough_and_the_recipe_passes_check(labelled: Path, tiny_model
     assert (found["train_on"], found["output"], found["precision"]) == ("completion", "runs/mail", "auto")
     checked = tunesmith("check", "recipe.yaml")
     assert checked.exit_code == 0, checked.output
-    assert "train/mail: 54 rows, 54 examples" in checked.output
+    assert "train: 54 rows, 54 examples" in checked.output
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "kto"])

@@ -208,5 +208,5 @@ def test_what_is_held_out_is_cut_as_in_evaluation(tiny_model: Path, rows: Path, 
     packing = {"packing": True, "packing_strategy": "bfd_split", "max_length": 24, "eval_packing": packed}
     given = {"model": str(tiny_model), "data": sources, "output_dir": "unused", "use_cpu": True, "train_on": "all"}
     facts, _ = prepared(resolve(None, given | packing), 1, None)
-    held_out = facts[facts.index(("split", "talks")) :]
+    held_out = facts[facts.index(("split", "eval")) :]
     assert any("truncated" in f"{name} {found}" for name, found in held_out) == cut

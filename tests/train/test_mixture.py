@@ -83,3 +83,12 @@ def test_weights_of_one_source_do_not_weigh_another(mixture: Any) -> None:
 def test_held_out_rows_and_eval_data_are_two_answers_to_one_question(mixture: Any) -> None:
     with pytest.raises(TunesmithError, match="keep one"):
         mixture({"texts": DataSource(rows=TEXTS, held_out=0.2)}, eval_dataset=TEXTS)
+
+
+def test_one_source_alone_is_no_mixture(mixture: Any) -> None:
+    trainer = mixture({"texts": DataSource(rows=TEXTS, held_out=0.2)}, eval_strategy="epoch")
+    assert list(trainer.preflight.splits) == ["train", "eval"]
+    assert not any("texts" in note for note in trainer.preflight.notes)
+    assert {"eval_loss", "eval_entropy"} <= trainer.evaluate().keys()
+    again = mixture({"texts": DataSource(rows=TEXTS, weight=2)})
+    assert f"train: an epoch uses {2 * len(TEXTS)} of texts" in again.preflight.notes

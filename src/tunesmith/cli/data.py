@@ -83,7 +83,8 @@ def origins(recipe: "Recipe") -> "dict[str, Origin]":
     from tunesmith.runs.record import Origin
 
     places: dict[str, Any] = {name: source["path"] for name, source in recipe.sources.items()}
-    places |= {"train": recipe.data, "eval": recipe.eval_data}
+    alone = next(iter(places.values())) if len(places) == 1 else ()  # whose splits are not named after it
+    places |= {"train": recipe.data or alone, "eval": recipe.eval_data or alone}
     result: dict[str, Origin] = {}
     for name, paths in places.items():
         listed = [Origin.of_data(path) for path in ([paths] if isinstance(paths, str) else paths)]

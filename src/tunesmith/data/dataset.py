@@ -112,6 +112,8 @@ class DataPreparer:
         prepared, held_out = self.mixture(train, packing=self.args.packing, eval_packing=packs)
         if held_out and prepared_eval is not None:
             raise TunesmithError("eval_dataset is given, and sources hold rows out; keep one of them")
+        if len(train) == 1 and held_out:
+            return prepared, next(iter(held_out.values()))
         return prepared, held_out or prepared_eval
 
     def evaluated(self, source: Any, *, by_row: bool) -> Any:
@@ -127,12 +129,13 @@ class DataPreparer:
     def mixture(
         self, sources: Mapping[str, DataSource | Source], *, packing: bool, eval_packing: bool
     ) -> tuple[Prepared, dict[str, Prepared]]:
-        """Named sources as one training set, and what they hold out, by source."""
+        """Named sources as one training set, and what they hold out, by source. One source alone is no mixture: its
+        splits are "train" and "eval"."""
         named = {
             name: source if isinstance(source, DataSource) else DataSource(rows=source)
             for name, source in sources.items()
         }
-        train, held_out = {}, {}
+        train, held_out, alone = {}, {}, len(named) == 1
         for name, source in named.items():
             formats = replace(
                 self.formats,
@@ -142,13 +145,17 @@ class DataPreparer:
             rows, held_out_rows = source.rows, None
             if source.held_out:
                 rows, held_out_rows = split_rows(name, with_places(source.rows), source.held_out, self.args.seed)
-            train[name] = self._prepare_examples(rows, f"train/{name}", self._options(packing), formats)
+            train[name] = self._prepare_examples(
+                rows, "train" if alone else f"train/{name}", self._options(packing), formats
+            )
             if held_out_rows:
-                examples = self._prepare_examples(held_out_rows, name, self._options(eval_packing), formats)
+                split = "eval" if alone else name
+                examples = self._prepare_examples(held_out_rows, split, self._options(eval_packing), formats)
                 held_out[name] = self._pack(examples) if eval_packing else examples
         sizes, seed = {name: len(examples) for name, examples in train.items()}, self.args.seed
         order = mixture_order(sizes, named, seed)
-        self._mixture = {name: len(epoch_examples(name, named[name], size, seed)) for name, size in sizes.items()}
+        used = {name: len(epoch_examples(name, named[name], size, seed)) for name, size in sizes.items()}
+        self._mixture = {} if alone and used == sizes else used
         dataset = concatenated(train.values()).select(order)
         if packing:
             dataset = self._pack(dataset)
