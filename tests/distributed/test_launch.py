@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -39,18 +40,23 @@ import os, signal, sys
 from transformers import TrainerCallback
 
 RANK, KIND = os.environ.get("RANK"), os.environ.get("FAULT")
+# Which process is killed at which step, of each start: "1@2 0@3".
+KILLS = os.environ.get("FAULT_KILLS", "1@1").split()
 
 
 class Fault(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
-        if KIND == "kill" and state.global_step == 1 and RANK == "1":
+        start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if KIND == "kill" and KILLS[start:] and KILLS[start] == f"{RANK}@{state.global_step}":
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 if RANK is not None:
     from tunesmith import SFTTrainer
+    from tunesmith.model import ways
 
     SFTTrainer.draw_page = None
+    ways.force(False)  # which way is the faster one is another question in every run
 
 if RANK is not None and KIND:
     import tunesmith.train.sft as sft
@@ -130,6 +136,34 @@ def test_one_that_fails_ends_all_with_its_error(
     assert "Connection closed" not in run.stderr
 
 
+def test_killed_processes_are_started_again_and_end_in_the_same_bits(
+    train: Callable[..., Command], tmp_path: Path
+) -> None:
+    """Before the first checkpoint, and behind the second. That of an earlier run in the folder is left alone."""
+    options = ("--processes", 2, "--per-device-train-batch-size", 2, "--save-strategy", "steps", "--save-steps", 1)
+    options += ("--optim", "adamw_torch")
+    whole = train("whole", *options)
+    assert whole.finish() == 0, whole.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    started = time.monotonic()
+    run = train("run", *options, "--max-restarts", 2, FAULT="kill", FAULT_KILLS="1@0 0@2")
+    assert run.finish() == 0, run.stderr
+    assert time.monotonic() - started < 90
+    assert "process 1 of 2 was killed: SIGKILL\nthe run begins again, since it has saved no checkpoint" in run.stderr
+    assert "process 0 of 2 was killed: SIGKILL\nthe run goes on from checkpoint-2 (restart 2 of 2)" in run.stderr
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("fault", "code", "restarts"), [("kill", 1, 1), ("data", 2, 0)])
+def test_what_fails_again_ends_the_run(fault: str, code: int, restarts: int, train: Callable[..., Command]) -> None:
+    options = ("--processes", 2, "--per-device-train-batch-size", 2, "--max-restarts", 1, "--save-strategy", "no")
+    run = train("run", *options, FAULT=fault, FAULT_KILLS="1@1 1@1")
+    assert run.finish() == code, run.stderr
+    assert run.stderr.count("(restart ") == restarts
+
+
 def test_sigterm_to_the_command_saves_once_and_stops_all(train: Callable[..., Command], tmp_path: Path) -> None:
     run = train("run", "--per-device-train-batch-size", 2, "--processes", 2, "--max-steps", 100000)
     run.until(lambda: "step 2/" in run.stdout)
@@ -148,6 +182,8 @@ def test_what_cannot_be_started_is_refused() -> None:
         (Place(processes=0), "processes is 0; write 1 or more"),
         (Place(processes=1, nodes=2, node_rank=2), "--node-rank is 2 of --nodes 2"),
         (Place(processes=1, nodes=2), "--nodes needs --rendezvous HOST:PORT"),
+        (Place(processes=1, max_restarts=-1), "max_restarts is -1; write 0 or more"),
+        (Place(processes=1, max_restarts=1, nodes=2, rendezvous="a:1"), "max_restarts is for the processes of one mach"),
         (Place(processes=1, nodes=2, rendezvous="there"), "--rendezvous is there; write HOST:PORT"),
     ):
         with pytest.raises(TunesmithError, match=message):

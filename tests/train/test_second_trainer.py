@@ -186,7 +186,7 @@ def test_the_states_of_parts_come_back(tmp_path: Path) -> None:
     trainer.train()
     again = trainer_in(tmp_path, max_steps=8)
     again.train(resume_from_checkpoint=True)
-    assert (again.bad_steps, again.recovery.state()) == (2, {"most_tokens": 64})
+    assert (again.bad_steps, again.recovery.state()) == (2, {"most_tokens": [64]})
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])

@@ -119,9 +119,9 @@ def begin(arguments: list[str], machines: Machines, **settings: Any) -> None:
 
     path, overrides = parse_options(arguments)
     recipe = resolve(path, overrides | settings)
-    if (recipe.processes > 1 or machines.nodes > 1) and "RANK" not in os.environ:
-        _launch(recipe.processes, machines)
-    _check_launched(recipe.given.get("processes"))
+    if (recipe.processes > 1 or recipe.max_restarts or machines.nodes > 1) and "RANK" not in os.environ:
+        _launch(recipe, machines)
+    _check_launched(recipe)
     # Trackers keep the command line that a run was started with.
     tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
     sys.argv = [scrub(word, tokens) for word in sys.argv]
@@ -132,27 +132,37 @@ def begin(arguments: list[str], machines: Machines, **settings: Any) -> None:
         raise
 
 
-def _launch(processes: int, machines: Machines) -> None:
+def _launch(recipe: "Recipe", machines: Machines) -> None:
     """Run this command in each process of this machine, and end as they do."""
     from tunesmith.train.launch import Place, launch
 
     place = Place(
-        processes=processes, nodes=machines.nodes, node_rank=machines.node_rank, rendezvous=machines.rendezvous
+        processes=recipe.processes,
+        max_restarts=recipe.max_restarts,
+        nodes=machines.nodes,
+        node_rank=machines.node_rank,
+        rendezvous=machines.rendezvous,
     )
-    code, text = launch(sys.argv[1:], place)
+    output = Path(str(recipe.config.output_dir))
+    code, text = launch(sys.argv[1:], place, output, lambda line: typer.echo(line, err=True))
     if text:
         typer.echo(text, err=True)
     raise typer.Exit(code)
 
 
-def _check_launched(processes: int | None) -> None:
+def _check_launched(recipe: "Recipe") -> None:
     """Raises TunesmithError where something else has started other processes than the recipe says."""
-    started = os.environ.get("LOCAL_WORLD_SIZE")
-    if processes is not None and started is not None and int(started) != processes:
-        raise TunesmithError(
-            f"processes is {processes}, and {started} were started on this machine; leave the setting out, or start "
-            "the command without `torchrun`"
-        )
+    started = {
+        "processes": os.environ.get("LOCAL_WORLD_SIZE"),
+        "max_restarts": os.environ.get("TORCHELASTIC_MAX_RESTARTS") or "0" if "RANK" in os.environ else None,
+    }
+    for name, value in started.items():
+        wanted = recipe.given.get(name)
+        if wanted is not None and value is not None and int(value) != wanted:
+            what = f"{value} were started on this machine" if name == "processes" else f"what started this has {value}"
+            raise TunesmithError(
+                f"{name} is {wanted}, and {what}; leave the setting out, or start the command without `torchrun`"
+            )
 
 
 def _end_as_lost(error: Exception) -> None:

@@ -66,6 +66,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         int,
         "So many processes on this machine, a GPU each; they train what one does with as many rows a step. Default: 1.",
     ),
+    "max_restarts": (
+        int,
+        "So often the processes are started again where one is killed or fails, and go on from the newest checkpoint. "
+        "Default: 0.",
+    ),
     "split": (str, "The split of training data that has several. Default: train."),
     "eval_split": (str, "The split of evaluation data that has several. Default: test."),
 }
@@ -129,6 +134,7 @@ class Recipe:
     lora: dict[str, Any] | str | bool | None = None
     quantize: Literal["8bit", "4bit"] | None = None
     processes: int = 1
+    max_restarts: int = 0
     split: str | None = None
     eval_split: str | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -199,6 +205,7 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         lora=given.get("lora"),
         quantize=given.get("quantize"),
         processes=given.get("processes", 1),
+        max_restarts=given.get("max_restarts", 0),
         split=given.get("split"),
         eval_split=given.get("eval_split"),
         given=given,

@@ -633,10 +633,9 @@ class StreamPlace:
 def reason_to_skip(stream: IterableDataset, args: Config) -> str | None:
     """Why the place in `stream` can't be kept, so that a resumed run reads again what it has read; None where it can.
 
-    A shuffle buffer's rows are in memory only, and what worker processes and other ranks read is not known here.
+    A shuffle buffer's rows are in memory only, and what worker processes read is not known here. Other ranks read the
+    same rows: all of a step's, before its first micro-batch.
     """
-    if args.world_size > 1:
-        return "several processes share it"
     if args.dataloader_num_workers > 0:
         return "dataloader_num_workers is set"
     if getattr(stream, "_formatting", None) is not None:

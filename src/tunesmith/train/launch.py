@@ -1,14 +1,15 @@
 """The processes of a run on this machine, started and watched by the agent of `torchrun`.
 
 The first process has the terminal; what the others print is kept until it is known whether they fail. Where one fails,
-all are ended, and its error is the run's. Ctrl-C and SIGTERM go to all of them, which save a checkpoint together.
+all are ended, and its error is the run's, unless they may be started again: then they go on from the run's newest
+checkpoint. Ctrl-C and SIGTERM go to all of them, which save a checkpoint together.
 """
 
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.checkpoints import MANIFEST, checkpoints
 from tunesmith.train.together import LOST
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,14 +34,18 @@ PATIENCE = 900
 """Seconds in which all machines must have come."""
 KEPT_LINES = 30
 """Lines that a failed process printed last, which are shown."""
+MISTAKE = 2
+"""The exit code of what would fail again: a mistake in what was given, or a disk or memory that does not suffice."""
+RESUME = "--resume-from-checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """`processes` on each of `nodes` machines, of which this is number `node_rank`; they meet at `rendezvous`
-    (HOST:PORT), which is the first machine."""
+    (HOST:PORT), which is the first machine. Where one fails, all are started again, up to `max_restarts` times."""
 
     processes: int
+    max_restarts: int = 0
     nodes: int = 1
     node_rank: int = 0
     rendezvous: str | None = None
@@ -54,6 +60,13 @@ class Place:
                 f"processes is {self.processes}, and this machine shows {devices} GPUs, each for one process; "
                 f"write {devices} or less"
             )
+        if self.max_restarts < 0:
+            raise TunesmithError(f"max_restarts is {self.max_restarts}; write 0 or more")
+        if self.max_restarts and self.nodes > 1:
+            raise TunesmithError(
+                "max_restarts is for the processes of one machine, and --nodes is "
+                f"{self.nodes}; leave it out, and start the command anew on each with {RESUME} where one fails"
+            )
         if self.nodes < 1 or not 0 <= self.node_rank < self.nodes:
             raise TunesmithError(f"--node-rank is {self.node_rank} of --nodes {self.nodes}; count machines from 0")
         if self.nodes > 1 and self.rendezvous is None:
@@ -62,8 +75,9 @@ class Place:
             raise TunesmithError(f"--rendezvous is {self.rendezvous}; write HOST:PORT, such as 10.0.0.1:29500")
 
 
-def launch(words: Sequence[str], place: Place) -> tuple[int, str]:
-    """Run `tunesmith` with `words` in each process of this machine; its exit code, and what there is to say of it.
+def launch(words: Sequence[str], place: Place, output: Path, say: Callable[[str], None]) -> tuple[int, str]:
+    """Run `tunesmith` with `words` in each process of this machine; its exit code, and what there is to say of it. The
+    run is in the folder `output`; `say` hears of a start again.
 
     Where the user stops the run, the code is 128 and the number of the signal, as it is of one process. Where one
     fails, it is the code of that one.
@@ -72,8 +86,10 @@ def launch(words: Sequence[str], place: Place) -> tuple[int, str]:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it notes is said below
     with TemporaryDirectory(prefix="tunesmith-") as folder:
         with _environment(place):
+            asked: list[int] = []
             agent = _agent(words, place, folder)
-            with _signals(agent) as asked:
+            agent.restarts = _Restarts(place=place, output=output, logs=Path(folder), asked=asked, say=say)
+            with _signals(agent, asked):
                 result = agent.run()
         if asked:
             return 128 + asked[0], ""
@@ -82,7 +98,7 @@ def launch(words: Sequence[str], place: Place) -> tuple[int, str]:
         return _explained(result.failures, place, Path(folder))
 
 
-def _agent(words: Sequence[str], place: Place, folder: str) -> LocalElasticAgent:
+def _agent(words: Sequence[str], place: Place, folder: str) -> "_Agent":
     if place.nodes == 1:
         meeting = RendezvousParameters("c10d", "localhost:0", "tunesmith", 1, 1)
     else:
@@ -96,19 +112,68 @@ def _agent(words: Sequence[str], place: Place, folder: str) -> LocalElasticAgent
         entrypoint=sys.executable,
         args=("-m", "tunesmith", *words),
         rdzv_handler=get_rendezvous_handler(meeting),
-        max_restarts=0,
+        max_restarts=place.max_restarts,
         monitor_interval=0.1,
         master_addr=host if place.nodes > 1 else None,
         master_port=int(port) if place.nodes > 1 else None,
         local_addr="localhost" if place.nodes == 1 else None,
     )
     quiet = {rank: Std.ALL for rank in range(place.processes) if rank or place.node_rank}
-    return LocalElasticAgent(
+    return _Agent(
         spec=spec,
         logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=quiet),
         start_method="spawn",
         shutdown_timeout=GRACE,
     )
+
+
+class _Restarts:
+    """Whether, and from where, the processes of a run are started again.
+
+    A checkpoint in the folder `output` that was not there before is of this run. Until there is one, what is started
+    again begins as the run did.
+    """
+
+    def __init__(
+        self, *, place: Place, output: Path, logs: Path, asked: Sequence[int], say: Callable[[str], None]
+    ) -> None:
+        self._place, self._output, self._logs, self._asked, self._say = place, output, logs, asked, say
+        self._before = self._saved()
+        self._count = 0
+
+    def _saved(self) -> dict[Path, int]:
+        """The checkpoints of the run in the folder by step, and when each was written."""
+        manifests = {folder: folder / MANIFEST for folder in checkpoints(self._output)}
+        return {folder: file.stat().st_mtime_ns for folder, file in manifests.items() if file.is_file()}
+
+    def worth_it(self, failures: Mapping[int, Any]) -> bool:
+        """Whether what failed may go well the next time. The user's own stop is no failure."""
+        return not self._asked and all(failure.exitcode != MISTAKE for failure in failures.values())
+
+    def more_words(self, failures: Mapping[int, Any]) -> tuple[str, ...]:
+        """Tells of the start that follows; what the command gets besides, so that it goes on."""
+        self._count += 1
+        own = [folder for folder, written in self._saved().items() if self._before.get(folder) != written]
+        _, text = _explained(failures, self._place, self._logs)
+        place = f"goes on from {own[-1].name}" if own else "begins again, since it has saved no checkpoint"
+        self._say(f"{text or 'a process failed'}\nthe run {place} (restart {self._count} of {self._place.max_restarts})")
+        return (RESUME,) if own else ()
+
+
+class _Agent(LocalElasticAgent):
+    """The agent of `torchrun`, which starts a run again where that can help, and lets it go on."""
+
+    restarts: _Restarts
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed() and self._remaining_restarts > 0:
+            if self.restarts.worth_it(result.failures):
+                spec = worker_group.spec
+                spec.args = (*spec.args, *self.restarts.more_words(result.failures))
+            else:
+                self._remaining_restarts = 0
+        return result
 
 
 @contextmanager
@@ -119,6 +184,9 @@ def _environment(place: Place) -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // place.processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are for all processes to hear
+    if place.max_restarts:
+        # Else processes that are started again find the addresses of those before them, and wait for these.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         yield
     finally:
@@ -127,9 +195,8 @@ def _environment(place: Place) -> Iterator[None]:
 
 
 @contextmanager
-def _signals(agent: LocalElasticAgent) -> Iterator[list[int]]:
-    """Hand Ctrl-C and SIGTERM on to all processes; the numbers that came."""
-    asked: list[int] = []
+def _signals(agent: LocalElasticAgent, asked: list[int]) -> Iterator[None]:
+    """Hand Ctrl-C and SIGTERM on to all processes; the numbers that came are put into `asked`."""
 
     def hand_on(number: int, _: Any) -> None:
         asked.append(number)
@@ -139,7 +206,7 @@ def _signals(agent: LocalElasticAgent) -> Iterator[list[int]]:
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -152,9 +219,10 @@ def _explained(failures: Mapping[int, Any], place: Place, logs: Path) -> tuple[i
     failure, what = causes[rank], f"process {rank} of {place.processes * place.nodes}"
     if failure.exitcode < 0:
         return 1, f"{what} was killed: {signal.Signals(-failure.exitcode).name}"
+    started = max((int(folder.name.rpartition("_")[2]) for folder in logs.glob("*/attempt_*")), default=0)
     lines = [
         line
-        for log in logs.glob(f"*/*/{failure.local_rank}/stderr.log")
+        for log in logs.glob(f"*/attempt_{started}/{failure.local_rank}/stderr.log")
         for line in log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-KEPT_LINES:]
     ]
     return int(failure.exitcode), "\n".join([f"{what} failed:", *lines]) if lines else ""

@@ -3,18 +3,23 @@
 A micro-batch that does not fit is split, and the whole step done again from the random numbers that it began with: the
 loss is a sum divided by what the whole step has, so the gradient is the same. Documents of one group are never
 separated. When one group alone does not fit, gradient checkpointing is turned on. Only then the run stops.
+
+Of several processes, each takes all micro-batches of a step by itself, and may do them again by itself. Their gradients
+meet behind the last one, where the others wait for a process that had to do more.
 """
 
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from tunesmith.data.batches import Batch, Collator
@@ -26,6 +31,7 @@ from tunesmith.settings.config import Config
 from tunesmith.train.limits import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.loaders import Loaders
 from tunesmith.train.meter import Meter
+from tunesmith.train.together import average_gradients
 
 logger = logging.getLogger(__name__)
 WORTH_IT = 50
@@ -62,7 +68,7 @@ class Recovery:
         if args.rehearse == "always" and not (self.enabled and isinstance(trainer.train_dataset, Dataset)):
             raise TunesmithError(
                 "rehearse is 'always', but what the largest micro-batch is can't be told of a stream, of a "
-                "data_collator or a compute_loss of yours, or over several processes; set rehearse: auto"
+                "data_collator or a compute_loss of yours, or of sharded weights; set rehearse: auto"
             )
         self.watch(cast(Model, trainer.model))
 
@@ -76,11 +82,18 @@ class Recovery:
         self._step = -1
         self._batches: list[Batch] = []
 
-    def state(self) -> dict[str, int | None]:
-        return {"most_tokens": self._most_tokens}
+    def state(self) -> dict[str, list[int | None]]:
+        """Of all processes, which all must call this."""
+        own = [self._most_tokens]
+        return {"most_tokens": own if self._args.world_size == 1 else gather_object(own)}
 
-    def restore(self, state: Mapping[str, int | None]) -> None:
-        self._most_tokens = state["most_tokens"]
+    def restore(self, state: Mapping[str, list[int | None] | int | None]) -> None:
+        limits = state["most_tokens"]
+        limits = limits if isinstance(limits, list) else [limits]  # of a version that had one
+        if len(limits) == self._args.world_size:
+            self._most_tokens = limits[self._args.process_index]
+        else:
+            self._most_tokens = min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def _args(self) -> Config:
@@ -88,20 +101,30 @@ class Recovery:
 
     @property
     def enabled(self) -> bool:
-        """Whether a step can be done again: processes that wait for each other's gradients would wait for ever."""
-        ours = isinstance(self._loaders.batching.collator, Collator)
-        return self._args.world_size == 1 and ours and not self._trainer.is_deepspeed_enabled
+        """Whether a step can be done again: processes that hold parts of the weights only would wait for each other."""
+        ours, trainer = isinstance(self._loaders.batching.collator, Collator), self._trainer
+        sharded = trainer.is_deepspeed_enabled or (self._args.world_size > 1 and trainer.is_fsdp_enabled)
+        # Which mixes the micro-batches of a step with the gradients of others.
+        mixed = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return ours and not sharded and not mixed
 
     def step(self, plain: PlainStep, model: nn.Module, batch: Any, items: Any) -> Tensor:
         """The loss of a micro-batch, when its gradients are there, by the `plain` step."""
-        if not self.enabled or not isinstance(batch, Batch):
+        # A static graph is made of what the first backward reduces.
+        shared = isinstance(model, DistributedDataParallel) and not model.static_graph
+        if not self.enabled or not isinstance(batch, Batch) or (self._args.world_size > 1 and not shared):
             return plain(model, batch, items)
-        if not self._rehearsed:
-            self._rehearse(plain, model)
-        if self._step != self._trainer.state.global_step:
-            self._step, self._begin, self._batches = self._trainer.state.global_step, self._snapshot(), []
-        self._batches.append(batch)
-        return self._fitting(plain, model, self._batches, items, again=[batch])
+        last = shared and model.require_backward_grad_sync
+        with _by_itself(model) if isinstance(model, DistributedDataParallel) else nullcontext():
+            if not self._rehearsed:
+                self._rehearse(plain, model)
+            if self._step != self._trainer.state.global_step:
+                self._step, self._begin, self._batches = self._trainer.state.global_step, self._snapshot(), []
+            self._batches.append(batch)
+            loss = self._fitting(plain, model, self._batches, items, again=[batch])
+        if last:
+            average_gradients(cast(DistributedDataParallel, model))
+        return loss
 
     def _fitting(
         self, plain: PlainStep, model: nn.Module, step: Sequence[Batch], items: Any, *, again: Sequence[Batch]
@@ -199,6 +222,14 @@ class Recovery:
             chosen = max(batches, key=lambda rows: int(lengths[rows].sum()))
         columns = [name for name in dataset.column_names if name in self._loaders.batching.columns]
         return cast(Collator, self._loaders.batching.collator)(list(dataset.select(chosen).select_columns(columns)))
+
+
+@contextmanager
+def _by_itself(model: DistributedDataParallel) -> Iterator[None]:
+    """A forward and backward within hear nothing of other processes, and wait for none."""
+    with model.no_sync():
+        model.require_forward_param_sync = False  # of buffers, which a forward that is done again would await twice
+        yield
 
 
 @contextmanager

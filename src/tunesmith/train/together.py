@@ -1,16 +1,22 @@
 """Several processes of one run: how they wait for each other, and whose error ended them."""
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 LOST = 75
 """The exit code of a process that ended because another did."""
 FOREVER = timedelta(days=365)
+IN_FLIGHT = 3
+"""Parts of the gradients that are under way at a time, each a copy."""
 _SIGNS = (
     "closed by peer",
     "reset by peer",
@@ -52,3 +58,54 @@ def in_turn(args: TrainingArguments) -> Iterator[None]:
     if first:
         distributed.barrier(group)
     distributed.barrier(group)
+
+
+def average_gradients(model: DistributedDataParallel) -> None:
+    """Make the gradients of each process their mean over all processes, which all must call this.
+
+    It is what `model` would do during the last backward of a step, but behind it: until then a process can do its part of
+    a step again without the others. A weight of which no process has a gradient keeps none.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        return
+    having = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
+    distributed.all_reduce(having)
+    of_some = [weight for weight, count in zip(weights, having.tolist(), strict=True) if count]
+    under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+    for gradients in _buckets([_gradient(weight) for weight in of_some], model.bucket_bytes_cap):
+        alone = len(gradients) == 1 and gradients[0].is_contiguous()
+        flat = gradients[0].view(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat.div_(distributed.get_world_size())
+        under_way.append(([] if alone else gradients, flat, distributed.all_reduce(flat, async_op=True)))
+        if len(under_way) >= IN_FLIGHT:
+            _arrive(*under_way.popleft())
+    while under_way:
+        _arrive(*under_way.popleft())
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    if weight.grad is None:  # here, but not in another process, as of an expert that no token was sent to
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+def _buckets(gradients: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Neighbours of one type and device, together up to `limit` bytes; a larger one alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        alike = bucket and (bucket[0].dtype, bucket[0].device) == (gradient.dtype, gradient.device)
+        if bucket and not (alike and size + gradient.nbytes <= limit):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def _arrive(gradients: list[Tensor], flat: Tensor, work: Any) -> None:
+    work.wait()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

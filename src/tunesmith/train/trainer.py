@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import transformers
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ class BaseTrainer(transformers.Trainer):
         main = self.is_world_process_zero()
         with only_run_in(Path(str(settings.output_dir))) if main else nullcontext():
             ways.begin_anew()
-            if settings.world_size > 1:  # each process would choose for itself, and a checkpoint has one set of choices
+            if settings.process_index > 0:  # the first process chooses for all, behind its first step
                 ways.settle()
             checkpoint = self.keeper.begin(resume_from_checkpoint)
             self.meters["train"].begin()
@@ -530,13 +530,17 @@ class _Moments(TrainerCallback):
         self._journal = journal
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._chosen = False
         self._journal.begin()
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self._journal.start_clock()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         ways.settle()
+        if args.world_size > 1 and not self._chosen:
+            ways.restore(broadcast_object_list([ways.state()])[0])
+        self._chosen = True
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         self._journal.end_pass()
