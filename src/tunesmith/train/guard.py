@@ -120,9 +120,8 @@ class Guard:
         self._in_a_row, self._batches = 0, []
         self.end()
         trainer = self._trainer
-        # FSDP and DeepSpeed keep gradients elsewhere, and hooks would have compiled layers compiled once more.
-        elsewhere = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        if not elsewhere and not trainer.args.torch_compile:
+        # DeepSpeed keeps gradients elsewhere, and hooks would have compiled layers compiled once more.
+        if not trainer.is_deepspeed_enabled and not trainer.args.torch_compile:
             self._first = FirstGradients(cast(nn.Module, trainer.model))
 
     def end(self) -> None:

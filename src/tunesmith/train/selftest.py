@@ -113,7 +113,7 @@ def check_before_training(model: Model, dataset: Any, args: Config, *, flat: boo
 
 
 def _impossible(model: Model, args: Config) -> str:
-    if args.deepspeed or args.fsdp or any(parameter.is_meta for parameter in model.parameters()):
+    if args.deepspeed or any(parameter.is_meta for parameter in model.parameters()):
         return "the model's weights are shared out over processes, and its own forward needs them all"
     if has_virtual_tokens(model):
         return "virtual tokens go in front of each row, and its own logits are taken already"
