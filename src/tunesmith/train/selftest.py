@@ -102,7 +102,8 @@ def check_before_training(model: Model, dataset: Any, args: Config, *, flat: boo
     if examples:
         assert args.precision != "auto"
         rows = [*chain.from_iterable(examples)]
-        found = self_test(model, rows, flat=flat, precision=args.precision, groups=[*map(len, examples)])
+        groups = [*map(len, examples)]
+        found = self_test(model, rows, flat=flat, precision=args.precision, groups=groups, device=args.device)
         logger.info("%s", found)
         return found
     reason = reason or "the training data has no rows with two tokens in `input_ids` to test on"
@@ -146,21 +147,23 @@ def self_test(
     flat: bool,
     precision: PrecisionName,
     groups: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> SelfTest:
     """Compare `model` on `rows`, token ids of at least two each, with itself. It must answer objectives;
     `flat` says whether its batches are flat or padded, `groups` how many of the rows in turn belong together; by
-    default each is alone. Modes, gradients and random numbers stay as they are.
+    default each is alone. `device` is where the model computes, by default where its weights are. Modes, gradients and
+    random numbers stay as they are. Every process that has a part of the weights must call this.
 
     Raises TunesmithError with the losses of each document when they differ, and when they are no numbers.
     """
-    device = base_model(model).device
+    device = device or base_model(model).device
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with _untouched(model, device), torch.autocast(device.type, dtype=low, enabled=low is not None):
         with _ways(other=False):
             alone = [_alone(model, row, device) for row in rows]
         _refuse_no_numbers(torch.cat(alone), model)
         with _compiled_layers_at_work(model), _ways(other=True):
-            loss, together = _together(model, rows, groups or [1] * len(rows), flat=flat)
+            loss, together = _together(model, rows, groups or [1] * len(rows), device, flat=flat)
     theirs = torch.cat(alone)
     tests = tuple(_test(mine, own) for mine, own in zip(together.split([len(x) for x in alone]), alone, strict=True))
     found = SelfTest(
@@ -211,12 +214,14 @@ def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
     return F.cross_entropy(logits, ids[0, 1:].cpu(), reduction="none")
 
 
-def _together(model: Model, rows: Sequence[list[int]], sizes: Sequence[int], *, flat: bool) -> tuple[float, Tensor]:
+def _together(
+    model: Model, rows: Sequence[list[int]], sizes: Sequence[int], device: torch.device, *, flat: bool
+) -> tuple[float, Tensor]:
     """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training: groups of
     these `sizes` share what they begin with."""
     examples = iter([Example(input_ids=row, labels=[IGNORE_INDEX, *row[1:]]) for row in rows])
     groups = [tuple(islice(examples, size)) for size in sizes]
-    batch = (FlatCollator() if flat else PaddedCollator()).batch(groups).to(base_model(model).device)
+    batch = (FlatCollator() if flat else PaddedCollator()).batch(groups).to(device)
     result = model(**batch.inputs(), targets=batch.targets(), objective=supervised_loss).outcome
     return float(result.loss.detach()), result.nll.float().cpu()
 

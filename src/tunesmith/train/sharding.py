@@ -137,6 +137,23 @@ def _let_go(model: nn.Module, *_: Any) -> None:
             module.reshard()
 
 
+def exchange(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Let weights of `model` and `values`, by name, change places, between two forward passes. Whole values of weights
+    that are shared out become the rows of this process."""
+    for module in _parts(model):  # what is gathered would stay what it was
+        module.reshard()
+    for name, weight in model.named_parameters():
+        if name not in values:
+            continue
+        if not isinstance(weight, DTensor):
+            values[name], weight.data = weight.data, values[name].to(weight.device)
+            continue
+        own, given = weight.to_local(), values[name]
+        rows = given[rows_of(weight)] if given.shape == weight.shape and given.shape != own.shape else given
+        values[name] = own.detach().clone()
+        own.detach().copy_(rows)
+
+
 @contextmanager
 def gradients_stay(model: nn.Module, *, weights_stay: bool) -> Iterator[None]:
     """A backward pass within that is not the last of its step: the gradients of adapters, which are small, are summed
