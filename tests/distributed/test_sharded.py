@@ -1,4 +1,4 @@
-"""Processes that share weights out train as one that has them all: the steps, what is saved, and what goes on from it."""
+"""Processes that share weights out train as one that has them all: steps, what is saved, and what goes on from it."""
 
 import json
 import os

@@ -171,6 +171,13 @@ class Guard:
         first, self._first = self._first, None
         first.end()
         missing = first.judge(cast(nn.Module, self._trainer.model))
+        handler = self._trainer.accelerator.ddp_handler
+        wrapped = isinstance(self._trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        if missing is not None and wrapped and not (handler and handler.find_unused_parameters):
+            raise TunesmithError(
+                f"{missing}. Processes wait for these, and have not summed the gradients of others: freeze them with "
+                "requires_grad_(False), or set ddp_find_unused_parameters: true"
+            )
         if missing is not None:
             self._tell(self._trainer.state.global_step + 1, missing)
 

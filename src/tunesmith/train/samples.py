@@ -61,7 +61,8 @@ def answered(
     model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], accelerator: Any
 ) -> list[Answer]:
     """The likeliest answers of the model as it is, in the precision that it trains in. Weights, random numbers and the
-    mode of each module stay as they are. Where processes share the weights out, each must ask. Raises what `generate_from_ids` does, and when memory is out."""
+    mode of each module stay as they are. Where processes share the weights out, each must ask. Raises what
+    `generate_from_ids` does, and when memory is out."""
     with kept_random_states(accelerator.device), in_evaluation(model), torch.no_grad(), accelerator.autocast():
         sampling = Sampling(max_new_tokens=LONGEST)
         ids = [item.ids for item in asked]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model import ways
-from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
+from tunesmith.model.adapters import Model, base_model, has_experts, has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 4
 LONGEST = 16
 """Tokens that an example is cut to: the test costs much less than a step, and all its documents are in one batch."""
-ROUTERS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,12 +236,10 @@ def _test(ours: Tensor, theirs: Tensor) -> DocumentTest:
 
 def _exact(model: Model) -> bool:
     """Whether all computation is in full fp32, and no token can be sent elsewhere."""
-    base = base_model(model)
-    config = base.config.get_text_config()
     return (
         all(p.dtype == torch.float32 for p in model.parameters())
         and torch.get_float32_matmul_precision() == "highest"
-        and not any(getattr(config, name, None) for name in ROUTERS)
+        and not has_experts(model)
     )
 
 

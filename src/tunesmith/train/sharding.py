@@ -1,9 +1,9 @@
 """Weights that several processes share out, so that a model fits that none of them could hold alone.
 
-With `shard`, PyTorch's `fully_shard` cuts each weight into as many rows as there are processes: a process keeps its part
-of weights, gradients and the optimizer's state, and layer by layer all gather the whole for as long as it computes. What
-is computed is what one process would compute. The decoder layers are gathered one at a time; embeddings, head and the
-last norm are together, once in each forward pass.
+With `shard`, PyTorch's `fully_shard` deals the rows of each weight out: a process keeps its part of weights, gradients
+and the optimizer's state, and all gather the whole of a layer for as long as it computes. What is computed is what one
+process would compute. The decoder layers are gathered one at a time; embeddings, head and the last norm together, once
+in each forward pass.
 
 Between forward passes nothing is gathered: a forward pass without gradients lets go of all weights at its end, as a
 backward pass does. Weights that were changed meanwhile are therefore never those of an earlier step.
@@ -33,11 +33,10 @@ from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.errors import TunesmithError
-from tunesmith.model.adapters import Model, base_model
+from tunesmith.model.adapters import Model, base_model, has_experts
 from tunesmith.model.quantize import bits_of
 from tunesmith.runs.parts import files_of, opened, write_index, write_part
 from tunesmith.settings.config import Config
-from tunesmith.train.selftest import ROUTERS
 
 T = TypeVar("T")
 BY_VALUE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
@@ -97,7 +96,7 @@ def share_out(model: Model, args: Config) -> None:
         )
     fully_shard(model, mesh=mesh, offload_policy=offload)
     root = cast(Any, model)
-    if any(getattr(base_model(model).config.get_text_config(), name, None) for name in ROUTERS):
+    if has_experts(model):
         root.set_reduce_scatter_unused_params(True)  # of an expert to which only other processes sent tokens
     if device.type == "cpu":
         root.set_force_sum_reduction_for_comms(True)  # gloo takes no means

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import transformers
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from tunesmith.data.batches import Batch, Targets
 from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model import ways
-from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
+from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_experts, has_virtual_tokens, trainable
 from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
 from tunesmith.runs.files import follow_umask
 from tunesmith.runs.folder import only_run_in
@@ -161,8 +161,14 @@ class BaseTrainer(transformers.Trainer):
     # Called by the constructor of `transformers`
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """`accelerate` does not compile the whole model: its layers are compiled already."""
-        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        """`accelerate` does not compile the whole model: its layers are compiled already. Processes look for weights
+        that a step has not used where an expert may have got no token, and elsewhere only if they are told to."""
+        built = super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        if self.args.ddp_find_unused_parameters is None:
+            for handler in built["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = has_experts(cast(Model, self.model))
+        return built
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """With `push_to_hub`: the repository is made at the start, so that what is wrong with it shows then."""
