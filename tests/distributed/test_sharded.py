@@ -1,5 +1,6 @@
 """Processes that share weights out train as one that has them all: steps, what is saved, and what goes on from it."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.forked import together
 from tests.models import tiny
 from tests.train.runs import Weights, largest_difference
 from tunesmith import SFTTrainer
+from tunesmith.errors import TunesmithError
+from tunesmith.runs import parts
 from tunesmith.runs.checkpoints import verify
 from tunesmith.runs.files import SAMPLES
 from tunesmith.train.sharding import gathered, is_shared_out
@@ -188,6 +191,29 @@ def test_prompts_are_answered_and_the_best_model_is_loaded(tiny_model: Path, tmp
         ]
         assert answers[0] == answers[1]
         assert len(answers[0]) > 2
+
+
+def _one_disk_is_full(folder: Path, tokenizer: Path) -> None:
+    """The second process can't write its part of the second checkpoint."""
+    SFTTrainer.draw_page = None
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    made = trainer("short last step", 2, tokenizer, folder / "run", shard="full", **saving)
+    write = parts.save_file
+
+    def fail(*args: Any, **settings: Any) -> None:
+        if os.environ["RANK"] == "1" and made.state.global_step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args, **settings)
+
+    parts.save_file = fail
+    with pytest.raises(TunesmithError, match=r"the disk of .* is full"):
+        made.train()
+
+
+def test_where_one_process_can_not_write_there_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    together(2, _one_disk_is_full, tmp_path, tiny_model)
+    assert [item.name for item in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-1"]
+    verify(tmp_path / "run" / "checkpoint-1")
 
 
 def test_one_process_shares_nothing_out(tiny_model: Path, tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ class Config(TrainingArguments):
         self._refuse_unsupported()
         self._resolve_precision()
         self._resolve_shard()
+        self._resolve_backend()
         super().__post_init__()
         self._check_sampling()
         self._check_processes()
@@ -392,6 +393,11 @@ class Config(TrainingArguments):
         if self.shard not in ("none", named):
             raise TunesmithError(f"fsdp is {given!r}, and shard is {self.shard}; keep shard")
         self.shard, self.cpu_offload = named, self.cpu_offload or "offload" in words
+
+    def _resolve_backend(self) -> None:
+        """Gradients in main memory are summed there, those on GPUs by NCCL."""
+        if self.cpu_offload and self.ddp_backend is None and torch.cuda.is_available() and not self.use_cpu:
+            self.ddp_backend = "cuda:nccl,cpu:gloo"
 
     def _check_shard(self) -> None:
         if self.shard == "none":

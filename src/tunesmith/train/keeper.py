@@ -526,11 +526,11 @@ class Keeper:
                         f"{folder.parent} is not there for process {args.process_index}, which has a part of the "
                         "weights to write; give an output folder on a disk that all machines share"
                     )
+            # In each part, what all bring together comes before the disk, which may fail one of them.
+            with all_or_none(args.device), self.writing(folder):
+                trainer.save_model(str(folder), _internal_call=True)
             with all_or_none(args.device):
-                with self.writing(folder):
-                    trainer.save_model(str(folder), _internal_call=True)
-                for name, state in states.items():
-                    self._write_state(state, folder, name)
+                self._write_states(states, folder)
             with all_or_none(args.device):
                 if first:
                     (folder / STATE).write_text(self._state_text(), encoding="utf-8")
@@ -542,16 +542,18 @@ class Keeper:
                 discard(folder)
             raise
 
-    def _write_state(self, state: Packed, folder: Path, name: str) -> None:
+    def _write_states(self, states: Mapping[str, Packed], folder: Path) -> None:
         """The optimizer's by all processes, others by the first."""
         args = self._args
-        if name == OPTIMIZER:
+        if OPTIMIZER in states:
             place: Any = {"rank": args.process_index, "processes": args.world_size}
-            write_part(state.tensors, folder, name, whole=whole, **place)
-            if args.process_index == 0:
-                state.write_structure(folder, name)
-        elif args.process_index == 0:
-            state.write(folder, name)
+            write_part(states[OPTIMIZER].tensors, folder, OPTIMIZER, whole=whole, **place)
+        if args.process_index == 0:
+            for name, state in states.items():
+                if name == OPTIMIZER:
+                    state.write_structure(folder, name)
+                else:
+                    state.write(folder, name)
 
     def _states(self) -> dict[str, Packed]:
         """What goes on besides the model; every process must call this. Tensors are not copied."""

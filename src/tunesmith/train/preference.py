@@ -281,6 +281,7 @@ class PreferenceTrainer(RowsTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `BaseTrainer`; before the first step, the model must be what its reference is."""
+        self._share_out()
         if not (resume_from_checkpoint or self._checked):
             self._check_start()
         self._checked = True
