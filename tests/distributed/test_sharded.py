@@ -18,7 +18,6 @@ from tests.models import tiny
 from tests.train.runs import Weights, largest_difference
 from tunesmith import SFTTrainer
 from tunesmith.errors import TunesmithError
-from tunesmith.runs import parts
 from tunesmith.runs.checkpoints import verify
 from tunesmith.runs.files import SAMPLES
 from tunesmith.train.sharding import gathered, is_shared_out
@@ -198,14 +197,14 @@ def _one_disk_is_full(folder: Path, tokenizer: Path) -> None:
     SFTTrainer.draw_page = None
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     made = trainer("short last step", 2, tokenizer, folder / "run", shard="full", **saving)
-    write = parts.save_file
+    write = save_file
 
     def fail(*args: Any, **settings: Any) -> None:
         if os.environ["RANK"] == "1" and made.state.global_step == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*args, **settings)
 
-    parts.save_file = fail
+    pytest.MonkeyPatch().setattr("tunesmith.runs.parts.save_file", fail)
     with pytest.raises(TunesmithError, match=r"the disk of .* is full"):
         made.train()
 

@@ -18,7 +18,7 @@ def writers(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
     """Which process writes which tensor, by their `sizes` in bytes: neighbours together, near the same size each."""
     total, before, chosen = max(1, sum(sizes.values())), 0, {}
     for name, size in sizes.items():
-        chosen[name] = min(processes - 1, before * processes // total)
+        chosen[name] = min(processes - 1, (2 * before + size) * processes // (2 * total))  # where its middle is
         before += size
     return chosen
 
