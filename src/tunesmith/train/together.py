@@ -10,7 +10,6 @@ import torch
 from torch import distributed
 from transformers import TrainingArguments
 
-from tunesmith.errors import TunesmithError
 from tunesmith.runs.folder import error_number
 
 LOST = 75
@@ -29,14 +28,18 @@ _SIGNS = (
 )
 
 
+class AnotherFailed(RuntimeError):
+    """Another process could not do its part of what all do together."""
+
+
 def number_of_processes() -> int:
     """As whoever started this process says."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, in the words of gloo and NCCL."""
-    if isinstance(error, distributed.DistBackendError | distributed.DistNetworkError):
+    """Whether an error says that another process has failed, or is gone in the words of gloo and NCCL."""
+    if isinstance(error, AnotherFailed | distributed.DistBackendError | distributed.DistNetworkError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
@@ -63,8 +66,8 @@ def in_turn(args: TrainingArguments) -> Iterator[None]:
 
 @contextmanager
 def all_or_none(device: torch.device) -> Iterator[None]:
-    """What is within fails on every process where it fails on one: the others raise an OSError of the same number, or a
-    TunesmithError where it was no error of the system. Nobody waits in vain for a process that has gone on."""
+    """What is within fails on every process where it fails on one: the others raise an OSError of the same number, or
+    AnotherFailed where it was no error of the system. Nobody waits in vain for a process that has gone on."""
     failure: Exception | None = None
     try:
         yield
@@ -77,6 +80,6 @@ def all_or_none(device: torch.device) -> Iterator[None]:
     if failure is not None and own == worst:
         raise failure
     if worst == UNNUMBERED:
-        raise TunesmithError("another process could not do its part; its own error says why")
+        raise AnotherFailed("another process could not do its part; its own error says why")
     if worst:
         raise OSError(worst, f"{os.strerror(worst)}, on another process")
