@@ -109,7 +109,7 @@ def test_two_agents_meet_as_two_machines_would_and_make_the_model_of_one(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     one = train("one", "--per-device-train-batch-size", 4)
-    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{port}", "--per-device-train-batch-size", 2)
+    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{port}", "--per-device-train-batch-size", 2, "--shard", "full")
     machines = [train(f"machine{rank}", "--node-rank", rank, *meeting) for rank in range(2)]
     codes = [run.finish() for run in (one, *machines)]
     assert codes == [0, 0, 0], machines[0].stderr + machines[1].stderr
@@ -183,7 +183,10 @@ def test_what_cannot_be_started_is_refused() -> None:
         (Place(processes=1, nodes=2, node_rank=2), "--node-rank is 2 of --nodes 2"),
         (Place(processes=1, nodes=2), "--nodes needs --rendezvous HOST:PORT"),
         (Place(processes=1, max_restarts=-1), "max_restarts is -1; write 0 or more"),
-        (Place(processes=1, max_restarts=1, nodes=2, rendezvous="a:1"), "max_restarts is for the processes of one mach"),
+        (
+            Place(processes=1, max_restarts=1, nodes=2, rendezvous="a:1"),
+            "max_restarts is for the processes of one mach",
+        ),
         (Place(processes=1, nodes=2, rendezvous="there"), "--rendezvous is there; write HOST:PORT"),
     ):
         with pytest.raises(TunesmithError, match=message):
