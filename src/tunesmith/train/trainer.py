@@ -55,6 +55,7 @@ from tunesmith.train.offload import offloading
 from tunesmith.train.overrides import Overrides, PlainBatch, as_batch
 from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
+from tunesmith.train.together import Waiting
 
 hooks.check()
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class BaseTrainer(transformers.Trainer):
         self.data = data
         self._starting_point = starting_point
         self.meters = {mode: Meter(self.means, self.counted) for mode in ("train", "eval")}
-        self.loaders = Loaders(self, batching)
+        self.loaders, self.waiting = Loaders(self, batching), Waiting()
         super().__init__(model=model, args=args, data_collator=cast(Any, batching.collator), **arguments)
         if self.args.n_gpu > 1:
             raise TunesmithError(
@@ -134,12 +135,15 @@ class BaseTrainer(transformers.Trainer):
             self,
             data,
             preflight,
+            self.waiting,
             tell=self.tell,
             draw_page=type(self).draw_page,
             write_record=lambda folder: self.record().write(folder),
         )
         self.guard = Guard(self, self.tell)
-        self.recovery = Recovery(self, self.loaders, self.meters["train"], forget=self._forget_step, tell=self.tell)
+        self.recovery = Recovery(
+            self, self.loaders, self.meters["train"], self.waiting, forget=self._forget_step, tell=self.tell
+        )
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.overrides = Overrides(self, BaseTrainer, self.meters, self._note_batch)
         self.add_callback(_Moments(self.journal))
@@ -288,7 +292,8 @@ class BaseTrainer(transformers.Trainer):
         weights = (self.batch_weight(batch) for batch in batches if not batch.blank)
         weight = sum(weights, start=torch.tensor(0)).to(device)
         if self.args.world_size > 1:
-            weight = self.accelerator.reduce(weight.to(torch.float32), reduction="sum")
+            with self.waiting.counted(device):
+                weight = self.accelerator.reduce(weight.to(torch.float32), reduction="sum")
         return weight
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
