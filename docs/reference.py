@@ -134,8 +134,9 @@ GROUPS = (
     Group(
         title="Devices and processes",
         text="More on [several processes](scale.md).",
-        names="processes shard cpu_offload use_cpu fsdp fsdp_config deepspeed accelerator_config parallelism_config ddp_backend "
-        "ddp_timeout ddp_bucket_cap_mb ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph "
+        names="processes max_restarts shard cpu_offload use_cpu fsdp fsdp_config deepspeed accelerator_config "
+        "parallelism_config ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_find_unused_parameters "
+        "ddp_broadcast_buffers ddp_static_graph "
         "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers "
         "dataloader_multiprocessing_context dataloader_in_order dataloader_pin_memory debug "
         "skip_memory_metrics local_rank do_train do_eval do_predict",

@@ -183,10 +183,7 @@ def test_what_cannot_be_started_is_refused() -> None:
         (Place(processes=1, nodes=2, node_rank=2), "--node-rank is 2 of --nodes 2"),
         (Place(processes=1, nodes=2), "--nodes needs --rendezvous HOST:PORT"),
         (Place(processes=1, max_restarts=-1), "max_restarts is -1; write 0 or more"),
-        (
-            Place(processes=1, max_restarts=1, nodes=2, rendezvous="a:1"),
-            "max_restarts is for the processes of one mach",
-        ),
+        (Place(processes=1, max_restarts=1, nodes=2, rendezvous="a:1"), "max_restarts is for the processes of one"),
         (Place(processes=1, nodes=2, rendezvous="there"), "--rendezvous is there; write HOST:PORT"),
     ):
         with pytest.raises(TunesmithError, match=message):

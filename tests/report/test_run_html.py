@@ -58,6 +58,19 @@ def test_the_page_holds_what_the_run_wrote(tmp_path: Path) -> None:
     assert [tag for tag, _ in reader.tags].count("svg") == 5
 
 
+def test_of_several_processes_the_page_has_each(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert "Processes" not in Reader(page(read_run(folder))).words
+    for fast, slow in ((300.0, 100.0), (200.0, 100.0)):
+        processes = [
+            {"tokens_per_second": fast, "waited": 0.5, "memory_mb": 1024.0},
+            {"tokens_per_second": slow, "waited": 0.0, "memory_mb": 2048.0 if slow == fast / 3 else None},
+        ]
+        append(folder / METRICS, {"step": 41, "epoch": 1.0, "loss": 0.3, "processes": processes})
+    words = Reader(page(read_run(folder))).words
+    assert "waiting most memory 0 250 50% 1.1 GB 1 100 0% 2.1 GB Events" in " ".join(words.split())
+
+
 def test_no_text_breaks_out_of_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "<b>run", text=HOSTILE, method=Method(kind=HOSTILE))
     runs = [read_run(folder), read_run(write_run(tmp_path / "other", text=SCRIPT))]

@@ -32,6 +32,16 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """One of several processes in a step that was logged, and those before it: its tokens a second while it did not
+    wait, the part of its time that it waited for others, and its memory in MiB."""
+
+    tokens_per_second: float | None = None
+    waited: float = 0.0
+    memory_mb: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """A line of samples.jsonl. `trained_on` says whether the prompt's row is one of those."""
 
@@ -131,13 +141,14 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """All that is known of the run in `folder`. `evaluations` has, by the name of the metric, its value at each step;
-    what the run did not write is empty."""
+    """All that is known of the run in `folder`. `processes` are those of each step that tells of them. `evaluations`
+    has, by the name of the metric, its value at each step; what the run did not write is empty."""
 
     name: str
     folder: Path
     record: RunRecord | None = None
     steps: tuple[Step, ...] = ()
+    processes: tuple[tuple[Process, ...], ...] = ()
     evaluations: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     events: tuple[tuple[int, str], ...] = ()
     answers: tuple[Answer, ...] = ()
@@ -174,6 +185,10 @@ def read_run(run: str | Path) -> RunData:
         folder=folder,
         record=record,
         steps=_as_written(folder / METRICS, lambda: tuple(_step(line) for line in lines if "loss" in line)),
+        processes=_as_written(
+            folder / METRICS,
+            lambda: tuple(from_json(line["processes"], tuple[Process, ...]) for line in lines if "processes" in line),
+        ),
         evaluations=_as_written(folder / METRICS, lambda: _evaluations(lines)),
         events=tuple((int(line.get("step") or 0), str(line["event"])) for line in lines if "event" in line),
         answers=_as_written(folder / SAMPLES, lambda: from_json(answers, tuple[Answer, ...])),

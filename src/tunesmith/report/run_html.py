@@ -81,6 +81,7 @@ def page(run: RunData) -> str:
         f"<h1>{escape(run.name)}</h1>\n",
         *_summary(run),
         *_curves(run),
+        *_processes(run),
         *_events(run),
         *_drawn(run),
         *_samples(run),
@@ -262,6 +263,21 @@ def _panels(runs: Sequence[RunData], marks: Sequence[int] = ()) -> Iterator[str]
     for field, title, label, noisy in PANELS:
         curves = [_curve(run, field, number=i, noisy=noisy) for i, run in enumerate(runs)]
         yield figure(svg(curves, label=label, marks=marks), title, "")
+
+
+def _processes(run: RunData) -> Iterator[str]:
+    """Of several, how fast each was, and for which of them the others waited."""
+    if not run.processes or len({len(line) for line in run.processes}) > 1:  # gone on with by another number
+        return
+    rows = []
+    for rank, lines in enumerate(zip(*run.processes, strict=True)):
+        speeds = [line.tokens_per_second for line in lines if line.tokens_per_second is not None]
+        memory = max((line.memory_mb or 0.0 for line in lines), default=0.0)
+        waited = fmean(line.waited for line in lines)
+        rate = f"{median(speeds):,.0f}" if speeds else MISSING
+        rows.append((f"{rank}", rate, f"{waited:.0%}", size(memory * 2**20) if memory else MISSING))
+    yield "<h2>Processes</h2>\n"
+    yield table(("process", "tokens a second", "of its time, waiting", "most memory"), rows)
 
 
 def _events(run: RunData) -> Iterator[str]:

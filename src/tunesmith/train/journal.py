@@ -30,6 +30,7 @@ from tunesmith.train.ledger import Ledger
 from tunesmith.train.limits import give_back, resident
 from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
 from tunesmith.train.sharding import is_shared_out
+from tunesmith.train.together import Waiting
 from tunesmith.types import Row
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ class Journal:
     `draw_page` may show all of it. A run that goes on from a checkpoint drops the lines behind it; what an earlier run
     wrote stays until the first step is over. Nothing here changes what is trained.
 
+    Of several processes, steps that are logged have what each took and waited, and what was odd in it is told by the
+    first.
+
     `data` and `preflight` are None where nothing is known of the rows. `tell` hears what is odd, with the step.
     `draw_page` gets the folder of a run, and returns the file of its page; `write_record` writes what the page needs of
     the run's settings.
@@ -68,12 +72,14 @@ class Journal:
         trainer: Trainer,
         data: DataSeen | None,
         preflight: Preflight | None,
+        waiting: Waiting,
         *,
         tell: Callable[[int, str], None],
         draw_page: Callable[[Path], Path] | None,
         write_record: Callable[[Path], object],
     ) -> None:
         self._trainer, self._data, self._preflight, self._tell = trainer, data, preflight, tell
+        self._waiting = waiting
         self._draw_page, self._write_record = draw_page, write_record
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         """Told each line of `metrics.jsonl`, on the main process."""
@@ -92,6 +98,13 @@ class Journal:
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._drawn: Mapping[str, float] = {}
         self._began = self._clock = 0.0
+        self._told: list[tuple[int, str]] = []
+        self._forget_own()
+
+    def _forget_own(self) -> None:
+        """What this process took begins anew."""
+        self._own_tokens: Any = 0
+        self._own_seconds = self._own_waited = self._waited_before = 0.0
 
     @property
     def _args(self) -> Config:
@@ -119,6 +132,8 @@ class Journal:
         self._active = self._trainer.is_world_process_zero()
         self._ledger, self._parts, self.ended = Ledger(self._gather), [], ""
         self._start = self._written = self._trainer.state.global_step
+        self._told = []
+        self._forget_own()
         self._held = self._held or []  # with evaluations before training
         self._asked = []
         if self._active:
@@ -189,9 +204,15 @@ class Journal:
             return
         loss = torch.stack([loss.float() for loss, _ in parts]).sum()
         sums = torch.stack([loss, *torch.stack([counts for _, counts in parts]).sum(dim=0)])
+        processes: list[dict[str, Any]] = []
         if self._shared:
+            self._own_tokens = self._own_tokens + sums[1]
+            self._own_seconds += time.perf_counter() - self._clock
+            self._own_waited += self._waiting.seconds - self._waited_before
             sums = self._trainer.accelerator.reduce(sums, reduction="sum")
             sums[0] /= self._args.world_size  # each process's loss is divided by the mean number of tokens
+            if self._trainer.control.should_log or self._written >= self._trainer.state.max_steps:
+                processes = self._of_processes()
         values = sums.tolist()
         if self._active or self._shared:
             self._ledger.end_step(self._written)
@@ -208,18 +229,40 @@ class Journal:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "learning_rate": learning_rate,
         }
-        self._note(METRICS, entry | dict(self._drawn))
+        self._note(METRICS, entry | dict(self._drawn) | ({"processes": processes} if processes else {}))
         self._drawn = {}
+
+    def _of_processes(self) -> list[dict[str, Any]]:
+        """What each process took since this was last asked; tells what was odd in the others."""
+        busy = self._own_seconds - self._own_waited
+        own = {
+            "tokens_per_second": float(self._own_tokens) / busy if busy > 0 else None,
+            "waited": self._own_waited / self._own_seconds if self._own_seconds else 0.0,
+            "memory_mb": _memory(self._args.device),
+        }
+        told, first = self._told, self._trainer.is_world_process_zero()
+        shares = self._gather((own, [] if first else told))
+        self._forget_own()
+        if not first:
+            self._told = []
+            return []
+        for rank, (_, events) in enumerate(shares):
+            for step, text in events:
+                if (step, text) not in told:
+                    self._tell(step, f"process {rank}: {text}")
+        return [share for share, _ in shares]
 
     def start_clock(self) -> None:
         """A step begins: what evaluation and saving took is not its."""
-        self._clock = time.perf_counter()
+        self._clock, self._waited_before = time.perf_counter(), self._waiting.seconds
 
     def end_pass(self) -> None:
         """The data begin anew."""
         self._ledger.end_pass()
 
     def note_event(self, step: int, text: str) -> None:
+        if self._shared:
+            self._told.append((step, text))
         self._note(METRICS, {"event": text}, step)
 
     def note_answers(self, entry: Mapping[str, Any], numbers: Mapping[str, float]) -> None:

@@ -405,6 +405,8 @@ class Keeper:
         self._writer.check()
         self._taken += batches
         self._epoch_done = not batches
+        if self._place is not None:
+            self._place.forget(self._taken)
         if self._pending is not None:
             folder, self._pending = self._pending, None
             self._restore_random(folder)
@@ -682,9 +684,13 @@ class StreamPlace:
         self._states = {}
 
     def after(self, batches: int) -> Any:
-        """The state after so many micro-batches of the epoch; None where none was read. Earlier ones are forgotten."""
-        self._states = {number: state for number, state in self._states.items() if number >= batches}
+        """The state after so many micro-batches of the epoch; None where none was read."""
         return self._states.get(batches)
+
+    def forget(self, batches: int) -> None:
+        """States before that of so many micro-batches are not asked for any more: a long stream would fill memory with
+        them."""
+        self._states = {number: state for number, state in self._states.items() if number >= batches}
 
 
 def reason_to_skip(stream: IterableDataset, args: Config) -> str | None:

@@ -155,10 +155,9 @@ class _Restarts:
         self._count += 1
         own = [folder for folder, written in self._saved().items() if self._before.get(folder) != written]
         _, text = _explained(failures, self._place, self._logs)
-        place = f"goes on from {own[-1].name}" if own else "begins again, since it has saved no checkpoint"
-        self._say(
-            f"{text or 'a process failed'}\nthe run {place} (restart {self._count} of {self._place.max_restarts})"
-        )
+        start = f"goes on from {own[-1].name}" if own else "begins again, since it has saved no checkpoint"
+        count = f"restart {self._count} of {self._place.max_restarts}"
+        self._say(f"{text or 'a process failed'}\nthe run {start} ({count})")
         return (RESUME,) if own else ()
 
 

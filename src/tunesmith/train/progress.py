@@ -2,7 +2,7 @@
 steps as `logging_steps` says."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +26,7 @@ class TrainingProgress(TrainerCallback):
         self._open = ExitStack()
         self._silenced = ExitStack()
         self._evaluated, self._read, self._shown = 0.0, 0, 0
+        self._slowest = ""
         self._now = Snapshot(output="", total=0, epochs=0)
 
     @classmethod
@@ -48,6 +49,7 @@ class TrainingProgress(TrainerCallback):
     def _take(self, line: Mapping[str, Any]) -> None:
         self._now.take(line)
         self._read += line.get("tokens") or 0
+        self._slowest = slowest(line.get("processes") or ())
 
     def say(self, text: str) -> None:
         """An event of the view while it is drawn, else a line."""
@@ -124,6 +126,7 @@ class TrainingProgress(TrainerCallback):
         parts = [f"step {state.global_step}/{state.max_steps}", f"loss {loss:.4f}", f"{speed:.0f} tokens/s"]
         parts += [] if now.supervised is None else [f"{now.supervised:.0%} supervised"]
         parts += [] if now.peak is None else [f"peak {size(now.peak * 2**20)}"]
+        parts += [self._slowest] if self._slowest else []
         self.console.print("  ".join([*parts, f"{now.left or 0:.0f} s left"]), highlight=False, soft_wrap=True)
 
     def _show_eval(self, name: str, value: float, state: TrainerState) -> None:
@@ -150,3 +153,14 @@ class TrainingProgress(TrainerCallback):
         if self._live is not None:
             self._now.phase = "stopped"
             self._close()
+
+
+def slowest(processes: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the `processes` of a line of `metrics.jsonl` the others wait for, if they do for more than a hundredth
+    of their time."""
+    if len(processes) < 2:
+        return ""
+    waited = [float(process["waited"]) for process in processes]
+    rank = min(range(len(waited)), key=lambda rank: waited[rank])
+    share = (sum(waited) - waited[rank]) / (len(waited) - 1)
+    return f"process {rank} slowest, others wait {share:.0%}" if share >= 0.01 else ""

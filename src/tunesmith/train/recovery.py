@@ -31,7 +31,7 @@ from tunesmith.settings.config import Config
 from tunesmith.train.limits import MemoryLimit, give_back, is_out_of_memory, limit_memory
 from tunesmith.train.loaders import Loaders
 from tunesmith.train.meter import Meter
-from tunesmith.train.together import average_gradients
+from tunesmith.train.together import Waiting, average_gradients
 
 logger = logging.getLogger(__name__)
 WORTH_IT = 50
@@ -47,7 +47,7 @@ class Recovery:
     """Takes micro-batches through a step, in smaller parts where memory asks for that.
 
     `loaders` says how batches are made, `meter` what a step that begins again must count anew; `forget` is called then,
-    for what else has noted the step, and `tell` hears what was changed.
+    for what else has noted the step, and `tell` hears what was changed. `waiting` counts what others take.
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class Recovery:
         trainer: Trainer,
         loaders: Loaders,
         meter: Meter,
+        waiting: Waiting,
         *,
         forget: Callable[[], None],
         tell: Callable[[int, str], None],
     ) -> None:
-        self._trainer, self._loaders, self._meter = trainer, loaders, meter
+        self._trainer, self._loaders, self._meter, self._waiting = trainer, loaders, meter, waiting
         self._forget, self._tell = forget, tell
         self._most_tokens: int | None = None
         self._rehearsed = False
@@ -123,7 +124,8 @@ class Recovery:
             self._batches.append(batch)
             loss = self._fitting(plain, model, self._batches, items, again=[batch])
         if last:
-            average_gradients(cast(DistributedDataParallel, model))
+            with self._waiting.counted(self._args.device):
+                average_gradients(cast(DistributedDataParallel, model))
         return loss
 
     def _fitting(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,11 +70,27 @@ def in_turn(args: TrainingArguments) -> Iterator[None]:
     distributed.barrier(group)
 
 
+class Waiting:
+    """How long this process has waited for others, where they meet in a step, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def counted(self, device: torch.device) -> Iterator[None]:
+        """What is within waits. What was asked of the `device` before is over first."""
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+
 def average_gradients(model: DistributedDataParallel) -> None:
     """Make the gradients of each process their mean over all processes, which all must call this.
 
-    It is what `model` would do during the last backward of a step, but behind it: until then a process can do its part of
-    a step again without the others. A weight of which no process has a gradient keeps none.
+    It is what `model` would do during the last backward of a step, but behind it: until then a process can do its part
+    of a step again without the others. A weight of which no process has a gradient keeps none.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:

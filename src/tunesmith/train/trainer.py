@@ -66,6 +66,7 @@ from tunesmith.train.sharding import (
     share_out,
     whole_norm,
 )
+from tunesmith.train.together import Waiting
 
 hooks.check()
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class BaseTrainer(transformers.Trainer):
         self.data = data
         self._starting_point = starting_point
         self.meters = {mode: Meter(self.means, self.counted, self.extremes) for mode in ("train", "eval")}
-        self.loaders = Loaders(self, batching)
+        self.loaders, self.waiting = Loaders(self, batching), Waiting()
         super().__init__(model=model, args=args, data_collator=cast(Any, batching.collator), **arguments)
         if self.args.n_gpu > 1:
             raise TunesmithError(
@@ -154,12 +155,15 @@ class BaseTrainer(transformers.Trainer):
             self,
             data,
             preflight,
+            self.waiting,
             tell=self.tell,
             draw_page=type(self).draw_page,
             write_record=lambda folder: self.record().write(folder),
         )
         self.guard = Guard(self, self.tell)
-        self.recovery = Recovery(self, self.loaders, self.meters["train"], forget=self._forget_step, tell=self.tell)
+        self.recovery = Recovery(
+            self, self.loaders, self.meters["train"], self.waiting, forget=self._forget_step, tell=self.tell
+        )
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.overrides = Overrides(self, BaseTrainer, self.meters, self._note_batch)
         self.add_callback(_Moments(self.journal))
@@ -343,7 +347,8 @@ class BaseTrainer(transformers.Trainer):
         weights = (self.batch_weight(batch) for batch in batches if not batch.blank)
         weight = sum(weights, start=torch.tensor(0)).to(device)
         if self.args.world_size > 1:
-            weight = self.accelerator.reduce(weight.to(torch.float32), reduction="sum")
+            with self.waiting.counted(device):
+                weight = self.accelerator.reduce(weight.to(torch.float32), reduction="sum")
         return weight
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
