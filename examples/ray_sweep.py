@@ -24,7 +24,7 @@ SPACE = {"learning_rate": tune.grid_search([1e-4, 3e-4, 1e-3]), "lora": {"r": 16
 
 def trial(chosen: dict[str, Any], recipe: dict[str, Any], runs: Path) -> None:
     """The recipe with the settings of the trial, in a folder of its own. What it logs goes to Tune, too."""
-    name = tune.get_context().get_trial_name()
+    name = str(tune.get_context().get_trial_id())
     train(
         recipe | chosen | {"output": str(runs / name)},
         num_workers=WORKERS,
@@ -49,7 +49,7 @@ def main(path: str) -> None:
         run_config=tune.RunConfig(storage_path=str(runs / "tune")),
     )
     best = tuner.fit().get_best_result()
-    print(f"best: {best.config}, eval_loss {best.metrics['eval_loss']:.4f}, {best.metrics['checkpoint_path']}")
+    print(f"best: {best.config}, eval_loss {best.metrics['eval_loss']:.4f}: {runs / best.metrics['trial_id']}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ def client(folder: Path) -> Iterator[TestClient]:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with TestClient(board.app, base_url="http://127.0.0.1:8000", headers=headers) as asking:
         yield asking
-    board.close()
 
 
 @pytest.mark.parametrize(

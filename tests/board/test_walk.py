@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,17 @@ def running_board(folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+        assert _of_folder(folder) == [], "models that chat end with the board"
+
+
+def _of_folder(folder: Path) -> list[str]:
+    """The processes that work in `folder`, where the system tells."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            if link.resolve() == folder.resolve():
+                found.append((link.parent / "cmdline").read_text(encoding="utf-8").replace("\0", " "))
+    return found
 
 
 @pytest.mark.documented

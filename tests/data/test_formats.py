@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tunesmith.data.formats import ArrowRow, FormatOptions, detect, format_row, parse, parse_rows
+from tunesmith.data.formats import ArrowRow, FormatOptions, Task, detect, format_row, parse, parse_rows, task_of
 from tunesmith.data.messages import TurnOptions
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Row, Text, Tokens
@@ -561,3 +561,20 @@ def test_rows_of_two_kinds_are_refused_with_the_place() -> None:
     made = iter(["Hi", [USER, ANSWER]])
     with pytest.raises(TunesmithError, match=r"^row 1: this row is a conversation, the rows before it are each a text"):
         list(parse_rows([("row 0", {}), ("row 1", {})], FormatOptions(formatting_func=lambda row: next(made))))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "task"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, {}, "pairs"),
+        ({"prompt": "p", "good": "a", "bad": "b"}, {"chosen": "good", "rejected": "bad"}, "pairs"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}, "supervised"),
+        ({"prompt": "p", "completion": "a", "label": True}, {}, "judged"),
+        ({"messages": [{"role": "user", "content": "a"}], "kto_tag": False}, {}, "judged"),
+        ({"prompt": "p", "completion": "a", "label": "spam"}, {}, "supervised"),
+        ({"prompt": "p", "completion": "a", "label": 1}, {}, "supervised"),
+        ({"text": "t", "label": True}, {}, "supervised"),
+    ],
+)
+def test_what_a_row_is_for_shows_in_its_columns(row: dict[str, Any], columns: dict[str, str], task: Task) -> None:
+    assert task_of(row, columns) == task

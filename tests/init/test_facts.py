@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 
 from tunesmith.data.columns import pair_columns
-from tunesmith.data.formats import Task
 from tunesmith.errors import TunesmithError
 from tunesmith.init import facts
-from tunesmith.init.facts import Lengths, look, measure, proposed_columns, task_of
+from tunesmith.init.facts import Lengths, look, measure, proposed_columns
 
 
 def placed(*rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -110,23 +109,6 @@ def test_lengths_tell_shares_and_the_longer_ones() -> None:
     assert lengths.sampled
     assert (lengths.over(97), lengths.over(100)) == (30, 0)
     assert Lengths(sizes=(7,), rows=1, supervised=1).share(0.99) == 7
-
-
-@pytest.mark.parametrize(
-    ("row", "columns", "task"),
-    [
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, {}, "pairs"),
-        ({"prompt": "p", "good": "a", "bad": "b"}, {"chosen": "good", "rejected": "bad"}, "pairs"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}, "supervised"),
-        ({"prompt": "p", "completion": "a", "label": True}, {}, "judged"),
-        ({**chat(("user", "a"), ("assistant", "b")), "kto_tag": False}, {}, "judged"),
-        ({"prompt": "p", "completion": "a", "label": "spam"}, {}, "supervised"),
-        ({"prompt": "p", "completion": "a", "label": 1}, {}, "supervised"),
-        ({"text": "t", "label": True}, {}, "supervised"),
-    ],
-)
-def test_what_a_row_is_for_shows_in_its_columns(row: dict[str, Any], columns: dict[str, str], task: Task) -> None:
-    assert task_of(row, columns) == task
 
 
 def test_answers_of_preferences_are_measured_each_with_its_prompt(tokenizer: Any) -> None:

@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -93,15 +93,18 @@ class Board:
         ]
         access = Access(api_key=token, in_url=True, open=OPEN)
         self.app = Starlette(
+            lifespan=self._lifespan,
             routes=routes,
             middleware=[Middleware(Guard, access=access)],
             exception_handlers={TunesmithError: _mistake, HTTPException: _http_error},
         )
 
-    def close(self) -> None:
-        """Ends the models that chat. Trainings go on."""
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """At the end, the models that chat are ended. Trainings go on."""
+        yield
         self._worker.shutdown(wait=False, cancel_futures=True)
-        self._speakers.close()
+        await asyncio.to_thread(self._speakers.close)
 
     async def _in_worker(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)

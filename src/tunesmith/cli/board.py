@@ -48,11 +48,7 @@ def board(
         if not no_open and sys.stdout.isatty():
             webbrowser.open(url)
         settings: Any = {"log_level": "warning", "access_log": False, "proxy_headers": False, "server_header": False}
-        server = uvicorn.Server(uvicorn.Config(page.app, lifespan="off", timeout_graceful_shutdown=2, **settings))
-        try:
-            server.run([bound])
-        finally:
-            page.close()
+        uvicorn.Server(uvicorn.Config(page.app, timeout_graceful_shutdown=2, **settings)).run([bound])
 
 
 def _resolved(path: str) -> Any:

@@ -1,7 +1,7 @@
 """`tunesmith eval`: answers to rows that were not trained on, scored, those of the base model beside them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +13,9 @@ from tunesmith.runs.files import write_whole
 from tunesmith.terminal.output import finish
 
 if TYPE_CHECKING:
-    from tunesmith.evaluate.evaluation import Evaluation, Settings
-    from tunesmith.evaluate.scores import Estimate
+    from tunesmith.data.tokenize import Counts
+    from tunesmith.evaluate.evaluation import Evaluation, Settings, Source
+    from tunesmith.evaluate.scores import Estimate, Result
 
 WIDTH = 80
 CUT_SHOWN = 3
@@ -53,11 +54,12 @@ def evaluate(
 ) -> None:
     """Score a run's answers beside those of its base model.
 
-    Asks both rows that the run was not trained on.
+    Of pairs of answers: whether, and by how much, it prefers the better ones.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
     from tunesmith.evaluate.evaluation import Settings, Source
     from tunesmith.evaluate.evaluation import evaluate as evaluate_run
+    from tunesmith.evaluate.preferences import holds_pairs
     from tunesmith.evaluate.scores import chosen
 
     settings = Settings(
@@ -74,6 +76,12 @@ def evaluate(
     if output is not None:
         _check_output(output)
     source = Source(data=data, split=split, columns=_columns(columns), system=system)
+    if holds_pairs(source):
+        asked = {"--metric": metric, "--system": system, "--chat/--text": as_chat}
+        for name in (name for name, value in asked.items() if value is not None and value != []):
+            raise TunesmithError(f"{name} is of answers that are generated, and {data} has pairs of them; leave it out")
+        _prefer(settings, source, output)
+        return
     evaluation = evaluate_run(settings, source, metrics)
     if output is not None:
         write_whole(output, "".join(evaluation.lines()))
@@ -90,24 +98,50 @@ def _columns(text: str | None) -> Mapping[str, str]:
         raise TunesmithError(f"columns {error}; write '{{prompt: question, completion: answer}}'") from error
 
 
+def _prefer(settings: "Settings", source: "Source", output: Path | None) -> None:
+    """What the run makes of pairs of answers."""
+    from tunesmith.evaluate.evaluation import result_as_json
+    from tunesmith.evaluate.preferences import compare
+
+    found = compare(settings, source)
+    if output is not None:
+        write_whole(output, "".join(found.lines()))
+    about = {"run": settings.run, "data": source.data, "seed": settings.seed, "beta": found.beta}
+    about |= {"rows": len(found.tuned), "metrics": [result_as_json(result) for result in found.results]}
+    about |= {"left_out": {why: {"rows": count, "places": at} for why, (count, at) in found.counts.dropped.items()}}
+
+    def show() -> None:
+        title = f"{len(found.tuned):,} pairs, as {settings.run} sees them, beta {found.beta:g}"
+        _table(title, found.results, has_base=found.base is not None)
+        for line in _left_out(found.counts):
+            typer.echo(line)
+
+    finish(about | {"notes": found.notes}, show)
+
+
 def _show(evaluation: "Evaluation", settings: "Settings") -> None:
+    answered = evaluation.answered
+    title = f"{len(answered.questions):,} rows that {settings.run} was asked"
+    _table(title, evaluation.results, has_base=answered.base is not None)
+    for line in _lines(evaluation, settings):
+        typer.echo(line)
+
+
+def _table(title: str, results: "Sequence[Result]", *, has_base: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    answered = evaluation.answered
-    table = Table(title=f"{len(answered.questions):,} rows that {settings.run} was asked", title_justify="left")
-    has_base = answered.base is not None
+    table = Table(title=title, title_justify="left")
     for heading in ("", "rows", *(("base", "tuned", "difference") if has_base else ("answers",))):
         table.add_column(heading, justify="right" if heading else "left")
-    for result in evaluation.results:
+    for result in results:
         share = result.metric.is_share
-        cells = [_cell(item, share) for item in (result.base, result.tuned) if item is not None]
+        estimates = (result.base, result.tuned) if has_base else (result.tuned,)
+        cells = ["" if item is None else _cell(item, share) for item in estimates]
         cells += [] if result.difference is None else [_cell(result.difference, share, "+")]
         table.add_row(result.metric.name, f"{result.count:,}", *cells)
     Console(width=WIDTH, highlight=False).print(table)
     typer.echo("In brackets: 95% intervals." + (" Differences of shares: percentage points." if has_base else ""))
-    for line in _lines(evaluation, settings):
-        typer.echo(line)
 
 
 def _cell(estimate: "Estimate", is_share: bool, sign: str = "") -> str:
@@ -121,10 +155,7 @@ def _cell(estimate: "Estimate", is_share: bool, sign: str = "") -> str:
 
 def _lines(evaluation: "Evaluation", settings: "Settings") -> list[str]:
     """What was left out and cut off."""
-    lines = []
-    for reason, (count, places) in evaluation.counts.dropped.items():
-        more = ", ..." if count > len(places) else ""
-        lines.append(f"left out: {count:,} with {reason} ({', '.join(places)}{more})")
+    lines = _left_out(evaluation.counts)
     cut = {name: rows for name, rows in evaluation.cut_off().items() if rows}
     if cut:
         rows = sorted(set().union(*cut.values()))
@@ -135,6 +166,14 @@ def _lines(evaluation: "Evaluation", settings: "Settings") -> list[str]:
             f"({'; '.join(places)}{'; ...' if len(rows) > CUT_SHOWN else ''}); raise --max-new-tokens, or train on "
             "rows that end with an end token"
         )
+    return lines
+
+
+def _left_out(counts: "Counts") -> list[str]:
+    lines = []
+    for reason, (count, places) in counts.dropped.items():
+        more = ", ..." if count > len(places) else ""
+        lines.append(f"left out: {count:,} with {reason} ({', '.join(places)}{more})")
     return lines
 
 

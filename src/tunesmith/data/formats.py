@@ -193,6 +193,17 @@ def detect(row: Mapping[str, Any], options: FormatOptions) -> str:
     raise TunesmithError(_no_format(row))
 
 
+def task_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Task:
+    """What a row is for, by its columns under our names: two answers make a pair, and an answer with a label that is
+    true or false is judged."""
+    there = {name: value for name, value in row.items() if value is not None and name not in columns.values()}
+    there |= {ours: row[theirs] for ours, theirs in columns.items() if row.get(theirs) is not None}
+    if there.keys() >= {*SIDES}:
+        return "pairs"
+    answered = there.keys() >= {"prompt", "completion"} or not there.keys().isdisjoint(("messages", "conversations"))
+    return "judged" if answered and any(type(there.get(name)) is bool for name in LABELS) else "supervised"
+
+
 def _check_preference(row: Mapping[str, Any], task: Task) -> None:
     """Raises TunesmithError for a row without a preference, with what it has."""
     listed = ", ".join(name for name in sorted(row) if row[name] is not None) or "(none)"

@@ -64,7 +64,7 @@ class Evaluation:
         return {
             "metrics_chosen_for": self.reason,
             "rows": len(self.answered.questions),
-            "metrics": [_plain(result) for result in self.results],
+            "metrics": [result_as_json(result) for result in self.results],
             "cut_off": {name: len(rows) for name, rows in self.cut_off().items()},
             "left_out": {why: {"rows": count, "places": at} for why, (count, at) in self.counts.dropped.items()},
             "notes": self.answered.notes,
@@ -80,7 +80,7 @@ class Evaluation:
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _plain(result: Result) -> dict[str, Any]:
+def result_as_json(result: Result) -> dict[str, Any]:
     about = {"name": result.metric.name, "kind": "share" if result.metric.is_share else "mean", "rows": result.count}
     estimates = {"tuned": result.tuned, "base": result.base, "difference": result.difference}
     return about | {name: None if item is None else asdict(item) for name, item in estimates.items()}
@@ -207,14 +207,9 @@ def ask(asked: Sequence[Question], settings: Settings, counts: Counts) -> Answer
     """The answers of the run and of its base model. `counts` is told which rows don't fit into the model."""
     from peft import PeftModel
 
-    from tunesmith.model.load import load_run, resolve_model, run_folder
-    from tunesmith.runs.checkpoints import NAME as CHECKPOINT
-    from tunesmith.runs.record import RunRecord
+    from tunesmith.model.load import load_run
 
-    folder = run_folder(Path(resolve_model(settings.run, say)))
-    record = RunRecord.read(folder)
-    if record is None and CHECKPOINT.fullmatch(folder.name):
-        record = RunRecord.read(folder.parent)
+    record = record_of(settings)
     model, tokenizer = load_run(settings.run, trust_remote_code=settings.trust_remote_code, progress=say)
     as_chat, why = _as_chat(asked[0], tokenizer, settings, record)
     notes = [why] if why else []
@@ -227,10 +222,23 @@ def ask(asked: Sequence[Question], settings: Settings, counts: Counts) -> Answer
             base = _answers("base", model.get_base_model(), tokenizer, encoded, settings)
     elif settings.with_base:
         del model  # two may not fit
-        other, missing = _base_model(record, max(map(max, encoded)), settings)
+        other, missing = base_model_of(record, max(map(max, encoded)), settings)
         notes += [missing] if missing else []
         base = None if other is None else _answers("base", other, tokenizer, encoded, settings)
     return Answered(questions=[item for item, _ in drawn], tuned=tuned, base=base, notes=notes)
+
+
+def record_of(settings: Settings) -> "RunRecord | None":
+    """The record of the run, that of a checkpoint's run included."""
+    from tunesmith.model.load import resolve_model, run_folder
+    from tunesmith.runs.checkpoints import NAME as CHECKPOINT
+    from tunesmith.runs.record import RunRecord
+
+    folder = run_folder(Path(resolve_model(settings.run, say)))
+    record = RunRecord.read(folder)
+    if record is None and CHECKPOINT.fullmatch(folder.name):
+        record = RunRecord.read(folder.parent)
+    return record
 
 
 def _drawn(
@@ -302,7 +310,7 @@ def _ids(question: Question, tokenizer: Any, as_chat: bool) -> list[int]:
         ) from error
 
 
-def _base_model(record: "RunRecord | None", largest: int, settings: Settings) -> tuple[Any, str]:
+def base_model_of(record: "RunRecord | None", largest: int, settings: Settings) -> tuple[Any, str]:
     """The model that a run without adapters started from, or None and why there is none. `largest` is the highest
     token id that it will be asked."""
     from tunesmith.model.load import load_run

@@ -213,7 +213,7 @@ def scored(
     if base is None:
         return result
     theirs = np.array([metric.score(base[i], expected[i]) for i in comparable], dtype=float)
-    difference = _paired(mine, theirs) if metric.is_share else bootstrap(mine - theirs, seed)
+    difference = paired(mine, theirs) if metric.is_share else bootstrap(mine - theirs, seed)
     return replace(result, base=estimate(theirs), difference=difference)
 
 
@@ -227,7 +227,7 @@ def wilson(right: int, count: int) -> Estimate:
     return Estimate(value=share, low=low, high=high)
 
 
-def _paired(mine: Any, theirs: Any) -> Estimate:
+def paired(mine: Any, theirs: Any) -> Estimate:
     """The difference of two shares on the same rows, with the interval of Agresti and Min (2005,
     doi:10.1002/sim.1781): half a row is added to each of the four cases, so that rows without a difference are no
     proof that there is none."""

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from tunesmith.data.columns import ANSWERS, guessed_columns, named_column, question_columns
 from tunesmith.data.formats import FormatOptions, Task, detect, parse_rows
 from tunesmith.data.messages import TurnOptions, names_in
-from tunesmith.data.pairs import LABELS, SIDES
 from tunesmith.data.tokenize import BATCH_ROWS, Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Judged, Pair, Row, Text, TrainOn
@@ -188,17 +187,6 @@ def answers_of(row: Row) -> list[Row]:
     if isinstance(row, Pair):
         return [row.chosen, row.rejected]
     return [row.answer if isinstance(row, Judged) else row]
-
-
-def task_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Task:
-    """What a row is for, by its columns under our names: two answers make a pair, and an answer with a label that is
-    true or false is judged."""
-    there = {name: value for name, value in row.items() if value is not None and name not in columns.values()}
-    there |= {ours: row[theirs] for ours, theirs in columns.items() if row.get(theirs) is not None}
-    if there.keys() >= {*SIDES}:
-        return "pairs"
-    answered = there.keys() >= {"prompt", "completion"} or not there.keys().isdisjoint(("messages", "conversations"))
-    return "judged" if answered and any(type(there.get(name)) is bool for name in LABELS) else "supervised"
 
 
 def proposed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str] | None:

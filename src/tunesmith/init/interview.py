@@ -182,8 +182,8 @@ def _fit(
 
 def _task(options: Options, rows: "Rows", columns: Mapping[str, str]) -> "Task":
     """What the first row is for. Who names a goal of supervised rows wants one side of a pair, or no label."""
+    from tunesmith.data.formats import task_of
     from tunesmith.init.advice import PREFERENCES
-    from tunesmith.init.facts import task_of
 
     if options.goal is not None and options.goal not in PREFERENCES.values():
         return "supervised"
