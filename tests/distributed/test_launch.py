@@ -142,8 +142,8 @@ def test_killed_processes_are_started_again_and_end_in_the_same_bits(
     train: Callable[..., Command], tmp_path: Path
 ) -> None:
     """Before the first checkpoint, and behind the second. That of an earlier run in the folder is left alone."""
-    options = ("--processes", 2, "--per-device-train-batch-size", 2, "--save-strategy", "steps", "--save-steps", 1)
-    options += ("--optim", "adamw_torch")
+    saving = ("--save-strategy", "steps", "--save-steps", 1)
+    options = ("--processes", 2, "--per-device-train-batch-size", 2, *saving, "--optim", "adamw_torch")
     whole = train("whole", *options)
     assert whole.finish() == 0, whole.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
