@@ -90,8 +90,8 @@ class Command:
     def interrupt(self) -> None:
         os.kill(self.process.pid, signal.SIGINT)
 
-    def finish(self) -> int:
-        return finished(self.process)
+    def finish(self, timeout: float = 120) -> int:
+        return finished(self.process, timeout)
 
     def until(self, happened: Callable[[], bool], timeout: float = 120) -> None:
         """Wait. Fails at the end of the command, and after `timeout` seconds."""

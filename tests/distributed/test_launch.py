@@ -35,6 +35,8 @@ SETTINGS: tuple[Any, ...] = (
     "--logging-steps",
     1,
 )
+STARTED = 120
+"""Seconds in which processes that were started again must be through, on a machine that has other things to do."""
 SITE = """
 import os, signal, sys
 from transformers import TrainerCallback
@@ -140,16 +142,14 @@ def test_killed_processes_are_started_again_and_end_in_the_same_bits(
     train: Callable[..., Command], tmp_path: Path
 ) -> None:
     """Before the first checkpoint, and behind the second. That of an earlier run in the folder is left alone."""
-    options = ("--processes", 2, "--per-device-train-batch-size", 2, "--save-strategy", "steps", "--save-steps", 1)
-    options += ("--optim", "adamw_torch")
+    saving = ("--save-strategy", "steps", "--save-steps", 1)
+    options = ("--processes", 2, "--per-device-train-batch-size", 2, *saving, "--optim", "adamw_torch")
     whole = train("whole", *options)
     assert whole.finish() == 0, whole.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
-    started = time.monotonic()
     run = train("run", *options, "--max-restarts", 2, FAULT="kill", FAULT_KILLS="1@0 0@2")
-    assert run.finish() == 0, run.stderr
-    assert time.monotonic() - started < 90
+    assert run.finish(3 * STARTED) == 0, run.stderr
     assert "process 1 of 2 was killed: SIGKILL\nthe run begins again, since it has saved no checkpoint" in run.stderr
     assert "process 0 of 2 was killed: SIGKILL\nthe run goes on from checkpoint-2 (restart 2 of 2)" in run.stderr
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
@@ -160,7 +160,7 @@ def test_killed_processes_are_started_again_and_end_in_the_same_bits(
 def test_what_fails_again_ends_the_run(fault: str, code: int, restarts: int, train: Callable[..., Command]) -> None:
     options = ("--processes", 2, "--per-device-train-batch-size", 2, "--max-restarts", 1, "--save-strategy", "no")
     run = train("run", *options, FAULT=fault, FAULT_KILLS="1@1 1@1")
-    assert run.finish() == code, run.stderr
+    assert run.finish(2 * STARTED) == code, run.stderr
     assert run.stderr.count("(restart ") == restarts
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from tests.forked import together
@@ -15,7 +16,7 @@ from tests.models import tiny
 from tests.train.runs import TEXT_ROWS
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.data.dataset import DataPreparer
-from tunesmith.train.together import is_lost
+from tunesmith.train.together import average_gradients, is_lost
 
 
 def _train(folder: Path, tokenizer: Path) -> None:
@@ -52,3 +53,27 @@ def test_errors_that_say_that_another_process_is_gone() -> None:
     assert not is_lost(RuntimeError("shapes cannot be multiplied"))
     assert not is_lost(torch.OutOfMemoryError("out of memory"))
     assert not is_lost(ValueError("Connection closed by peer"))
+
+
+def _average() -> None:
+    """One of two processes, of which the second has gradients three times those of the first."""
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(2, 3)) for name in "abcde"})
+    model["large"] = torch.nn.Parameter(torch.zeros(50, 10))
+    model["bf16"] = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    model["frozen"] = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    for name, weight in model.items():
+        if name not in ("d", "e", "frozen") or (name == "d" and rank == 1):
+            weight.grad = torch.full_like(weight, 1.0 + 2 * rank)
+    model["b"].grad = torch.full((3, 2), 1.0 + 2 * rank).t()
+    average_gradients(DistributedDataParallel(model, bucket_cap_mb=0.0001))  # 104 bytes: four of the small ones
+    for name, weight in model.items():
+        expected = {"d": 1.5, "e": None, "frozen": None}.get(name, 2.0)
+        found = [] if weight.grad is None else weight.grad.unique().tolist()
+        assert found == ([] if expected is None else [expected]), name
+
+
+def test_gradients_become_their_mean_whatever_their_size_type_and_layout() -> None:
+    """Those that only one process has count as zeros in the other; those that none has stay away."""
+    together(2, _average)

@@ -133,8 +133,10 @@ def _buckets(gradients: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
 
 def _arrive(gradients: list[Tensor], flat: Tensor, work: Any) -> None:
     work.wait()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
 
 
 @contextmanager

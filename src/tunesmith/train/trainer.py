@@ -347,7 +347,8 @@ class BaseTrainer(transformers.Trainer):
         weights = (self.batch_weight(batch) for batch in batches if not batch.blank)
         weight = sum(weights, start=torch.tensor(0)).to(device)
         if self.args.world_size > 1:
-            with self.waiting.counted(device):
+            training = cast(nn.Module, self.model).training
+            with self.waiting.counted(device) if training else nullcontext():
                 weight = self.accelerator.reduce(weight.to(torch.float32), reduction="sum")
         return weight
 
