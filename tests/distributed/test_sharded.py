@@ -85,7 +85,7 @@ def test_weights_that_are_shared_out_train_as_those_of_one_process(name: str, pr
 # Checkpoints
 
 END = 8
-TURNS: list[tuple[int, str, int]] = [(2, "full", 2), (4, "grad", 3), (1, "none", 5), (2, "none", 6), (4, "full", END)]
+TURNS: list[tuple[int, str, int]] = [(2, "full", 2), (1, "none", 4), (2, "grad", 6), (4, "full", END)]
 """Processes, what they share out, and the step up to which they go."""
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD, tied": ("short last step", {"tied": True}),
