@@ -119,7 +119,7 @@ def twice(write: Callable[[], T], folder: Path, needed: int) -> T:
     try:
         return write()
     except Exception as error:
-        number = _error_number(error)
+        number = error_number(error)
         if number is None:
             raise
         if number in FULL:
@@ -129,14 +129,14 @@ def twice(write: Callable[[], T], folder: Path, needed: int) -> T:
     try:
         return write()
     except Exception as error:
-        if _error_number(error) is None:
+        if error_number(error) is None:
             raise
         raise _explained(error, folder, needed) from error
 
 
 def _explained(error: Exception, folder: Path, needed: int) -> TunesmithError:
     kept = "The checkpoints from before are whole"
-    if _error_number(error) in FULL:
+    if error_number(error) in FULL:
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
         free = shutil.disk_usage(there).free
         return TunesmithError(
@@ -149,7 +149,7 @@ def _explained(error: Exception, folder: Path, needed: int) -> TunesmithError:
     )
 
 
-def _error_number(error: BaseException) -> int | None:
+def error_number(error: BaseException) -> int | None:
     """The system's number of an error, which the libraries in Rust have in their text only; None for other errors."""
     while True:
         if isinstance(error, OSError) and error.errno is not None:

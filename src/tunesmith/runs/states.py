@@ -6,7 +6,7 @@ tensors, if there are any, to `NAME.safetensors`; a tensor that stands in severa
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.parts import files_of, opened
 
 Random = dict[str, Tensor]
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"
@@ -36,9 +36,12 @@ class Packed:
         return replace(self, tensors={name: copied(tensor) for name, tensor in self.tensors.items()})
 
     def write(self, folder: Path, name: str) -> None:
-        (folder / f"{name}.json").write_text(json.dumps(self.structure), encoding="utf-8")
+        self.write_structure(folder, name)
         if self.tensors:
             save_file({name: _own(tensor) for name, tensor in self.tensors.items()}, folder / f"{name}.safetensors")
+
+    def write_structure(self, folder: Path, name: str) -> None:
+        (folder / f"{name}.json").write_text(json.dumps(self.structure), encoding="utf-8")
 
 
 def packed(state: Any, name: str) -> Packed:
@@ -52,8 +55,9 @@ def packed(state: Any, name: str) -> Packed:
     return Packed(structure=structure, tensors=tensors)
 
 
-def read_state(folder: Path, name: str) -> Any:
-    """The state that was written as `name`, its tensors in main memory of their own; None where there is none.
+def read_state(folder: Path, name: str, read: Callable[[str, Any], Tensor] | None = None) -> Any:
+    """The state that was written as `name`, its tensors in main memory of their own; None where there is none. `read`
+    may make less of a tensor, by its name and its slices.
 
     The files may go away afterwards: nothing is mapped into memory.
     """
@@ -61,10 +65,10 @@ def read_state(folder: Path, name: str) -> Any:
     if not path.is_file():
         return None
     tensors: dict[str, Tensor] = {}
-    file = folder / f"{name}.safetensors"
-    if file.is_file():
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (no mapping)
+    for file in files_of(folder, name):
+        with opened(file) as found:
+            for key in found.keys():  # noqa: SIM118 (no mapping)
+                tensors[key] = found.get_tensor(key).clone() if read is None else read(key, found.get_slice(key))
     return _unpacked(json.loads(path.read_text(encoding="utf-8")), tensors)
 
 
@@ -85,8 +89,10 @@ def _packed(value: Any, place: str, tensors: dict[str, Tensor], known: dict[Any,
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, Tensor) and type(value) in (Tensor, torch.nn.Parameter):
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+    if isinstance(value, Tensor) and (type(value) in (Tensor, torch.nn.Parameter) or hasattr(value, "full_tensor")):
+        # What is shared out over processes has no place of its own.
+        place_in_memory = id(value) if hasattr(value, "full_tensor") else value.data_ptr()
+        key = (place_in_memory, value.shape, value.stride(), value.dtype, value.device)
         if value.numel() == 0 or key not in known:
             known[key] = place
             tensors[place] = value
