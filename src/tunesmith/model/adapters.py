@@ -40,6 +40,8 @@ BY_TOKEN = {
     *("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "VERA", "RANDLORA", "FOURIERFT", "WAVEFT", "SHIRA"),
     *("VBLORA", "C3A", "ROAD", "DELORA", "LN_TUNING", "TRAINABLE_TOKENS"),
 }
+ROUTERS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""In the settings of a model, how many experts it has."""
 WORTH_TELLING = 0.01
 """The share of the layers' weights from which on it is said that all-linear leaves them out."""
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
@@ -109,6 +111,12 @@ def has_virtual_tokens(model: nn.Module) -> bool:
     if not isinstance(model, PeftModel) or model._adapters_disabled:
         return False
     return bool(model.active_peft_config.is_prompt_learning)
+
+
+def has_experts(model: Model) -> bool:
+    """Whether tokens of `model` are sent to some of several experts."""
+    config = base_model(model).config.get_text_config()
+    return any(getattr(config, name, None) for name in ROUTERS)
 
 
 def _refuse(config: PeftConfig, bits: Bits | None) -> None:

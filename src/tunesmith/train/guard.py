@@ -120,9 +120,8 @@ class Guard:
         self._in_a_row, self._batches = 0, []
         self.end()
         trainer = self._trainer
-        # FSDP and DeepSpeed keep gradients elsewhere, and hooks would have compiled layers compiled once more.
-        elsewhere = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        if not elsewhere and not trainer.args.torch_compile:
+        # DeepSpeed keeps gradients elsewhere, and hooks would have compiled layers compiled once more.
+        if not trainer.is_deepspeed_enabled and not trainer.args.torch_compile:
             self._first = FirstGradients(cast(nn.Module, trainer.model))
 
     def end(self) -> None:
@@ -172,6 +171,13 @@ class Guard:
         first, self._first = self._first, None
         first.end()
         missing = first.judge(cast(nn.Module, self._trainer.model))
+        handler = self._trainer.accelerator.ddp_handler
+        wrapped = isinstance(self._trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        if missing is not None and wrapped and not (handler and handler.find_unused_parameters):
+            raise TunesmithError(
+                f"{missing}. Processes wait for these, and have not summed the gradients of others: freeze them with "
+                "requires_grad_(False), or set ddp_find_unused_parameters: true"
+            )
         if missing is not None:
             self._tell(self._trainer.state.global_step + 1, missing)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import FlatCollator, PaddedCollator, groups_of
 from tunesmith.errors import TunesmithError
 from tunesmith.model import ways
-from tunesmith.model.adapters import Model, base_model, has_virtual_tokens
+from tunesmith.model.adapters import Model, base_model, has_experts, has_virtual_tokens
 from tunesmith.model.attention import PAD_INSTEAD
 from tunesmith.model.compile import is_compiled
 from tunesmith.model.head import in_evaluation
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 4
 LONGEST = 16
 """Tokens that an example is cut to: the test costs much less than a step, and all its documents are in one batch."""
-ROUTERS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +101,8 @@ def check_before_training(model: Model, dataset: Any, args: Config, *, flat: boo
     if examples:
         assert args.precision != "auto"
         rows = [*chain.from_iterable(examples)]
-        found = self_test(model, rows, flat=flat, precision=args.precision, groups=[*map(len, examples)])
+        groups = [*map(len, examples)]
+        found = self_test(model, rows, flat=flat, precision=args.precision, groups=groups, device=args.device)
         logger.info("%s", found)
         return found
     reason = reason or "the training data has no rows with two tokens in `input_ids` to test on"
@@ -113,7 +113,7 @@ def check_before_training(model: Model, dataset: Any, args: Config, *, flat: boo
 
 
 def _impossible(model: Model, args: Config) -> str:
-    if args.deepspeed or args.fsdp or any(parameter.is_meta for parameter in model.parameters()):
+    if args.deepspeed or any(parameter.is_meta for parameter in model.parameters()):
         return "the model's weights are shared out over processes, and its own forward needs them all"
     if has_virtual_tokens(model):
         return "virtual tokens go in front of each row, and its own logits are taken already"
@@ -146,21 +146,23 @@ def self_test(
     flat: bool,
     precision: PrecisionName,
     groups: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> SelfTest:
     """Compare `model` on `rows`, token ids of at least two each, with itself. It must answer objectives;
     `flat` says whether its batches are flat or padded, `groups` how many of the rows in turn belong together; by
-    default each is alone. Modes, gradients and random numbers stay as they are.
+    default each is alone. `device` is where the model computes, by default where its weights are. Modes, gradients and
+    random numbers stay as they are. Every process that has a part of the weights must call this.
 
     Raises TunesmithError with the losses of each document when they differ, and when they are no numbers.
     """
-    device = base_model(model).device
+    device = device or base_model(model).device
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with _untouched(model, device), torch.autocast(device.type, dtype=low, enabled=low is not None):
         with _ways(other=False):
             alone = [_alone(model, row, device) for row in rows]
         _refuse_no_numbers(torch.cat(alone), model)
         with _compiled_layers_at_work(model), _ways(other=True):
-            loss, together = _together(model, rows, groups or [1] * len(rows), flat=flat)
+            loss, together = _together(model, rows, groups or [1] * len(rows), device, flat=flat)
     theirs = torch.cat(alone)
     tests = tuple(_test(mine, own) for mine, own in zip(together.split([len(x) for x in alone]), alone, strict=True))
     found = SelfTest(
@@ -211,12 +213,14 @@ def _alone(model: Model, row: list[int], device: torch.device) -> Tensor:
     return F.cross_entropy(logits, ids[0, 1:].cpu(), reduction="none")
 
 
-def _together(model: Model, rows: Sequence[list[int]], sizes: Sequence[int], *, flat: bool) -> tuple[float, Tensor]:
+def _together(
+    model: Model, rows: Sequence[list[int]], sizes: Sequence[int], device: torch.device, *, flat: bool
+) -> tuple[float, Tensor]:
     """The loss, a sum, and the negative log-likelihoods of all rows, one after the other, as in training: groups of
     these `sizes` share what they begin with."""
     examples = iter([Example(input_ids=row, labels=[IGNORE_INDEX, *row[1:]]) for row in rows])
     groups = [tuple(islice(examples, size)) for size in sizes]
-    batch = (FlatCollator() if flat else PaddedCollator()).batch(groups).to(base_model(model).device)
+    batch = (FlatCollator() if flat else PaddedCollator()).batch(groups).to(device)
     result = model(**batch.inputs(), targets=batch.targets(), objective=supervised_loss).outcome
     return float(result.loss.detach()), result.nll.float().cpu()
 
@@ -232,12 +236,10 @@ def _test(ours: Tensor, theirs: Tensor) -> DocumentTest:
 
 def _exact(model: Model) -> bool:
     """Whether all computation is in full fp32, and no token can be sent elsewhere."""
-    base = base_model(model)
-    config = base.config.get_text_config()
     return (
         all(p.dtype == torch.float32 for p in model.parameters())
         and torch.get_float32_matmul_precision() == "highest"
-        and not any(getattr(config, name, None) for name in ROUTERS)
+        and not has_experts(model)
     )
 
 
