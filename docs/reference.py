@@ -133,7 +133,7 @@ GROUPS = (
     Group(
         title="Devices and processes",
         text="More on [several processes](scale.md).",
-        names="processes use_cpu fsdp fsdp_config deepspeed accelerator_config parallelism_config ddp_backend "
+        names="processes shard cpu_offload use_cpu fsdp fsdp_config deepspeed accelerator_config parallelism_config ddp_backend "
         "ddp_timeout ddp_bucket_cap_mb ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph "
         "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers "
         "dataloader_multiprocessing_context dataloader_in_order dataloader_pin_memory debug "

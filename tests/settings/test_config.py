@@ -257,3 +257,26 @@ def test_what_several_processes_would_train_otherwise_than_one_is_refused(monkey
     refused("train_sampling_strategy is 'batch_rebalance', and rows", train_sampling_strategy="batch_rebalance")
     refused("accelerator_config.split_batches is True", accelerator_config={"split_batches": True})
     refused("accelerator_config.dispatch_batches is True", accelerator_config={"dispatch_batches": True})
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "shard"),
+    [(True, "full"), ("full_shard auto_wrap", "full"), ("shard_grad_op", "grad"), ("false", "none"), (None, "none")],
+)
+def test_fsdp_is_a_name_of_shard(fsdp: Any, shard: str) -> None:
+    config = make(fsdp=fsdp)
+    assert (config.shard, config.fsdp) == (shard, None)
+    assert make(**config.to_dict() | {"output_dir": "other"}).shard == shard
+
+
+def test_what_can_not_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused("fsdp is 'hybrid_shard', and 'hybrid_shard' is not known here; write shard: full", fsdp="hybrid_shard")
+    refused("fsdp is 'shard_grad_op', and shard is full; keep shard", fsdp="shard_grad_op", shard="full")
+    refused("fsdp_config is for accelerate", fsdp=True, fsdp_config={"version": 2})
+    refused("cpu_offload is True, and shard is none; write shard: full", cpu_offload=True)
+    refused("cpu_offload is True, but one process trains", cpu_offload=True, shard="full")
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    refused("cpu_offload is True, but this run is on cpu", fsdp="full_shard offload")
+    refused("shard is full, and precision: fp16 is set, whose scale", shard="full", precision="fp16")
+    assert make(shard="full").place_model_on_device is False
+    assert make(shard="grad").place_model_on_device is None

@@ -22,6 +22,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop", "split", "error"]
 SelfTestMode = Literal["auto", "always", "off"]
 SharePrefix = Literal["auto", "off"]
+Shard = Literal["none", "grad", "full"]
 OnBadRow = Literal["error", "skip"]
 Turns = Literal["auto", "whole", "each"]
 PromptMismatch = Literal["error", "accept"]
@@ -31,6 +32,8 @@ SpecialsInContent = Literal["keep", "text", "error"]
 COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 """The others record CUDA graphs, one for each length of a batch."""
 
+FSDP_WORDS = ("true", "full_shard", "shard_grad_op", "offload", "auto_wrap")
+"""What `fsdp` may say, of which the last is how it is always done."""
 UNSUPPORTED = {
     "use_liger_kernel": "Liger replaces the forward that computes our loss, which never makes the full logits either",
     "liger_kernel_config": "Liger is not used; leave it unset",
@@ -166,6 +169,14 @@ class Config(TrainingArguments):
     max_bad_steps: int = setting(
         5, "Stop after so many steps in a row without a finite gradient; a single one is skipped."
     )
+    shard: Shard = setting(
+        "none",
+        "What several processes share out: none (each has the whole model) | grad (gradients and the optimizer's "
+        "state) | full (weights, too).",
+    )
+    cpu_offload: bool = setting(
+        False, "With shard: weights, gradients and the optimizer's state are in main memory while nothing needs them."
+    )
     memory_limit: str | None = setting(
         None, "On a CPU: split micro-batches rather than hold more main memory than this, such as 12GB."
     )
@@ -203,9 +214,12 @@ class Config(TrainingArguments):
         self._check_numbers()
         self._refuse_unsupported()
         self._resolve_precision()
+        self._resolve_shard()
+        self._resolve_backend()
         super().__post_init__()
         self._check_sampling()
         self._check_processes()
+        self._check_shard()
         self._check_token_batches()
         self._check_compile()
         if self.activation_offloading and self.device.type in ("cpu", "mps"):
@@ -359,6 +373,56 @@ class Config(TrainingArguments):
                 "accelerator_config.dispatch_batches is True, which lets one process read for the others, and fills a "
                 "short last batch with rows that were trained on; leave it out, and each process reads its part"
             )
+
+    def _resolve_shard(self) -> None:
+        """`fsdp` of `transformers` says what `shard` and `cpu_offload` say; it is off then, since `accelerate` shares
+        nothing out."""
+        if self.fsdp_config:
+            raise TunesmithError(
+                "fsdp_config is for accelerate, which shares nothing out here; leave it out, and write shard: full or "
+                "grad, cpu_offload and gradient_checkpointing"
+            )
+        given: Any = self.fsdp
+        self.fsdp = None
+        words = given.split() if isinstance(given, str) else list(given) if isinstance(given, list) else []
+        if not given or words == ["false"]:
+            return
+        if unknown := [word for word in words if word not in FSDP_WORDS]:
+            raise TunesmithError(f"fsdp is {given!r}, and {unknown[0]!r} is not known here; write shard: full or grad")
+        named: Shard = "grad" if "shard_grad_op" in words else "full"
+        if self.shard not in ("none", named):
+            raise TunesmithError(f"fsdp is {given!r}, and shard is {self.shard}; keep shard")
+        self.shard, self.cpu_offload = named, self.cpu_offload or "offload" in words
+
+    def _resolve_backend(self) -> None:
+        """Gradients in main memory are summed there, those on GPUs by NCCL."""
+        if self.cpu_offload and self.ddp_backend is None and torch.cuda.is_available() and not self.use_cpu:
+            self.ddp_backend = "cuda:nccl,cpu:gloo"
+
+    def _check_shard(self) -> None:
+        if self.shard == "none":
+            if self.cpu_offload:
+                raise TunesmithError("cpu_offload is True, and shard is none; write shard: full, or drop it")
+            return
+        if self.cpu_offload and (self.world_size == 1 or self.device.type == "cpu"):
+            where = "one process trains" if self.world_size == 1 else "this run is on cpu"
+            raise TunesmithError(f"cpu_offload is True, but {where}, which has nothing to move away; leave it out")
+        if self.world_size == 1:
+            return
+        for name, value, reason in (
+            ("deepspeed", self.deepspeed, "which shares weights out itself"),
+            ("precision: fp16", self.fp16, "whose scale each process would find for itself; bf16 has none"),
+            ("activation_offloading", self.activation_offloading, "which would keep gathered weights"),
+            ("auto_find_batch_size", self.auto_find_batch_size, "and processes can't all begin again"),
+        ):
+            if value:
+                raise TunesmithError(f"shard is {self.shard}, and {name} is set, {reason}; drop one")
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """None leaves it to `transformers`. Weights that are shared out go to the device in parts."""
+        shared = self.shard == "full" and self.world_size > 1
+        return False if shared and not getattr(self, "precompute_ref_log_probs", False) else None
 
     def _check_token_batches(self) -> None:
         """What says how many rows share a batch, or which, contradicts batches by tokens."""

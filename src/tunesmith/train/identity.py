@@ -39,6 +39,8 @@ FREE = {
         "load_best_model_at_end",
         "metric_for_best_model",
         "precompute_ref_batch_size",
+        "shard",
+        "cpu_offload",
     ),
     *("greater_is_better", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "label_names"),
     *("use_cpu", "tf32", "full_determinism", "torch_empty_cache_steps", "auto_find_batch_size", "deepspeed"),
