@@ -74,7 +74,8 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     else:
         settings["per_device_train_batch_size"] = rows // processes
     own = {
-        key: settings.pop(key, None) for key in ("model", "rows", "template", "stream", "subclass", "lora", "function")
+        key: settings.pop(key, None)
+        for key in ("model", "rows", "template", "stream", "subclass", "lora", "function", "tied")
     }
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = own["template"] or tokenizer.chat_template
@@ -86,7 +87,7 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     )  # fmt: skip
     torch.manual_seed(0)
     return (OwnLoss if own["subclass"] else SFTTrainer)(
-        tiny(own["model"] or "llama", len(tokenizer)),
+        tiny(own["model"] or "llama", len(tokenizer), tie_word_embeddings=bool(own["tied"])),
         args,
         train_dataset=data.to_iterable_dataset() if own["stream"] else data,
         eval_dataset=Dataset.from_list((own["rows"] or ROWS)[:5]),

@@ -103,7 +103,7 @@ def test_two_agents_meet_as_two_machines_would_and_make_the_model_of_one(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     one = train("one", "--per-device-train-batch-size", 4)
-    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{port}", "--per-device-train-batch-size", 2)
+    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{port}", "--per-device-train-batch-size", 2, "--shard", "full")
     machines = [train(f"machine{rank}", "--node-rank", rank, *meeting) for rank in range(2)]
     codes = [run.finish() for run in (one, *machines)]
     assert codes == [0, 0, 0], machines[0].stderr + machines[1].stderr

@@ -184,7 +184,7 @@ def test_new_adapters_are_off_and_those_trained_further_are_as_they_were(dpo_of:
     moved(continued)
     trainer = dpo_of(model=continued, folder="further")
     assert isinstance(trainer.reference, StartingWeights)
-    kept = sum(values.numel() for _, values in trainer.reference._kept)
+    kept = sum(values.numel() for values in trainer.reference._kept.values())
     assert kept == sum(weight.numel() for weight in continued.parameters() if weight.requires_grad)
     assert first_log(trainer)["rewards/margins"] == 0.0  # against the base model, they would not be
 

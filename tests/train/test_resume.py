@@ -342,8 +342,8 @@ def test_checkpoints_that_can_not_say_whose_they_are_keep_a_fresh_run_out(
 ) -> None:
     (tmp_path / "run" / "checkpoint-9").mkdir(parents=True)
     trainer = run()
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    with pytest.raises(TunesmithError, match=r"holds checkpoint-9 of an earlier run, and the checkpoints of FSDP"):
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(TunesmithError, match=r"holds checkpoint-9 of an earlier run, and the checkpoints of DeepSpeed"):
         trainer.keeper.begin(None)
     assert trainer.keeper.begin(True) is True
 

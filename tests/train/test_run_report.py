@@ -172,7 +172,7 @@ def test_weights_over_several_processes_answer_nothing_and_the_run_says_so(
 
     def choose(self: Journal) -> None:
         with monkeypatch.context() as faked:
-            faked.setattr(trainer, "is_fsdp_enabled", True)
+            faked.setattr(trainer, "is_deepspeed_enabled", True)
             chosen(self)
 
     chosen = Journal._choose_prompts

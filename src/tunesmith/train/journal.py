@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -29,6 +29,7 @@ from tunesmith.train.identity import model_origin
 from tunesmith.train.ledger import Ledger
 from tunesmith.train.limits import give_back, resident
 from tunesmith.train.samples import Asked, answered, before_and_after, chosen, refusal
+from tunesmith.train.sharding import is_shared_out
 from tunesmith.types import Row
 
 logger = logging.getLogger(__name__)
@@ -118,15 +119,18 @@ class Journal:
         self._ledger, self._parts, self.ended = Ledger(self._gather), [], ""
         self._start = self._written = self._trainer.state.global_step
         self._held = self._held or []  # with evaluations before training
-        if not self._active:
-            return
+        self._asked = []
+        if self._active:
+            self._begin_files()
+        self.answer()
+        self.start_clock()
+
+    def _begin_files(self) -> None:
         lines = self._attempt(lambda: up_to(self._folder / METRICS, self._start)) or []
         self.answers = self._attempt(lambda: up_to(self._folder / SAMPLES, self._start)) or []
         before = max((entry.get("seconds") or 0.0 for entry in lines), default=0.0)
         self._began = time.perf_counter() - before
         self._choose_prompts()
-        self.answer()
-        self.start_clock()
 
     def end(self, ended: str) -> None:
         """`ended` says how: "finished", "stopped" or "error"."""
@@ -276,10 +280,9 @@ class Journal:
 
     def _choose_prompts(self) -> None:
         count, trainer = self._args.sample_prompts, self._trainer
-        self._asked = []
         if not count or not self._active or self._data is None:
             return
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if trainer.is_deepspeed_enabled:
             why = "the weights are spread over processes, of which none can answer alone"
             self._tell(trainer.state.global_step, f"sample_prompts: no prompt is answered, since {why}")
             return
@@ -293,7 +296,10 @@ class Journal:
         """Answers to all prompts at this step, if they were not asked at it already."""
         trainer = self._trainer
         step = trainer.state.global_step
-        if not self._asked or not self._active or any(entry["step"] == step for entry in self.answers):
+        wanted = bool(self._asked) and self._active and not any(entry["step"] == step for entry in self.answers)
+        if self._args.sample_prompts and is_shared_out(trainer.model):  # whose parts only all together can answer
+            wanted, self._asked = broadcast_object_list([wanted, self._asked])
+        if not wanted:
             return
         tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
         try:

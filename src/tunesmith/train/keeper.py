@@ -1,7 +1,8 @@
 """A trainer's checkpoints: whole, without pickle, and enough to go on from as if the run had never stopped.
 
-On a CPU a resumed run reaches the same bits. The checkpoints of FSDP and DeepSpeed are in formats of their own, and
-`transformers` writes and reads them.
+On a CPU a resumed run reaches the same bits. Where processes share weights out, each writes a part of them, as files
+that are read like those of one process. The checkpoints of DeepSpeed are in a format of their own, and `transformers`
+writes and reads them.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -44,6 +46,7 @@ from tunesmith.runs.checkpoints import (
 )
 from tunesmith.runs.describe import versions
 from tunesmith.runs.folder import check_space, estimated_size, twice
+from tunesmith.runs.parts import write_part
 from tunesmith.runs.states import (
     Packed,
     copied,
@@ -56,6 +59,8 @@ from tunesmith.runs.states import (
 from tunesmith.settings.config import Config
 from tunesmith.train.identity import DIVISION, identity_of, size_of_step
 from tunesmith.train.meter import Meter
+from tunesmith.train.sharding import is_shared_out, reads_own_rows, whole
+from tunesmith.train.together import all_or_none
 
 OPTIMIZER, SCHEDULER, SCALER, RANDOM, PROGRESS = "optimizer", "scheduler", "scaler", "random", "progress"
 """The states of a checkpoint besides the model, by the names of their files."""
@@ -105,7 +110,7 @@ class Keeper:
     @property
     def left_to_others(self) -> bool:
         """Whether `transformers` writes the checkpoints."""
-        return bool(self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled)
+        return bool(self._trainer.is_deepspeed_enabled)
 
     # Before training
 
@@ -190,8 +195,8 @@ class Keeper:
         """Raises TunesmithError where checkpoints that don't say whose they are would be taken for this run's."""
         if self._args.save_strategy != "no" and (earlier := all_checkpoints(folder)):
             raise TunesmithError(
-                f"{folder} holds {earlier[-1].name} of an earlier run, and the checkpoints of FSDP and DeepSpeed do "
-                "not say whose they are: this run's would be taken for older ones. Take another output folder, or go "
+                f"{folder} holds {earlier[-1].name} of an earlier run, and the checkpoints of DeepSpeed do not "
+                "say whose they are: this run's would be taken for older ones. Take another output folder, or go "
                 "on with resume_from_checkpoint"
             )
 
@@ -293,9 +298,11 @@ class Keeper:
         return Path(str(checkpoint)) if ours else None
 
     def load_optimizer(self, folder: Path) -> None:
-        state = read_state(folder, OPTIMIZER)
+        optimizer = cast(Any, self._trainer.optimizer)
+        own_rows = reads_own_rows(optimizer) if is_shared_out(self._trainer.model) else None
+        state = read_state(folder, OPTIMIZER, own_rows)
         if state is not None:
-            cast(Any, self._trainer.optimizer).load_state_dict(state)
+            optimizer.load_state_dict(state)
             cast(Any, self._trainer.lr_scheduler).load_state_dict(read_state(folder, SCHEDULER))
 
     def load_scaler(self, folder: Path) -> None:
@@ -421,7 +428,10 @@ class Keeper:
         self._writer.wait()
         self._note_best(run)
         states = {} if self._args.save_only_model else self._states()
-        if self._args.should_save:
+        if is_shared_out(self._trainer.model):
+            needed = self._next_size()
+            twice(lambda: self._write_together(run, states, needed), run, needed)
+        elif self._args.should_save:
             self._write(run, states)
         self._trainer.accelerator.wait_for_everyone()
         return run / f"checkpoint-{self._trainer.state.global_step}"
@@ -497,6 +507,53 @@ class Keeper:
             self._writer.start(lambda: behind(folder))
         else:
             twice(lambda: whole(start()), run, needed)
+
+    def _write_together(self, run: Path, states: Mapping[str, Packed], needed: int) -> None:
+        """Every process writes its part to one folder, which the first one describes and renames when all are done."""
+        args, trainer = self._args, self._trainer
+        step, first = trainer.state.global_step, args.process_index == 0
+        made: list[Any] = [None]
+        with all_or_none(args.device):
+            if first:
+                check_space(run, needed)
+                remove_partials(run)
+                made = [str(begin(run, step))]
+        folder = Path(broadcast_object_list(made)[0])
+        try:
+            with all_or_none(args.device):
+                if not folder.is_dir():
+                    raise TunesmithError(
+                        f"{folder.parent} is not there for process {args.process_index}, which has a part of the "
+                        "weights to write; give an output folder on a disk that all machines share"
+                    )
+            # In each part, what all bring together comes before the disk, which may fail one of them.
+            with all_or_none(args.device), self.writing(folder):
+                trainer.save_model(str(folder), _internal_call=True)
+            with all_or_none(args.device):
+                self._write_states(states, folder)
+            with all_or_none(args.device):
+                if first:
+                    (folder / STATE).write_text(self._state_text(), encoding="utf-8")
+                    written = finish(folder, self._manifest(step))
+                    self._written_size = Manifest.read(written).size
+                    rotate(written, args.save_total_limit, trainer.state.best_model_checkpoint)
+        except BaseException:
+            if first:
+                discard(folder)
+            raise
+
+    def _write_states(self, states: Mapping[str, Packed], folder: Path) -> None:
+        """The optimizer's by all processes, others by the first."""
+        args = self._args
+        if OPTIMIZER in states:
+            place: Any = {"rank": args.process_index, "processes": args.world_size}
+            write_part(states[OPTIMIZER].tensors, folder, OPTIMIZER, whole=whole, **place)
+        if args.process_index == 0:
+            for name, state in states.items():
+                if name == OPTIMIZER:
+                    state.write_structure(folder, name)
+                else:
+                    state.write(folder, name)
 
     def _states(self) -> dict[str, Packed]:
         """What goes on besides the model; every process must call this. Tensors are not copied."""

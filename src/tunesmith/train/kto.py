@@ -53,7 +53,7 @@ class KTOTrainer(PreferenceTrainer):
         documents = batch.documents
         assert documents, "a batch of answers knows its documents"
         real = [i for i, example in enumerate(documents) if document_weight(example) > 0]
-        kl = self._kl(model, [documents[i] for i in real], device) if self.over_the_batch else torch.zeros(())
+        kl = self._kl(model, batch, [documents[i] for i in real]) if self.over_the_batch else torch.zeros(())
         answer = self.predict_targets(model, batch, batch.targets(), token_logprobs, with_outputs=with_outputs)
         scored: TokenLogProbs = answer.outcome
         own = batch.by_document(scored.logprobs)
@@ -96,13 +96,15 @@ class KTOTrainer(PreferenceTrainer):
         """The weight of its answers: their number, where none has a weight of its own."""
         return torch.tensor(sum(map(document_weight, batch.documents)), device=batch.input_ids.device)
 
-    def _kl(self, model: nn.Module, documents: Sequence[Example], device: torch.device) -> Tensor:
-        """How far the model is from its reference on answers to other prompts, over all processes; 0 where there are no
-        two answers."""
+    def _kl(self, model: nn.Module, batch: Batch, documents: Sequence[Example]) -> Tensor:
+        """How far the model is from its reference on answers to other prompts than those of the `documents` of a batch,
+        over all processes; 0 where there are no two answers."""
+        device = batch.input_ids.device
         ratios = torch.zeros(0, device=device)
-        if len(documents) > 1:
+        if len(documents) > 1 or self.shares_out:  # a process that has no two computes so that the others can
             mismatched = tuple(mismatch(documents, self._settings.max_length))
-            batch = cast(Any, self.loaders.batching.collator).batch([mismatched]).to(device)
+            collator = cast(Any, self.loaders.batching.collator)
+            batch = collator.batch([mismatched]).to(device) if len(documents) > 1 else batch.as_blank()
             assert self.reference is not None
             own = self.reference_logprobs(model, batch, AsItIs())
             ratio = own - self.reference_logprobs(model, batch, self.reference)

@@ -281,6 +281,7 @@ class PreferenceTrainer(RowsTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `BaseTrainer`; before the first step, the model must be what its reference is."""
+        self._share_out()
         if not (resume_from_checkpoint or self._checked):
             self._check_start()
         self._checked = True
@@ -292,7 +293,7 @@ class PreferenceTrainer(RowsTrainer):
         dataset = self.train_dataset
         if not self._begins_as_reference or not isinstance(dataset, Dataset):
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which have no whole weights yet
+        if self.is_deepspeed_enabled:  # which has no whole weights yet
             return
         columns = [name for name in dataset.column_names if name in self.loaders.batching.columns]
         rows = list(islice(dataset.select_columns(columns).with_format(None), CHECKED_PAIRS))

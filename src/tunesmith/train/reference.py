@@ -26,6 +26,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import CHANGE_THE_BASE, Model, base_model
 from tunesmith.model.head import in_evaluation
 from tunesmith.train.identity import content_digest
+from tunesmith.train.sharding import exchange
 from tunesmith.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -69,24 +70,17 @@ class StartingWeights:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._kept = [(parameter, parameter.detach().clone()) for parameter in trained]
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._kept = {name: weight.detach().clone() for name, weight in trained.items()}
 
     @contextmanager
     def acting(self, model: nn.Module) -> Iterator[nn.Module]:
-        self._swap()
+        exchange(self._model, self._kept)
         try:
             with in_evaluation(self._model), _fresh_casts():
                 yield model
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        kept = []
-        for parameter, values in self._kept:
-            kept.append((parameter, parameter.data))
-            parameter.data = values.to(parameter.device)
-        self._kept = kept
+            exchange(self._model, self._kept)
 
 
 @contextmanager
@@ -200,8 +194,8 @@ def kept_reference(batch: Batch) -> list[Tensor] | None:
 
 def check_sharded(args: Any) -> None:
     """Raises TunesmithError where weights are shared out over processes and can't change places."""
-    if args.fsdp or args.deepspeed:
+    if args.deepspeed:
         raise TunesmithError(
-            "fsdp and deepspeed share weights out over processes, so that the model can't take back the values that it "
-            "began with; write precompute_ref_log_probs: true, or train LoRA adapters"
+            "deepspeed shares weights out over processes, so that the model can't take back the values that it began "
+            "with; write precompute_ref_log_probs: true, or train LoRA adapters"
         )

@@ -17,6 +17,7 @@ from tunesmith.model.head import in_evaluation
 from tunesmith.runs.describe import prompts_of
 from tunesmith.runs.record import Prompt, Sample
 from tunesmith.runs.states import kept_random_states
+from tunesmith.train.sharding import in_forward
 from tunesmith.types import Row
 
 LONGEST = 128
@@ -60,10 +61,12 @@ def answered(
     model: Model, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], accelerator: Any
 ) -> list[Answer]:
     """The likeliest answers of the model as it is, in the precision that it trains in. Weights, random numbers and the
-    mode of each module stay as they are. Raises what `generate_from_ids` does, and when memory is out."""
+    mode of each module stay as they are. Where processes share the weights out, each must ask. Raises what
+    `generate_from_ids` does, and when memory is out."""
     with kept_random_states(accelerator.device), in_evaluation(model), torch.no_grad(), accelerator.autocast():
         sampling = Sampling(max_new_tokens=LONGEST)
-        return generate_from_ids(model, tokenizer, [item.ids for item in asked], sampling)
+        ids = [item.ids for item in asked]
+        return in_forward(model, lambda: generate_from_ids(model, tokenizer, ids, sampling))
 
 
 def before_and_after(entries: Sequence[Mapping[str, Any]], last: int | None) -> tuple[Sample, ...]:

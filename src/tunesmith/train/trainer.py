@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import transformers
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from tunesmith.data.batches import Batch, Targets
 from tunesmith.data.preflight import Preflight
 from tunesmith.errors import TunesmithError
 from tunesmith.model import ways
-from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_virtual_tokens, trainable
+from tunesmith.model.adapters import Model, StartingPoint, Trainable, has_experts, has_virtual_tokens, trainable
 from tunesmith.model.head import Answer, Objective, from_logits, outputs_behind_virtual_tokens
 from tunesmith.runs.files import follow_umask
 from tunesmith.runs.folder import only_run_in
@@ -55,6 +55,16 @@ from tunesmith.train.offload import offloading
 from tunesmith.train.overrides import Overrides, PlainBatch, as_batch
 from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
+from tunesmith.train.sharding import (
+    check_can_share_out,
+    gradients_stay,
+    is_shared_out,
+    read_weights,
+    save_parts,
+    save_whole,
+    share_out,
+    whole_norm,
+)
 
 hooks.check()
 logger = logging.getLogger(__name__)
@@ -118,16 +128,20 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
-        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             raise TunesmithError(
-                f"fsdp is set, and accelerate shards nothing on {self.args.device.type}: each process would hold the "
-                "whole model; leave fsdp out"
+                "accelerate is configured for FSDP, which would share out weights that its own code saves; start with "
+                "`torchrun` or a plain `accelerate launch`, and write shard: full"
             )
         if (sharing := max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size())) > 1:
             raise TunesmithError(
                 f"parallelism_config lets {sharing} processes share the computation of a row, and here each process "
                 "computes rows of its own; leave out tp_size, cp_size and sp_size"
             )
+        if self.shares_out:
+            check_can_share_out(model, args, arguments.get("optimizers") or (None, None))
+            # The model places itself, and sums its gradients itself: nothing is to wrap it for that.
+            self.is_distributed_loading_by_transformers = True
         if self.optimizer is not None:
             _check_holds(self.optimizer, cast(nn.Module, self.model))
         self.journal = Journal(
@@ -147,8 +161,14 @@ class BaseTrainer(transformers.Trainer):
     # Called by the constructor of `transformers`
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """`accelerate` does not compile the whole model: its layers are compiled already."""
-        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        """`accelerate` does not compile the whole model: its layers are compiled already. Processes look for weights
+        that a step has not used where an expert may have got no token, and elsewhere only if they are told to."""
+        built = super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        if self.args.ddp_find_unused_parameters is None:
+            for handler in built["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = has_experts(cast(Model, self.model))
+        return built
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """With `push_to_hub`: the repository is made at the start, so that what is wrong with it shows then."""
@@ -156,6 +176,25 @@ class BaseTrainer(transformers.Trainer):
             super().init_hf_repo(token)
         elif self.is_world_process_zero():
             self.hub_model_id = self.publisher.begin(self, token, private)
+
+    # Weights that are shared out over processes
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether several processes share the weights out."""
+        return cast(Config, self.args).shard != "none" and self.args.world_size > 1
+
+    def _share_out(self) -> None:
+        """As late as can be: until then each process has the whole model."""
+        if not self.shares_out or is_shared_out(self.model):
+            return
+        if self.model_init is not None:
+            raise TunesmithError("shard: model_init makes other models later; give the model itself")
+        share_out(cast(Model, self.model), cast(Config, self.args))
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Around a micro-batch that is not the last of its step."""
+        return gradients_stay(cast(nn.Module, self.model), weights_stay=cast(Config, self.args).shard == "grad")
 
     # What another trainer says
 
@@ -196,6 +235,7 @@ class BaseTrainer(transformers.Trainer):
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
         flat = not self.loaders.batching.padded
+        self._share_out()
         check_before_training(cast(Model, self.model), self.train_dataset, settings, flat=flat)
         if settings.device.type == "cpu":
             keep_freed_memory()
@@ -237,6 +277,11 @@ class BaseTrainer(transformers.Trainer):
     ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
         return self.keeper.resume_at(self.keeper.own(resume), position)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not is_shared_out(self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        read_weights(cast(Model, self.model), Path(resume_from_checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """With `loraplus_lr_ratio`, LoRA's B matrices learn faster than its A matrices."""
@@ -356,7 +401,7 @@ class BaseTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once a step, when its gradients are whole and not yet used."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole_norm(super()._get_grad_norm(model, grad_norm))
         self.guard.check(model, norm)
         return norm
 
@@ -390,6 +435,7 @@ class BaseTrainer(transformers.Trainer):
             check_logits(self, dataloader.dataset)
         if self.args.device.type == "cpu":
             keep_freed_memory()
+        self._share_out()
         meter = self.meters["eval"]
         meter.reset()
         with kept_random_states(self.args.device):
@@ -432,7 +478,12 @@ class BaseTrainer(transformers.Trainer):
         is_checkpoint = self.keeper.writes(folder)
         start = self._starting_point
         with start.as_they_are() if start is not None and is_checkpoint else nullcontext():
-            super()._save(output_dir, state_dict)
+            if not is_shared_out(self.model):
+                super()._save(output_dir, state_dict)
+            elif is_checkpoint and not self.has_adapters:
+                save_parts(self, folder)
+            else:
+                save_whole(self, folder, super()._save)
         if not self.args.should_save:
             return
         follow_umask(folder)
@@ -441,6 +492,11 @@ class BaseTrainer(transformers.Trainer):
         (folder / "training_args.json").write_text(f"{settings}\n", encoding="utf-8")
         if not is_checkpoint:
             self.record().write(folder)
+
+    def _load_best_model(self) -> None:
+        if not is_shared_out(self.model):
+            return super()._load_best_model()
+        read_weights(cast(Model, self.model), Path(str(self.state.best_model_checkpoint)))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.keeper.wait()  # the best model may be the last that is being written
