@@ -58,7 +58,9 @@ def test_a_file_is_enough_and_the_recipe_passes_check(labelled: Path, tiny_model
 
 @pytest.mark.parametrize("trainer", ["dpo", "kto"])
 def test_preferences_become_a_recipe_of_their_trainer(trainer: str, tmp_path: Path, tiny_model: Path) -> None:
-    answers = {"dpo": {"chosen": "yes", "rejected": "no"}, "kto": {"completion": "yes", "label": True}}[trainer]
+    answers: dict[str, Any] = {"chosen": "yes", "rejected": "no"}
+    if trainer == "kto":
+        answers = {"completion": "yes", "label": True}
     written(tmp_path / "rows.jsonl", [{"prompt": f"ask {i}", **answers} for i in range(60)])
     done = tunesmith("init", "--data", "rows.jsonl", "--model", tiny_model)
     assert done.exit_code == 0, done.output
