@@ -58,8 +58,7 @@ def evaluate(
 ) -> None:
     """Score a run's answers beside those of its base model.
 
-    Asks both rows that the run was not trained on. Of a reward model:
-    how often the chosen answer of a pair has the higher reward.
+    Asks both rows that were not trained on. A reward model scores pairs.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
     from tunesmith.evaluate.evaluation import Settings, Source
