@@ -87,3 +87,11 @@ def test_the_page_of_a_run_shows_rewards(recipe: Path, tmp_path: Path) -> None:
     assert "Pairs whose chosen answer has the higher reward" in page
     assert "of a pair" in page
     assert "nats a supervised token" not in page
+    assert "Calibration" not in page
+    measured = run("eval", tmp_path / "run", "--data", tmp_path / "pairs.jsonl")
+    assert measured.exit_code == 0, measured.output
+    assert "of 4 pairs" in measured.stdout
+    assert run("report", tmp_path / "run").exit_code == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Pairs <small>4 of pairs.jsonl</small></h2>" in page
+    assert "Calibration <small>the probability that a margin stands for, and how often it was right</small>" in page

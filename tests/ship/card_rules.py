@@ -49,8 +49,8 @@ def _faults(header: dict[str, Any]) -> Iterator[str]:
     for name, allowed in choices.items():
         if name in header and header[name] not in allowed:
             yield f'"{name}" must be one of {sorted(allowed)}'
-    if header.get("pipeline_tag") != "text-generation":
-        yield '"pipeline_tag" must be text-generation for these models'
+    if header.get("pipeline_tag") not in ("text-generation", "text-classification"):
+        yield '"pipeline_tag" must be text-generation, or text-classification of reward models'
     if "base_model_relation" in header and "base_model" not in header:
         yield '"base_model_relation" needs "base_model"'
     for name in ("base_model", "datasets"):

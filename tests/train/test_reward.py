@@ -143,15 +143,19 @@ def test_where_the_end_pads_the_token_before_it_is_scored_as_in_transformers(
     torch.testing.assert_close(found, -logsigmoid(scores[::2] - scores[1::2]).sum(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt_neo"])
+@pytest.mark.parametrize("name", ["gpt_neo", "bert"])
 def test_a_model_that_takes_no_flat_batches_is_padded(
     name: str, reward_of: Any, classifier_of: Any, tokenizer: Any
 ) -> None:
-    trainer = reward_of(name)
+    """One whose attention keeps no documents apart, and an encoder, which has another head."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings: dict[str, Any] = sizes | without_dropout if name == "bert" else {}
+    trainer = reward_of(name, model=classifier_of(name, **settings))
     batch = trainer.data_collator(list(trainer.train_dataset))
     assert batch.lengths is None
     found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
-    scores = plain_scores(classifier_of(name), whole_texts(tokenizer, PAIRS))
+    scores = plain_scores(classifier_of(name, **settings), whole_texts(tokenizer, PAIRS))
     torch.testing.assert_close(found, -logsigmoid(scores[::2] - scores[1::2]).sum(), rtol=1e-5, atol=1e-5)
     trainer.train()
 

@@ -1,6 +1,8 @@
-"""`tunesmith eval`: answers to rows that were not trained on, scored, those of the base model beside them."""
+"""`tunesmith eval`: answers to rows that were not trained on, scored, those of the base model beside them; of a reward
+model, pairs that it was not trained on."""
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,9 +17,12 @@ from tunesmith.terminal.output import finish
 if TYPE_CHECKING:
     from tunesmith.data.tokenize import Counts
     from tunesmith.evaluate.evaluation import Evaluation, Settings, Source
+    from tunesmith.evaluate.rewards import RewardEvaluation
     from tunesmith.evaluate.scores import Estimate, Result
 
 WIDTH = 80
+BAR = 40
+"""Characters of a bar of 100%."""
 CUT_SHOWN = 3
 """Answers that did not end, whose places are told."""
 
@@ -55,11 +60,13 @@ def evaluate(
     """Score a run's answers beside those of its base model.
 
     Of pairs of answers: whether, and by how much, it prefers the better ones.
+    A reward model scores pairs.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
     from tunesmith.evaluate.evaluation import Settings, Source
     from tunesmith.evaluate.evaluation import evaluate as evaluate_run
     from tunesmith.evaluate.preferences import holds_pairs
+    from tunesmith.evaluate.rewards import scores_texts
     from tunesmith.evaluate.scores import chosen
 
     settings = Settings(
@@ -76,6 +83,10 @@ def evaluate(
     if output is not None:
         _check_output(output)
     source = Source(data=data, split=split, columns=_columns(columns), system=system)
+    if scores_texts(run):
+        asked = {"--metric": metric, "--no-base": no_base, "--system": system, "--chat": as_chat}
+        pairs(settings, source, output, [name for name, value in asked.items() if value])
+        return
     if holds_pairs(source):
         asked = {"--metric": metric, "--system": system, "--chat/--text": as_chat}
         for name in (name for name, value in asked.items() if value is not None and value != []):
@@ -87,6 +98,47 @@ def evaluate(
         write_whole(output, "".join(evaluation.lines()))
     about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed}
     finish(about | evaluation.as_json(), lambda: _show(evaluation, settings))
+
+
+def pairs(settings: "Settings", source: "Source", output: Path | None, unused: list[str]) -> None:
+    """Scores pairs by a reward model. `unused` are options that say nothing of one."""
+    from tunesmith.evaluate.rewards import evaluate_pairs
+
+    if unused:
+        raise TunesmithError(f"{settings.run} is a reward model, which is asked nothing: leave out {', '.join(unused)}")
+    evaluation = evaluate_pairs(settings, source)
+    if output is not None:
+        write_whole(output, "".join(evaluation.lines()))
+    about = {"run": settings.run, "data": source.data, "seed": settings.seed}
+    finish(about | evaluation.as_json(), lambda: _show_pairs(evaluation, settings.run))
+
+
+def _show_pairs(evaluation: "RewardEvaluation", run: str) -> None:
+    scores = evaluation.scores
+    for name, (value, low, high), share in (
+        ("accuracy", scores.accuracy, True),
+        ("margin", scores.margin, False),
+    ):
+        typer.echo(f"{name:<10}{_interval(value, low, high, share)}")
+    typer.echo(f"of {scores.pairs:,} pairs; in brackets: 95% intervals.\n")
+    typer.echo(
+        "calibration: of pairs that the margin makes so sure, how many are right (█), and how many should be (│)"
+    )
+    for item in scores.bins:
+        bar = ["█" if i < round(BAR * item.observed) else " " for i in range(BAR + 1)]
+        bar[round(BAR * item.predicted)] = "│"
+        typer.echo(f"{item.low:4.0%} to {item.high:4.0%} {item.pairs:>7,} pairs {item.observed:>5.0%}  {''.join(bar)}")
+    typer.echo(f"calibration error: {scores.error:.3f}")
+    for line in _left_out(evaluation.counts):
+        typer.echo(line)
+    if Path(run).is_dir():
+        typer.echo(f"on the page of the run:  tunesmith report {shlex.quote(run)}")
+
+
+def _interval(value: float, low: float | None, high: float | None, share: bool) -> str:
+    from tunesmith.evaluate.scores import Estimate
+
+    return _cell(Estimate(value=value, low=low, high=high), share)
 
 
 def _columns(text: str | None) -> Mapping[str, str]:

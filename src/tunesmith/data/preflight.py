@@ -72,8 +72,8 @@ class Preflight:
             raise TunesmithError("\n".join(self.problems))
 
 
-def examine(dataset: Any, counts: Counts, bos_token_id: int | None) -> SplitReport:
-    """Count over prepared examples (before packing)."""
+def examine(dataset: Any, counts: Counts, bos_token_id: int | None, *, ranked: bool = False) -> SplitReport:
+    """Count over prepared examples (before packing). Those that are `ranked` teach no end, and lack none."""
     lengths: list[Any] = []
     double = weightless = 0
     for batch in _record_batches(dataset):
@@ -91,7 +91,7 @@ def examine(dataset: Any, counts: Counts, bos_token_id: int | None) -> SplitRepo
         longest=int(sizes.max(initial=0)),
         lengths=histogram(sizes),
         duplicates=len(sizes) - len(digests(dataset)),
-        without_end=counts.examples - sum(counts.ends.values()),
+        without_end=0 if ranked else counts.examples - sum(counts.ends.values()),
         double_bos=double if bos_token_id is not None else 0,
         weightless=weightless,
     )
@@ -177,7 +177,7 @@ def judge(
             "Train on whole turns or texts, raise max_length if all are cut, or set allow_no_eos: true"
         )
     for name, report in splits.items():
-        if report.without_end and not problems and not ranked:
+        if report.without_end and not problems:
             endless = f"{counted(report.without_end, 'example')} {verb(report.without_end, 'does', 'do')}"
             notes.append(f"{name}: {endless} not end with an end token (cut, or meant so)")
         if report.double_bos:

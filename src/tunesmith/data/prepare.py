@@ -128,7 +128,8 @@ def prepare(
         counts = Counts()
 
         def report(dataset: Any) -> dict[str, Any]:
-            return examine(dataset, counts, preparation.tokenizer.bos_token_id).as_json()
+            ranked = preparation.encode.ranked
+            return examine(dataset, counts, preparation.tokenizer.bos_token_id, ranked=ranked).as_json()
 
         with _no_full_collections():
             stored = store.write(key, _tables(rows, preparation, counts, skipped), report, skipped.path)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,9 +215,10 @@ def prepare_tokenizer(
 
 
 def load_run(
-    name: str, *, trust_remote_code: bool = False, progress: Progress | None = None
+    name: str, *, trust_remote_code: bool = False, progress: Progress | None = None, classifier: bool = False
 ) -> "tuple[Model, PreTrainedTokenizerBase]":
-    """A run's model, with its adapters, and tokenizer, ready to generate on the best device; or any model by name.
+    """A run's model, with its adapters, and tokenizer, ready to generate on the best device, or to score as a
+    `classifier`; or any model by name.
 
     A folder that holds nothing but checkpoints stands for the newest of them. On a CPU the weights are float32, which
     every one computes in natively; elsewhere they are what was saved. Raises TunesmithError.
@@ -227,7 +229,9 @@ def load_run(
     device = here()
     dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    load: Callable[..., Any] = load_adapted if holds_adapters(str(folder)) else load_model
+    load: Callable[..., Any] = load_classifier if classifier else load_model
+    if holds_adapters(str(folder)):
+        load = partial(load_adapted, classifier=classifier)
     model = load(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval(), tokenizer
 

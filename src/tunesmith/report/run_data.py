@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.calibration import PairScores
 from tunesmith.runs.checkpoints import STATE, all_checkpoints, checkpoints
 from tunesmith.runs.files import ANSWERS, EXAMPLES, METRICS, PREFLIGHT, SAMPLES, from_json, read, read_lines
 from tunesmith.runs.record import RUN, RunRecord, Text
@@ -158,6 +159,7 @@ class RunData:
     notes: tuple[str, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     recipe: str = ""
+    pairs: PairScores | None = None
 
 
 def read_run(run: str | Path) -> RunData:
@@ -198,6 +200,7 @@ def read_run(run: str | Path) -> RunData:
         notes=tuple(str(note) for note in preflight.get("notes") or ()),
         checkpoints=tuple(map(_checkpoint, checkpoints(folder))),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        pairs=PairScores.read(folder),
     )
 
 

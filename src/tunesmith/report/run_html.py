@@ -82,6 +82,7 @@ def page(run: RunData) -> str:
         *_summary(run),
         *_curves(run),
         *_processes(run),
+        *_scored_pairs(run),
         *_events(run),
         *_drawn(run),
         *_samples(run),
@@ -252,6 +253,30 @@ def _curves(run: RunData) -> Iterator[str]:
         yield "<h3>Other measures of the last evaluation</h3>\n"
         cells = [(name.removeprefix("eval_"), amount(value), f"{step:,}") for name, (step, value) in others]
         yield table(("measure", "value", "step"), cells)
+
+
+def _scored_pairs(run: RunData) -> Iterator[str]:
+    """How a reward model did on pairs that it was not trained on, where `tunesmith eval` has measured that."""
+    scores = run.pairs
+    if scores is None:
+        return
+    yield f"<h2>Pairs <small>{scores.pairs:,} of {escape(scores.data)}</small></h2>\n"
+    yield numbers([("accuracy", _interval(scores.accuracy)), ("margin", _interval(scores.margin))])
+    yield facts([("calibration error", amount(scores.error, 3))])
+    rows = [
+        f'<tr><td>{item.low:.0%} to {item.high:.0%}</td><td class="n">{item.pairs:,}</td>'
+        f'<td class="n">{item.predicted:.1%}</td><td class="n">{item.observed:.1%}</td>'
+        f'<td class="bars"><span class="bar" style="width: {100 * item.observed:.1f}%"></span></td></tr>\n'
+        for item in scores.bins
+    ]
+    head = "".join(f'<th class="n">{name}</th>' for name in ("pairs", "predicted", "observed"))
+    yield "<h3>Calibration <small>the probability that a margin stands for, and how often it was right</small></h3>\n"
+    yield f"<table>\n<tr><th>probability</th>{head}<th></th></tr>\n{''.join(rows)}</table>\n"
+
+
+def _interval(values: tuple[float, float | None, float | None]) -> str:
+    value, low, high = values
+    return amount(value, 3) + ("" if low is None else f" ({amount(low, 3)} to {amount(high, 3)})")
 
 
 def _curve(run: RunData, field: str, *, number: int = 0, noisy: bool) -> Curve:

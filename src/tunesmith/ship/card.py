@@ -32,7 +32,7 @@ ANSWER_TOKENS = 128
 """New tokens of an answer, at most."""
 MANY_POINTS = 60
 """Up to so many points of a curve, each is marked."""
-EVALUATED = re.compile(r"eval_(?:(?P<name>.+)_)?(?P<metric>loss|mean_token_accuracy|rewards/accuracies|accuracy)")
+EVALUATED = re.compile(r"eval_(?:(?P<name>.+?)_)?(?P<metric>loss|mean_token_accuracy|rewards/accuracies|accuracy)")
 METRICS = {
     "loss": "loss",
     "mean_token_accuracy": "accuracy of tokens",
