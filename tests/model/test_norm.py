@@ -54,9 +54,14 @@ def test_only_what_computes_an_rms_norm_is_taken_for_one(chosen: list[ways.Kind]
         def forward(self, x: Tensor) -> Tensor:
             return x * self.weight
 
-    model = nn.ModuleList(
-        [nn.LayerNorm(8), nn.Linear(8, 8), Scale(), nn.RMSNorm(8, eps=1e-6), nn.RMSNorm(8, eps=1e-6).bfloat16()]
-    )
+    class Gated(nn.RMSNorm):
+        """As in Nemotron-H: without a gate, it computes an RMS norm."""
+
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+    norms = [kind(8, eps=1e-6) for kind in (nn.RMSNorm, nn.RMSNorm, Gated)]
+    model = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, 8), Scale(), norms[0], norms[1].bfloat16(), norms[2]])
     speed_up_norms(model)
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["3"]
     norm, x = model[3], torch.randn(2, 5, 8)

@@ -191,6 +191,7 @@ def test_a_reference_of_the_users_and_one_computed_before(dpo_of: Any, model_of:
     other = model_of()
     moved(other)
     given = dpo_of(ref_model=other)
+    assert given.ref_model is other
     assert first_log(given)["rewards/margins"] != 0.0
     plain = dpo_of(folder="plain")
     computed = dpo_of(folder="computed", precompute_ref_log_probs=True, eval_dataset=PAIRS[:2])

@@ -37,7 +37,7 @@ def demo(
 ) -> None:
     """Fine-tune the demo model, and compare before and after.
 
-    It answers order e-mails. Takes two to four minutes on two CPU cores, with --preferences some six.
+    It answers order e-mails. Takes two to four minutes on two CPU cores, with --preferences longer.
     Example: tunesmith demo --output runs/demo
     """
     if export_data is not None and preferences:
@@ -108,7 +108,8 @@ def _show_preferences(outcome: "preferences.Outcome") -> None:
         for row, *answers in zip(outcome.held_out, outcome.before.answers, outcome.after.answers, strict=True)
         if answers[0] != answers[1]
     ]
-    _show_examples("Answers that have changed", examples[:3])
+    if examples:
+        _show_examples("Answers that have changed", examples[:3])
 
 
 def _interval(estimate: "Estimate") -> str:

@@ -8,6 +8,7 @@ Shapes: H hidden; leading dimensions are left as they are.
 """
 
 import copy
+import inspect
 from types import MethodType
 from typing import Any, cast
 
@@ -63,6 +64,8 @@ def _gains(module: nn.Module) -> float | None:
     if weight is None or parameters or weight.dim() != 1 or next(module.children(), None) is not None:
         return None
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or _epsilon(module) is None:
+        return None
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # itself and x: no gate or scale besides
         return None
     # Rows of different sizes; no random numbers, which would change those of the run.
     x = torch.linspace(-2, 3, 3 * len(weight)).sin().view(3, -1) * torch.tensor([[0.01], [1.0], [30.0]])

@@ -68,7 +68,7 @@ class PairEntry:
         return hashlib.blake2b(b"|".join(ids), digest_size=12).digest()
 
 
-Kept = TypeVar("Kept", Entry, PairEntry)
+Kept = TypeVar("Kept", bound=Entry | PairEntry)
 
 
 class Extremes(Generic[Kept]):
