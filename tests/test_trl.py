@@ -16,8 +16,9 @@ from transformers import TrainingArguments
 from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.policy import GRPOConfig, RLOOConfig
 from tunesmith.settings.preference import DPOConfig
-from tunesmith.trainers import DPOTrainer, SFTTrainer
+from tunesmith.trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
 
 def arguments_of(trainer: type) -> list[str]:
@@ -49,6 +50,20 @@ def test_the_trainer_takes_trls_arguments_in_trls_order() -> None:
     assert arguments_of(SFTTrainer) == [*ARGUMENTS, "model_init", "older"]
     theirs = "model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks"
     assert arguments_of(DPOTrainer)[:12] == [*theirs.split(), "optimizers", "quantization_config", "peft_config"]
+
+
+@pytest.mark.documented
+def test_policies_have_trls_fields_and_defaults() -> None:
+    trl = import_module("trl")
+    older = {"use_transformers_paged", "vllm_importance_sampling_cap"}  # which TRL itself gives up
+    ours_own = {"gradient_checkpointing", "pad_to_multiple_of", "bf16"}
+    for config, theirs in ((GRPOConfig, trl.GRPOConfig), (RLOOConfig, trl.RLOOConfig)):
+        ours = {field.name: _default(field) for field in fields(config)}
+        expected = {field.name: _default(field) for field in fields(theirs) if field.name not in older | ours_own}
+        assert {name: ours[name] for name in expected} == expected
+    for trainer, theirs in ((GRPOTrainer, trl.GRPOTrainer), (RLOOTrainer, trl.RLOOTrainer)):
+        names = [name for name in arguments_of(theirs) if name not in ("tools", "rollout_func", "environment_factory")]
+        assert arguments_of(trainer)[: len(names)] == names
 
 
 @pytest.mark.documented
