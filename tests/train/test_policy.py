@@ -202,6 +202,14 @@ def test_before_any_step_ratios_are_1_and_the_reference_is_the_model(policy_of: 
     assert logged["rewards/letters/mean"] == logged["reward"] > 0
 
 
+def test_rloo_says_how_far_it_is_from_the_reference(policy_of: Any) -> None:
+    trainer = policy_of(RLOOTrainer, peft_config=LORA, beta=0.1)
+    trainer.train()
+    first, second = (entry["kl"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(0.0, abs=1e-6)
+    assert abs(second) > 1e-6
+
+
 def test_answers_of_another_model_stop_the_run(policy_of: Any, model_of: Any, tokenizer: Any) -> None:
     other = model_of("llama")
     moved(other)

@@ -352,7 +352,7 @@ class PolicyTrainer(RowsTrainer):
                 scale=parts[i].scale,
                 share=parts[i].share,
                 before=None if before is None else before[i],
-                by_reference=None if near is None or self.reference_in_reward else near[i],
+                by_reference=None if near is None else near[i],
             )
             for i, trial in enumerate(trials)
         ]
@@ -434,8 +434,11 @@ class PolicyTrainer(RowsTrainer):
             "clip_ratio/region_mean": (result.low | result.high).sum(),
         }
         counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {"reward": len(rewards)}
-        if result.kl is not None:
-            sums["kl"], counts["kl"] = result.kl.sum(), tokens
+        kl = result.kl
+        if kl is None and drawn.reference is not None:  # which costs reward, and is no loss
+            kl = scored.logprobs.detach() - drawn.reference
+        if kl is not None:
+            sums["kl"], counts["kl"] = kl.sum(), tokens
         if drawn.sampled is not None:
             apart = (scored.logprobs.detach() - drawn.sampled).abs()
             known = ~apart.isnan()
