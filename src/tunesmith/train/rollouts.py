@@ -95,9 +95,14 @@ class Answered:
                 "rewards": rewards,
                 "tokens": len(self.generated[answer].ids),
                 "ended": self.generated[answer].finish == "stop",
-                **{key: values[answer] for key, values in self.extra.items()},
+                **{key: _as_json(values[answer]) for key, values in self.extra.items()},
             }
         return entry
+
+
+def _as_json(value: Any) -> Any:
+    """What a reward function had to say, as JSON can hold it."""
+    return value if value is None or isinstance(value, str | int | float) else repr(value)
 
 
 def _plain(value: float) -> float | None:
