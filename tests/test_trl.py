@@ -18,8 +18,17 @@ from tests.trl_fields import ADDED, ARGUMENTS, CHANGED, CHOICES, VERSION
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
 from tunesmith.settings.distillation import DistillationConfig, GKDConfig
+from tunesmith.settings.policy import GRPOConfig, RLOOConfig
 from tunesmith.settings.preference import DPOConfig, RewardConfig
-from tunesmith.trainers import DistillationTrainer, DPOTrainer, GKDTrainer, RewardTrainer, SFTTrainer
+from tunesmith.trainers import (
+    DistillationTrainer,
+    DPOTrainer,
+    GKDTrainer,
+    GRPOTrainer,
+    RewardTrainer,
+    RLOOTrainer,
+    SFTTrainer,
+)
 
 
 def arguments_of(trainer: type) -> list[str]:
@@ -60,6 +69,20 @@ def test_the_trainer_takes_trls_arguments_in_trls_order() -> None:
     theirs = "model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks optimizers"
     last = "optimizer_cls_and_kwargs preprocess_logits_for_metrics quantization_config peft_config"
     assert arguments_of(RewardTrainer) == [*theirs.split(), *last.split()]
+
+
+@pytest.mark.documented
+def test_policies_have_trls_fields_and_defaults() -> None:
+    trl = import_module("trl")
+    older = {"use_transformers_paged", "vllm_importance_sampling_cap"}  # which TRL itself gives up
+    ours_own = {"gradient_checkpointing", "pad_to_multiple_of", "bf16"}
+    for config, theirs in ((GRPOConfig, trl.GRPOConfig), (RLOOConfig, trl.RLOOConfig)):
+        ours = {field.name: _default(field) for field in fields(config)}
+        expected = {field.name: _default(field) for field in fields(theirs) if field.name not in older | ours_own}
+        assert {name: ours[name] for name in expected} == expected
+    for trainer, theirs in ((GRPOTrainer, trl.GRPOTrainer), (RLOOTrainer, trl.RLOOTrainer)):
+        names = [name for name in arguments_of(theirs) if name not in ("tools", "rollout_func", "environment_factory")]
+        assert arguments_of(trainer)[: len(names)] == names
 
 
 @pytest.mark.documented

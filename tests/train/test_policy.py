@@ -22,7 +22,7 @@ from tunesmith.model import ways
 from tunesmith.train.generator import OwnDecoding
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.policy import Prompts
-from tunesmith.train.rollouts import Trial
+from tunesmith.train.rollouts import Trial, without_silent
 
 PROMPTS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": f"{word}, {i}?"}], "letter": letter}
@@ -202,6 +202,14 @@ def test_before_any_step_ratios_are_1_and_the_reference_is_the_model(policy_of: 
     assert logged["rewards/letters/mean"] == logged["reward"] > 0
 
 
+def test_rloo_says_how_far_it_is_from_the_reference(policy_of: Any) -> None:
+    trainer = policy_of(RLOOTrainer, peft_config=LORA, beta=0.1)
+    trainer.train()
+    first, second = (entry["kl"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(0.0, abs=1e-6)
+    assert abs(second) > 1e-6
+
+
 def test_answers_of_another_model_stop_the_run(policy_of: Any, model_of: Any, tokenizer: Any) -> None:
     other = model_of("llama")
     moved(other)
@@ -258,6 +266,28 @@ def test_out_of_memory_divides_a_group_with_the_same_gradients(policy_of: Any) -
     assert sizes
     assert max(sizes) <= 2
     assert largest_difference(weights_of(split), weights_of(whole)) < 1e-5
+
+
+def test_answers_that_teach_nothing_are_not_computed_and_count_all_the_same(policy_of: Any) -> None:
+    def of_one_prompt(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        asked = [prompt[0]["content"] for prompt in prompts]
+        lengths = [len(answer[0]["content"]) for answer in completions]
+        return [float(size) if text.startswith("One") else 0.5 for size, text in zip(lengths, asked, strict=True)]
+
+    trainer = policy_of(reward_funcs=of_one_prompt)
+    trainer.model.train()
+    trials = trainer._generation(Prompts(numbers=(0, 1)))
+    whole, part = trainer._batch(trials), trainer._batch(without_silent(trials))
+    assert len(part.documents) <= 4 < len(whole.documents)
+    assert trainer.batch_weight(part) == pytest.approx(float(trainer.batch_weight(whole)))
+    found = []
+    for batch in (whole, part):
+        trainer.compute_loss(trainer.model, batch).backward()
+        found.append(gradients(trainer.model))
+    assert gradient_error(found[1], found[0]) < 1e-5
+    sums = [trainer.batch_loss(trainer.model, batch).sums for batch in (whole, part)]
+    assert sums[0]["reward"] == pytest.approx(float(sums[1]["reward"]))
+    assert sums[0]["frac_reward_zero_std"] == sums[1]["frac_reward_zero_std"] >= 4
 
 
 def test_a_generation_is_used_by_all_its_steps_and_iterations(policy_of: Any) -> None:

@@ -69,6 +69,7 @@ class PolicyConfig(Config):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*Config._VALID_DICT_FIELDS, "reward_funcs"]  # type: ignore[misc]
 
     learning_rate: float = setting(1e-6, "Peak learning rate; LoRA wants about ten times more.")
+    remove_unused_columns: bool = setting(False, "Without effect here: rewards see all columns of a row.")
     max_length: int | None = setting(None, "Not of these runs: max_completion_length is.")
     shuffle_dataset: bool = setting(True, "Shuffle the prompts anew in each pass; false: take them in order.")
     disable_dropout: bool = setting(False, "Train without dropout, which makes ratios noisy.")

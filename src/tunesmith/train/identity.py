@@ -26,6 +26,7 @@ SLICE = 10_000
 FREE_PREFIXES = (
     *("eval_", "logging_", "log_", "save_", "hub_", "trackio_", "ddp_", "do_", "dataloader_", "torch_compile"),
     *("gradient_checkpointing", "activation_", "fsdp", "push_to_hub", "include_", "batch_eval", "per_device_eval"),
+    "vllm_server",
 )
 FREE = {
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "skip_memory_metrics", "local_rank"),
@@ -41,6 +42,7 @@ FREE = {
         "precompute_ref_batch_size",
         "shard",
         "cpu_offload",
+        "num_generations_eval",
     ),
     *("greater_is_better", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "label_names"),
     *("use_cpu", "tf32", "full_determinism", "torch_empty_cache_steps", "auto_find_batch_size", "deepspeed"),

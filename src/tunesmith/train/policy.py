@@ -41,9 +41,17 @@ from tunesmith.train.generator import Generator, OwnDecoding
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.preference import without_dropout
-from tunesmith.train.reference import AsItIs, GivenModel, Reference, check_sharded, reference_of, starts_as_base
+from tunesmith.train.reference import (
+    AsItIs,
+    GivenModel,
+    Reference,
+    check_sharded,
+    given_reference,
+    reference_of,
+    starts_as_base,
+)
 from tunesmith.train.rewards import Rewards
-from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of
+from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of, without_silent
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
 from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
@@ -138,7 +146,7 @@ class PolicyTrainer(RowsTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             ),
-            cast(Any, Questions),
+            cast(Any, self._read),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -187,6 +195,15 @@ class PolicyTrainer(RowsTrainer):
 
     # Before the first step
 
+    def _read(self, args: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Questions:
+        self._questions = Questions(args, tokenizer)
+        return self._questions
+
+    def check_rows(self, dataset: Any) -> None:
+        """Raises TunesmithError for columns that rewards miss."""
+        for columns in self._questions.columns.values():
+            self.rewards.check(sorted(columns))
+
     def batching(self, model: Model, args: Any, tokenizer: PreTrainedTokenizerBase, *, sized: bool) -> Batching:
         flat = ready_for_batches(model, flat=args.padding_free, routers=bool(self.router_coefficient))
         faster_layers(model, args)
@@ -201,13 +218,9 @@ class PolicyTrainer(RowsTrainer):
         )
 
     def _check_prompts(self) -> None:
-        """Raises TunesmithError for prompts that leave the model no room, too few of them, and columns that rewards
-        miss."""
-        questions, args = cast(Questions, cast(Any, self.data)), self._policy
-        for columns in questions.columns.values():
-            self.rewards.check(sorted(columns))
-        room = room_of(cast(Model, self.model))
-        for question in questions.every:
+        """Raises TunesmithError for prompts that leave the model no room, and for too few of them."""
+        args, room = self._policy, room_of(cast(Model, self.model))
+        for question in self._questions.every:
             if room is not None and len(question.ids) >= room:
                 raise TunesmithError(
                     f"{question.place}: the prompt has {len(question.ids)} tokens, and the model has room for {room}, "
@@ -229,24 +242,10 @@ class PolicyTrainer(RowsTrainer):
                 raise TunesmithError("ref_model is given, and beta is 0, which compares with none; leave it out")
             return None
         if given is not None:
-            if given is model:
-                raise TunesmithError("ref_model is the model that is trained, and would change with it; leave it out")
-            return GivenModel(self._loaded_reference(given))
+            return given_reference(given, model, args, flat=not self.loaders.batching.padded)
         if not starts_as_base(model):
             check_sharded(args)
         return reference_of(model)
-
-    def _loaded_reference(self, given: str | Model) -> Model:
-        args = self._policy
-        if isinstance(given, str):
-            from tunesmith.model.load import holds_adapters, load_adapted, load_model
-
-            load: Any = load_adapted if holds_adapters(given) else load_model
-            given = cast(Model, load(given, trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle))
-        flat = not self.loaders.batching.padded
-        if ready_for_batches(given, flat=flat) != flat:
-            raise TunesmithError("ref_model can't take batches without padding; write padding_free: false")
-        return given.to(args.device)  # type: ignore[arg-type]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `BaseTrainer`. Before the first step, ratios must be 1, and the reference what the model is."""
@@ -282,7 +281,9 @@ class PolicyTrainer(RowsTrainer):
         for prompts in asked:
             if self.window.is_over:
                 self.window.fill(self._generation(prompts))
-            batches.append(self._batch(self.window.take()))
+            trials = self.window.take()
+            computes_all = self.options.beta or self.router_coefficient
+            batches.append(self._batch(trials if computes_all else without_silent(trials)))
         return batches, self._get_num_items_in_batch(batches, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -305,8 +306,7 @@ class PolicyTrainer(RowsTrainer):
         return trials
 
     def _answered(self, prompts: Prompts, *, training: bool) -> Answered:
-        questions = cast(Questions, cast(Any, self.data))
-        asked: list[Question] = [questions.every[number] for number in prompts.numbers]
+        asked: list[Question] = [self._questions.every[number] for number in prompts.numbers]
         answered = self.judge(
             asked, self._group(training=training), trainer_state=self.state, log_metric=self._note_metric
         )
@@ -352,7 +352,7 @@ class PolicyTrainer(RowsTrainer):
                 scale=parts[i].scale,
                 share=parts[i].share,
                 before=None if before is None else before[i],
-                by_reference=None if near is None or self.reference_in_reward else near[i],
+                by_reference=None if near is None else near[i],
             )
             for i, trial in enumerate(trials)
         ]
@@ -415,11 +415,11 @@ class PolicyTrainer(RowsTrainer):
         """The losses of the tokens of answers, each times the scale of its answer."""
         answer = self.predict_targets(model, batch, batch.targets(), self._logprobs, with_outputs=with_outputs)
         scored: TokenLogProbs = answer.outcome
-        trials = cast(tuple[Trial, ...], batch.documents)
-        device = scored.logprobs.device
-        drawn = self._drawn(scored.logprobs, trials)
+        computed, device = cast(tuple[Trial, ...], batch.documents), scored.logprobs.device
+        trials = [trial for one in computed for trial in one.every]
+        drawn = self._drawn(scored.logprobs, computed)
         result = policy_losses(drawn, self.options)
-        scale = torch.tensor([trial.scale for trial in trials], device=device)[drawn.owner]
+        scale = torch.tensor([trial.scale for trial in computed], device=device)[drawn.owner]
         loss = (result.losses * scale).sum()
         tokens, rewards = len(drawn.owner), [trial.reward for trial in trials if trial.reward == trial.reward]
         sums: dict[str, Tensor] = {
@@ -434,8 +434,11 @@ class PolicyTrainer(RowsTrainer):
             "clip_ratio/region_mean": (result.low | result.high).sum(),
         }
         counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {"reward": len(rewards)}
-        if result.kl is not None:
-            sums["kl"], counts["kl"] = result.kl.sum(), tokens
+        kl = result.kl
+        if kl is None and drawn.reference is not None:  # which costs reward, and is no loss
+            kl = scored.logprobs.detach() - drawn.reference
+        if kl is not None:
+            sums["kl"], counts["kl"] = kl.sum(), tokens
         if drawn.sampled is not None:
             apart = (scored.logprobs.detach() - drawn.sampled).abs()
             known = ~apart.isnan()
@@ -484,7 +487,8 @@ class PolicyTrainer(RowsTrainer):
     def batch_weight(self, batch: Batch) -> Tensor:
         """What its answers add to the number that a step is divided by."""
         trials = cast(tuple[Trial, ...], batch.documents)
-        return torch.tensor(sum(trial.share for trial in trials), device=batch.input_ids.device)
+        shares = (trial.share for one in trials for trial in one.every)
+        return torch.tensor(sum(shares), device=batch.input_ids.device)
 
     # An evaluation, and the log
 

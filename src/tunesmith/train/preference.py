@@ -5,7 +5,7 @@ of their log-probabilities is in `train.dpo` and `train.kto`.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar, cast
@@ -31,6 +31,7 @@ from tunesmith.train.reference import (
     GivenModel,
     Reference,
     check_sharded,
+    given_reference,
     kept_reference,
     reference_of,
     starts_as_base,
@@ -156,9 +157,7 @@ class PreferenceTrainer(RowsTrainer):
         reference: Reference
         self._begins_as_reference = given is None
         if given is not None:
-            if given is model:
-                raise TunesmithError("ref_model is the model that is trained, and would change with it; leave it out")
-            reference = GivenModel(self._prepared_reference(given))
+            reference = given_reference(given, model, args, flat=not self.loaders.batching.padded)
         elif args.precompute_ref_log_probs:
             reference = AsItIs()
         else:
@@ -170,20 +169,6 @@ class PreferenceTrainer(RowsTrainer):
             self._until_training = reference
             return None
         return reference
-
-    def _prepared_reference(self, given: str | Model) -> Model:
-        """A model of the user's, loaded, and ready for the batches of the one that is trained."""
-        args = cast(PreferenceConfig, self.args)
-        if isinstance(given, str):
-            from tunesmith.model.load import holds_adapters, load_adapted, load_model
-
-            load: Callable[..., Model] = load_adapted if holds_adapters(given) else load_model
-            init = {name: value for name, value in dict(args.model_init_kwargs or {}).items() if name == "dtype"}  # type: ignore[arg-type]
-            given = load(given, trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle, **init)
-        flat = not self.loaders.batching.padded
-        if ready_for_batches(given, flat=flat) != flat:
-            raise TunesmithError("ref_model can't take batches without padding; write padding_free: false")
-        return given.to(args.device)  # type: ignore[arg-type]
 
     def _compute_before(self, model: Model, reference: Reference) -> None:
         """Give all rows what the reference says of their tokens."""

@@ -25,7 +25,10 @@ from tunesmith.data.cache import Store, fingerprint
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import CHANGE_THE_BASE, Model, base_model
 from tunesmith.model.head import in_evaluation
+from tunesmith.model.load import holds_adapters, load_adapted, load_model
+from tunesmith.settings.config import Config
 from tunesmith.train.identity import content_digest
+from tunesmith.train.setup import ready_for_batches
 from tunesmith.train.sharding import exchange
 from tunesmith.types import IGNORE_INDEX
 
@@ -102,6 +105,22 @@ class GivenModel:
     @contextmanager
     def acting(self, model: nn.Module) -> Iterator[nn.Module]:
         yield self.model
+
+
+def given_reference(given: str | Model, model: Model, args: Config, *, flat: bool) -> GivenModel:
+    """A model of the user's, loaded, and ready for the batches of the `model` that is trained: `flat` ones, or padded.
+
+    Raises TunesmithError for the model itself, and for one that can't take the same batches.
+    """
+    if given is model:
+        raise TunesmithError("ref_model is the model that is trained, and would change with it; leave it out")
+    if isinstance(given, str):
+        load: Callable[..., Model] = load_adapted if holds_adapters(given) else load_model
+        init = {name: value for name, value in dict(args.model_init_kwargs or {}).items() if name == "dtype"}  # type: ignore[arg-type]
+        given = load(given, trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle, **init)
+    if ready_for_batches(given, flat=flat) != flat:
+        raise TunesmithError("ref_model can't take batches without padding; write padding_free: false")
+    return GivenModel(given.to(args.device))  # type: ignore[arg-type]
 
 
 def starts_as_base(model: Model) -> bool:

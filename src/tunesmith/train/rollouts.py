@@ -8,7 +8,7 @@ anywhere. Answers to one prompt are neighbours in a micro-batch, which computes 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class Trial(Example):
     `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`,
     by the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`:
     it was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the
-    `spread` of that in its group. `size` is the number of its tokens, trained or not.
+    `spread` of that in its group. `size` is the number of its tokens, trained or not. `silent` are others of its
+    micro-batch that teach nothing, and are not computed.
     """
 
     advantage: float = 0.0
@@ -45,6 +46,12 @@ class Trial(Example):
     reward: float = 0.0
     spread: float = 0.0
     size: int = 0
+    silent: tuple["Trial", ...] = ()
+
+    @property
+    def every(self) -> tuple["Trial", ...]:
+        """It, and those that are not computed."""
+        return (self, *self.silent)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +95,14 @@ class Answered:
                 "rewards": rewards,
                 "tokens": len(self.generated[answer].ids),
                 "ended": self.generated[answer].finish == "stop",
-                **{key: values[answer] for key, values in self.extra.items()},
+                **{key: _as_json(values[answer]) for key, values in self.extra.items()},
             }
         return entry
+
+
+def _as_json(value: Any) -> Any:
+    """What a reward function had to say, as JSON can hold it."""
+    return value if value is None or isinstance(value, str | int | float) else repr(value)
 
 
 def _plain(value: float) -> float | None:
@@ -183,6 +195,14 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
     return trials
 
 
+def without_silent(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that teach something, of which the first one has the others with it. Those have no advantage, or no
+    token that is trained: their loss and its gradient are exactly 0, as long as nothing keeps near to a reference."""
+    teaching = [trial for trial in trials if trial.advantage and trial.target_count] or [*trials[:1]]
+    silent = tuple(trial for trial in trials if not any(trial is one for one in teaching))
+    return [replace(teaching[0], silent=silent), *teaching[1:]]
+
+
 class Window:
     """The generation that is trained on: its micro-batches of trials, and how many are still to come.
 
@@ -222,4 +242,6 @@ class Window:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._left = state["left"]
-        self._trials = [Trial(**{**trial, "rewards": tuple(trial["rewards"])}) for trial in state["trials"]]
+        self._trials = [
+            Trial(**{**trial, "rewards": tuple(trial["rewards"]), "silent": ()}) for trial in state["trials"]
+        ]
