@@ -44,7 +44,8 @@ FRAMES = """<!doctype html>
 addEventListener("load", () => {{
   document.title = Array.from(document.querySelectorAll("iframe"), frame => {{
     const page = frame.contentDocument;
-    const heights = Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height);
+    const texts = Array.from(page.querySelectorAll("svg:not(.still) text"));
+    const heights = texts.map(text => text.getBoundingClientRect().height);
     const found = [page.documentElement.scrollWidth, Math.floor(Math.min(...heights))];
     return found.join(" ") + " " + getComputedStyle(page.body).backgroundColor;
   }}).join("; ");
