@@ -126,8 +126,10 @@ def test_a_browser_draws_every_curve_of_a_real_run(
 ) -> None:
     seen = look(pages[name], tmp_path)
     assert seen.console == []
-    assert seen.dom.count("<svg") == panels
+    assert seen.dom.count("<svg") == 2 * panels  # the pictures, and in their places those that can be asked
+    assert seen.dom.count('class="live"') == seen.dom.count('class="still"') == panels
     assert len(re.findall(r"fill: none; stroke: var\(--s\d\)", seen.dom)) == curves
+    assert len(re.findall(r'class="c\d d\d"', seen.dom)) == curves
 
 
 @pytest.mark.slow

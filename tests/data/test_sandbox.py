@@ -60,7 +60,7 @@ def test_a_thread_is_ended_where_it_is_and_others_go_on(monkeypatch: pytest.Monk
     thread = threading.Thread(target=endless, daemon=True)
     thread.start()
     thread.join(5)
-    assert [str(error) for error in ended] == ["it ran for more than 0.2 seconds"]
+    assert [str(error) for error in ended] == ["it ran for more than 0.2 seconds, or took more than 600 MB"]
 
 
 def test_what_is_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +80,22 @@ def test_what_is_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         "{{ 9 ** 99999 }}",
         "{% for i in range(1000) %}{{ 'x' * 100000 }}{% endfor %}",
         "{% for i in range(999999999) %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'x' * 4000000000 }}",
+        "{{ 'x' | center(4000000000) }}",
+        "{{ 'x'.ljust(4000000000) }}",
+        "{{ '%4000000000d' % 1 }}",
+        "{{ '%*d' % (4000000000, 1) }}",
+        "{{ '{:{}}'.format(1, 4000000000) }}",
+        "{{ '%4000000000d' | format(1) }}",
+        "{{ [1, [2]] | tojson(indent=4000000000) }}",
+        "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
+        "{{ ['a' * 9999] * 9999 | join }}{{ (['a' * 9999] * 9999) | join }}",
+        "{{ ''.join(['a' * 9999] * 9999) }}",
+        "{% set n = namespace(s='aa') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s='aa') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% set n = namespace(s=3) %}{% for i in range(40) %}{% set n.s = n.s * n.s %}{% endfor %}",
     ],
 )
 def test_texts_that_would_fill_the_memory_are_refused(template: str, encode: Callable[[str], Any]) -> None:
@@ -95,6 +111,55 @@ def test_nothing_of_the_machine_is_reached(template: str, encode: Callable[[str]
         encode(template + CHATML)
 
 
+def test_what_is_kept_alive_is_counted_while_it_grows(
+    encode: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "MEMORY", 100_000_000)
+    many = (
+        "{% set n = namespace(l=[]) %}{% for i in range(9999) %}{% set n.l = n.l + ['x' * (9999999 + i)] %}{% endfor %}"
+    )
+    with pytest.raises(TunesmithError, match="or took more than 100 MB"):
+        encode(many + CHATML)
+
+
+@pytest.mark.parametrize("template", [LOOPS, "{{ 9 ** (9 ** 9) }}", "{{ 'x' * 4000000000 }}"])
+def test_a_prompt_ends_as_soon_and_names_the_template(
+    template: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    from tunesmith.data.prompts import prompt_ids
+
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = template
+    started = time.perf_counter()
+    with pytest.raises(TunesmithError, match=f"the chat template of {tiny_model} can't be rendered"):
+        prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
+    assert time.perf_counter() - started < 5
+
+
+def test_prompts_are_those_of_transformers(tiny_model: Any) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    turns = [
+        {"role": "user", "content": "a", "extra": (1, True, None)},
+        {"role": "assistant", "content": "b", "reasoning": "because"},
+    ]
+    tokenizer.chat_template = (
+        "{{ bos_token ~ eos_token }}{{ messages | tojson }}{{ tools }}{{ add_generation_prompt }}{{ x }}"
+    )
+    for arguments in ({}, {"add_generation_prompt": True, "x": ["y"]}, {"tools": [{"name": "z"}]}):
+        theirs = tokenizer.apply_chat_template(turns, tokenize=False, **arguments)
+        assert sandbox.rendered(tokenizer, turns, **arguments) == theirs
+
+
 def test_ordinary_arithmetic_is_as_ever() -> None:
+    plain = "{{ 'a' ~ 1 ~ none }}{{ '%5.1f' % 2.25 }}{{ '{:>4}'.format(7) }}{{ 'ab' | center(6) }}|"
+    plain += "{{ [1, 'x'] | join('-') }}"
+    more = "{{ 'a\\nb' | indent(2) }}{{ {'a': [1]} | tojson(indent=1) }}{{ '{}'.format(1700000000) }}{{ [1] + [2] }}"
+    assert compiled(plain).render() == "a1None  2.2   7  ab  |1-x"
+    assert compiled(more).render() == 'a\n  b{\n "a": [\n  1\n ]\n}1700000000[1, 2]'
     assert compiled("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 6 * 7 }}{{ 2.5 * 2 }}").render() == "---1024425.0"
     assert list(refuse_long(iter(["a", "b"]))) == ["a", "b"]

@@ -44,7 +44,8 @@ FRAMES = """<!doctype html>
 addEventListener("load", () => {{
   document.title = Array.from(document.querySelectorAll("iframe"), frame => {{
     const page = frame.contentDocument;
-    const heights = Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height);
+    const texts = Array.from(page.querySelectorAll("svg:not(.still) text"));
+    const heights = texts.map(text => text.getBoundingClientRect().height);
     const found = [page.documentElement.scrollWidth, Math.floor(Math.min(...heights))];
     return found.join(" ") + " " + getComputedStyle(page.body).backgroundColor;
   }}).join("; ");
@@ -76,6 +77,29 @@ def measured(page: Path, folder: Path, *, widths: Sequence[int], dark: bool = Fa
     assert title, dumped.stdout + dumped.stderr
     parts = [part.split(" ", 2) for part in title[1].split("; ")]
     return [Measured(needed=int(needed), smallest=int(smallest), background=rest) for needed, smallest, rest in parts]
+
+
+ASKED = """<!doctype html>
+<iframe src="{page}" style="width: 1000px; height: 900px"></iframe>
+<script>
+addEventListener("load", () => {{
+  const frame = document.querySelector("iframe").contentWindow, page = frame.document;
+  document.title = (() => {{ {script} }})();
+}});
+</script>
+"""
+
+
+def asked(page: Path, folder: Path, script: str) -> str:
+    """What `script`, the body of a function, returns of the file `page`, its `page` in a `frame`."""
+    needs_browser()
+    file = folder / "asked.html"
+    file.write_text(ASKED.format(page=page.as_uri(), script=script), encoding="utf-8")
+    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000"]
+    dumped = _run([*flags, "--allow-file-access-from-files", "--dump-dom", file.as_uri()])
+    title = re.search("<title>([^<]+)</title>", dumped.stdout)
+    assert title, dumped.stdout + dumped.stderr
+    return title[1]
 
 
 def needs_browser() -> None:

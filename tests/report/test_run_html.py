@@ -1,17 +1,20 @@
 """The report of a run holds what the run wrote, whole and alone, and no text of the data can break out of it."""
 
+import base64
+import hashlib
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.report.browser import look
+from tests.report.browser import asked, look
 from tests.report.test_inspect import HOSTILE
 from tests.report.test_inspect import Reader as PageReader
 from tests.report.written import SCRIPT, write_run
 from tests.ship.runs import record
 from tunesmith.errors import TunesmithError
-from tunesmith.report.page import MOST_POINTS, Curve, amount, cut, smoothed, svg, table
+from tunesmith.report.page import MOST_POINTS, Curve, amount, cut, folded, smoothed, svg, table
+from tunesmith.report.page import SCRIPT as CURVES
 from tunesmith.report.run_data import RunData, read_run
 from tunesmith.report.run_html import (
     SHOWN_ANSWERS,
@@ -48,7 +51,7 @@ def without_style(html: str) -> str:
 def test_the_page_holds_what_the_run_wrote(tmp_path: Path) -> None:
     reader = Reader(page(read_run(write_run(tmp_path / "run", text="a text of the run"))))
     for wanted in (
-        *("40", "0.3", "1 min 20 s", "904", "org/base", "LoRA adapters, rank 4, alpha 8, on k_proj, q_proj", "1.00%"),
+        *("40", "0.3", "1 min 20 s", "903", "org/base", "LoRA adapters, rank 4, alpha 8, on k_proj, q_proj", "1.00%"),
         *("Loss", "Learning rate", "Speed", "Gradient norm", "Memory", "loss nan: a text of the run"),
         *("What is two plus two?", "before training", "step 20", "a text of the run 0", "step 40, as in the data"),
         *("Hardest rows", "loss 3.25, usual then 0.4", "1 to 60", "61 to 120", "supervised tokens", "0.1 to 1"),
@@ -77,7 +80,12 @@ def test_no_text_breaks_out_of_the_page(tmp_path: Path) -> None:
     for html in (page(runs[0]), page(runs[1]), comparison(runs)):
         reader = Reader(html)
         tags = {tag for tag, _ in reader.tags}
-        assert tags.isdisjoint({"script", "img", "link", "iframe", "a", "foreignobject", "image"})
+        assert tags.isdisjoint({"img", "link", "iframe", "a", "foreignobject", "image"})
+        assert [tag for tag, _ in reader.tags].count("script") == 1
+        [script] = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in html
+        assert script == CURVES.read_text(encoding="utf-8")
         attributes = [(name, value or "") for _, found in reader.tags for name, value in found.items()]
         assert not [name for name, _ in attributes if name.startswith("on") or name == "src"]
         assert all(value.startswith("#") for name, value in attributes if name == "href")
@@ -87,7 +95,7 @@ def test_no_text_breaks_out_of_the_page(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_from_elsewhere_and_is_small(tmp_path: Path) -> None:
     html = page(read_run(write_run(tmp_path / "run", steps=6_000)))
-    assert not [word for word in ("http:", "https:", "@import", "<script", "src=") if word in html]
+    assert not [word for word in ("http:", "https:", "@import", "src=") if word in html]
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
     assert "default-src 'none'" in html
     assert len(html) < 1_000_000
@@ -265,7 +273,44 @@ def test_cells_of_numbers_stand_to_the_right_and_the_best_is_marked() -> None:
     assert '<td class="n">n/a' in html
 
 
+def test_what_an_answer_repeats_is_shown_twice() -> None:
+    assert folded("So it goes. " * 40 + "End.") == "So it goes. So it goes.  … (38 more times)End."
+    assert folded("a " * 30) == "a " * 30  # short enough
+    assert folded("1. one\n2. two\n3. three\n" * 2) == "1. one\n2. two\n3. three\n" * 2
+
+
+def test_what_hardly_changes_is_drawn_flat_and_in_whole_numbers() -> None:
+    picture = svg([Curve(points=[(i, 1770.0 + 0.1 * (i % 5)) for i in range(60)])], label="MiB")
+    assert picture is not None
+    assert "1e3" not in picture
+    assert {"1755", "1770", "1785"} & {*re.findall(r">(\d{4})<", picture)}
+
+
 # In a browser
+
+
+@pytest.mark.slow
+def test_curves_can_be_asked(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page(read_run(write_run(tmp_path / "run", steps=100))), encoding="utf-8")
+    answer = asked(
+        path,
+        tmp_path,
+        """
+        const curve = page.querySelector("svg.live"), box = curve.getBoundingClientRect(), bar = curve.parentElement;
+        const said = [], ask = () => {
+          curve.dispatchEvent(new frame.PointerEvent("pointermove", {clientX: box.right - 8, clientY: box.top + 9}));
+          said.push(bar.querySelector("output").textContent);
+        };
+        ask();
+        for (const button of bar.querySelectorAll("button")) { said.push(button.textContent); button.click(); ask(); }
+        return said.join("; ");
+        """,
+    )
+    assert answer == (
+        "step 100: training 0.3001 · a text 0.3001; log; step 100: training 0.3001 · a text 0.3001; tokens; "
+        "step 100, 10,000 tokens: training 0.3001 · a text 0.3001"
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ from tests.serve.running import serving
 from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.model.generate import Answer, Sampling, generate_from_ids
 from tunesmith.model.load import load_run
+from tunesmith.serve import server
 from tunesmith.serve.access import Access
+from tunesmith.serve.server import LONG
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -396,3 +398,39 @@ def test_a_template_that_refuses_is_the_requests_mistake(loaded: tuple[Any, Any]
             assert asking.completions.create(model="tiny", prompt="Once").choices[0].text
     finally:
         tokenizer.chat_template = template
+
+
+def test_what_is_too_long_in_characters_is_never_tokenized(url: str) -> None:
+    text = "word " * 200_000
+    for path, body, param in (
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("completions", {"prompt": text}, "prompt"),
+    ):
+        reply = httpx.post(f"{url}/v1/{path}", json=body, timeout=30)
+        assert reply.status_code == 400
+        found = reply.json()["error"]
+        assert found["code"] == "context_length_exceeded"
+        assert found["param"] == param
+        assert "maximum context length is 256 tokens" in found["message"]
+        assert "the prompt has 800," in found["message"]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, began = threading.Event(), threading.Event()
+
+    def slow(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
+        if len(text) > LONG:
+            began.set()
+            assert goes_on.wait(30)
+        return text_ids(tokenizer, text, most)
+
+    monkeypatch.setattr(server, "text_ids", slow)
+    with serving(*loaded) as address:
+        body = {"prompt": "x" * (LONG + 1)}
+        long = threading.Thread(target=httpx.post, args=(f"{address}/v1/completions",), kwargs={"json": body})
+        long.start()
+        assert began.wait(30)
+        short = httpx.post(f"{address}/v1/completions", json={"prompt": "Once"}, timeout=30)
+        assert short.status_code == 200
+        goes_on.set()
+        long.join(30)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.content import MARKED, control_tokens, marked
-from tunesmith.data.sandbox import time_limit
+from tunesmith.data.sandbox import rendered
 from tunesmith.data.template import special_pattern
 from tunesmith.data.tokenize import untrimmed, without_prefix
 from tunesmith.errors import TunesmithError
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 KEY = "tunesmith"
 """In `tokenizer_config.json`."""
+
+
+class PromptTooLong(TunesmithError):
+    """A prompt has more characters than its reader takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,29 +67,33 @@ def prompt_ids(
     arguments: Mapping[str, Any] | None = None,
     *,
     keep_specials: bool = False,
+    most: int | None = None,
 ) -> list[int]:
     """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
     one message is the text to go on with. `arguments` are the chat template's, `tools` among them; those that the model
     was trained with need not be given. `keep_specials`: text of a message that reads as a control token is one, where
-    the model was trained so.
+    the model was trained so. `most`: characters that are read, white space left out.
+
+    Raises:
+        PromptTooLong: there are more; it has not been tokenized then, which takes long.
     """
     if tokenizer.chat_template is None:
         if len(messages) == 1:
-            return text_ids(tokenizer, messages[0]["content"])
+            return text_ids(tokenizer, messages[0]["content"], most)
         raise TunesmithError(
             f"the tokenizer has no chat template, so a prompt is one text; this one is {len(messages)} messages"
         )
     form, turns = form_of(tokenizer), [dict(message) for message in messages]
     literal = [] if keep_specials and form.specials == "keep" else control_tokens(turns, special_pattern(tokenizer))
-    with time_limit():
-        text = tokenizer.apply_chat_template(
-            marked(turns, literal) if literal else turns,
-            add_generation_prompt=True,
-            tokenize=False,
-            **{**form.arguments, **(arguments or {})},
-        )
+    text = rendered(
+        tokenizer,
+        marked(turns, literal) if literal else turns,
+        add_generation_prompt=True,
+        **{**form.arguments, **(arguments or {})},
+    )
+    _check_length(text, most)
     if literal:
-        ids = _ids_in_parts(tokenizer, str(text))
+        ids = _ids_in_parts(tokenizer, text)
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
@@ -105,8 +113,14 @@ def _ids_in_parts(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids
 
 
-def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The tokens of a text to go on with. Raises TunesmithError where there are none."""
+def _check_length(text: str, most: int | None) -> None:
+    if most is not None and len(text) > most and (size := sum(map(len, text.split()))) > most:
+        raise PromptTooLong(f"the prompt has {size:,} characters, and at most {most:,} are read")
+
+
+def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str, most: int | None = None) -> list[int]:
+    """The tokens of a text to go on with. Raises TunesmithError where there are none. `most`: as for `prompt_ids`."""
+    _check_length(text, most)
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         ids = ids[:-1]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.data.chat import Rendering, RenderOptions, render
+from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.template import REASONING_TAG, ChatTemplate
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Message
@@ -109,10 +110,14 @@ class Survey:
 
 
 def surveyed(name: str, tokenizer: Any) -> Survey:
-    """The survey of a tokenizer's template. Raises TunesmithError where it is none."""
+    """The survey of a tokenizer's template. Raises TunesmithError where it is none, or runs for too long."""
     template = ChatTemplate(tokenizer)
     template.program(None)
-    trials = tuple(_tried(talk, template) for talk in TALKS)
+    try:
+        with time_limit():
+            trials = tuple(_tried(talk, template) for talk in TALKS)
+    except TooLong as error:
+        raise TunesmithError(f"the chat template of {name}: {error}") from error
     return Survey(name=name, end=template.eos, switches=tuple(map(dict, template.switches)), trials=trials)
 
 
@@ -211,7 +216,11 @@ KINDS: tuple[Kind, ...] = tuple(dict.fromkeys(talk.kind for talk in TALKS))
 def tokenizer_for(source: str) -> Any:
     """A tokenizer of bytes with the template, its special tokens, and the end token that its turns seem to have."""
     tokenizer = _of_bytes(source, SPECIAL.findall(source))
-    texts = [*_rendered(tokenizer)]
+    try:
+        with time_limit():
+            texts = [*_rendered(tokenizer)]
+    except TooLong as error:
+        raise TunesmithError(f"the chat template can't be rendered: {error}") from error
     tokenizer = _of_bytes(
         source, [*SPECIAL.findall(source), *(token for text in texts for token in SPECIAL.findall(text))]
     )

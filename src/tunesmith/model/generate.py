@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tunesmith.data.prompts import prompt_ids
+from tunesmith.data.sandbox import rendered
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model as Model
 from tunesmith.model.adapters import base_model, has_virtual_tokens
@@ -165,7 +166,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    text = rendered(tokenizer, turns)
     after = text.rpartition(PROBE)[2].lstrip()
     added = tokenizer.added_tokens_decoder.items()
     return next((i for i, token in added if token.special and after.startswith(token.content)), None)

@@ -1,12 +1,17 @@
-"""The parts of an HTML page, with curves as SVG: no script, nothing loaded from elsewhere, in light and dark, on screen
-and on paper. Curves have the fonts and colours of the page."""
+"""The parts of an HTML page, with curves as SVG: nothing loaded from elsewhere, in light and dark, on screen and on
+paper. Curves have the fonts and colours of the page. A script of ours lets them be asked where one may run
+(`curves.js`); no other may, and where none does, the pictures stay."""
 
+import base64
+import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +42,16 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0; break-inside: avoid; } figcaption { color: var(--faint); } figcaption b { color: var(--text); }
 svg { width: 100%; height: auto; display: block; }
 .curves figure { overflow-x: auto; }
+svg.live text { font: 9px system-ui, sans-serif; fill: var(--faint); }
+svg.live { touch-action: pan-y; } svg.live path { fill: none; stroke-width: 1.7; } svg.live .faintly { opacity: .3;
+  stroke-width: .8; } svg.live .d1 { stroke-dasharray: 6 3; } svg.live .d2 { stroke-dasharray: 2 2; }
+svg.live .d3 { stroke-dasharray: 6 2 2 2; } svg.live .grid { stroke: var(--line); stroke-width: .6; }
+svg.live .mark { stroke: var(--warn); stroke-dasharray: 2 2; stroke-width: .8; } svg.live .pointer {
+  stroke: var(--faint); }
+.tools { display: flex; flex-wrap: wrap; gap: .2rem .6rem; align-items: center; color: var(--faint); min-height: 1.7em;
+  font-size: .85em; } .tools button { font: inherit; color: inherit; background: var(--code); border-radius: 4px;
+  border: 1px solid var(--line); } .tools input { width: 5rem; margin: 0; }
+@media screen { svg.still { display: none; } }
 @media screen and (max-width: 42rem) { .curves figure:first-child svg { min-width: 40rem; } }
 .key { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle;
   margin: 0 .4em 0 .2em; }
@@ -60,10 +75,14 @@ td.bars { width: 55%; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; }
 .row { margin: .6rem 0; } .row pre { color: var(--faint); } .row b { font-weight: 600; color: var(--text);
   background: var(--green); border-bottom: 2px solid var(--edge); }
+@media print { .tools, svg.live { display: none; } }
 @media print { :root { color-scheme: light; } body { margin: 0; max-width: none; font-size: 11px; }
   h2, h3 { break-after: avoid; } .bar, .row b { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
+REPETITION = re.compile(r"(.{1,300}?)\1{3,}", re.DOTALL)
+REPEATED = 100
+"""Characters that a repetition must take to be folded."""
 MISSING = "n/a"
 """In a table, a value that is not known."""
 
@@ -73,19 +92,22 @@ HEAD = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+  content="default-src 'none'; style-src 'unsafe-inline'; {scripts}base-uri 'none'; form-action 'none'">
 <meta name="referrer" content="no-referrer">
 <title>{title}</title>
 <style>{style}{series}</style>
 </head>
 <body>
 """
+SCRIPT = Path(__file__).with_name("curves.js")
 BORDERS = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
 
 MOST_POINTS = 500
 """The most that are drawn of a curve; between them, the lowest and the highest value are shown as an area."""
 FEW_POINTS = 40
 """Up to this many, each point is marked, and nothing is smoothed."""
+FLAT = 0.01
+"""What changes by less than this part of itself is drawn as flat."""
 SERIES = 8
 """Colours, after which they are used again with other dashes."""
 DASHES = ("-", "--", ":", "-.")
@@ -99,9 +121,18 @@ Points = Sequence[tuple[float, float | None]]
 
 
 def whole_page(title: str, parts: Iterable[str], style: str = "") -> str:
-    """The whole page of `parts`, which are HTML; `style` is CSS of its own."""
-    series = "".join(f".s{i} {{ border-color: var(--s{i}); }}\n" for i in range(SERIES))
-    return HEAD.format(title=escape(title), style=STYLE + style, series=series) + "".join(parts) + "</body>\n</html>\n"
+    """The whole page of `parts`, which are HTML; `style` is CSS of its own. The only script that may run is that of the
+    curves, where there are some: the page names its digest."""
+    body, tail, scripts = "".join(parts), "</body>\n</html>\n", ""
+    series = "".join(
+        f".s{i} {{ border-color: var(--s{i}); }} .c{i} {{ stroke: var(--s{i}); }}\n" for i in range(SERIES)
+    )
+    if "<svg" in body:
+        script = SCRIPT.read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        scripts, tail = f"script-src 'sha256-{digest}'; ", f"<script>{script}</script>\n{tail}"
+    head = HEAD.format(title=escape(title), style=STYLE + style, series=series, scripts=scripts)
+    return head + body + tail
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
@@ -179,11 +210,12 @@ def text_box(title: str, text: str, *, same: bool = False) -> str:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
     """`points` are (step, value), None where there is no finite one. `number` says which colour and dash; of a `noisy`
-    one the course is drawn, and the values faintly behind it."""
+    one the course is drawn, and the values faintly behind it. `name` tells it from the others of its picture."""
 
     points: Points
     number: int = 0
     noisy: bool = False
+    name: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -221,16 +253,45 @@ def svg(curves: Sequence[Curve], *, label: str, marks: Sequence[int] = (), wide:
         for curve in curves:
             _draw(axes, curve)
         values = np.array([value for curve in curves for _, value in curve.points if value is not None])
-        if values.min() > 0 and values.max() > 30 * np.median(values):  # which would press all others to the ground
+        # Which would press all others to the ground.
+        is_log = bool(values.min() > 0 and values.max() > 30 * np.median(values))
+        if is_log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
+            if 0 < np.ptp(values) < FLAT * abs(values.mean()):  # a line, not what it trembles by
+                axes.set_ylim(values.mean() - FLAT * abs(values.mean()), values.mean() + FLAT * abs(values.mean()))
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8 if wide else 5))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), label)
+    return _inline(buffer.getvalue(), label, _asked(curves, marks, is_log=is_log))
+
+
+def _asked(curves: Sequence[Curve], marks: Sequence[int], *, is_log: bool) -> str:
+    """What `curves.js` draws them by, as JSON. Of long curves, means."""
+    drawn = []
+    for curve in curves:
+        at, values, _, _ = _thinned(
+            np.array([step for step, _ in curve.points], dtype=float),
+            np.array([np.nan if value is None else value for _, value in curve.points], dtype=float),
+        )
+        colour, dash = swatch(curve.number)
+        drawn.append(
+            {
+                "name": curve.name,
+                "colour": colour,
+                "dash": f"d{DASHES.index(dash)}",
+                "noisy": curve.noisy and len(curve.points) > FEW_POINTS,
+                "steps": [round(float(step)) for step in at],
+                "values": [float(f"{value:.5g}") if np.isfinite(value) else None for value in values],
+            }
+        )
+    shown = sorted(set(marks))[:MOST_POINTS]
+    return json.dumps({"curves": drawn, "marks": shown, "log": is_log}, separators=(",", ":"))
 
 
 def _draw(axes: Any, curve: Curve) -> None:
@@ -275,8 +336,9 @@ def _thinned(x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
     return at, middle, low, high
 
 
-def _inline(text: str, label: str) -> str:
-    """SVG to put into a page: without the head of a file, with ids of its own, and the page's colours and fonts."""
+def _inline(text: str, label: str, asked: str) -> str:
+    """SVG to put into a page: without the head of a file, with ids of its own, and the page's colours and fonts.
+    `asked` is what its script reads."""
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     head, rest = text.split(">", 1)
@@ -291,7 +353,8 @@ def _inline(text: str, label: str) -> str:
     for colour, variable in VARIABLES.items():
         rest = rest.replace(colour, f"var({variable})")
     rest = re.sub(r"\s*\n\s*", "\n", rest)
-    return f'<svg role="img" aria-label="{escape(label)} over the steps" {box[0]}>{rest}'
+    name = f'role="img" aria-label="{escape(label)} over the steps"'
+    return f'<svg {name} data-curves="{escape(asked)}" {box[0]}>{rest}'
 
 
 # Values as text
@@ -306,6 +369,16 @@ def amount(value: float | None, digits: int = 4) -> str:
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def folded(text: str) -> str:
+    """`text`, of which what repeats itself again and again is there twice, with how often it came."""
+
+    def said(found: re.Match[str]) -> str:
+        unit, times = found[1], len(found[0]) // len(found[1])
+        return f"{unit}{unit} … ({times - 2:,} more times)" if len(found[0]) >= REPEATED else found[0]
+
+    return REPETITION.sub(said, text)
 
 
 def cut(text: str, longest: int) -> str:

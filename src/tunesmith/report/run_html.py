@@ -1,24 +1,27 @@
 """Runs as HTML pages. One run: how it went, what it answered on the way, which rows were hard, and what it was made
 with. Several runs: what differs in their settings, where they ended, their curves over each other."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from statistics import fmean, median
 
 from tunesmith.errors import TunesmithError
 from tunesmith.report.page import (
     MISSING,
+    MOST_POINTS,
     Curve,
     amount,
     bars,
     cut,
     facts,
     figure,
+    folded,
     legend,
     numbers,
     svg,
@@ -183,8 +186,9 @@ def _loss_unit(runs: Sequence[RunData]) -> str:
     )
 
 
-def _rewards(run: RunData) -> Iterator[str]:
-    """Of a run on preferences: rewards, accuracies and log-probabilities of better and worse answers, as logged."""
+def _logged(run: RunData) -> Iterator[str]:
+    """What trainers log beside the loss. Of a run on preferences: rewards, accuracies and log-probabilities of better
+    and worse answers; of one with a teacher: how far the student is from it, and how long its answers are."""
     history = run.record.history if run.record is not None else ()
     for title, unit, names in (
         ("Rewards of chosen (first) and rejected answers", "beta x nats", ("rewards/chosen", "rewards/rejected")),
@@ -194,6 +198,8 @@ def _rewards(run: RunData) -> Iterator[str]:
         ("Least, mean and largest reward", "reward", ("min_reward", "mean_reward", "max_reward")),
         ("Pairs whose chosen answer has the higher reward", "share", ("accuracy",)),
         ("Reward of the chosen answer less that of the rejected one", "reward", ("margin",)),
+        ("Divergence from the teacher", "nats a token", ("divergence",)),
+        ("Length of answers that were written", "tokens", ("completions/mean_length",)),
     ):
         curves = [
             Curve(
@@ -234,12 +240,17 @@ def _policy(run: RunData) -> Iterator[str]:
 
 def _curves(run: RunData) -> Iterator[str]:
     marks = [step for step, _ in run.events]
-    evaluated = [Curve(points=points, number=number) for number, (_, points) in enumerate(eval_losses(run), start=1)]
-    picture = svg([_curve(run, "loss", noisy=True), *evaluated], label="loss", marks=marks, wide=True)
+    evaluated = [
+        Curve(points=points, number=number, name=name)
+        for number, (name, points) in enumerate(eval_losses(run), start=1)
+    ]
+    training = replace(_curve(run, "loss", noisy=True), name="training")
+    picture = svg([training, *evaluated], label="loss", marks=marks, wide=True)
     figures = [figure(picture, "Loss", _loss_unit([run]))]
-    figures += _rewards(run)
     if run.record is not None and run.record.trainer in POLICIES:
         figures += _policy(run)
+    else:
+        figures += _logged(run)
     figures += _panels([run], marks)
     if not any(figures):
         return
@@ -247,7 +258,7 @@ def _curves(run: RunData) -> Iterator[str]:
     yield legend(enumerate(["training", *(name for name, _ in eval_losses(run))]))
     if marks:
         yield '<p class="faint">Dashed vertical lines: something odd happened, listed below.</p>\n'
-    yield f'<div class="curves">\n{"".join(figures)}</div>\n'
+    yield f'<div class="curves" data-tokens="{escape(_tokens_read(run))}">\n{"".join(figures)}</div>\n'
     others = [(name, points[-1]) for name, points in run.evaluations.items() if not loss_name(name)]
     if others:
         yield "<h3>Other measures of the last evaluation</h3>\n"
@@ -279,6 +290,14 @@ def _interval(values: tuple[float, float | None, float | None]) -> str:
     return amount(value, 3) + ("" if low is None else f" ({amount(low, 3)} to {amount(high, 3)})")
 
 
+def _tokens_read(run: RunData) -> str:
+    """The tokens that were read up to some steps, [[step, tokens], ...] as JSON."""
+    read = [*accumulate(step.tokens or 0 for step in run.steps)]
+    every = max(1, len(read) // MOST_POINTS)
+    points = [[step.step, round(tokens)] for step, tokens in zip(run.steps, read, strict=True)]
+    return json.dumps([*points[:-1:every], *points[-1:]] if read and read[-1] else [], separators=(",", ":"))
+
+
 def _curve(run: RunData, field: str, *, number: int = 0, noisy: bool) -> Curve:
     """A `field` of the run's steps."""
     return Curve(points=[(step.step, getattr(step, field)) for step in run.steps], number=number, noisy=noisy)
@@ -287,7 +306,7 @@ def _curve(run: RunData, field: str, *, number: int = 0, noisy: bool) -> Curve:
 def _panels(runs: Sequence[RunData], marks: Sequence[int] = ()) -> Iterator[str]:
     for field, title, label, noisy in PANELS:
         curves = [_curve(run, field, number=i, noisy=noisy) for i, run in enumerate(runs)]
-        yield figure(svg(curves, label=label, marks=marks), title, "")
+        yield figure(svg(curves, label=label, marks=marks), title, "" if label == title.lower() else label)
 
 
 def _processes(run: RunData) -> Iterator[str]:
@@ -340,7 +359,7 @@ def _samples(run: RunData) -> Iterator[str]:
             same = first.expected is not None and answer.answer.strip() == first.expected.strip()
             title = "before training" if answer.step == 0 else f"step {answer.step:,}"
             title += ", as in the data" if same else ""
-            yield text_box(title, cut(answer.answer, LONGEST) or "(nothing)", same=same)
+            yield text_box(title, cut(folded(answer.answer), LONGEST) or "(nothing)", same=same)
         yield "</div>\n"
 
 
@@ -547,11 +566,11 @@ def _eval_curves(runs: Sequence[RunData]) -> dict[str, list[Sequence[tuple[int, 
 
 
 def _curves_of_all(runs: Sequence[RunData]) -> Iterator[str]:
-    training = [_curve(run, "loss", number=i, noisy=True) for i, run in enumerate(runs)]
-    unit = _loss_unit(runs)
+    names, unit = distinct(runs), _loss_unit(runs)
+    training = [replace(_curve(run, "loss", number=i, noisy=True), name=names[i]) for i, run in enumerate(runs)]
     figures = [figure(svg(training, label="training loss", wide=True), "Training loss", unit)]
     for name, losses in _eval_curves(runs).items():
-        evaluated = [Curve(points=points, number=i) for i, points in enumerate(losses)]
+        evaluated = [Curve(points=points, number=i, name=names[i]) for i, points in enumerate(losses)]
         figures.append(figure(svg(evaluated, label=f"{name} loss"), f"Loss: {name}", unit))
     figures += _panels(runs)
     if any(figures):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from tunesmith.data.sandbox import time_limit
+from tunesmith.data.sandbox import rendered
 from tunesmith.model.generate import PLAIN, Model, Sampling, answer_ids, stop_ids
 
 INCOMPLETE = "\ufffd"
@@ -247,9 +247,8 @@ def writes_blocks(tokenizer: PreTrainedTokenizerBase) -> bool:
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": PROBE}]},
     ]
     try:
-        with time_limit():
-            text = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        text = rendered(tokenizer, turns, tools=[TOOL])
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception:  # a template may fail in any way on what it was not made for
         return False
     calls = [_call(match[1], {PROBE["name"]}) for match in BLOCK.finditer(str(tokenizer.decode(ids, **PLAIN)))]
@@ -286,8 +285,7 @@ def reads_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     turns = [{"role": "user", "content": "Hello"}]
     tool: list[Any] = [TOOL]
     try:
-        with time_limit():
-            texts = [tokenizer.apply_chat_template(turns, tools=tools, tokenize=False) for tools in (None, tool)]
+        texts = [rendered(tokenizer, turns, tools=tools) for tools in (None, tool)]
     except Exception:  # as above
         return False
     return texts[0] != texts[1]

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.data.prompts import prompt_ids, text_ids
+from tunesmith.data.prompts import PromptTooLong, prompt_ids, text_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Model, Sampling, room_of
 from tunesmith.serve import answer, protocol
@@ -30,6 +30,10 @@ from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, even
 
 LARGEST = 16 * 2**20
 """Bytes of a request's body."""
+LONG = 2**18
+"""Bytes of a body from which on its prompt is tokenized beside the others, which do not wait for it."""
+COMPOSED = 4
+"""So many characters of a text may become one before it is divided into tokens: a letter with its marks."""
 GONE = 499
 """The status of an answer that nobody waits for, as nginx logs it."""
 GRACE = 5
@@ -62,19 +66,22 @@ class Service:
         self._settings = settings
         self._worker = answer.Worker(model, tokenizer)
         # A tokenizer is for one thread at a time: the worker decodes with the other one.
-        self._tokenizer = copy.deepcopy(tokenizer)
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
+        self._readers = {is_long: _Reader(copy.deepcopy(tokenizer)) for is_long in (False, True)}
         self._room, self._vocabulary = room_of(model), len(tokenizer)
+        # More characters than these are more tokens than the model has room for, whatever they are.
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._most_characters = None if self._room is None else COMPOSED * longest * self._room
         self._has_roles = tokenizer.chat_template is not None
-        self._has_tools = self._has_roles and answer.reads_tools(self._tokenizer)
-        self._finds_calls = self._has_tools and answer.writes_blocks(self._tokenizer)
+        self._has_tools = self._has_roles and answer.reads_tools(tokenizer)
+        self._finds_calls = self._has_tools and answer.writes_blocks(tokenizer)
         self._started = int(time.time())
         self.app = self._build()
 
     def close(self) -> None:
         """Ends the answers that are under way; those still asked for are refused."""
         self._worker.close()
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        for reader in self._readers.values():
+            reader.thread.shutdown(wait=False, cancel_futures=True)
 
     def _build(self) -> Starlette:
         routes = [
@@ -112,8 +119,9 @@ class Service:
                 status=404,
             )
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        """The request's object, whose model is the one that is served; without a model, that one is meant."""
+    async def _body(self, request: Request) -> tuple[dict[str, Any], "_Reader"]:
+        """The request's object, whose model is the one that is served; without a model, that one is meant. And who
+        reads its prompt."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what a page may send without asking first is none
             raise RequestError("send the body as Content-Type: application/json", status=415)
@@ -125,19 +133,21 @@ class Service:
         body = protocol.parse_json(bytes(raw))
         if body.get("model") is not None:
             self._check_name(body["model"])
-        return body
+        return body, self._readers[len(raw) >= LONG]
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._body(request)
+        body, reader = await self._body(request)
         options = protocol.parse_options(body, protocol.CHAT, self._settings.defaults)
         chat = protocol.parse_chat(body)
         if not self._has_roles:
             raise RequestError("this model has no chat template; ask /v1/completions to go on with a text")
         if chat.functions and not self._has_tools:
             raise RequestError("this model's chat template has no place for tools", param="tools")
-        tokenizer, keep = self._tokenizer, chat.keep_specials
-        ids = await self._in_reader(
-            lambda: prompt_ids(tokenizer, chat.messages, chat.arguments, keep_specials=keep), "messages"
+        keep, most = chat.keep_specials, self._most_characters
+        ids = await self._read(
+            reader,
+            lambda tokenizer: prompt_ids(tokenizer, chat.messages, chat.arguments, keep_specials=keep, most=most),
+            "messages",
         )
         calls = bool(chat.functions) and self._finds_calls
         question = self._question(ids, options, "messages", answer.OPENING if calls else None)
@@ -145,11 +155,11 @@ class Service:
         return await self._answer(request, question, _Delivery(options=options, reply=reply, functions=chat.functions))
 
     async def _completion(self, request: Request) -> Response:
-        body = await self._body(request)
+        body, reader = await self._body(request)
         options = protocol.parse_options(body, protocol.COMPLETION, self._settings.defaults)
         prompt = protocol.parse_prompt(body, self._vocabulary)
         ids = (
-            await self._in_reader(lambda: text_ids(self._tokenizer, prompt), "prompt")
+            await self._read(reader, lambda tokenizer: text_ids(tokenizer, prompt, self._most_characters), "prompt")
             if isinstance(prompt, str)
             else prompt
         )
@@ -157,11 +167,17 @@ class Service:
         reply = Reply(model=self._settings.name, is_chat=False, include_usage=options.include_usage)
         return await self._answer(request, question, _Delivery(options=options, reply=reply))
 
-    async def _in_reader(self, read: Callable[[], T], param: str) -> T:
-        """What `read` returns in the thread that may use the tokenizer. A template may raise anything on what it was
-        not made for, so that all of it is the request's mistake."""
+    async def _read(self, reader: "_Reader", read: Callable[[PreTrainedTokenizerBase], T], param: str) -> T:
+        """What `read` returns in the thread of a reader, which may use its tokenizer. A template may raise anything on
+        what it was not made for, so that all of it is the request's mistake."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+            return await asyncio.get_running_loop().run_in_executor(reader.thread, read, reader.tokenizer)
+        except PromptTooLong as mistake:
+            raise RequestError(
+                f"this model's maximum context length is {self._room} tokens, answer included; {mistake}",
+                param=param,
+                code="context_length_exceeded",
+            ) from mistake
         except TunesmithError as mistake:
             raise RequestError(str(mistake), param=param) from mistake
         except Exception as failure:
@@ -185,6 +201,14 @@ class Service:
             return _Events(job, _events(job, question, delivery))
         finished = await _wait(request, job)
         return JSONResponse(delivery.reply.whole(delivery.outcome(question, finished)))
+
+
+class _Reader:
+    """A tokenizer, and the one thread that may use it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tunesmith.data.sandbox import rendered
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.model.demo_model import quiet
 from tunesmith.model.load import ADAPTERS, CONFIG, load_model, load_tokenizer, resolve_model, run_folder
@@ -377,10 +378,10 @@ def _compare_tokens(file: Path, tokenizer: Any, tokens: TokenizerMetadata) -> st
     texts = list(TEXTS)
     if tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[2]}]
-        texts.append(str(tokenizer.apply_chat_template(chat, tokenize=False)))
-        rendered = str(other.apply_chat_template(chat, tokenize=False))
-        if rendered != texts[-1]:
-            raise TunesmithError(f"the chat template of the file renders {rendered!r}, not {texts[-1]!r}")
+        texts.append(rendered(tokenizer, chat))
+        found_text = rendered(other, chat)
+        if found_text != texts[-1]:
+            raise TunesmithError(f"the chat template of the file renders {found_text!r}, not {texts[-1]!r}")
     compared = 0
     for text in texts:
         if type(own.normalizer).__name__ == "NFC":  # which GGUF doesn't hold

@@ -19,6 +19,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from tunesmith.data.sandbox import rendered
 from tunesmith.errors import TunesmithError
 from tunesmith.text import shorten
 
@@ -305,7 +306,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = rendered(tokenizer, turns)
     except Exception:  # what a template raises is its author's choice; `_chat` says it
         return None
     after = text.rpartition(PROBE)[2].lstrip()
@@ -335,7 +336,7 @@ def _chat(tokenizer: Any) -> tuple[bool | None, str | list[dict[str, str]] | Non
     else:
         written = [{"name": name, "template": plain_jinja(text)} for name, text in templates.items()]
     try:
-        text = str(tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False))
+        text = rendered(tokenizer, [{"role": "user", "content": PROBE}])
     except Exception as error:
         raise TunesmithError(f"the chat template fails on a single user message: {error}") from error
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token), written

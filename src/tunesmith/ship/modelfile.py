@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.data.sandbox import rendered
 from tunesmith.errors import TunesmithError
 
 CONTEXT = 8192
@@ -196,7 +197,7 @@ def _notes(tokenizer: Any, parts: Parts) -> list[str]:
     function = {"name": "look_up", "description": "x", "parameters": {"type": "object", "properties": {}}}
     tool = {"type": "function", "function": function}
     with suppress(Exception):  # what a template raises is its author's choice
-        if "look_up" in str(tokenizer.apply_chat_template(_turns(CONTENTS[0]), tools=[tool], tokenize=False)):
+        if "look_up" in rendered(tokenizer, _turns(CONTENTS[0]), tools=[tool]):
             notes.append("the Modelfile's template has no place for tools; that in the GGUF does")
     return notes
 
@@ -221,7 +222,7 @@ def _turns(*contents: str, system: str | None = None) -> Turns:
 
 def _render(tokenizer: Any, turns: Turns, bos: str | None, *, ask: bool = True) -> str:
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+        text = rendered(tokenizer, turns, add_generation_prompt=ask)
     except Exception as error:  # what a template raises is its author's choice
         roles = ", ".join(turn["role"] for turn in turns)
         raise TunesmithError(f"the chat template fails on messages of {roles}: {error}") from error

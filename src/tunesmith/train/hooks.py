@@ -125,6 +125,18 @@ ATTRIBUTES = (
         why="the environment that chat templates run in",
         parameters=("chat_template",),
     ),
+    Name(
+        owner="transformers.utils.chat_template_utils",
+        name="_alias_reasoning_fields",
+        why="what a template sees of messages is what it sees of those of `apply_chat_template`",
+        parameters=("chat",),
+    ),
+    Name(
+        owner="transformers.utils.chat_template_utils",
+        name="_plain_template_data",
+        why="what a template sees of messages is what it sees of those of `apply_chat_template`",
+        parameters=("value",),
+    ),
     Name(owner="peft.PeftModel", name="_adapters_disabled", why="whether virtual tokens are in front of a row now"),
     Name(owner="datasets.Dataset", name="_indices", why="the order of a shuffled data set, without reading it"),
     Name(owner="datasets.Dataset", name="_fingerprint", why="finds prepared data again"),
