@@ -100,7 +100,8 @@ def notebook(script: Path, language: str, *, claims: bool = False) -> Any:
         elif claims:
             made.append(nbformat.v4.new_code_cell(text, id=identity, metadata={"tags": [CLAIM]}))
     # The title stands first, as in any notebook.
-    at = next((i for i, cell in enumerate(made) if cell.source.startswith("# ")), 0)
+    titles = (i for i, cell in enumerate(made) if cell.cell_type == "markdown" and cell.source.startswith("# "))
+    at = next(titles, 0)
     made.insert(0, made.pop(at))
     book = nbformat.v4.new_notebook(cells=made, metadata=METADATA)
     nbformat.validate(book)
