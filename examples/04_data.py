@@ -244,7 +244,7 @@ def loss_of(model, tokenizer, row):
 right, surprise = {}, {}
 for seed in (1, 2):
     trainers = {
-        name: train(todo_rows, f"template_{name}", max_steps=10, seed=seed, **settings)
+        name: train(todo_rows, f"template_{name}", per_device_train_batch_size=4, seed=seed, **settings)
         for name, settings in TEMPLATES.items()
     }
     for learned, trainer in trainers.items():

@@ -520,6 +520,8 @@ for path in sorted((FOLDER / "gguf").iterdir()):
 print((FOLDER / "gguf" / "Modelfile").read_text(encoding="utf-8")[:600])
 
 # %% [markdown]
+# Where Ollama is installed, this makes a model of the folder, and talks to it:
+#
 # ```console
 # $ cd runs/guide/05/gguf && ollama create orders -f Modelfile && ollama run orders
 # ```
