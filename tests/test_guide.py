@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 import tunesmith
@@ -75,6 +76,7 @@ def test_notebooks_are_what_the_sources_make() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_both_languages_have_the_same_code_and_as_much_prose(script: Path) -> None:
     english, chinese = (_read(build.notebook_path(script, language)) for language in build.LANGUAGES)
+    chinese = [cell for cell in chinese if cell["id"] != "setup-1"]  # which installs a font, for Chinese alone
     assert [cell["cell_type"] for cell in english] == [cell["cell_type"] for cell in chinese]
     assert [cell["id"] for cell in english] == [cell["id"] for cell in chinese]
     for one, other in zip(english, chinese, strict=True):
@@ -102,7 +104,19 @@ def test_no_cell_hides_an_error(path: Path) -> None:
             assert _hidden(cell["source"]) == [], cell["source"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+NOT_RUN_YET: tuple[str, ...] = ()
+"""Notebooks whose code has changed since they ran; to be run before they are published."""
+
+
+def test_every_notebook_was_run() -> None:
+    assert build.not_run() == list(NOT_RUN_YET)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in NOTEBOOKS if f"{path.parent.name}/{path.stem}" not in NOT_RUN_YET],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_a_notebook_shows_what_its_code_showed_in_small_pictures_and_without_complaints(path: Path) -> None:
     book = build.stored(path)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
@@ -272,8 +286,8 @@ def test_check_finds_a_changed_an_orphaned_and_a_notebook_that_did_not_run(
 ) -> None:
     _chapter(tmp_path, monkeypatch, CHINESE)
     assert build.main([]) == 0
-    assert build.main(["--check"]) == 1
-    assert capsys.readouterr().out.count("shows nothing, or what other code showed") == 2
+    assert build.main(["--check"]) == 0
+    assert capsys.readouterr().out.count("shows nothing yet") == 2
     english = tmp_path / "guide" / "en" / "01_small.ipynb"
     english.write_text(english.read_text(encoding="utf-8").replace("6 * 7", "6 * 8"), encoding="utf-8")
     english.with_name("02_gone.ipynb").write_text("{}", encoding="utf-8")
@@ -302,9 +316,13 @@ def test_what_a_notebook_showed_stays_until_its_code_changes(
     script.write_text(SMALL.replace("of them", "in all"), encoding="utf-8")
     assert build.main([]) == 0
     assert "42" not in json.dumps([cell.get("outputs") for cell in _read(english)])
+    assert build.not_run() == ["en/01_small", "zh-TW/01_small"]
     capsys.readouterr()
+    book = build.stored(english)
+    book.metadata["tunesmith"] = {"executed": "0"}
+    english.write_text(nbformat.writes(book), encoding="utf-8")
     assert build.main(["--check"]) == 1
-    assert "en/01_small.ipynb shows nothing, or what other code showed" in capsys.readouterr().out
+    assert "en/01_small.ipynb shows what other code showed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

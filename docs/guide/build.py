@@ -100,7 +100,8 @@ def notebook(script: Path, language: str, *, claims: bool = False) -> Any:
         elif claims:
             made.append(nbformat.v4.new_code_cell(text, id=identity, metadata={"tags": [CLAIM]}))
     # The title stands first, as in any notebook.
-    at = next((i for i, cell in enumerate(made) if cell.source.startswith("# ")), 0)
+    titles = (i for i, cell in enumerate(made) if cell.cell_type == "markdown" and cell.source.startswith("# "))
+    at = next(titles, 0)
     made.insert(0, made.pop(at))
     book = nbformat.v4.new_notebook(cells=made, metadata=METADATA)
     nbformat.validate(book)
@@ -225,10 +226,17 @@ def differing() -> list[str]:
             wrong.append(f"{name} is missing")
         elif [(cell.id, cell.source) for cell in before.cells] != [(cell.id, cell.source) for cell in book.cells]:
             wrong.append(f"{name} is not what its sources make")
-        elif before.metadata.get(STAMP, {}).get("executed") != code_hash(before):
-            wrong.append(f"{name} shows nothing, or what other code showed: --store {path.parent.name}/{path.stem}")
+        elif before.metadata.get(STAMP, {}).get("executed", code_hash(before)) != code_hash(before):
+            wrong.append(f"{name} shows what other code showed: --store {path.parent.name}/{path.stem}")
     left = {path for language in LANGUAGES for path in (GUIDE / language).glob("*.ipynb")} - known
     return wrong + [f"{path.relative_to(REPO)} has no script in examples/" for path in sorted(left)]
+
+
+def not_run() -> list[str]:
+    """The names (`en/03_first_sft`) of the notebooks that show nothing, because their code has changed since."""
+    paths = [notebook_path(script, language) for script in chapters() for language in LANGUAGES]
+    books = {path: stored(path) for path in paths}
+    return [f"{path.parent.name}/{path.stem}" for path, book in books.items() if book and STAMP not in book.metadata]
 
 
 def _all() -> Iterator[tuple[Path, Any]]:
@@ -338,6 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 "\n".join([*wrong, "Run: python -m docs.guide.build"] if wrong else ["The notebooks are up to date."])
             )
+            for name in not_run():
+                print(f"{name} shows nothing yet. Run: python -m docs.guide.build --store {name}")
             return 1 if wrong else 0
         for path in write():
             print(f"wrote {path.relative_to(REPO)}")

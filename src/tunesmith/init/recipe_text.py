@@ -15,7 +15,7 @@ from tunesmith.text import counted, verb
 WIDTH = 110
 SMALL_MODEL = 500_000_000
 """Parameters below which a model takes, and needs, a higher learning rate."""
-LEARNING_RATES = {"all weights": ("5e-5", "2e-5"), "adapters": ("1e-3", "2e-4")}
+LEARNING_RATES = {"all weights": ("3e-4", "2e-5"), "adapters": ("1e-3", "2e-4")}
 """Of small models, and of others: the rule of docs/adapters.md and of chapter 3 of the guide, which measures the first
 on 135 million parameters."""
 PREFERENCE_RATES = {"all weights": ("5e-6", "1e-6"), "adapters": ("1e-4", "1e-5")}
