@@ -104,7 +104,7 @@ class Recovery:
     def enabled(self) -> bool:
         """Whether a step can be done again: processes that hold parts of the weights only would wait for each other."""
         ours, trainer = isinstance(self._loaders.batching.collator, Collator), self._trainer
-        sharded = trainer.is_deepspeed_enabled or (self._args.world_size > 1 and trainer.is_fsdp_enabled)
+        sharded = trainer.is_deepspeed_enabled or (self._args.world_size > 1 and self._args.shard != "none")
         # Which mixes the micro-batches of a step with the gradients of others.
         mixed = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return ours and not sharded and not mixed
