@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 
 from tests.forked import Command
 from tunesmith.cli.main import app
+from tunesmith.cli.train import _check_launched
+from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import generate
 from tunesmith.model.load import load_run
-from tunesmith.settings.recipe import all_settings
+from tunesmith.settings.recipe import all_settings, resolve
 from tunesmith.trainers import SFTTrainer
 
 RUNNER = CliRunner()
@@ -185,3 +188,21 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(needed: list[str], tmp_path: P
     assert resumed.exit_code == 0, resumed.output
     assert json.loads((run / f"checkpoint-{step + 2}" / "trainer_state.json").read_text())["global_step"] == step + 2
     assert "resume_from_checkpoint" not in (run / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"processes": 2, "max_restarts": 3}, None),
+        ({"processes": 4}, "processes is 4, and 2 were started on this machine; leave the setting out"),
+        ({"max_restarts": 1}, "max_restarts is 1, and what started this has 3; leave the setting out"),
+    ],
+)
+def test_what_started_the_processes_is_what_the_recipe_says(
+    given: dict[str, int], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_WORLD_SIZE", "2"), ("TORCHELASTIC_MAX_RESTARTS", "3")):
+        monkeypatch.setenv(name, value)
+    recipe = resolve(None, {"model": "demo", "data": "rows.jsonl", "output": "out", "use_cpu": True, **given})
+    with pytest.raises(TunesmithError, match=said) if said else nullcontext():
+        _check_launched(recipe)

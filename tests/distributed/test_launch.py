@@ -138,6 +138,7 @@ def test_one_that_fails_ends_all_with_its_error(
     assert "Connection closed" not in run.stderr
 
 
+@pytest.mark.timeout(600)  # eight processes start, two at a time
 def test_killed_processes_are_started_again_and_end_in_the_same_bits(
     train: Callable[..., Command], tmp_path: Path
 ) -> None:
