@@ -34,9 +34,8 @@ TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
-        "sft: learn texts | dpo: learn from pairs, a better answer and a worse one (as `tunesmith dpo`) | kto: learn "
-        "from answers that are good or bad (as `tunesmith kto`) | reward: learn to score answers from pairs (as "
-        "`tunesmith reward`).",
+        "sft: learn texts | dpo: learn from pairs, a better answer and a worse one | kto: learn from answers that are "
+        "good or bad | reward: learn from pairs to score answers.",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
