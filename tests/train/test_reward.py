@@ -176,7 +176,7 @@ def test_a_language_model_gets_a_head_by_the_seed_and_learns(
     logged = [entry for entry in first.state.log_history if "loss" in entry]
     assert logged[0]["loss"] == pytest.approx(0.6931, abs=0.05)
     assert logged[-1]["loss"] < 0.5
-    assert logged[-1]["accuracy"] == 1.0
+    assert logged[-1]["margin"] > 0.3
     assert logged[-1]["min_reward"] < logged[-1]["mean_reward"] < logged[-1]["max_reward"]
     # What is saved is a plain classifier with the same scores, whatever padding is beside a text.
     first.save_model(str(tmp_path / "saved"))
