@@ -20,7 +20,7 @@ from tests.objectives.test_supervised import (
     reference_logits,
 )
 from tunesmith.data.batches import Batch
-from tunesmith.model.head import Predictions, answer_objectives
+from tunesmith.model.head import Predictions, answer_objectives, head_logits
 from tunesmith.objectives import logprobs
 from tunesmith.objectives.logprobs import token_logprobs
 from tunesmith.objectives.supervised import supervised_loss
@@ -50,9 +50,14 @@ def test_values_and_weighted_gradients_are_those_of_torch(
 
 
 def test_of_a_frozen_head_the_logits_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, made = inputs(bias=False), []
-    right = logprobs.head_logits
-    monkeypatch.setattr(logprobs, "head_logits", lambda *given: made.append(len(given[0])) or right(*given))
+    x = inputs(bias=False)
+    made: list[int] = []
+
+    def counted(*given: Any) -> Tensor:
+        made.append(len(given[0]))
+        return head_logits(*given)
+
+    monkeypatch.setattr(logprobs, "head_logits", counted)
     token_logprobs(predictions(x)).logprobs.sum().backward()
     assert made == [S, S]
     x.weight.requires_grad_(False)

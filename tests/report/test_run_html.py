@@ -111,7 +111,7 @@ def test_of_a_run_on_pairs_the_page_has_rewards_lengths_and_the_worst(tmp_path: 
     folder = write_run(tmp_path / "run", trainer="dpo", history=history)
     pair = {"margin": -1.5, "usual": 0.25, "step": 7, "prompt": "asked", "chosen": HOSTILE, "rejected": "worse"}
     lengths = [["the chosen answer is longer", 8, 6], ["the rejected answer is longer", 4, 1]]
-    write(folder / EXAMPLES, read(folder / EXAMPLES) | {"lengths_of_pairs": lengths, "worst_pairs": [pair]})
+    write(folder / EXAMPLES, (read(folder / EXAMPLES) or {}) | {"lengths_of_pairs": lengths, "worst_pairs": [pair]})
     html = without_style(page(read_run(folder)))
     for label in ("Rewards of chosen", "Margins", "Pairs whose chosen", "Log-probabilities of chosen"):
         assert f'aria-label="{label}' in html

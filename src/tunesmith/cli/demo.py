@@ -81,7 +81,10 @@ def _preferences(output: Path, console: "Console", seed: int, started: float) ->
     seconds = time.perf_counter() - started
     about = {"output": str(output), "seed": seed, "held_out": len(outcome.held_out), "seconds": seconds}
     counts = {"supervised": outcome.supervised, "answered": outcome.answered, "pairs": outcome.pairs}
-    scores = {result.metric.name: [asdict(result.base), asdict(result.tuned)] for result in outcome.results}
+    scores = {
+        result.metric.name: [asdict(share) for share in (result.base, result.tuned) if share is not None]
+        for result in outcome.results
+    }
     finish(about | counts | {"scores": scores}, lambda: _show_preferences(outcome))
     console.print(f"\nThe runs are in {output}; everything took {duration(seconds)}.")
     if outcome.report is not None:
@@ -103,17 +106,15 @@ def _show_preferences(outcome: "preferences.Outcome") -> None:
     for result in outcome.results:
         table.add_row(result.metric.name, *map(_interval, (result.base, result.tuned, result.difference)))
     console.print(table)
-    examples = [
-        (row, *answers)
-        for row, *answers in zip(outcome.held_out, outcome.before.answers, outcome.after.answers, strict=True)
-        if answers[0] != answers[1]
-    ]
+    answered = zip(outcome.held_out, outcome.before.answers, outcome.after.answers, strict=True)
+    examples = [(row, old, new) for row, old, new in answered if old != new]
     if examples:
         _show_examples("Answers that have changed", examples[:3])
 
 
-def _interval(estimate: "Estimate") -> str:
+def _interval(estimate: "Estimate | None") -> str:
     """A share with its 95% interval."""
+    assert estimate is not None
     return f"{estimate.value:.0%} ({estimate.low:.0%} to {estimate.high:.0%})"
 
 

@@ -84,7 +84,7 @@ class _TokenLogProbs(torch.autograd.Function):
             outcome.take(part, chunk)
             if collision is not None:
                 collision[part] = torch.linalg.vecdot(chunk.p, chunk.p).log()
-            if mean_logit is not None:
+            if mean_logit is not None and chunk.mean_logit is not None:
                 mean_logit[part] = chunk.mean_logit
             if by_nll is not None:
                 by_nll.add(part, chunk.gradient(None), hidden, weight)
