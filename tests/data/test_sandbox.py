@@ -143,7 +143,7 @@ def test_prompts_are_those_of_transformers(tiny_model: Any) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    turns = [
+    turns: list[Any] = [
         {"role": "user", "content": "a", "extra": (1, True, None)},
         {"role": "assistant", "content": "b", "reasoning": "because"},
     ]
