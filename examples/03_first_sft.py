@@ -522,7 +522,7 @@ whole.train()
 kept = sorted(path.name for path in Path(SAVING["output_dir"]).glob("checkpoint-*"))
 print("12 steps, a checkpoint every 4, and these are kept:", ", ".join(kept))
 
-resumed = make_trainer(train_rows[:24], **SAVING)
+resumed = make_trainer(train_rows[:24], **SAVING | {"output_dir": f"{OUTPUT}_resumed"})
 resumed.train(resume_from_checkpoint=f"{SAVING['output_dir']}/checkpoint-8")
 for name, trainer in (("in one go", whole), ("resumed  ", resumed)):
     print(f"{name}: losses of the last four steps", ", ".join(f"{loss:.6f}" for loss in losses(trainer)[1][-4:]))
