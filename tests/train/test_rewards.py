@@ -84,7 +84,9 @@ def test_a_model_scores_prompt_and_answer_together(tokenizer: Any) -> None:
         "num_attention_heads": 2,
     }
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **sizes))
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes)
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
     scores = Rewards(model, tokenizers=tokenizer)(asked("yes", "no, never"))
     for score, text in zip(scores[:, 0], ("Say yes", "Say no, never"), strict=True):
         alone = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, 0]
