@@ -75,7 +75,7 @@ def test_check_counts_pairs_and_plan_says_that_it_does_not(recipe: Path) -> None
     assert "end token" not in result.stdout
     refused = run("plan", recipe)
     assert refused.exit_code == 2
-    assert "plan counts supervised runs" in refused.stderr
+    assert "plan counts runs of sft, dpo, kto, distill, and this one is reward" in refused.stderr
 
 
 @pytest.mark.reports

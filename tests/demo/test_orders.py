@@ -46,7 +46,7 @@ def digest(rows: list[orders.Row]) -> str:
 
 
 def test_default_rows_are_pinned_so_that_every_python_makes_the_same() -> None:
-    assert (digest(training_rows()), digest(held_out_rows())) == ("087cceb4a20b8460", "93e6a8d198762c91")
+    assert (digest(training_rows()), digest(held_out_rows())) == ("087cceb4a20b8460", "5c996343d04bb695")
 
 
 def test_another_seed_gives_other_rows_and_a_smaller_count_the_first_ones() -> None:

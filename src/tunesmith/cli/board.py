@@ -20,7 +20,7 @@ def board(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: a free one.")] = 0,
     no_open: Annotated[bool, typer.Option("--no-open", help="Don't open the browser.")] = False,
 ) -> None:
-    """Look at runs, rows and recipes in the browser, start runs, and chat.
+    """Look at runs and rows, start runs and chat in the browser.
 
     Example: tunesmith board runs
 

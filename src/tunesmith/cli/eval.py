@@ -59,8 +59,7 @@ def evaluate(
 ) -> None:
     """Score a run's answers beside those of its base model.
 
-    Of pairs of answers: whether, and by how much, it prefers the better ones.
-    A reward model scores pairs.
+    Of pairs of answers: how far it, or a reward model, prefers the better ones.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
     from tunesmith.evaluate.evaluation import Settings, Source
@@ -83,11 +82,11 @@ def evaluate(
     if output is not None:
         _check_output(output)
     source = Source(data=data, split=split, columns=_columns(columns), system=system)
-    if scores_texts(run):
-        asked = {"--metric": metric, "--no-base": no_base, "--system": system, "--chat": as_chat}
-        pairs(settings, source, output, [name for name, value in asked.items() if value])
-        return
     if holds_pairs(source):
+        if scores_texts(run):
+            asked = {"--metric": metric, "--no-base": no_base, "--system": system, "--chat": as_chat}
+            pairs(settings, source, output, [name for name, value in asked.items() if value])
+            return
         asked = {"--metric": metric, "--system": system, "--chat/--text": as_chat}
         for name in (name for name, value in asked.items() if value is not None and value != []):
             raise TunesmithError(f"{name} is of answers that are generated, and {data} has pairs of them; leave it out")

@@ -51,6 +51,14 @@ HELP = {"--help", "-h"}
 class Commands(TyperGroup):
     """Turns a TunesmithError of any command into a message and exit code 2, and Ctrl-C into 130."""
 
+    def get_params(self, ctx: Any) -> Any:
+        """Without the help of an option that `--install-completion` makes needless."""
+        params = super().get_params(ctx)
+        for param in params:
+            if param.name == "show_completion":
+                param.hidden = True  # type: ignore[attr-defined]
+        return params
+
     def invoke(self, ctx: Any) -> Any:
         as_json = "--json" in ctx.args  # also where the rest of the line is wrong
         try:

@@ -42,9 +42,8 @@ TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 KEYS: dict[str, tuple[Any, str]] = {
     "trainer": (
         Trainer,
-        "What is learned from: sft (texts) | dpo (pairs of answers) | kto (answers that are good or bad) | reward "
-        "(pairs, to score answers) | distill (a teacher) | grpo, rloo (rewards of the model's own answers). The "
-        "commands of these names set it.",
+        "sft (texts) | dpo (pairs of answers) | kto (good or bad answers) | reward (pairs, to score answers) | "
+        "distill (a teacher) | grpo, rloo (rewards of the model's own answers).",
     ),
     "model": (str, "The model: a name on the hub, a folder, or demo."),
     "data": (
