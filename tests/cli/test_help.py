@@ -155,4 +155,4 @@ def test_the_script_for_a_shell_is_shown(tmp_path: Path) -> None:
     for script, mark in zip(scripts, ("complete -o", "#compdef tunesmith", "complete"), strict=True):
         assert mark in script
         assert "_TUNESMITH_COMPLETE" in script
-    assert "--show-completion" in help_of()
+    assert "--install-completion" in help_of()

@@ -82,11 +82,12 @@ def evaluate(
     if output is not None:
         _check_output(output)
     source = Source(data=data, split=split, columns=_columns(columns), system=system)
+    # A name on the hub is asked for when the data are known to be there.
+    if (Path(run).is_dir() or holds_pairs(source)) and scores_texts(run):
+        asked = {"--metric": metric, "--no-base": no_base, "--system": system, "--chat": as_chat}
+        pairs(settings, source, output, [name for name, value in asked.items() if value])
+        return
     if holds_pairs(source):
-        if scores_texts(run):
-            asked = {"--metric": metric, "--no-base": no_base, "--system": system, "--chat": as_chat}
-            pairs(settings, source, output, [name for name, value in asked.items() if value])
-            return
         asked = {"--metric": metric, "--system": system, "--chat/--text": as_chat}
         for name in (name for name, value in asked.items() if value is not None and value != []):
             raise TunesmithError(f"{name} is of answers that are generated, and {data} has pairs of them; leave it out")
