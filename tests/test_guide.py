@@ -105,7 +105,6 @@ def test_no_cell_hides_an_error(path: Path) -> None:
 
 
 NOT_RUN_YET: tuple[str, ...] = (
-    "zh-TW/03_first_sft",
     "en/04_data",
     "zh-TW/04_data",
     "en/05_efficient_methods",
