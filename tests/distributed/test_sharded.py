@@ -75,7 +75,7 @@ def test_weights_that_are_shared_out_train_as_those_of_one_process(name: str, pr
     assert largest_difference(*weights) < (1e-5 if "AdamW" in name else 1e-6)
     one, several = (json.loads((runs / str(number) / f"{name}.json").read_text()) for number in (1, processes))
     assert several["eval"] == pytest.approx(one["eval"], abs=1e-5)
-    assert len(one["logs"]) == len(several["logs"]) > 2
+    assert len(one["logs"]) == len(several["logs"]) >= 2
     for expected, found in zip(one["logs"], several["logs"], strict=True):
         names = ("loss", "grad_norm", "entropy", "num_tokens")
         assert [found[key] for key in names] == pytest.approx([expected[key] for key in names], abs=1e-5)
