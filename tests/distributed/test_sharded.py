@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clipped, tied": ("short last step", {"max_grad_norm": 0.1, "tied": True}),
     "accumulation": ("accumulation", {"max_grad_norm": 0.0}),
     "packed, checkpointed": ("packed", {"gradient_checkpointing": True}),
+    "padded": ("padded", {"self_test": "off"}),
     "shared prefixes": ("shared prefixes", {}),
     "a step of one row": ("a step of one row", {}),
     "AdamW": ("accumulation", {**ADAMW, "weight_decay": 0.1}),

@@ -143,6 +143,21 @@ def test_a_batch_without_labels_gives_zero_loss_with_gradients() -> None:
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize("kind", ["padded", "flat"])
+def test_the_first_batch_takes_as_many_passes_whatever_its_length(kind: str) -> None:
+    """Processes that share weights out gather them in each pass, so one with a single token must do as many."""
+    counts = []
+    for length in (1, 9):
+        model, calls = tiny("llama"), list[int]()
+        answer_objectives(model)
+        if kind == "flat":
+            use_documents(model)
+        model.model.layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        taught_result(model, token_rows(length), kind)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 1
+
+
 def test_other_calls_of_a_taught_model_are_unchanged() -> None:
     model: Any = tiny("llama")
     twin: Any = tiny("llama")

@@ -23,9 +23,9 @@ def test_what_can_not_be_shared_out_is_refused_by_name(
     settings: dict[str, Any], message: str, model_of: Callable[..., Any], config: Callable[..., SFTConfig]
 ) -> None:
     model = model_of("llama")
-    check_can_share_out(model, config(shard="full"), (None, None), padded=False)
+    check_can_share_out(model, config(shard="full"), (None, None))
     with pytest.raises(TunesmithError, match=message):
-        check_can_share_out(model, config(shard="full", **settings), (None, None), padded=False)
+        check_can_share_out(model, config(shard="full", **settings), (None, None))
 
 
 def test_an_optimizer_of_whole_weights_is_refused(
@@ -33,15 +33,10 @@ def test_an_optimizer_of_whole_weights_is_refused(
 ) -> None:
     model = model_of("llama")
     with pytest.raises(TunesmithError, match="an optimizer is given, which holds the weights before"):
-        check_can_share_out(model, config(shard="full"), (torch.optim.SGD(model.parameters()), None), padded=False)
+        check_can_share_out(model, config(shard="full"), (torch.optim.SGD(model.parameters()), None))
 
 
 def test_a_whole_model_needs_nothing_around_its_parts(model_of: Callable[..., Any]) -> None:
     model = model_of("llama")
     assert not is_shared_out(model)
     assert in_forward(model, lambda: 3) == 3
-
-
-def test_padded_batches_are_refused(model_of: Callable[..., Any], config: Callable[..., SFTConfig]) -> None:
-    with pytest.raises(TunesmithError, match="batches are padded"):
-        check_can_share_out(model_of("llama"), config(shard="full"), (None, None), padded=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -232,12 +232,15 @@ def _check(
 ) -> None:
     """Try on two short documents, the first tokens of a batch, what the fast paths take for granted, and note it.
 
+    Processes that share the weights of a model out try it together, so a batch of one token is tried, too.
+
     Raises TunesmithError when tokens see later ones, or when documents in one row see each other.
     """
-    size = min(CHECKED_TOKENS, input_ids.shape[1] // 2)
-    if size == 0:
-        return
-    row = input_ids[:1, : 2 * size]
+    row = input_ids[:1]
+    if row.shape[1] == 1:
+        row = torch.cat([row, (row + 1) % cast(Any, model.get_input_embeddings()).weight.shape[0]], dim=1)
+    size = min(CHECKED_TOKENS, row.shape[1] // 2)
+    row = row[:, : 2 * size]
     with in_evaluation(model), torch.no_grad():
         apart = original(input_ids=row.view(2, size), use_cache=False).logits
         whole = original(input_ids=row, use_cache=False).logits

@@ -43,14 +43,9 @@ BY_VALUE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Optimizers that change each value by its own gradient and state, wherever it is."""
 
 
-def check_can_share_out(model: Model, args: Config, optimizers: tuple[Any, Any], *, padded: bool) -> None:
-    """Raises TunesmithError for what can't be trained with weights that are shared out. `padded`: batches are."""
+def check_can_share_out(model: Model, args: Config, optimizers: tuple[Any, Any]) -> None:
+    """Raises TunesmithError for what can't be trained with weights that are shared out."""
     name = str(getattr(args.optim, "value", args.optim))
-    if padded:  # of four processes, one gathered weights while the others sent gradients, and all waited
-        raise TunesmithError(
-            f"shard is {args.shard}, and batches are padded (padding_free: false, or a model that can't do without): "
-            "processes were seen to wait for each other forever then. Leave shard out, or padding_free"
-        )
     if bits_of(base_model(model)):
         raise TunesmithError(
             f"shard is {args.shard}, and the base model is quantized: 8-bit and 4-bit weights can't be cut into rows. "

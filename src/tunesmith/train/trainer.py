@@ -146,8 +146,7 @@ class BaseTrainer(transformers.Trainer):
                 "computes rows of its own; leave out tp_size, cp_size and sp_size"
             )
         if self.shares_out:
-            optimizers = arguments.get("optimizers") or (None, None)
-            check_can_share_out(model, args, optimizers, padded=batching.padded)
+            check_can_share_out(model, args, arguments.get("optimizers") or (None, None))
             # The model places itself, and sums its gradients itself: nothing is to wrap it for that.
             self.is_distributed_loading_by_transformers = True
         if self.optimizer is not None:
