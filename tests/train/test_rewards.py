@@ -76,7 +76,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Rewards(["think_format", "think_format"]).names == ["think_format", "think_format_2"]
 
 
-def test_a_model_scores_prompt_and_answer_together(tokenizer: Any) -> None:
+def test_a_model_scores_prompt_and_answer_together(tokenizer: Any, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -91,3 +91,15 @@ def test_a_model_scores_prompt_and_answer_together(tokenizer: Any) -> None:
     for score, text in zip(scores[:, 0], ("Say yes", "Say no, never"), strict=True):
         alone = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, 0]
         torch.testing.assert_close(score, alone, rtol=1e-5, atol=1e-6)
+    assert tokenizer.padding_side == "right"
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    named = Rewards(str(tmp_path / "judge"))
+    assert named.names == ["judge"]
+    torch.testing.assert_close(named(asked("yes", "no, never")), scores)
+
+
+def test_a_language_model_gives_no_score(tiny_model: Path) -> None:
+    """A head of random numbers would."""
+    with pytest.raises(TunesmithError, match="no sequence classifier, so it has no score to give"):
+        Rewards(str(tiny_model))

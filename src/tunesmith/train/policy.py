@@ -126,7 +126,12 @@ class PolicyTrainer(RowsTrainer):
                 "reward_funcs is missing: a function that judges answers, or the name of one, such as exact_match"
             )
         self.rewards = Rewards(
-            judges, weights=args.reward_weights, tokenizers=reward_processing_classes, device=args.device
+            judges,
+            weights=args.reward_weights,
+            tokenizers=reward_processing_classes,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
         )
         self.options = self.take_settings(args)
         own = [f"rewards/{name}/mean" for name in self.rewards.names]

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,20 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.sandbox import rendered
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.model.load import (
+    holds_adapters,
+    is_classifier,
+    load_adapted,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+    run_folder,
+)
 from tunesmith.objectives.checks import CHECKS, Completion, text_of
 from tunesmith.text import shorten
 
@@ -71,15 +83,18 @@ class Rewards:
         weights: Sequence[float] | None = None,
         tokenizers: Any = None,
         device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
     ) -> None:
-        parts = [_resolved(*one) for one in _listed(given)]
+        trusted = _Trusted(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        parts = [_resolved(*one, trusted) for one in _listed(given)]
         if not parts:
             raise TunesmithError("reward_funcs is empty; name at least one, such as exact_match")
         found = [*tokenizers] if isinstance(tokenizers, list | tuple) else [tokenizers] * len(parts)
         if len(found) != len(parts):
             raise TunesmithError(f"reward_processing_classes has {len(found)} items, and reward_funcs {len(parts)}")
         self._functions = [
-            _Scorer(part, tokenizer, device) if isinstance(part, nn.Module) else part
+            _Scorer(part, tokenizer, device, trusted) if isinstance(part, nn.Module | _Classifier) else part
             for part, tokenizer in zip(parts, found, strict=True)
         ]
         self.names = _distinct([_name(function) for function in self._functions])
@@ -175,7 +190,9 @@ def _listed(given: Any) -> list[tuple[Any, Mapping[str, Any]]]:
     return [(one, {}) for one in (given if isinstance(given, list | tuple) else [given])]
 
 
-def _resolved(given: Any, arguments: Mapping[str, Any]) -> RewardFunction | nn.Module:
+def _resolved(
+    given: Any, arguments: Mapping[str, Any], trusted: "_Trusted"
+) -> "RewardFunction | nn.Module | _Classifier":
     """The function, or the model, that a name stands for."""
     if not isinstance(given, str):
         if not callable(given):
@@ -195,7 +212,7 @@ def _resolved(given: Any, arguments: Mapping[str, Any]) -> RewardFunction | nn.M
     if arguments:
         raise TunesmithError(f"reward_funcs: {given!r} is a model, which takes no arguments; leave them out")
     if Path(given).is_dir() or "/" in given:
-        return AutoModelForSequenceClassification.from_pretrained(given, num_labels=1)
+        return _classifier(given, trusted)
     raise TunesmithError(
         f"reward_funcs: no reward is called {given!r}{nearest(given, CHECKS)}; there are {', '.join(CHECKS)}; a "
         "function is `module:function` or `file.py:function`, a model a folder or a name on the hub"
@@ -283,14 +300,57 @@ def _unwrapped(outcome: Any) -> Any:
 # Models
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trusted:
+    """What may come with a model."""
+
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Classifier:
+    """A model that was named, and where it and its tokenizer are."""
+
+    model: Any
+    place: str
+
+
+def _classifier(name: str, trusted: _Trusted) -> _Classifier:
+    """The sequence classifier `name`, with its adapters where it has some.
+
+    Raises TunesmithError for a model that has no score to give, which a head of random numbers would invent.
+    """
+    place, code = str(run_folder(Path(resolve_model(name)))), trusted.trust_remote_code
+    if holds_adapters(place):
+        model: Any = load_adapted(place, classifier=True, trust_remote_code=code, allow_pickle=trusted.allow_pickle)
+    elif is_classifier(load_config(place, trust_remote_code=code)):
+        model = load_classifier(place, trust_remote_code=code, allow_pickle=trusted.allow_pickle)
+    else:
+        raise TunesmithError(
+            f"reward_funcs: {name} is no sequence classifier, so it has no score to give; train one from it with "
+            "`tunesmith reward`, and name that"
+        )
+    return _Classifier(model=model, place=place)
+
+
 class _Scorer:
     """The first logit of a sequence classifier for prompt and answer together."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        given: nn.Module | _Classifier,
+        tokenizer: PreTrainedTokenizerBase | None,
+        device: torch.device | str,
+        trusted: _Trusted,
+    ) -> None:
+        model: Any = given.model if isinstance(given, _Classifier) else given
+        place = given.place if isinstance(given, _Classifier) else str(getattr(model.config, "name_or_path", ""))
+        self.__name__ = Path(place).name or type(model).__name__
+        if tokenizer is None:
+            tokenizer = load_tokenizer(place, trust_remote_code=trusted.trust_remote_code)
         self._model = model.to(device).eval().requires_grad_(False)
-        name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-        self.__name__ = Path(name).name
-        self._tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+        self._tokenizer = deepcopy(tokenizer)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
@@ -298,9 +358,7 @@ class _Scorer:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         texts = [
-            prompt + answer
-            if isinstance(prompt, str)
-            else str(self._tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
+            prompt + answer if isinstance(prompt, str) else rendered(self._tokenizer, [*prompt, *answer])
             for prompt, answer in zip(prompts, completions, strict=True)
         ]
         scores: list[float] = []
