@@ -1,10 +1,6 @@
 """`tunesmith distill`: a recipe for a student and its teacher to a trained model."""
 
-from typing import Annotated
-
-import typer
-
-from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+from tunesmith.cli.train import command_of
 
 HELP = """Train a model to predict what its teacher predicts (distillation).
 
@@ -25,20 +21,4 @@ The settings used most, beside those of [cyan]tunesmith train[/cyan]:
 [cyan]--supervised-weight[/cyan]  the share of cross-entropy in the loss of the data's answers (0)
 """
 
-
-def _list(wanted: bool) -> None:
-    if wanted:
-        list_settings("distill")
-
-
-def distill(
-    ctx: typer.Context,
-    fields: Annotated[
-        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
-    ] = False,
-    nodes: Nodes = 1,
-    node_rank: NodeRank = 0,
-    rendezvous: Rendezvous = None,
-) -> None:
-    """Train a model to predict what its teacher predicts."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="distill")
+distill = command_of("distill", "Train a model to predict what its teacher predicts.")

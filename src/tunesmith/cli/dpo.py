@@ -1,10 +1,6 @@
 """`tunesmith dpo`: a recipe for pairs of answers to a trained model."""
 
-from typing import Annotated
-
-import typer
-
-from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+from tunesmith.cli.train import command_of
 
 HELP = """Train a model on pairs of answers, a better one and a worse one (DPO and its kin).
 
@@ -24,20 +20,4 @@ The settings used most, beside those of [cyan]tunesmith train[/cyan]:
 [cyan]--precompute-ref-log-probs[/cyan]  compute what the reference says once, before training
 """
 
-
-def _list(wanted: bool) -> None:
-    if wanted:
-        list_settings("dpo")
-
-
-def dpo(
-    ctx: typer.Context,
-    fields: Annotated[
-        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
-    ] = False,
-    nodes: Nodes = 1,
-    node_rank: NodeRank = 0,
-    rendezvous: Rendezvous = None,
-) -> None:
-    """Train a model on pairs of answers."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="dpo")
+dpo = command_of("dpo", "Train a model on pairs of answers.")

@@ -1,10 +1,6 @@
 """`tunesmith grpo`: a recipe for rewards of answers to a trained model."""
 
-from typing import Annotated
-
-import typer
-
-from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+from tunesmith.cli.train import command_of
 
 HELP = """Train a model on rewards of its own answers, compared with others to the same prompt (GRPO and its kin).
 
@@ -24,20 +20,4 @@ The settings used most, beside those of [cyan]tunesmith train[/cyan]:
 [cyan]--beta[/cyan]             how close to stay to the reference (0)
 """
 
-
-def _list(wanted: bool) -> None:
-    if wanted:
-        list_settings("grpo")
-
-
-def grpo(
-    ctx: typer.Context,
-    fields: Annotated[
-        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
-    ] = False,
-    nodes: Nodes = 1,
-    node_rank: NodeRank = 0,
-    rendezvous: Rendezvous = None,
-) -> None:
-    """Train a model on rewards of its answers, by groups."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="grpo")
+grpo = command_of("grpo", "Train a model on rewards of its answers, by groups.")

@@ -1,10 +1,6 @@
 """`tunesmith kto`: a recipe for answers that are good or bad to a trained model."""
 
-from typing import Annotated
-
-import typer
-
-from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+from tunesmith.cli.train import command_of
 
 HELP = """Train a model on answers that are good or bad, one for each prompt (KTO).
 
@@ -22,20 +18,4 @@ The settings used most, beside those of [cyan]tunesmith train[/cyan]:
 [cyan]--undesirable-weight[/cyan]  the weight of bad answers (1)
 """
 
-
-def _list(wanted: bool) -> None:
-    if wanted:
-        list_settings("kto")
-
-
-def kto(
-    ctx: typer.Context,
-    fields: Annotated[
-        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
-    ] = False,
-    nodes: Nodes = 1,
-    node_rank: NodeRank = 0,
-    rendezvous: Rendezvous = None,
-) -> None:
-    """Train a model on answers that are good or bad."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="kto")
+kto = command_of("kto", "Train a model on answers that are good or bad.")

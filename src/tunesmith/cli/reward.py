@@ -1,10 +1,6 @@
 """`tunesmith reward`: a recipe for pairs of answers to a model that scores answers."""
 
-from typing import Annotated
-
-import typer
-
-from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+from tunesmith.cli.train import command_of
 
 HELP = """Train a reward model on pairs of answers: it scores the better one higher.
 
@@ -21,20 +17,4 @@ The settings used most, beside those of [cyan]tunesmith train[/cyan]:
 [cyan]--max-length[/cyan]   most tokens of a prompt with one answer (1024)
 """
 
-
-def _list(wanted: bool) -> None:
-    if wanted:
-        list_settings("reward")
-
-
-def reward(
-    ctx: typer.Context,
-    fields: Annotated[
-        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
-    ] = False,
-    nodes: Nodes = 1,
-    node_rank: NodeRank = 0,
-    rendezvous: Rendezvous = None,
-) -> None:
-    """Train a model that scores answers."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="reward")
+reward = command_of("reward", "Train a model that scores answers.")

@@ -1,10 +1,6 @@
 """`tunesmith rloo`: a recipe for rewards of answers to a trained model."""
 
-from typing import Annotated
-
-import typer
-
-from tunesmith.cli.train import Machines, NodeRank, Nodes, Rendezvous, begin, list_settings
+from tunesmith.cli.train import command_of
 
 HELP = """Train a model on rewards of its own answers, each compared with the mean of the others (RLOO).
 
@@ -23,20 +19,4 @@ The settings used most, beside those of [cyan]tunesmith train[/cyan]:
 [cyan]--beta[/cyan]             what moving away from the reference costs (0.05)
 """
 
-
-def _list(wanted: bool) -> None:
-    if wanted:
-        list_settings("rloo")
-
-
-def rloo(
-    ctx: typer.Context,
-    fields: Annotated[
-        bool, typer.Option("--fields", callback=_list, is_eager=True, help="List all settings, and exit.")
-    ] = False,
-    nodes: Nodes = 1,
-    node_rank: NodeRank = 0,
-    rendezvous: Rendezvous = None,
-) -> None:
-    """Train a model on rewards of its answers, leave-one-out."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer="rloo")
+rloo = command_of("rloo", "Train a model on rewards of its answers, leave-one-out.")

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,28 @@ def train(
 ) -> None:
     """Train a model, as a recipe says."""
     begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous))
+
+
+def command_of(trainer: "Trainer", summary: str) -> Callable[..., None]:
+    """The command that is `tunesmith train` with this `trainer`; `summary` is its line in the list of commands."""
+
+    def list_own(wanted: bool) -> None:
+        if wanted:
+            list_settings(trainer)
+
+    def command(
+        ctx: typer.Context,
+        fields: Annotated[
+            bool, typer.Option("--fields", callback=list_own, is_eager=True, help="List all settings, and exit.")
+        ] = False,
+        nodes: Nodes = 1,
+        node_rank: NodeRank = 0,
+        rendezvous: Rendezvous = None,
+    ) -> None:
+        begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer=trainer)
+
+    command.__name__, command.__doc__ = trainer, summary
+    return command
 
 
 def begin(arguments: list[str], machines: Machines, **settings: Any) -> None:

@@ -193,7 +193,7 @@ def _listed(given: Any) -> list[tuple[Any, Mapping[str, Any]]]:
 def _resolved(
     given: Any, arguments: Mapping[str, Any], trusted: "_Trusted"
 ) -> "RewardFunction | nn.Module | _Classifier":
-    """The function, or the model, that a name stands for."""
+    """The function, the `nn.Module` or the `_Classifier` that a name stands for."""
     if not isinstance(given, str):
         if not callable(given):
             raise TunesmithError(f"reward_funcs has {given!r}; give a function, a model, or a name")
