@@ -95,4 +95,4 @@ def test_pairs_are_shown_and_what_is_of_answers_is_refused(run: Path, pairs: str
     assert "reward accuracy" not in shown.stdout
     refused = evaluated(run, "--data", pairs, "--metric", "rouge")
     assert refused.exit_code == 2
-    assert "--metric is of answers that are generated" in refused.stderr
+    assert "has pairs, whose answers are not generated: leave out --metric" in refused.stderr

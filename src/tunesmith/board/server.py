@@ -204,7 +204,7 @@ class Board:
     async def _show_rows(self, request: Request) -> Response:
         body = await _body(request)
         text = str(body.get("text", ""))
-        wanted = Wanted(first=int(body.get("first") or 1), count=5, text=str(body.get("search") or ""))
+        wanted = Wanted(first=int(_number(body, "first", 1)), text=str(body.get("search") or ""))
 
         def shown() -> dict[str, Any]:
             with _as_file(text) as file:
@@ -247,8 +247,17 @@ class Board:
 
 
 def _pieces(speaker: Speaker, body: dict[str, Any]) -> Iterator[str]:
-    temperature, most = float(body.get("temperature") or 0.0), int(body.get("max_tokens") or 256)
+    temperature, most = _number(body, "temperature", 0.0), int(_number(body, "max_tokens", 256))
     return speaker.answer(body.get("messages") or [], temperature=temperature, max_tokens=most)
+
+
+def _number(body: dict[str, Any], name: str, default: float) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TunesmithError(f"{name} is {value!r}; write a number")
+    return value
 
 
 @contextmanager

@@ -64,8 +64,6 @@ def evaluate(
     """
     from tunesmith.evaluate.evaluation import Settings, Source
     from tunesmith.evaluate.evaluation import evaluate as evaluate_run
-    from tunesmith.evaluate.preferences import holds_pairs
-    from tunesmith.evaluate.rewards import scores_texts
     from tunesmith.evaluate.scores import chosen
 
     settings = Settings(
@@ -82,22 +80,34 @@ def evaluate(
     if output is not None:
         _check_output(output)
     source = Source(data=data, split=split, columns=_columns(columns), system=system)
-    # A name on the hub is asked for when the data are known to be there.
-    if (Path(run).is_dir() or holds_pairs(source)) and scores_texts(run):
-        asked = {"--metric": metric, "--no-base": no_base, "--system": system, "--chat": as_chat}
-        pairs(settings, source, output, [name for name, value in asked.items() if value])
-        return
-    if holds_pairs(source):
-        asked = {"--metric": metric, "--system": system, "--chat/--text": as_chat}
-        for name in (name for name, value in asked.items() if value is not None and value != []):
-            raise TunesmithError(f"{name} is of answers that are generated, and {data} has pairs of them; leave it out")
-        _prefer(settings, source, output)
+    asked = {"--metric": metric or None, "--system": system, "--chat/--text": as_chat}
+    if _on_pairs(settings, source, output, [name for name, value in asked.items() if value is not None]):
         return
     evaluation = evaluate_run(settings, source, metrics)
     if output is not None:
         write_whole(output, "".join(evaluation.lines()))
     about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed}
     finish(about | evaluation.as_json(), lambda: _show(evaluation, settings))
+
+
+def _on_pairs(settings: "Settings", source: "Source", output: Path | None, unused: list[str]) -> bool:
+    """Scores pairs, where these are what `source` has, or what the run is for. `unused` are options that say nothing
+    of pairs."""
+    from tunesmith.evaluate.preferences import holds_pairs
+    from tunesmith.evaluate.rewards import scores_texts
+
+    here = Path(settings.run).is_dir()
+    if not here and not holds_pairs(source):  # before a name on the hub is asked for
+        return False
+    if scores_texts(settings.run, settings.trust_remote_code):
+        pairs(settings, source, output, unused if settings.with_base else [*unused, "--no-base"])
+        return True
+    if here and not holds_pairs(source):
+        return False
+    if unused:
+        raise TunesmithError(f"{source.data} has pairs, whose answers are not generated: leave out {', '.join(unused)}")
+    _prefer(settings, source, output)
+    return True
 
 
 def pairs(settings: "Settings", source: "Source", output: Path | None, unused: list[str]) -> None:

@@ -46,7 +46,7 @@ class RewardEvaluation:
             yield json.dumps({"place": place, "chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n"
 
 
-def scores_texts(run: str) -> bool:
+def scores_texts(run: str, trust_remote_code: bool = False) -> bool:
     """Whether a run, or a model by name, is a sequence classifier, which scores texts and writes none."""
     from tunesmith.model.load import (
         adapters_score,
@@ -58,7 +58,9 @@ def scores_texts(run: str) -> bool:
     )
 
     folder = str(run_folder(Path(resolve_model(run, say))))
-    return adapters_score(folder) if holds_adapters(folder) else is_classifier(load_config(folder))
+    if holds_adapters(folder):
+        return adapters_score(folder)
+    return is_classifier(load_config(folder, trust_remote_code=trust_remote_code))
 
 
 def evaluate_pairs(settings: Settings, source: Source) -> RewardEvaluation:
