@@ -163,3 +163,19 @@ def test_ordinary_arithmetic_is_as_ever() -> None:
     assert compiled(more).render() == 'a\n  b{\n "a": [\n  1\n ]\n}1700000000[1, 2]'
     assert compiled("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 6 * 7 }}{{ 2.5 * 2 }}").render() == "---1024425.0"
     assert list(refuse_long(iter(["a", "b"]))) == ["a", "b"]
+
+
+def test_what_rows_have_left_in_memory_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of long rows is large, and no template's fault."""
+    taken = iter(range(0, 10**12, sandbox.MEMORY // 2))
+    last = [0]
+
+    def resident() -> int:
+        return last[0]
+
+    monkeypatch.setattr(sandbox, "_resident", resident)
+    with sandbox.time_limit() as begin_anew:
+        for _ in range(4):
+            begin_anew()
+            last[0] = next(taken)
+            time.sleep(2 * sandbox.WATCHED)

@@ -206,14 +206,15 @@ def refuse_long(pieces: Iterator[str]) -> Iterator[str]:
 def time_limit() -> Iterator[Callable[[], None]]:
     """Raise TooLong in this thread, wherever it is, when what is in the block takes too long, or too much memory.
 
-    It gives a function that begins the time anew: of a batch, each row has all of it.
+    It gives a function that begins both anew: of a batch, each row has all of it, and what rows before it have left in
+    memory is not its.
     """
     thread, lock, over = threading.get_ident(), threading.Condition(), False
     deadline, most = time.monotonic() + SECONDS, _resident() + MEMORY
 
     def begin_anew() -> None:
-        nonlocal deadline
-        deadline = time.monotonic() + SECONDS
+        nonlocal deadline, most
+        deadline, most = time.monotonic() + SECONDS, _resident() + MEMORY
 
     def watch() -> None:
         with lock:
