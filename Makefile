@@ -139,7 +139,7 @@ $(core): pyproject.toml constraints.txt
 $(installed): $(core)
 	@rm -f $@ $(core)
 	@echo "==> Installing what tests, checks and pages need (some minutes, once)"
-	@$(pip) -c constraints.txt -e '.[dev,docs,quant,ray,serve]'
+	@$(pip) -c constraints.txt -e '.[dev,docs,quant,ray,rewards,serve]'
 	@touch $(core) $@
 
 # What the benchmarks and the page about TRL are compared with. All that it imports is installed already.

@@ -55,8 +55,49 @@ def test_json() -> None:
         1,
         0,
     ]
-    with pytest.raises(TunesmithError, match="'oneOf' is not checked here"):
-        judged("json_schema", ["1"], {"schema": {"properties": {"a": {"oneOf": []}}}})
+
+
+def test_a_schema_as_pydantic_writes_it() -> None:
+    item = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    schema = {
+        "$defs": {"Item": item},
+        "type": "object",
+        "properties": {
+            "items": {"type": "array", "items": {"$ref": "#/$defs/Item"}},
+            "note": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}], "default": None},
+        },
+        "required": ["items"],
+    }
+    answers = {
+        '{"items": [{"name": "a"}], "note": null}': 1,
+        '{"items": [{"name": 1}]}': 0,
+        '{"items": [], "note": "abcd"}': 0,
+    }
+    assert judged("json_schema", [*answers], {"schema": schema}) == [*answers.values()]
+
+
+def test_schemas_of_rows_keep_their_own_keys_in_a_table() -> None:
+    from datasets import Dataset
+
+    # A table fills in the keys that another row's schema has.
+    rows = Dataset.from_list([{"schema": {"type": "number", "minimum": 2}}, {"schema": {"type": "string"}}])
+    assert rows[1]["schema"] == {"type": "string", "minimum": None}
+    assert judged("json_schema", ["1", '"1"'], schema=rows["schema"]) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"properties": {"a": {"type": "text"}}}, "properties/a/type: 'text' is not valid"),
+        ("{", r"'\{' is no schema; write an object"),
+        ({"$ref": "#/$defs/Item"}, r"the \$ref '/\$defs/Item' is not in the schema"),
+        ({"$ref": "#"}, "the schema refers to itself without end"),
+        ({"$ref": "http://localhost:1/item.json"}, r"the \$ref 'http://localhost:1/item.json' .* nothing is fetched"),
+    ],
+)
+def test_a_schema_that_is_none(schema: Any, message: str) -> None:
+    with pytest.raises(TunesmithError, match=f"json_schema: .*{message}"):
+        judged("json_schema", ["1"], {"schema": schema})
 
 
 def test_what_the_row_says_is_right() -> None:

@@ -11,6 +11,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
 from tunesmith.errors import TunesmithError
@@ -19,16 +21,6 @@ Completion: TypeAlias = str | Sequence[Mapping[str, Any]]
 Reward: TypeAlias = Callable[..., list[float]]
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|-?\.\d+")
 THINKING = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
-KINDS: dict[str, tuple[type, ...]] = {
-    **{"object": (dict,), "array": (list,), "string": (str,), "boolean": (bool,), "null": (type(None),)},
-    **{"number": (int, float), "integer": (int,)},
-}
-KEYWORDS = {
-    *("type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
-    *("minimum", "maximum", "minLength", "maxLength", "pattern"),
-}
-REMARKS = {"$schema", "$id", "title", "description", "default", "examples"}
-"""Keywords of a schema that ask for nothing."""
 
 
 def text_of(completion: Completion) -> str:
@@ -51,22 +43,23 @@ def json_valid() -> Reward:
 def json_schema(*, schema: Mapping[str, Any] | str | None = None, column: str = "schema") -> Reward:
     """1 where the whole answer is JSON that fits a JSON schema: the one that is given, or that of the row's column.
 
-    Raises TunesmithError for a keyword that is not checked.
+    Any draft of JSON Schema, 2020-12 where `$schema` names none. Nothing is fetched: a `$ref` points into the schema
+    itself, or to a published draft. Raises TunesmithError without the library jsonschema, and for no schema.
     """
+    if find_spec("jsonschema") is None:
+        raise TunesmithError('json_schema needs jsonschema: pip install "tunesmith[rewards]"')
     if schema is not None:
-        fixed = _schema(schema)
-        _check_keywords(fixed)
+        fixed = _json_of(schema)
+        _validator(fixed)
 
         def json_schema(completions: Sequence[Completion], **_: Any) -> list[float]:
-            return [_fitting(answer, fixed) for answer in completions]
+            return [_fits(answer, fixed) for answer in completions]
 
         return json_schema
 
     def json_schema_of(completions: Sequence[Completion], **columns: Any) -> list[float]:
-        schemas = [_schema(schema) for schema in columns[column]]
-        for one in schemas:
-            _check_keywords(one)
-        return [_fitting(answer, one) for answer, one in zip(completions, schemas, strict=True)]
+        schemas = [_json_of(_without_nulls(schema)) for schema in columns[column]]
+        return [_fits(answer, one) for answer, one in zip(completions, schemas, strict=True)]
 
     return _needs(json_schema_of, "json_schema", column)
 
@@ -179,71 +172,48 @@ def _read_json(text: str) -> tuple[bool, Any]:
         return False, None
 
 
-def _schema(schema: Any) -> Mapping[str, Any]:
-    if isinstance(schema, str):
-        schema = _read_json(schema)[1]
-    if not isinstance(schema, Mapping):
-        raise TunesmithError("json_schema: the schema is no object; write one, such as {type: object}")
-    return schema
+def _json_of(schema: Any) -> str:
+    """A schema as text, by which its validator is found again: rows repeat theirs."""
+    return schema if isinstance(schema, str) else json.dumps(schema)
 
 
-def _check_keywords(schema: Mapping[str, Any]) -> None:
-    if unknown := sorted(schema.keys() - KEYWORDS - REMARKS):
-        raise TunesmithError(f"json_schema: {unknown[0]!r} is not checked here; write a function of yours")
-    kinds = schema.get("type", [])
-    for kind in [kinds] if isinstance(kinds, str) else kinds:
-        if kind not in KINDS:
-            raise TunesmithError(f"json_schema: no type is called {kind!r}; there are {', '.join(KINDS)}")
-    inner = [*(schema.get("properties") or {}).values(), schema.get("items"), schema.get("additionalProperties")]
-    for one in inner:
-        if isinstance(one, Mapping):
-            _check_keywords(one)
+def _without_nulls(schema: Any) -> Any:
+    """A table gives each row's schema the keys of all of them, None where it has none; no keyword takes null but
+    `const`, `default` and `enum`, whose nulls a table can't tell from those that it filled in."""
+    if isinstance(schema, Mapping):
+        return {key: _without_nulls(item) for key, item in schema.items() if item is not None}
+    return [_without_nulls(item) for item in schema] if isinstance(schema, list) else schema
 
 
-def _fitting(answer: Completion, schema: Mapping[str, Any]) -> float:
+@lru_cache(maxsize=1024)
+def _validator(schema: str) -> Any:
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+    from jsonschema_specifications import REGISTRY
+
+    is_json, read = _read_json(schema)
+    if not is_json or not isinstance(read, dict | bool):
+        raise TunesmithError(f"json_schema: {schema[:80]!r} is no schema; write an object, such as {{type: object}}")
+    kind = validator_for(read, default=Draft202012Validator)
+    try:
+        kind.check_schema(read)
+    except SchemaError as error:
+        place = "/".join(map(str, error.absolute_path)) or "the schema"
+        raise TunesmithError(f"json_schema: {place}: {error.message}") from error
+    return kind(read, registry=REGISTRY)  # without a registry, the library would fetch what a $ref names
+
+
+def _fits(answer: Completion, schema: str) -> float:
+    from referencing.exceptions import Unresolvable
+
     is_json, value = _read_json(text_of(answer))
-    return float(is_json and _fits(value, schema))
-
-
-def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    kinds = schema.get("type")
-    if kinds is not None and not any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
-        return False
-    if "enum" in schema and not any(_same(value, choice) for choice in schema["enum"]):
-        return False
-    if "const" in schema and not _same(value, schema["const"]):
-        return False
-    if isinstance(value, dict):
-        return _fits_object(value, schema)
-    if isinstance(value, list):
-        within = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf)
-        return within and all(_fits(item, schema.get("items") or {}) for item in value)
-    if isinstance(value, str):
-        within = schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf)
-        return within and ("pattern" not in schema or re.search(schema["pattern"], value) is not None)
-    if _is(value, "number"):
-        return bool(schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf))
-    return True
-
-
-def _fits_object(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
-    known, others = schema.get("properties") or {}, schema.get("additionalProperties", True)
-    if not {*schema.get("required", ())} <= value.keys():
-        return False
-    for name, item in value.items():
-        rule = known.get(name, others)
-        if rule is False or (isinstance(rule, Mapping) and not _fits(item, rule)):
-            return False
-    return True
-
-
-def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, KINDS[kind])
-
-
-def _same(one: Any, two: Any) -> bool:
-    return isinstance(one, bool) == isinstance(two, bool) and bool(one == two)
+    if not is_json:
+        return 0.0
+    try:
+        return float(_validator(schema).is_valid(value))
+    except RecursionError as error:
+        raise TunesmithError("json_schema: the schema refers to itself without end") from error
+    except Unresolvable as error:
+        raise TunesmithError(
+            f"json_schema: the $ref {error.ref!r} is not in the schema, and nothing is fetched; write it under $defs"
+        ) from error
