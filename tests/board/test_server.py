@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from tunesmith.board.chat import name_of
 from tunesmith.board.jobs import Jobs
 from tunesmith.board.server import Board, Tools
 from tunesmith.errors import TunesmithError
@@ -174,6 +175,29 @@ def test_a_job_runs_is_stopped_and_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert jobs.all()[0]["output"].endswith("saved\n")
     with pytest.raises(TunesmithError, match="no job 2"):
         jobs.stop(2)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"messages": "hello"}, "messages is no list of objects"),
+        ({}, "messages is no list of objects"),
+        ({"messages": [], "temperature": "hot"}, "temperature is 'hot'; write a number"),
+        ({"messages": [], "base": True}, "trained all weights"),
+    ],
+)
+def test_a_question_that_is_none_loads_no_model(client: TestClient, question: dict[str, Any], message: str) -> None:
+    answer = client.post("/api/chat", json={"run": "first", **question})
+    assert (answer.status_code, message in answer.json()["error"]) == (400, True)
+
+
+def test_the_base_of_adapters_of_the_demo_model_is_found_on_any_machine(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "/elsewhere/demo-0123456789ab-v2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert (name_of(tmp_path, base=True), name_of(tmp_path, base=False)) == ("demo", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"revision": "v2"}), encoding="utf-8")
+    with pytest.raises(TunesmithError, match="at the revision v2"):
+        name_of(tmp_path, base=True)
 
 
 def _until(holds: Any) -> None:

@@ -77,17 +77,28 @@ class Speakers:
         self._speakers.clear()
 
 
-def base_of(run: Path) -> str | None:
-    """What adapters in the folder `run` were trained on; None for a whole model."""
-    try:
-        config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(config.get("base_model_name_or_path") or "") or None
+def name_of(run: Path, *, base: bool) -> str:
+    """What `tunesmith serve` takes for the run in this folder, or for the base model of its adapters.
+
+    Raises TunesmithError where the run has no base model to ask.
+    """
+    if not base:
+        return str(run)
+    from tunesmith.model.load import base_of, holds_adapters  # takes seconds
+
+    if not holds_adapters(str(run)):
+        raise TunesmithError("this run has trained all weights, and its base model is not beside it")
+    name, revision = base_of(str(run))
+    if revision:
+        raise TunesmithError(
+            f"the base model is {name} at the revision {revision['revision']}, and the board asks for no revision; "
+            "chat with a folder that has it"
+        )
+    return name
 
 
 def _started(name: str) -> Speaker:
-    command = [sys.executable, "-m", "tunesmith", "serve", name, "--port", "0", "--json"]
+    command = [sys.executable, "-m", "tunesmith", "serve", "--port", "0", "--json", "--", name]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tunesmith.board.chat import Speaker, Speakers, base_of
+from tunesmith.board.chat import Speakers, name_of
 from tunesmith.board.jobs import Jobs
 from tunesmith.board.rows import Prepared, Rows, Wanted
 from tunesmith.board.runs import Runs
@@ -231,11 +231,10 @@ class Board:
     async def _chat(self, request: Request) -> Response:
         body = await _body(request)
         folder = self._runs.folder(str(body.get("run", "")))
-        name: str | None = base_of(folder) if body.get("base") else str(folder)
-        if name is None:
-            raise TunesmithError("this run has trained all weights, and its base model is not beside it")
+        question = _question(body)
+        name = await asyncio.to_thread(name_of, folder, base=bool(body.get("base")))
         speaker = await asyncio.to_thread(self._speakers.of, name)
-        pieces = _pieces(speaker, body)
+        pieces = speaker.answer(**question)
         first = await asyncio.to_thread(next, pieces, "")  # a refusal comes before the answer begins
 
         async def answer() -> AsyncIterator[str]:
@@ -246,9 +245,13 @@ class Board:
         return StreamingResponse(answer(), media_type="text/plain; charset=utf-8")
 
 
-def _pieces(speaker: Speaker, body: dict[str, Any]) -> Iterator[str]:
+def _question(body: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Speaker.answer`. Raises TunesmithError."""
     temperature, most = _number(body, "temperature", 0.0), int(_number(body, "max_tokens", 256))
-    return speaker.answer(body.get("messages") or [], temperature=temperature, max_tokens=most)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise TunesmithError("messages is no list of objects; write [{role: user, content: ...}]")
+    return {"messages": messages, "temperature": temperature, "max_tokens": most}
 
 
 def _number(body: dict[str, Any], name: str, default: float) -> float:
