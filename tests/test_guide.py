@@ -398,23 +398,8 @@ def test_a_table_that_lost_a_line_is_refused(tmp_path: Path) -> None:
         words.read_table(tmp_path / "words.txt")
 
 
-# The scripts, for real
-
-
-@pytest.mark.documented
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script_runs(script: Path, tmp_path: Path) -> None:
-    # In an empty folder, as a reader does who has no checkout: chapters write into runs/ there.
-    environment = os.environ | {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=880
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout
-
-
-# The scripts with HUB = True: small models of the same families under the same names, on a hub of the tests
+# The scripts with HUB = True: small models of the same families under the same names, on a hub of the tests.
+# `make guide` runs the same code with HUB = False, as notebooks.
 
 
 def _tokenizer(name: str) -> Any:
