@@ -11,8 +11,8 @@ from openai import OpenAI
 
 from tests.conftest import CHATML
 from tests.serve.running import serving
+from tunesmith.data.tool_turns import Call, reads_tools, split_calls, writes_blocks
 from tunesmith.model.load import load_run, load_tokenizer
-from tunesmith.serve.answer import Call, reads_tools, split_calls, writes_blocks
 
 HERMES = (
     "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
