@@ -91,6 +91,7 @@ def split_calls(text: str, names: Collection[str] | None = None) -> tuple[str, l
 def _call(source: str, names: Collection[str] | None) -> Call | None:
     try:
         value = json.loads(source)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of characters can't be written
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or value.keys() != {"name", "arguments"}:
