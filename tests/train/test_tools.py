@@ -390,7 +390,7 @@ def test_a_model_that_calls_is_trained_and_resumed_with_the_same_bits(caller: Pa
         ({"tools": None, "max_tool_calling_iterations": 2}, "there are no tools"),
         ({"max_tool_calling_iterations": 0}, "write 1 or more"),
         ({"train_dataset": [{"prompt": "1 + 1 ="}] * 4}, "row 0: 'prompt' is a text, and tools"),
-        ({"use_vllm": True, "vllm_mode": "server"}, "has one limit for all; leave use_vllm out"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "one limit for all; leave use_vllm out"),
     ],
 )
 def test_what_can_not_be_is_refused(given: dict[str, Any], problem: str, trainer_of: Any) -> None:

@@ -60,11 +60,6 @@ NOT_HERE = {
 }
 """Settings of TRL that are taken at the value that changes nothing, and refused at others: that value, and why."""
 
-VLLM_AND_TOOLS = (
-    "use_vllm is True, and tools are given, whose answers have less and less room each, while a request to the server "
-    "has one limit for all; leave use_vllm out"
-)
-
 
 @dataclass
 class PolicyConfig(Config):
@@ -151,8 +146,6 @@ class PolicyConfig(Config):
                 f"max_tool_calling_iterations is {self.max_tool_calling_iterations}; write 1 or more, or leave it out: "
                 "max_completion_length is a limit, too"
             )
-        if self.use_vllm and self.tools:
-            raise TunesmithError(VLLM_AND_TOOLS)
         if not self.temperature > 0:
             raise TunesmithError(
                 f"temperature is {self.temperature}; all answers to a prompt would be the same, and none better than "

@@ -37,7 +37,7 @@ from tunesmith.objectives.policy import (
     policy_losses,
     sampler_correction,
 )
-from tunesmith.settings.policy import VLLM_AND_TOOLS, PolicyConfig
+from tunesmith.settings.policy import PolicyConfig
 from tunesmith.train.generator import Generator, OwnDecoding
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
@@ -56,7 +56,7 @@ from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of, 
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
 from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
-from tunesmith.train.tools import Conversing, Tools
+from tunesmith.train.tools import Conversing, tools_of
 from tunesmith.train.vllm_server import Server, VLLMServer
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,8 @@ class PolicyTrainer(RowsTrainer):
         _refuse(rollout_func=rollout_func, environment_factory=environment_factory)
         given = given_model(model)
         args = as_config(args, given, self.config)
-        self._tools = _tools(args, tools)
-        self.tools = [] if self._tools is None else [*self._tools.functions.values()]
+        self._tools = tools_of(args, tools)
+        self.tools = [*self._tools.functions.values()]
         judges = args.reward_funcs if reward_funcs is None else reward_funcs
         if judges is None:
             raise TunesmithError(
@@ -187,7 +187,7 @@ class PolicyTrainer(RowsTrainer):
 
     def _conversing(self, args: PolicyConfig) -> Conversing | None:
         """What draws answers turn by turn; None without tools."""
-        if self._tools is None:
+        if not self.tools:
             return None
         model, tokenizer = cast(Model, self.model), cast(PreTrainedTokenizerBase, self.processing_class)
         turns = ToolTurns(tokenizer, stop_ids(model, tokenizer), args.chat_template_kwargs)
@@ -220,9 +220,9 @@ class PolicyTrainer(RowsTrainer):
     # Before the first step
 
     def _read(self, args: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Questions:
-        if self._tools is not None:
+        if self.tools:
             check_tool_template(tokenizer)
-        self._questions = Questions(args, tokenizer, () if self._tools is None else self._tools.schemas)
+        self._questions = Questions(args, tokenizer, self._tools.schemas)
         return self._questions
 
     def check_rows(self, dataset: Any) -> None:
@@ -555,21 +555,6 @@ def _sampling(args: PolicyConfig) -> Sampling:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
     )
-
-
-def _tools(args: PolicyConfig, given: Any) -> Tools | None:
-    """The functions that the trainer or the recipe is given; None where there are none."""
-    found = args.tools if given is None else given
-    if found is None or found == []:
-        if args.max_tool_calling_iterations is not None:
-            raise TunesmithError(
-                f"max_tool_calling_iterations is {args.max_tool_calling_iterations}, and there are no tools; give "
-                "some, or leave it out"
-            )
-        return None
-    if args.use_vllm:
-        raise TunesmithError(VLLM_AND_TOOLS)
-    return Tools(found)
 
 
 def _refuse(*, rollout_func: Any, environment_factory: Any) -> None:

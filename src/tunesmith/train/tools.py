@@ -76,6 +76,25 @@ class Tools:
             return error
 
 
+def tools_of(args: Any, given: Any = None) -> Tools:
+    """The functions that a trainer is given, or those of its config; there may be none.
+
+    Raises TunesmithError as `Tools` does, and for settings that don't go with them.
+    """
+    tools = Tools(given if given is not None else args.tools or [])
+    most = args.max_tool_calling_iterations
+    if not tools.functions and most is not None:
+        raise TunesmithError(
+            f"max_tool_calling_iterations is {most}, and there are no tools; give some, or leave it out"
+        )
+    if tools.functions and args.use_vllm:
+        raise TunesmithError(
+            "use_vllm is True, and tools are given: each answer has another number of tokens left behind its results, "
+            "and a request to the server has one limit for all; leave use_vllm out"
+        )
+    return tools
+
+
 async def _together(values: Sequence[Any]) -> list[Any]:
     return await asyncio.gather(*values, return_exceptions=True)
 
