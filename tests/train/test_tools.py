@@ -340,7 +340,8 @@ def caller(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE.replace(TEMPLATE[TEMPLATE.index("You may") : TEMPLATE.index("<|im_end|>")], "T")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    schemas, turn = Tools([now]).schemas, f"{call('now')}{END}"
+    schemas: Any = Tools([now]).schemas
+    turn = f"{call('now')}{END}"
     texts = []
     for row, said in zip(ROWS, ("1", "22", "3", "44"), strict=True):
         asked = tokenizer.apply_chat_template(row["prompt"], tools=schemas, add_generation_prompt=True, tokenize=False)

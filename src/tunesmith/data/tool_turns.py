@@ -17,6 +17,7 @@ from tunesmith.data.prompts import shown_ids, shown_text
 from tunesmith.data.sandbox import rendered
 from tunesmith.data.template import PROBES, ChatTemplate, reasoning_fields
 from tunesmith.errors import TunesmithError
+from tunesmith.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,8 +155,14 @@ class ToolTurns:
             self._style.result({"role": "tool", "name": call.name, "content": result}, one)
             for call, result, one in zip(calls, results, shown, strict=True)
         ]
-        before = shown_text(self._tokenizer, asked, self._arguments, ask=False)
-        whole = shown_text(self._tokenizer, [*asked, *answered], self._arguments)
+        try:
+            before = shown_text(self._tokenizer, asked, self._arguments, ask=False)
+            whole = shown_text(self._tokenizer, [*asked, *answered], self._arguments)
+        except Exception as error:  # a template is a program: whatever it raises, it refuses
+            raise TunesmithError(
+                f"{_template(self._tokenizer)} refuses {counted(len(calls), 'call')} and what is returned: {error}; "
+                "take another one (chat_template_path)"
+            ) from error
         said = before.rfind(PROBES[0])
         end = self._stop.search(before, said)
         # As in GLM, where the header of the next message is what ends this one.

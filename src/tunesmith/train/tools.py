@@ -157,7 +157,7 @@ class _Open:
             logprobs=self.logprobs,
             own=self.own,
             messages=self.messages,
-            text=prompt_text(self.shown) if len(self.shown) > 1 else self.shown[0]["content"],
+            text=prompt_text(tuple(self.shown)) if len(self.shown) > 1 else self.shown[0]["content"],
             calls=self.calls,
             failures=self.failures,
         )
