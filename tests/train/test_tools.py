@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.models import gradient_error, gradients
 from tests.train.runs import largest_difference, weights_of
 from tunesmith import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TunesmithError
+from tunesmith.data.batches import Batch
 from tunesmith.model.generate import Sampling
 from tunesmith.train.generator import Generated
+from tunesmith.train.meter import BatchLoss
 from tunesmith.train.policy import Prompts
 from tunesmith.train.rollouts import Trial
 from tunesmith.train.tools import Tools
@@ -293,6 +295,25 @@ def test_the_gradient_is_that_of_padded_rows_with_a_mask(kind: Any, trainer_of: 
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert gradient_error(ours, gradients(trainer.model)) < 1e-5
+
+
+def test_out_of_memory_divides_a_group_with_the_same_gradients(trainer_of: Any, tokenizer: Any) -> None:
+    script = Script(tokenizer, call("add", a=1, b=1), "2", call("none"), "Two or so", then={"2": "2"})
+    whole, split = trainer_of(folder="whole", generator=script), trainer_of(folder="split", generator=script)
+    right_one, sizes = split.batch_loss, list[int]()
+
+    def small(model: Any, batch: Batch, **arguments: Any) -> BatchLoss:
+        if len(batch.documents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(batch.documents))
+        loss: BatchLoss = right_one(model, batch, **arguments)
+        return loss
+
+    split.batch_loss = small
+    whole.train()
+    split.train()
+    assert sizes
+    assert largest_difference(weights_of(split), weights_of(whole)) < 1e-5
 
 
 # A run
