@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.conftest import HERMES
 from tunesmith.cli.main import app
 from tunesmith.runs.record import RunRecord
 from tunesmith.settings.policy import GRPOConfig
@@ -68,3 +69,16 @@ def test_check_counts_prompts_and_inspect_has_no_answers_to_show(recipe: Path) -
     assert "note: train: 4 prompts of" in result.stdout
     assert run("inspect", recipe).exit_code == 2
     assert run("plan", recipe).exit_code == 2
+
+
+def test_a_recipe_names_functions_that_the_model_may_call(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text('def now() -> int:\n    """Tells the time."""\n    return 7\n')
+    recipe.write_text(recipe.read_text() + f"tools: ['{tmp_path / 'own.py'}:now']\nmax_tool_calling_iterations: 2\n")
+    (tmp_path / "tools.jinja").write_text(HERMES)
+    result = run("grpo", recipe, "--chat-template-path", tmp_path / "tools.jinja", "--max-completion-length", 3)
+    assert result.exit_code == 0, result.output
+    record = RunRecord.read(tmp_path / "run")
+    assert record is not None
+    assert record.history[0]["tools/call_frequency"] == 0.0
+    config: Any = resolve(str(tmp_path / "run" / "recipe.yaml"), {}).config
+    assert config.tools == [f"{tmp_path / 'own.py'}:now"]

@@ -9,54 +9,13 @@ import pytest
 import torch
 from openai import OpenAI
 
-from tests.conftest import CHATML
+from tests.conftest import HERMES
 from tests.serve.running import serving
-from tunesmith.model.load import load_run, load_tokenizer
-from tunesmith.serve.answer import Call, reads_tools, split_calls, writes_blocks
+from tunesmith.model.load import load_run
 
-HERMES = (
-    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}"
-    '{% for call in message.tool_calls or [] %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", '
-    "\"arguments\": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-OTHER = HERMES.replace("<tool_call>", "[CALL]").replace("</tool_call>", "[/CALL]")
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź"}}\n</tool_call>'
 ASKED: list[Any] = [{"role": "user", "content": "Rain?"}]
-
-
-@pytest.mark.parametrize(
-    ("template", "reads", "writes"), [(CHATML, False, False), (HERMES, True, True), (OTHER, True, False)]
-)
-def test_the_template_says_how_calls_are_written(tiny_model: Path, template: str, reads: bool, writes: bool) -> None:
-    tokenizer = load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = template
-    assert (reads_tools(tokenizer), writes_blocks(tokenizer)) == (reads, writes)
-
-
-def test_calls_are_split_from_the_text_before_them() -> None:
-    call = Call(name="weather", arguments='{"city": "Łódź"}')
-    assert split_calls(f"Let me see.\n{CALL}\n{CALL}\n", {"weather"}) == ("Let me see.\n", [call, call])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "no call",
-        CALL.replace("weather", "other"),
-        CALL.replace("</tool_call>", ""),
-        f"{CALL} and text behind",
-        CALL.replace('{"city": "Łódź"}', '"Łódź"'),
-        CALL.replace('"name"', '"names"'),
-        CALL.replace("}}", "}"),
-        f"{CALL}<tool_call>\n[]\n</tool_call>",
-        CALL.replace('"weather"', '["weather"]'),
-    ],
-)
-def test_what_is_not_certainly_a_call_is_text(text: str) -> None:
-    assert split_calls(text, {"weather"}) == (text, [])
 
 
 class Scripted(torch.nn.Module):

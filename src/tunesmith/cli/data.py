@@ -54,7 +54,9 @@ def preparer_of(recipe: "Recipe") -> "DataPreparer":
     resolve_model(recipe.model, note)
     tokenizer, _ = prepare_tokenizer(None, recipe.model, recipe.config)
     if recipe.trainer not in TASKS:
-        return cast(Any, Questions(recipe.config, tokenizer))
+        from tunesmith.train.tools import tools_of
+
+        return cast(Any, Questions(recipe.config, tokenizer, tools_of(recipe.config).schemas))
     return DataPreparer(recipe.config, tokenizer, None, task=TASKS[recipe.trainer])
 
 

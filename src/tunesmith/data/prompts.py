@@ -83,22 +83,40 @@ def prompt_ids(
         raise TunesmithError(
             f"the tokenizer has no chat template, so a prompt is one text; this one is {len(messages)} messages"
         )
-    form, turns = form_of(tokenizer), [dict(message) for message in messages]
-    literal = [] if keep_specials and form.specials == "keep" else control_tokens(turns, special_pattern(tokenizer))
-    text = rendered(
-        tokenizer,
-        marked(turns, literal) if literal else turns,
-        add_generation_prompt=True,
-        **{**form.arguments, **(arguments or {})},
-    )
+    text = shown_text(tokenizer, messages, arguments, keep_specials=keep_specials)
     _check_length(text, most)
-    if literal:
-        ids = _ids_in_parts(tokenizer, text)
-    else:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = shown_ids(tokenizer, text)
     if not ids:
         raise TunesmithError("the prompt is empty")
-    return list(ids)
+    return ids
+
+
+def shown_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    keep_specials: bool = False,
+    ask: bool = True,
+) -> str:
+    """A conversation as its template shows it, for `shown_ids`: with a mark in what reads as a control token and is
+    none. `ask` adds the generation prompt; the others as for `prompt_ids`."""
+    form, turns = form_of(tokenizer), [dict(message) for message in messages]
+    keep = keep_specials and form.specials == "keep"
+    literal = [] if keep else control_tokens(turns, special_pattern(tokenizer))
+    return rendered(
+        tokenizer,
+        marked(turns, literal) if literal else turns,
+        add_generation_prompt=ask,
+        **{**form.arguments, **(arguments or {})},
+    )
+
+
+def shown_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text of `shown_text`."""
+    if MARKED.search(text):
+        return _ids_in_parts(tokenizer, text)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _ids_in_parts(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

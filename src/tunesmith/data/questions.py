@@ -6,7 +6,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,13 @@ class Questions:
     a `DataPreparer`.
 
     A prepared split is a data set with the number of each question in `every`, its tokens (`prompt_ids`), and a digest
-    of its row; the rows themselves stay what the user gave. `columns` are those of the rows, by split.
+    of its row; the rows themselves stay what the user gave. `columns` are those of the rows, by split. `tools` are the
+    schemas of functions that each prompt tells the model of.
     """
 
-    def __init__(self, args: Any, tokenizer: Any) -> None:
+    def __init__(self, args: Any, tokenizer: Any, tools: Sequence[Any] = ()) -> None:
         self._args, self._tokenizer = args, tokenizer
+        self._shown = {**(args.chat_template_kwargs or {})} | ({"tools": [*tools]} if tools else {})
         self._turns = TurnOptions(known_roles=names_in(tokenizer.chat_template), merge_turns=args.merge_turns)
         self.every: list[Question] = []
         self.columns: dict[str, set[str]] = {}
@@ -145,6 +147,11 @@ class Questions:
                     "`columns: {prompt: ...}` with the column of the prompt"
                 )
             if isinstance(prompt, str):
+                if "tools" in self._shown:
+                    raise TunesmithError(
+                        f"{column!r} is a text, and tools are told of by the chat template; write it as messages: "
+                        '[{"role": "user", "content": ...}]'
+                    )
                 return Question(prompt=prompt, ids=text_ids(self._tokenizer, prompt), row=row, place=place)
             if not isinstance(prompt, list | tuple | dict):
                 raise TunesmithError(f"{column!r} is {shown(prompt)}, expected a text or a list of messages")
@@ -152,7 +159,7 @@ class Questions:
             messages = [message.fields for message in turns.messages]
             if messages[-1]["role"] == "assistant":
                 raise TunesmithError(f"the last message of {column!r} is the assistant's, who is to answer")
-            ids = prompt_ids(self._tokenizer, messages, self._args.chat_template_kwargs)
+            ids = prompt_ids(self._tokenizer, messages, self._shown)
         except TunesmithError as error:
             raise TunesmithError(f"{place}: {error}") from error
         return Question(prompt=messages, ids=ids, row=row, place=place)

@@ -223,6 +223,8 @@ def _policy(run: RunData) -> Iterator[str]:
         ("Answers in groups whose rewards are all equal", "share", ("frac_reward_zero_std",)),
         ("Length of an answer", "tokens", ("completions/mean_length",)),
         ("Answers that were cut off", "share", ("completions/clipped_ratio",)),
+        ("Calls of tools", "an answer", ("tools/call_frequency",)),
+        ("Calls of tools that failed", "share", ("tools/failure_frequency",)),
         ("Distance to the reference", "nats a token", ("kl",)),
         ("Tokens whose ratio went too far", "share", ("clip_ratio/region_mean",)),
         ("Entropy", "nats a token", ("entropy",)),

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.tool_turns import Call
 from tunesmith.errors import nearest
 from tunesmith.model.generate import Sampling
-from tunesmith.serve.answer import Call
 from tunesmith.text import shorten
 
 Body = Mapping[str, Any]

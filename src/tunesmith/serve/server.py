@@ -21,11 +21,12 @@ from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.prompts import PromptTooLong, prompt_ids, text_ids
+from tunesmith.data.tool_turns import OPENING, Call, reads_tools, split_calls, writes_blocks
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Model, Sampling, room_of
 from tunesmith.serve import answer, protocol
 from tunesmith.serve.access import HEALTH, Access, Guard, error
-from tunesmith.serve.answer import Call, Cancelled, Finished, Job, Question
+from tunesmith.serve.answer import Cancelled, Finished, Job, Question
 from tunesmith.serve.protocol import Options, Outcome, Reply, RequestError, event
 
 LARGEST = 16 * 2**20
@@ -72,8 +73,8 @@ class Service:
         longest = max(map(len, tokenizer.get_vocab()))
         self._most_characters = None if self._room is None else COMPOSED * longest * self._room
         self._has_roles = tokenizer.chat_template is not None
-        self._has_tools = self._has_roles and answer.reads_tools(tokenizer)
-        self._finds_calls = self._has_tools and answer.writes_blocks(tokenizer)
+        self._has_tools = self._has_roles and reads_tools(tokenizer)
+        self._finds_calls = self._has_tools and writes_blocks(tokenizer)
         self._started = int(time.time())
         self.app = self._build()
 
@@ -150,7 +151,7 @@ class Service:
             "messages",
         )
         calls = bool(chat.functions) and self._finds_calls
-        question = self._question(ids, options, "messages", answer.OPENING if calls else None)
+        question = self._question(ids, options, "messages", OPENING if calls else None)
         reply = Reply(model=self._settings.name, is_chat=True, include_usage=options.include_usage)
         return await self._answer(request, question, _Delivery(options=options, reply=reply, functions=chat.functions))
 
@@ -224,7 +225,7 @@ class _Delivery:
         # A call that was cut off is none.
         calls: list[Call] = []
         if question.opening is not None and finished.reason == "stop":
-            text, calls = answer.split_calls(text, self.functions)
+            text, calls = split_calls(text, self.functions)
         return Outcome(
             text=text,
             rest=text[finished.sent :],

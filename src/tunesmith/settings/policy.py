@@ -50,7 +50,6 @@ NOT_HERE = {
     "top_entropy_quantile": (1.0, "a quantile is of a micro-batch, which is divided where memory asks for that"),
     "entropy_coef": (0.0, "the entropy has no gradient here"),
     "use_adaptive_entropy": (False, "the entropy has no gradient here"),
-    "max_tool_calling_iterations": (None, "answers call no tools here"),
     "vllm_model_impl": ("vllm", "it is an option of the server: vllm serve --model-impl"),
     "vllm_enable_sleep_mode": (False, "it is an option of the server"),
     "vllm_structured_outputs_regex": (None, "the trainer's log-probabilities know no such rule"),
@@ -94,6 +93,12 @@ class PolicyConfig(Config):
     vllm_server_host: str = setting("0.0.0.0", "The server's host.")
     vllm_server_port: int = setting(8000, "The server's port.")
     vllm_server_timeout: float = setting(240.0, "Seconds to wait for the server to be up.")
+    tools: list[str] | str | None = setting(
+        None, "Functions that the model may call while it answers: `module:function` or `file.py:function`."
+    )
+    max_tool_calling_iterations: int | None = setting(
+        None, "So often an answer may call tools and go on; unset, as long as max_completion_length lasts."
+    )
     # Rewards
     reward_funcs: dict[str, Any] | list[str] | str | None = setting(
         None,
@@ -131,11 +136,16 @@ class PolicyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_ignored()
-        self._check_rewards()
+        self._check_functions()
         self._settle_generations()
         for name, least in (("max_completion_length", 1), ("num_iterations", 1)):
             if getattr(self, name) < least:
                 raise TunesmithError(f"{name} is {getattr(self, name)}; write {least} or more")
+        if self.max_tool_calling_iterations is not None and self.max_tool_calling_iterations < 1:
+            raise TunesmithError(
+                f"max_tool_calling_iterations is {self.max_tool_calling_iterations}; write 1 or more, or leave it out: "
+                "max_completion_length is a limit, too"
+            )
         if not self.temperature > 0:
             raise TunesmithError(
                 f"temperature is {self.temperature}; all answers to a prompt would be the same, and none better than "
@@ -185,9 +195,10 @@ class PolicyConfig(Config):
                 "vllm_mode: server"
             )
 
-    def _check_rewards(self) -> None:
-        if isinstance(self.reward_funcs, str):
-            self.reward_funcs = [name.strip() for name in self.reward_funcs.split(",") if name.strip()]
+    def _check_functions(self) -> None:
+        for name in ("reward_funcs", "tools"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [part.strip() for part in value.split(",") if part.strip()])
         if self.reward_weights is None:
             return
         try:
@@ -267,7 +278,6 @@ class GRPOConfig(PolicyConfig):
     )
     vllm_importance_sampling_clip_max: float | None = setting(3.0, "The highest such weight.")
     vllm_importance_sampling_clip_min: float | None = setting(None, "The lowest such weight.")
-    max_tool_calling_iterations: int | None = setting(None, "TRL's; leave it: answers call no tools here.")
     cast_lm_head_to_fp32: bool = setting(False, "TRL's; leave it.")
     top_entropy_quantile: float = setting(1.0, "TRL's; leave it.")
     entropy_coef: float = setting(0.0, "TRL's; leave it.")

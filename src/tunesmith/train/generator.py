@@ -12,8 +12,9 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
-from tunesmith.model.generate import Sampling, answer_ids
+from tunesmith.model.generate import PLAIN, Sampling, answer_ids
 from tunesmith.model.head import in_evaluation
 from tunesmith.runs.states import Random, kept_random_states, random_states, restore_random_states
 
@@ -35,6 +36,20 @@ class Generator(Protocol):
     """Draws an answer to each prompt, in their order."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]: ...
+
+
+def draw(generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]:
+    """An answer to each prompt. Raises TunesmithError for a generator that gives fewer, or more."""
+    answers = generator(prompts, sampling)
+    if len(answers) != len(prompts):
+        raise TunesmithError(f"the generator answered {len(answers)} of {len(prompts)} prompts")
+    return answers
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, answer: Generated) -> str:
+    """What an answer says: its tokens without the one that ended it, and without special ones."""
+    ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
+    return str(tokenizer.decode(ids, **PLAIN))
 
 
 class OwnDecoding:

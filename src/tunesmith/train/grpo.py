@@ -20,9 +20,9 @@ class GRPOTrainer(PolicyTrainer):
 
     `model` is a name, a folder, "demo", or a loaded causal language model, with or without adapters. `reward_funcs`
     judges answers: a function `f(prompts, completions, completion_ids, **columns)`, a sequence classifier, a name, or
-    several of them. Rows have a `prompt`, a text or messages; other columns go to the functions. `generator` draws
-    answers in place of the model's own decoding; `ref_model` is the reference in place of the model as training begins
-    with it. See `docs/policies.md`.
+    several of them. Rows have a `prompt`, a text or messages; other columns go to the functions. `tools` are functions
+    that the model may call while it answers. `generator` draws answers in place of the model's own decoding;
+    `ref_model` is the reference in place of the model as training begins with it. See `docs/policies.md`.
 
     Raises TunesmithError for what would train wrongly, before any weight is loaded where it shows in the data.
     """

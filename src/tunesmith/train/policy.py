@@ -8,7 +8,7 @@ of the answers' tokens (`objectives.policy`). What an advantage is, and which lo
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
 from tunesmith.data.questions import Question, Questions
 from tunesmith.data.samplers import Generations, batch_loader, register_sampler
+from tunesmith.data.tool_turns import ToolTurns, check_tool_template
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
 from tunesmith.model.generate import Sampling, room_of, stop_ids
@@ -55,6 +56,7 @@ from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of, 
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
 from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.tools import Conversing, tools_of
 from tunesmith.train.vllm_server import Server, VLLMServer
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ OF_TOKENS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "cl
 """Means over the tokens of answers."""
 PARITY = "sampling/sampling_logp_difference/mean"
 """The mean difference, in nats a token, between what the generator and the trainer say of the drawn tokens."""
-
-
+CALLS, FAILURES = "tools/call_frequency", "tools/failure_frequency"
+"""Calls of functions in an answer, and the share of calls that failed."""
 ELSEWHERE = 0.1
 """As many nats a token a generator elsewhere may differ before the first step: it rounds in its own way."""
 
@@ -94,7 +96,8 @@ class PolicyTrainer(RowsTrainer):
 
     `reward_funcs` is a function, a model that scores texts, a name, or several; see `docs/policies.md`. `generator`
     draws the answers in place of the model's own decoding. `ref_model` is the reference in place of the model as
-    training begins with it.
+    training begins with it. `tools` are functions that the model may call while it answers. `rollout_func` and
+    `environment_factory` are refused.
     """
 
     loss_tells = False  # it is 0 where the policy is that which has drawn, whatever the gradient
@@ -114,12 +117,18 @@ class PolicyTrainer(RowsTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
         ref_model: str | Model | None = None,
         generator: Generator | None = None,
     ) -> None:
+        _refuse(rollout_func=rollout_func, environment_factory=environment_factory)
         given = given_model(model)
         args = as_config(args, given, self.config)
+        self._tools = tools_of(args, tools)
+        self.tools = [*self._tools.functions.values()]
         judges = args.reward_funcs if reward_funcs is None else reward_funcs
         if judges is None:
             raise TunesmithError(
@@ -135,10 +144,11 @@ class PolicyTrainer(RowsTrainer):
         )
         self.options = self.take_settings(args)
         own = [f"rewards/{name}/mean" for name in self.rewards.names]
-        self.counted = ("reward", *OF_TOKENS, PARITY, *own)
+        self.counted = ("reward", *OF_TOKENS, PARITY, *own, *([FAILURES] if self.tools else []))
         self.means = (
             *("reward_spread", "frac_reward_zero_std"),
             *("completions/mean_length", "completions/clipped_ratio"),
+            *([CALLS] if self.tools else []),
             *self.counted,
         )
         super().__init__(
@@ -162,7 +172,7 @@ class PolicyTrainer(RowsTrainer):
             cast(Model, self.model), tokenizer, precision=self.accelerator.autocast, seed=args.seed
         )
         drawing = generator or (self._server() if args.use_vllm else self.decoding)
-        self.judge = Judge(drawing, self.rewards, tokenizer, _sampling(args), self.total)
+        self.judge = Judge(drawing, self.rewards, tokenizer, _sampling(args), self.total, self._conversing(args))
         self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
         self.keeper.add("window", self.window)
         self.keeper.add("decoding", self.decoding)
@@ -174,6 +184,15 @@ class PolicyTrainer(RowsTrainer):
     def take_settings(self, args: Any) -> PolicyOptions:
         """What the loss is, by a checked config."""
         raise NotImplementedError(f"{type(self).__name__} must define take_settings")
+
+    def _conversing(self, args: PolicyConfig) -> Conversing | None:
+        """What draws answers turn by turn; None without tools."""
+        if not self.tools:
+            return None
+        model, tokenizer = cast(Model, self.model), cast(PreTrainedTokenizerBase, self.processing_class)
+        turns = ToolTurns(tokenizer, stop_ids(model, tokenizer), cast(Any, args.chat_template_kwargs))
+        most = args.max_tool_calling_iterations
+        return Conversing(self._tools, turns, tokenizer, most=most, room=room_of(model))
 
     def _server(self) -> Generator:
         args, tokenizer = self._policy, cast(PreTrainedTokenizerBase, self.processing_class)
@@ -201,7 +220,9 @@ class PolicyTrainer(RowsTrainer):
     # Before the first step
 
     def _read(self, args: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Questions:
-        self._questions = Questions(args, tokenizer)
+        if self.tools:
+            check_tool_template(tokenizer)
+        self._questions = Questions(args, tokenizer, self._tools.schemas)
         return self._questions
 
     def check_rows(self, dataset: Any) -> None:
@@ -439,6 +460,10 @@ class PolicyTrainer(RowsTrainer):
             "clip_ratio/region_mean": (result.low | result.high).sum(),
         }
         counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {"reward": len(rewards)}
+        if self.tools:
+            sums[CALLS] = torch.tensor(float(sum(trial.calls for trial in trials)))
+            sums[FAILURES] = torch.tensor(float(sum(trial.failures for trial in trials)))
+            counts[FAILURES] = sum(trial.calls for trial in trials)
         kl = result.kl
         if kl is None and drawn.reference is not None:  # which costs reward, and is no loss
             kl = scored.logprobs.detach() - drawn.reference
@@ -530,3 +555,17 @@ def _sampling(args: PolicyConfig) -> Sampling:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
     )
+
+
+def _refuse(*, rollout_func: Any, environment_factory: Any) -> None:
+    """Raises TunesmithError for arguments of TRL's that are not there."""
+    if rollout_func is not None:
+        raise TunesmithError(
+            "rollout_func is given, which is not there; give generator=, a function of prompts that returns answers "
+            "(tunesmith.train.generator)"
+        )
+    if environment_factory is not None:
+        raise TunesmithError(
+            "environment_factory is given, which is not there; give functions as tools=, which all answers share: what "
+            "one of them is about goes into their arguments"
+        )

@@ -207,7 +207,7 @@ def _resolved(
             takes = ", ".join(inspect.signature(CHECKS[given]).parameters) or "nothing"
             raise TunesmithError(f"reward_funcs: {error}; {given} takes {takes}") from error
     if ":" in given:
-        function = _imported(given)
+        function = imported(given, "reward_funcs")
         return cast(RewardFunction, function(**arguments) if arguments else function)
     if arguments:
         raise TunesmithError(f"reward_funcs: {given!r} is a model, which takes no arguments; leave them out")
@@ -219,14 +219,16 @@ def _resolved(
     )
 
 
-def _imported(path: str) -> Any:
-    """The object at `module:name` or `file.py:name`."""
+def imported(path: str, setting: str) -> Any:
+    """The function at `module:name` or `file.py:name`. Raises TunesmithError, by the name of the `setting`."""
     source, _, name = path.rpartition(":")
+    if not source:
+        raise TunesmithError(f"{setting}: {path!r} is no function; write `module:function` or `file.py:function`")
     try:
         if source.endswith(".py"):
             file = Path(source)
             if not file.is_file():
-                raise TunesmithError(f"reward_funcs: no file {source}")
+                raise TunesmithError(f"{setting}: no file {source}")
             spec = importlib.util.spec_from_file_location(file.stem, file)
             assert spec is not None
             assert spec.loader is not None
@@ -235,10 +237,10 @@ def _imported(path: str) -> Any:
         else:
             module = importlib.import_module(source)
     except ImportError as error:
-        raise TunesmithError(f"reward_funcs: {source} can't be imported: {error}") from error
+        raise TunesmithError(f"{setting}: {source} can't be imported: {error}") from error
     if not callable(function := getattr(module, name, None)):
         names = [key for key, value in vars(module).items() if callable(value)]
-        raise TunesmithError(f"reward_funcs: {source} has no function {name!r}{nearest(name, names)}")
+        raise TunesmithError(f"{setting}: {source} has no function {name!r}{nearest(name, names)}")
     return function
 
 

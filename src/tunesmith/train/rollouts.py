@@ -1,7 +1,7 @@
 """A generation: answers to some prompts, judged, and made into the micro-batches that learn from them.
 
-    prompts -> answers (`train.generator`) -> rewards (`train.rewards`) -> advantages -> Trial, an Example
-            -> micro-batches, each used once an iteration
+    prompts -> answers (`train.generator`, `train.tools`) -> rewards (`train.rewards`) -> advantages
+            -> Trial, an Example -> micro-batches, each used once an iteration
 
 An answer is a document of its own: the loss is a sum over answers, so a micro-batch that does not fit can be divided
 anywhere. Answers to one prompt are neighbours in a micro-batch, which computes their prompt once.
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.questions import Question
-from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Sampling
 from tunesmith.objectives.checks import Completion
 from tunesmith.objectives.policy import deviation
-from tunesmith.train.generator import Generated, Generator
+from tunesmith.train.generator import Generated, Generator, draw, text_of
 from tunesmith.train.rewards import Asked, Rewards
+from tunesmith.train.tools import Conversing, Talk
 from tunesmith.types import IGNORE_INDEX, Example
 
 
@@ -31,8 +31,9 @@ class Trial(Example):
     `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`,
     by the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`:
     it was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the
-    `spread` of that in its group. `size` is the number of its tokens, trained or not. `silent` are others of its
-    micro-batch that teach nothing, and are not computed.
+    `spread` of that in its group. `size` is the number of tokens that the model drew, trained or not; it has `calls`
+    of functions, of which `failures` failed. `silent` are others of its micro-batch that teach nothing, and are not
+    computed.
     """
 
     advantage: float = 0.0
@@ -46,6 +47,8 @@ class Trial(Example):
     reward: float = 0.0
     spread: float = 0.0
     size: int = 0
+    calls: int = 0
+    failures: int = 0
     silent: tuple["Trial", ...] = ()
 
     @property
@@ -93,7 +96,7 @@ class Answered:
                 "text": self.texts[answer],
                 "reward": _plain(float(self.totals[answer])),
                 "rewards": rewards,
-                "tokens": len(self.generated[answer].ids),
+                "tokens": sum(own_tokens(self.generated[answer])),
                 "ended": self.generated[answer].finish == "stop",
                 **{key: _as_json(values[answer]) for key, values in self.extra.items()},
             }
@@ -110,8 +113,8 @@ def _plain(value: float) -> float | None:
 
 
 class Judge:
-    """Draws answers with a `generator`, and judges them with `rewards`, of which `total` makes one number each: (D, R)
-    to (D,)."""
+    """Draws answers with a `generator`, turn by turn with a `conversing`, and judges them with `rewards`, of which
+    `total` makes one number each: (D, R) to (D,)."""
 
     def __init__(
         self,
@@ -120,9 +123,10 @@ class Judge:
         tokenizer: Any,
         sampling: Sampling,
         total: Callable[[Tensor], Tensor],
+        conversing: Conversing | None = None,
     ) -> None:
         self.generator, self.rewards, self._tokenizer = generator, rewards, tokenizer
-        self._sampling, self._total = sampling, total
+        self._sampling, self._total, self._conversing = sampling, total, conversing
 
     def __call__(self, questions: Sequence[Question], group: int, **context: Any) -> Answered:
         """`group` answers to each question. `context` are further arguments of reward functions.
@@ -130,13 +134,12 @@ class Judge:
         Raises TunesmithError for what the generator or a reward can't do.
         """
         asked = [question for question in questions for _ in range(group)]
-        generated = self.generator([question.ids for question in asked], self._sampling)
-        if len(generated) != len(asked):
-            raise TunesmithError(f"the generator answered {len(generated)} of {len(asked)} prompts")
-        texts = [self._text(answer) for answer in generated]
-        completions: list[Completion] = [
-            text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]
-            for question, text in zip(asked, texts, strict=True)
+        prompts = [question.ids for question in asked]
+        drawing = draw if self._conversing is None else self._conversing
+        generated = drawing(self.generator, prompts, self._sampling)
+        texts = [answer.text if isinstance(answer, Talk) else text_of(self._tokenizer, answer) for answer in generated]
+        completions = [
+            _completion(question, answer, text) for question, answer, text in zip(asked, generated, texts, strict=True)
         ]
         extra: dict[str, Sequence[Any]] = {}
 
@@ -165,31 +168,42 @@ class Judge:
             extra=extra,
         )
 
-    def _text(self, answer: Generated) -> str:
-        ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+def _completion(question: Question, answer: Generated, text: str) -> Completion:
+    """An answer as rewards see it: a text behind a text, messages behind messages."""
+    if isinstance(answer, Talk):
+        return answer.messages
+    return text if isinstance(question.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def own_tokens(answer: Generated) -> list[bool]:
+    """Of each token of an answer, whether the model drew it."""
+    return answer.own if isinstance(answer, Talk) else [True] * len(answer.ids)
 
 
 def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
-    """The answers as examples, whose tokens are trained, but for those that were cut off with `masks_cut`. They have no
-    advantages yet."""
+    """The answers as examples, whose tokens are trained as far as the model drew them, but for those that were cut off
+    with `masks_cut`. They have no advantages yet."""
     spreads = answered.spreads.tolist()
     trials = []
     for i, answer in enumerate(answered.generated):
-        prompt = answered.questions[i // answered.group].ids
+        prompt, own = answered.questions[i // answered.group].ids, own_tokens(answer)
         cut = answer.finish == "length"
         masked = not answer.ids or (cut and masks_cut)
+        labels = [token if mine and not masked else IGNORE_INDEX for token, mine in zip(answer.ids, own, strict=True)]
+        sampled = None if masked or answer.logprobs is None else torch.tensor(answer.logprobs)
         trials.append(
             Trial(
                 input_ids=[*prompt, *answer.ids],
-                labels=[IGNORE_INDEX] * len(prompt)
-                + [*(answer.ids if not masked else [IGNORE_INDEX] * len(answer.ids))],
-                sampled=None if masked or answer.logprobs is None else torch.tensor(answer.logprobs),
+                labels=[IGNORE_INDEX] * len(prompt) + labels,
+                sampled=None if sampled is None else sampled[torch.tensor(own)],
                 cut=cut,
                 rewards=tuple(answered.rewards[i].tolist()),
                 reward=float(answered.totals[i]),
                 spread=spreads[i],
-                size=len(answer.ids),
+                size=sum(own),
+                calls=answer.calls if isinstance(answer, Talk) else 0,
+                failures=answer.failures if isinstance(answer, Talk) else 0,
             )
         )
     return trials
