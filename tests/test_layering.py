@@ -201,8 +201,9 @@ for module in {modules!r}:
 def test_every_library_that_the_source_imports_is_a_declared_dependency() -> None:
     """Not one that happens to be there because another library needs it."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["quant"]]
-    wanted += project["optional-dependencies"]["serve"] + project["optional-dependencies"]["ray"]
+    wanted = list(project["dependencies"])
+    for extra in ("quant", "ray", "rewards", "serve"):
+        wanted += project["optional-dependencies"][extra]
     declared = {normal(re.split(r"[>\[]", requirement)[0]) for requirement in wanted}
     distributions = packages_distributions()
     missing = []

@@ -44,7 +44,7 @@ def json_schema(*, schema: Mapping[str, Any] | str | None = None, column: str = 
     """1 where the whole answer is JSON that fits a JSON schema: the one that is given, or that of the row's column.
 
     Any draft of JSON Schema, 2020-12 where `$schema` names none. Nothing is fetched: a `$ref` points into the schema
-    itself, or to a published draft. Raises TunesmithError without the library jsonschema, and for no schema.
+    itself. Raises TunesmithError without the library jsonschema, and for what is no schema.
     """
     if find_spec("jsonschema") is None:
         raise TunesmithError('json_schema needs jsonschema: pip install "tunesmith[rewards]"')
@@ -189,7 +189,7 @@ def _without_nulls(schema: Any) -> Any:
 def _validator(schema: str) -> Any:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
-    from jsonschema_specifications import REGISTRY
+    from referencing import Registry
 
     is_json, read = _read_json(schema)
     if not is_json or not isinstance(read, dict | bool):
@@ -200,7 +200,7 @@ def _validator(schema: str) -> Any:
     except SchemaError as error:
         place = "/".join(map(str, error.absolute_path)) or "the schema"
         raise TunesmithError(f"json_schema: {place}: {error.message}") from error
-    return kind(read, registry=REGISTRY)  # without a registry, the library would fetch what a $ref names
+    return kind(read, registry=Registry())  # without a registry, the library would fetch what a $ref names
 
 
 def _fits(answer: Completion, schema: str) -> float:
