@@ -98,6 +98,7 @@ def notebook(script: Path, language: str, *, claims: bool = False) -> Any:
         elif kind == "code":
             made.append(nbformat.v4.new_code_cell(localized(text, table), id=identity))
         elif claims:
+            text = localized(text, table)  # it names what the code names
             made.append(nbformat.v4.new_code_cell(text, id=identity, metadata={"tags": [CLAIM]}))
     # The title stands first, as in any notebook.
     titles = (i for i, cell in enumerate(made) if cell.cell_type == "markdown" and cell.source.startswith("# "))
