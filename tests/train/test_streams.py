@@ -1,5 +1,8 @@
 """The place in a stream is found again without reading what was read."""
 
+import json
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -7,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from tunesmith import SFTConfig
+from tunesmith.data.streams import resumable
 from tunesmith.train.keeper import StreamPlace, reason_to_skip
 
 
@@ -18,6 +22,15 @@ def stream(read: list[int]) -> IterableDataset:
     rows = Dataset.from_dict({"number": range(3000)}).to_iterable_dataset(num_shards=3)
     made: IterableDataset = rows.map(note, batched=True, batch_size=50)
     return made
+
+
+def numbered() -> Iterator[dict[str, int]]:
+    return ({"number": number} for number in range(1000))
+
+
+def tables(made: IterableDataset) -> IterableDataset:
+    """A shuffle whose rows go on as tables."""
+    return made.with_format("arrow").shuffle(seed=1).map(lambda table: table).with_format(None)
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[int]:
@@ -46,11 +59,45 @@ def test_a_loader_that_reads_ahead_goes_on_after_what_was_used() -> None:
     ("change", "settings", "reason"),
     [
         (lambda made: made, {}, None),
-        (lambda made: made.shuffle(seed=1).map(lambda row: row), {}, "it is shuffled in a buffer"),
+        (lambda made: made.shuffle(seed=1).map(lambda row: row), {}, None),
+        (tables, {}, "tables of it are shuffled in a buffer"),
         (lambda made: made.with_format("torch"), {}, "it has a format"),
         (lambda made: made, {"dataloader_num_workers": 1}, "dataloader_num_workers is set"),
     ],
 )
 def test_where_that_can_not_be_there_is_a_reason(change: Any, settings: dict[str, Any], reason: str | None) -> None:
     args = SFTConfig(output_dir="x", use_cpu=True, precision="fp32", **settings)
-    assert reason_to_skip(change(stream([])), args) == reason
+    assert reason_to_skip(resumable(change(stream([]))), args) == reason
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_shuffle_goes_on_exactly_and_reads_no_more_than_its_buffer_again(epoch: int, batched: bool) -> None:
+    def shuffled(read: list[int]) -> IterableDataset:
+        rows = Dataset.from_dict({"number": range(700)}).to_iterable_dataset(num_shards=7)
+        made = rows.map(lambda row: read.append(row["number"]) or row).shuffle(seed=3, buffer_size=40)
+        made = resumable(made.map(lambda batch: batch, batched=True, batch_size=16) if batched else made)
+        made.set_epoch(epoch)
+        return made
+
+    whole = numbers(list(shuffled([])))
+    assert sorted(whole) == [*range(700)]
+    assert whole != sorted(whole)
+    for place in (1, 9, 10, 11, 57, 640, 699, 700):
+        first = shuffled([])
+        before = numbers([*islice(first, place)])
+        read: list[int] = []
+        second = shuffled(read)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert before + numbers(list(second)) == whole
+        assert len(read) <= 700 - place + 40 + (16 if batched else 0) + 2 * 7  # and the neighbours that files read ahead
+
+
+def test_epochs_differ_and_rows_stay_near() -> None:
+    def order(epoch: int) -> list[int]:
+        made = resumable(IterableDataset.from_generator(numbered).shuffle(seed=3, buffer_size=40))
+        made.set_epoch(epoch)
+        return numbers(list(made))
+
+    assert order(0) == order(0) != order(1)
+    assert max(abs(place - number) for place, number in enumerate(order(0))) in range(20, 41)

@@ -280,7 +280,9 @@ class BaseTrainer(transformers.Trainer):
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> Any:
-        with self.keeper.noting_place(dataset, training=bool(kwargs.get("is_training"))):
+        training = bool(kwargs.get("is_training"))
+        dataset = self.loaders.in_parts(dataset) if training else dataset
+        with self.keeper.noting_place(dataset, training=training):
             return self.loaders.loader(super()._get_dataloader, dataset, description, batch_size, **kwargs)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
