@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, interleave_datasets
 from torch.utils.data import DataLoader
 
 from tunesmith import SFTConfig
@@ -29,8 +29,9 @@ def numbered() -> Iterator[dict[str, int]]:
 
 
 def tables(made: IterableDataset) -> IterableDataset:
-    """A shuffle whose rows go on as tables."""
-    return made.with_format("arrow").shuffle(seed=1).map(lambda table: table).with_format(None)
+    """Shuffles whose rows go on as tables, in a stream that does not tell."""
+    shuffled = made.with_format("arrow").shuffle(seed=1).map(lambda table: table)
+    return interleave_datasets([shuffled, shuffled])
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[int]:
