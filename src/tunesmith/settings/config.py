@@ -412,9 +412,8 @@ class Config(TrainingArguments):
             if self.cpu_offload:
                 raise TunesmithError("cpu_offload is True, and shard is none; write shard: full, or drop it")
             return
-        if self.cpu_offload and (self.world_size == 1 or self.device.type == "cpu"):
-            where = "one process trains" if self.world_size == 1 else "this run is on cpu"
-            raise TunesmithError(f"cpu_offload is True, but {where}, which has nothing to move away; leave it out")
+        if self.cpu_offload and self.device.type == "cpu":
+            raise TunesmithError("cpu_offload is True, but this run is on cpu, which has nothing to move away; drop it")
         if self.world_size == 1:
             return
         for name, value, reason in (

@@ -135,6 +135,10 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if args.cpu_offload and args.world_size == 1:
+            raise TunesmithError(
+                "cpu_offload is True, but one process trains, which has nothing to move away; leave it out"
+            )
         if self.is_fsdp_enabled:
             raise TunesmithError(
                 "accelerate is configured for FSDP, which would share out weights that its own code saves; start with "
