@@ -86,7 +86,11 @@ def test_what_would_train_otherwise_is_refused_with_the_way_on(
 
 
 def test_names_and_files_that_are_no_config(tmp_path: Path) -> None:
-    for name, message in {"zero3": "--launch-config fsdp2", "fsdp1": "fsdp_version: 2", "multi_gpus": "'multi_gpu'"}.items():
+    for name, message in {
+        "zero3": "--launch-config fsdp2",
+        "fsdp1": "fsdp_version: 2",
+        "multi_gpus": "'multi_gpu'",
+    }.items():
         with pytest.raises(TunesmithError, match=message):
             read_launch_config(name)
     for text in ("a: [", "rows", "use_cpu: false"):

@@ -91,7 +91,9 @@ def test_a_shuffle_goes_on_exactly_and_reads_no_more_than_its_buffer_again(epoch
         second = shuffled(read)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert before + numbers(list(second)) == whole
-        assert len(read) <= 700 - place + 40 + (16 if batched else 0) + 2 * 7  # and the neighbours that files read ahead
+        assert (
+            len(read) <= 700 - place + 40 + (16 if batched else 0) + 2 * 7
+        )  # and the neighbours that files read ahead
 
 
 def test_epochs_differ_and_rows_stay_near() -> None:

@@ -34,7 +34,7 @@ Config = Annotated[
     typer.Option(
         "--launch-config",
         metavar="NAME",
-        help="multi_gpu: a process for each GPU. fsdp2: each with a part of the weights. Or a config file of accelerate.",
+        help="multi_gpu: a process for each GPU; fsdp2: each has a part of the weights; or a config file of accelerate.",
     ),
 ]
 

@@ -1,7 +1,7 @@
 """`--launch-config`: what a config of `accelerate launch` says, as settings of a run.
 
-`accelerate` starts nothing here: the agent of `torchrun` does, and each trainer shares weights out itself. So a config is
-read for what it asks for. What would train otherwise is refused by name, and what changes nothing is passed over.
+`accelerate` starts nothing here: the agent of `torchrun` does, and each trainer shares weights out itself. So a config
+is read for what it asks for. What would train otherwise is refused by name, and what changes nothing is passed over.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ READY: dict[str, dict[str, Any]] = {
     "multi_gpu": {"distributed_type": "MULTI_GPU"},
     "fsdp2": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
     "fsdp1": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}},
-    **dict.fromkeys(("zero1", "zero2"), {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}),
+    "zero1": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}},
+    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
     "zero3": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
 }
 """Configs that need no file, by the names that TRL gives them."""
@@ -129,7 +130,7 @@ def _number(values: Mapping[str, Any], key: str, default: int, place: str) -> in
 
 
 def _precision(values: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """"no" leaves it to the recipe, as `accelerate` leaves it to the trainer."""
+    """ "no" leaves it to the recipe, as `accelerate` leaves it to the trainer."""
     precision = str(values.get("mixed_precision", "no")).lower()
     if precision in PRECISIONS:
         return {"precision": precision}
@@ -148,7 +149,14 @@ def _sharing(fsdp: Mapping[str, Any], place: str) -> dict[str, Any]:
             "fsdp_version: 2 (accelerate to-fsdp2 rewrites a file), or --launch-config fsdp2"
         )
     asked = [own.get("reshard_after_forward", True), own.get("sharding_strategy", True)]
-    words = {True: "full", "FULL_SHARD": "full", "TRUE": "full", False: "grad", "SHARD_GRAD_OP": "grad", "FALSE": "grad"}
+    words = {
+        True: "full",
+        "FULL_SHARD": "full",
+        "TRUE": "full",
+        False: "grad",
+        "SHARD_GRAD_OP": "grad",
+        "FALSE": "grad",
+    }
     shards = {words.get(value.upper() if isinstance(value, str) else value) for value in asked}
     if None in shards:
         raise TunesmithError(

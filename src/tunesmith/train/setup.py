@@ -354,7 +354,7 @@ def check_data_given(args: Config, train_dataset: Any) -> None:
 
 
 def _check_parts(args: Config, train_dataset: Any) -> None:
-    """Raises TunesmithError for a stream of which a process would miss rows, or that can't be read in `stream_parts`."""
+    """Raises TunesmithError for a stream of which rows would be left out, or that `stream_parts` does not fit."""
     parts, processes = args.stream_parts, args.world_size
     if not isinstance(train_dataset, IterableDataset):
         if parts > 1:
