@@ -29,13 +29,9 @@ Rendezvous = Annotated[
     str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where machines meet: on the first one.")
 ]
 
-Config = Annotated[
+LaunchConfig = Annotated[
     str | None,
-    typer.Option(
-        "--launch-config",
-        metavar="NAME",
-        help="multi_gpu: a process for each GPU; fsdp2: each has a part of the weights; or a config file of accelerate.",
-    ),
+    typer.Option("--launch-config", metavar="NAME", help="multi_gpu | fsdp2 | a config file of accelerate."),
 ]
 
 RECIPE = "recipe.yaml"
@@ -116,7 +112,7 @@ def train(
     nodes: Nodes = 1,
     node_rank: NodeRank = 0,
     rendezvous: Rendezvous = None,
-    launch_config: Config = None,
+    launch_config: LaunchConfig = None,
 ) -> None:
     """Train a model, as a recipe says."""
     machines = Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
@@ -138,7 +134,7 @@ def command_of(trainer: "Trainer", summary: str) -> Callable[..., None]:
         nodes: Nodes = 1,
         node_rank: NodeRank = 0,
         rendezvous: Rendezvous = None,
-        launch_config: Config = None,
+        launch_config: LaunchConfig = None,
     ) -> None:
         machines = Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
         begin(ctx.args, machines, launch_config, trainer=trainer)
