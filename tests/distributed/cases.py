@@ -50,7 +50,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "stream": (8, 1, {"stream": True, "max_steps": 5}),
     "stream, accumulation": (4, 2, {"stream": True, "max_steps": 3}),
     "stream in parts": (8, 1, {"stream": True, "stream_parts": 4, "shuffle_dataset": True, "max_steps": 8}),
-    "stream in parts, accumulation": (4, 2, {"stream": True, "stream_parts": 4, "max_steps": 8}),
+    "stream in parts, padded": (4, 2, {"stream": True, "stream_parts": 4, "max_steps": 8, "padding_free": False}),
     "own loss": (4, 2, {"subclass": True}),
     "loss function": (8, 1, {"rows": ROWS[:9], "function": True}),
     "LoRA, AdamW": (8, 1, {"lora": True, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 20}),

@@ -76,7 +76,12 @@ def test_where_that_can_not_be_there_is_a_reason(change: Any, settings: dict[str
 def test_a_shuffle_goes_on_exactly_and_reads_no_more_than_its_buffer_again(epoch: int, batched: bool) -> None:
     def shuffled(read: list[int]) -> IterableDataset:
         rows = Dataset.from_dict({"number": range(700)}).to_iterable_dataset(num_shards=7)
-        made = rows.map(lambda row: read.append(row["number"]) or row).shuffle(seed=3, buffer_size=40)
+
+        def note(row: dict[str, int]) -> dict[str, int]:
+            read.append(row["number"])
+            return row
+
+        made = rows.map(note).shuffle(seed=3, buffer_size=40)
         made = resumable(made.map(lambda batch: batch, batched=True, batch_size=16) if batched else made)
         made.set_epoch(epoch)
         return made

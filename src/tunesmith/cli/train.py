@@ -31,7 +31,7 @@ Rendezvous = Annotated[
 
 LaunchConfig = Annotated[
     str | None,
-    typer.Option("--launch-config", metavar="NAME", help="multi_gpu | fsdp2 | a config file of accelerate."),
+    typer.Option("--launch-config", metavar="NAME", help="multi_gpu | fsdp2 | accelerate's YAML."),
 ]
 
 RECIPE = "recipe.yaml"
@@ -57,8 +57,8 @@ The settings used most:
 [cyan]--packing[/cyan]      several examples to a row of that length
 [cyan]--learning-rate[/cyan]  [cyan]--num-train-epochs[/cyan]  [cyan]--max-steps[/cyan]
 [cyan]--per-device-train-batch-size[/cyan]  [cyan]--gradient-accumulation-steps[/cyan]
-[cyan]--processes[/cyan]    so many processes on this machine, a GPU each; they train what one does
-[cyan]--resume-from-checkpoint[/cyan]   go on from the newest whole one in the output folder
+[cyan]--processes[/cyan]    so many on this machine, a GPU each; they train what one does
+[cyan]--resume-from-checkpoint[/cyan]   go on from the newest whole one in --output
 """
 
 

@@ -1,8 +1,9 @@
 """Who computes what of a step: its rows, dealt out to several processes so that they come to what one would.
 
 A step has the same rows however many processes take it. `StepSampler` and `StepStream` read a step's rows in the order
-of one process, and give each process its part: near the same number of tokens, no row twice. With 2 processes, 2 rows a
-micro-batch and 2 micro-batches a step, the last step of an epoch may have 5 rows of these lengths:
+of one process, and give each process its part: near the same number of tokens, no row twice. `StepParts` reads only the
+files of its process. With 2 processes, 2 rows a micro-batch and 2 micro-batches a step, the last step of an epoch may
+have 5 rows of these lengths:
 
     lengths      9 4 4 3 2
     process 0    [9] [2]          11 tokens
@@ -220,7 +221,7 @@ class StepParts(IterableDataset[list[Any]]):
                 return
             if blank is None:
                 blank = Blank(blank_of(step[0] if step else next(iter(self._parts.whole))))
-            batches = self._own.of_rows(np.array([cost_of(row) for row in step], np.int64), self._rows)
+            batches = self._own.of_rows(np.array([cost_of(row) for row in step]), self._rows) if step else []
             for batch in [*batches, *[np.zeros(0, np.int64)] * (count - len(batches))]:
                 yield [step[i] for i in batch] or [blank]
 

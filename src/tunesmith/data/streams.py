@@ -25,6 +25,8 @@ class ShuffledExamples(_BaseExamplesIterable):
     `generator` as it is given. At most so many are in memory; where it goes on from a state, at most so many are read
     again."""
 
+    _state_dict: dict[str, Any] | None
+
     def __init__(self, ex_iterable: Any, buffer_size: int, generator: np.random.Generator) -> None:
         super().__init__()
         self.ex_iterable, self.buffer_size, self.generator = ex_iterable, buffer_size, generator
@@ -32,8 +34,9 @@ class ShuffledExamples(_BaseExamplesIterable):
     def _init_state_dict(self) -> dict[str, Any]:
         self.ex_iterable._init_state_dict()
         # `source`: the state of the source where the block before the present one begins.
-        self._state_dict = {"source": None, "block": 0, "given": 0, "type": type(self).__name__}
-        return self._state_dict
+        state = {"source": None, "block": 0, "given": 0, "type": type(self).__name__}
+        self._state_dict = state
+        return state
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         state = self._state_dict
