@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from tunesmith import SFTConfig
 from tunesmith.data.streams import resumable
+from tunesmith.errors import TunesmithError
 from tunesmith.train.keeper import StreamPlace, reason_to_skip
+from tunesmith.train.setup import check_data_given
 
 
 def stream(read: list[int]) -> IterableDataset:
@@ -109,3 +112,12 @@ def test_epochs_differ_and_rows_stay_near() -> None:
 
     assert order(0) == order(0) != order(1)
     assert max(abs(place - number) for place, number in enumerate(order(0))) in range(20, 41)
+
+
+def test_a_stream_that_processes_would_read_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    settings: dict[str, Any] = {"output_dir": "x", "use_cpu": True, "precision": "fp32", "max_steps": 1}
+    with pytest.raises(TunesmithError, match="split by `split_dataset_by_node`"):
+        check_data_given(SFTConfig(**settings), split_dataset_by_node(stream([]), rank=0, world_size=2))
+    with pytest.raises(TunesmithError, match="which 2 processes can't share evenly; write a multiple of 2"):
+        check_data_given(SFTConfig(**settings, stream_parts=3), stream([]))
