@@ -64,7 +64,7 @@ GROUPS = (
         title="Data",
         text="More on [data](data.md), named sources among it.",
         names="data eval_data split eval_split columns dataset_text_field on_bad_row merge_turns shuffle_dataset "
-        "dataset_num_proc dataset_kwargs remove_unused_columns label_names",
+        "shuffle_buffer_size stream_parts dataset_num_proc dataset_kwargs remove_unused_columns label_names",
     ),
     Group(
         title="What is trained on, and the loss",

@@ -46,12 +46,12 @@ def finished(child: Any, timeout: float = 120) -> int:
 # Several processes that train together
 
 
-def together(number: int, target: Callable[..., None], *args: Any) -> None:
-    """Run `target` in `number` processes that know of each other, as `torchrun` starts them."""
+def together(number: int, target: Callable[..., None], *args: Any, code: int = 0) -> None:
+    """Run `target` in `number` processes that know of each other, as `torchrun` starts them. Each ends with `code`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     children = [start(_ranked, rank, number, port, target, args) for rank in range(number)]
-    assert [finished(child, 200) for child in children] == [0] * number
+    assert [finished(child, 200) for child in children] == [code] * number
 
 
 def _ranked(rank: int, number: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:

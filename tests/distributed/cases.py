@@ -49,6 +49,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "drop_last": (8, 1, {"dataloader_drop_last": True}),
     "stream": (8, 1, {"stream": True, "max_steps": 5}),
     "stream, accumulation": (4, 2, {"stream": True, "max_steps": 3}),
+    "stream in parts": (8, 1, {"stream": True, "stream_parts": 4, "shuffle_dataset": True, "max_steps": 8}),
+    "stream in parts, padded": (4, 2, {"stream": True, "stream_parts": 4, "max_steps": 8, "padding_free": False}),
     "own loss": (4, 2, {"subclass": True}),
     "loss function": (8, 1, {"rows": ROWS[:9], "function": True}),
     "LoRA, AdamW": (8, 1, {"lora": True, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 20}),
@@ -92,7 +94,8 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
     return (OwnLoss if own["subclass"] else SFTTrainer)(
         tiny(own["model"] or "llama", len(tokenizer), tie_word_embeddings=bool(own["tied"])),
         args,
-        train_dataset=data.to_iterable_dataset() if own["stream"] else data,
+        # In parts, 9, 8, 8 and 4 rows: some processes have none left for the last steps of an epoch.
+        train_dataset=data.to_iterable_dataset(num_shards=7 if args.stream_parts > 1 else 1) if own["stream"] else data,
         eval_dataset=Dataset.from_list((own["rows"] or ROWS)[:5]),
         processing_class=tokenizer,
         compute_loss_func=summed if own["function"] else None,
@@ -148,7 +151,7 @@ def _examples(run: Path) -> Any:
     return {name: found[name] for name in names} | {"easiest": easiest}
 
 
-RESUMED = ("short last step", "grouped by length", "stream", "LoRA, AdamW", "tokens")
+RESUMED = ("short last step", "grouped by length", "stream", "stream in parts", "LoRA, AdamW", "tokens")
 """Cases that are broken off, and gone on with by other numbers of processes."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.forked import Command
@@ -117,6 +118,25 @@ def test_two_agents_meet_as_two_machines_would_and_make_the_model_of_one(
     assert codes == [0, 0, 0], machines[0].stderr + machines[1].stderr
     assert [machine.stdout.count("saved the model") for machine in machines] == [1, 0]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "machine0")]
+    assert largest_difference(*weights) < 1e-6
+
+
+def test_a_config_of_accelerate_starts_as_many_processes_which_share_weights_out_as_it_says(
+    train: Callable[..., Command], tmp_path: Path
+) -> None:
+    """What is written beside it counts more."""
+    (tmp_path / "accelerate.yaml").write_text(
+        "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nmixed_precision: bf16\nnum_processes: 2\n"
+    )
+    one = train("one", "--per-device-train-batch-size", 4)
+    two = train("two", "--per-device-train-batch-size", 2, "--launch-config", tmp_path / "accelerate.yaml")
+    none = train("none", "--launch-config", "multi_gpu")
+    codes = [run.finish() for run in (one, two, none)]
+    assert codes == [0, 0, 0 if torch.cuda.is_available() else 2], two.stderr
+    assert torch.cuda.is_available() or "and this machine shows none; write --processes 2" in none.stderr
+    recipe = (tmp_path / "two" / "recipe.yaml").read_text()
+    assert all(line in recipe for line in ("processes: 2", "shard: full", "precision: fp32"))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert largest_difference(*weights) < 1e-6
 
 

@@ -58,7 +58,7 @@ def trainer_of(mode: str, folder: Path, tokenizer: Path, **settings: Any) -> SFT
     common: Settings = {"output_dir": str(folder / "run"), "report_to": "none", "use_cpu": True, "precision": "fp32"}
     common |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 3, "max_steps": STEPS}
     common |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "disable_tqdm": True, "self_test": "off"}
-    common |= {"shuffle_dataset": mode == "sources"}
+    common |= {"shuffle_dataset": mode in ("sources", "stream"), "shuffle_buffer_size": 6}
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     return SFTTrainer(
         model=model,

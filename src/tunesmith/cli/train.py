@@ -29,6 +29,11 @@ Rendezvous = Annotated[
     str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where machines meet: on the first one.")
 ]
 
+LaunchConfig = Annotated[
+    str | None,
+    typer.Option("--launch-config", metavar="NAME", help="multi_gpu | fsdp2 | accelerate's YAML."),
+]
+
 RECIPE = "recipe.yaml"
 USAGE = "[RECIPE.yaml] [--SETTING VALUE]..."
 HELP = """Train a model, as a recipe says.
@@ -52,8 +57,8 @@ The settings used most:
 [cyan]--packing[/cyan]      several examples to a row of that length
 [cyan]--learning-rate[/cyan]  [cyan]--num-train-epochs[/cyan]  [cyan]--max-steps[/cyan]
 [cyan]--per-device-train-batch-size[/cyan]  [cyan]--gradient-accumulation-steps[/cyan]
-[cyan]--processes[/cyan]    so many processes on this machine, a GPU each; they train what one does
-[cyan]--resume-from-checkpoint[/cyan]   go on from the newest whole one in the output folder
+[cyan]--processes[/cyan]    so many on this machine, a GPU each; they train what one does
+[cyan]--resume-from-checkpoint[/cyan]   go on from the newest whole one in --output
 """
 
 
@@ -107,9 +112,11 @@ def train(
     nodes: Nodes = 1,
     node_rank: NodeRank = 0,
     rendezvous: Rendezvous = None,
+    launch_config: LaunchConfig = None,
 ) -> None:
     """Train a model, as a recipe says."""
-    begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous))
+    machines = Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+    begin(ctx.args, machines, launch_config)
 
 
 def command_of(trainer: "Trainer", summary: str) -> Callable[..., None]:
@@ -127,20 +134,28 @@ def command_of(trainer: "Trainer", summary: str) -> Callable[..., None]:
         nodes: Nodes = 1,
         node_rank: NodeRank = 0,
         rendezvous: Rendezvous = None,
+        launch_config: LaunchConfig = None,
     ) -> None:
-        begin(ctx.args, Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous), trainer=trainer)
+        machines = Machines(nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+        begin(ctx.args, machines, launch_config, trainer=trainer)
 
     command.__name__, command.__doc__ = trainer, summary
     return command
 
 
-def begin(arguments: list[str], machines: Machines, **settings: Any) -> None:
-    """Trains as the command line says, with `settings` that it can't change."""
+def begin(arguments: list[str], machines: Machines, launch_config: str | None = None, **settings: Any) -> None:
+    """Trains as the command line says, with `settings` that it can't change. What a launch config says goes before the
+    recipe, and behind an option."""
     from tunesmith.secrets import scrub
     from tunesmith.settings.recipe import parse_options, resolve
 
     path, overrides = parse_options(arguments)
+    if launch_config is not None:
+        configured, machines = _configured(launch_config, machines)
+        overrides = configured | overrides
     recipe = resolve(path, overrides | settings)
+    if launch_config is not None and "processes" not in recipe.given:
+        recipe = resolve(path, overrides | settings | {"processes": _one_for_each_gpu(launch_config)})
     if (recipe.processes > 1 or recipe.max_restarts or machines.nodes > 1) and "RANK" not in os.environ:
         _launch(recipe, machines)
     _check_launched(recipe)
@@ -152,6 +167,31 @@ def begin(arguments: list[str], machines: Machines, **settings: Any) -> None:
     except Exception as error:
         _end_as_lost(error)
         raise
+
+
+def _configured(name: str, machines: Machines) -> tuple[dict[str, Any], Machines]:
+    """The settings of a launch config, and its machines, where options do not say which."""
+    from tunesmith.settings.launch_config import read_launch_config
+
+    config = read_launch_config(name)
+    return dict(config.settings), Machines(
+        nodes=config.nodes if machines.nodes == 1 else machines.nodes,
+        node_rank=machines.node_rank or config.node_rank,
+        rendezvous=machines.rendezvous or config.rendezvous,
+    )
+
+
+def _one_for_each_gpu(name: str) -> int:
+    """How many processes a machine gets; one that was started knows how many others were."""
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count())
+    if not processes:
+        raise TunesmithError(
+            f"--launch-config {name} starts a process for each GPU, and this machine shows none; write --processes 2 "
+            "beside it for two processes that share its cores"
+        )
+    return processes
 
 
 def _launch(recipe: "Recipe", machines: Machines) -> None:

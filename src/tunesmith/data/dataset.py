@@ -23,6 +23,7 @@ from tunesmith.data.prepare import Preparation, prepare
 from tunesmith.data.prompts import TrainedForm
 from tunesmith.data.read import Rows, unbatched, with_places
 from tunesmith.data.skipped import SKIPPED, BadRow, SkippedRows
+from tunesmith.data.streams import resumable
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config
@@ -241,7 +242,7 @@ class DataPreparer:
                     f"{split}: skip_prepare_dataset takes rows as they are, and {' and '.join(masks)} would be "
                     "ignored. Add a 'labels' column, -100 where nothing is supervised, or drop skip_prepare_dataset"
                 )
-            return source
+            return resumable(source) if isinstance(source, IterableDataset) else source
         options = self._options(packing)
         if isinstance(source, IterableDataset):
             if packing:
@@ -321,8 +322,8 @@ class DataPreparer:
         if skipped is not None:
             skipped.add(looked.take_bad())
         if self.args.shuffle_dataset:
-            source = source.shuffle(seed=self.args.seed)
-        return source.map(encode, batched=True, with_indices=True, remove_columns=list(ahead[0]))
+            source = source.shuffle(seed=self.args.seed, buffer_size=self.args.shuffle_buffer_size)
+        return resumable(source).map(encode, batched=True, with_indices=True, remove_columns=list(ahead[0]))
 
     def _first_usable(self, ahead: Sequence[Mapping[str, Any]], split: str) -> tuple[str, Mapping[str, Any]]:
         """The first row of a stream that can be read, with its place: every batch must have its format."""

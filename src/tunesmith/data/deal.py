@@ -1,8 +1,9 @@
 """Who computes what of a step: its rows, dealt out to several processes so that they come to what one would.
 
 A step has the same rows however many processes take it. `StepSampler` and `StepStream` read a step's rows in the order
-of one process, and give each process its part: near the same number of tokens, no row twice. With 2 processes, 2 rows a
-micro-batch and 2 micro-batches a step, the last step of an epoch may have 5 rows of these lengths:
+of one process, and give each process its part: near the same number of tokens, no row twice. `StepParts` reads only the
+files of its process. With 2 processes, 2 rows a micro-batch and 2 micro-batches a step, the last step of an epoch may
+have 5 rows of these lengths:
 
     lengths      9 4 4 3 2
     process 0    [9] [2]          11 tokens
@@ -14,7 +15,7 @@ graph, so that it takes part when gradients are summed. Letters: n rows.
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, Sampler
 
+from tunesmith.data.streams import StreamParts
 from tunesmith.types import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
@@ -183,6 +185,45 @@ class StepStream(IterableDataset[list[Any]]):
                 batches = self._share.of_rows(np.array([cost_of(row) for row in step]), self._rows)
             for batch in [*batches, *[np.zeros(0, np.int64)] * (count - len(batches))]:
                 yield [step[i] for i in batch] or [Blank(blank_of(step[0]))]
+
+
+class StepParts(IterableDataset[list[Any]]):
+    """The micro-batches of one process of a stream in parts, step by step. Each process reads its own parts only.
+
+    Of each part a step takes as many rows as of the others, so that its rows are the same however many processes share
+    the parts. Where a part has come to its end, steps have fewer rows, and a process that has none left gives blanks
+    until all are at their end; or with `drop_last`, until one is. `summed` is a number over all processes.
+    """
+
+    def __init__(
+        self,
+        parts: StreamParts,
+        share: Share,
+        rows: int,
+        summed: Callable[[int], int],
+        *,
+        drop_last: bool = False,
+    ) -> None:
+        self._parts, self._rows, self._summed, self._drop_last = parts, rows, summed, drop_last
+        self._own = replace(share, rank=0, processes=1)  # what this process has read is its own
+        self._whole = rows * share.accumulation * share.processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self._parts.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        sources, count = [iter(part) for part in self._parts.own], self._own.accumulation
+        of_each, blank = self._whole // self._parts.count, None
+        while True:
+            step = [row for source in sources for row in islice(source, of_each)]
+            total = self._summed(len(step))
+            if total < (self._whole if self._drop_last else 1):
+                return
+            if blank is None:
+                blank = Blank(blank_of(step[0] if step else next(iter(self._parts.whole))))
+            batches = self._own.of_rows(np.array([cost_of(row) for row in step]), self._rows) if step else []
+            for batch in [*batches, *[np.zeros(0, np.int64)] * (count - len(batches))]:
+                yield [step[i] for i in batch] or [blank]
 
 
 def cost_of(row: Mapping[str, Any]) -> int:

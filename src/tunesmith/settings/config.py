@@ -113,6 +113,10 @@ class Config(TrainingArguments):
     overlong: Overlong = setting("truncate", "Examples over max_length: truncate | drop | split | error.")
     truncation_mode: str = setting("keep_start", "Only 'keep_start': TRL's 'keep_end' would cut a prompt's beginning.")
     shuffle_dataset: bool = setting(False, "Shuffle the data set once, before packing, by `seed`.")
+    shuffle_buffer_size: int = setting(1000, "Rows of a stream in memory while shuffle_dataset shuffles it.")
+    stream_parts: int = setting(
+        1, "Parts in which a stream is read, by file, so that each process reads only its own; 1: each reads all of it."
+    )
 
     # What is trained on
     turns: Turns = setting(
@@ -282,6 +286,10 @@ class Config(TrainingArguments):
                 raise TunesmithError(f"memory_limit {error}") from error
         if self.max_bad_steps < 1:
             raise TunesmithError(f"max_bad_steps is {self.max_bad_steps}; the run can stop after 1 at the earliest")
+        if self.shuffle_buffer_size < 2:
+            raise TunesmithError(f"shuffle_buffer_size is {self.shuffle_buffer_size}; 2 rows or more can be shuffled")
+        if self.stream_parts < 1:
+            raise TunesmithError(f"stream_parts is {self.stream_parts}; write 1 or more")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise TunesmithError(f"dataset_num_proc is {self.dataset_num_proc}; write 1 or more processes")
         if self.sample_prompts < 0:
@@ -404,9 +412,8 @@ class Config(TrainingArguments):
             if self.cpu_offload:
                 raise TunesmithError("cpu_offload is True, and shard is none; write shard: full, or drop it")
             return
-        if self.cpu_offload and (self.world_size == 1 or self.device.type == "cpu"):
-            where = "one process trains" if self.world_size == 1 else "this run is on cpu"
-            raise TunesmithError(f"cpu_offload is True, but {where}, which has nothing to move away; leave it out")
+        if self.cpu_offload and self.device.type == "cpu":
+            raise TunesmithError("cpu_offload is True, but this run is on cpu, which has nothing to move away; drop it")
         if self.world_size == 1:
             return
         for name, value, reason in (

@@ -26,6 +26,7 @@ OF_ROWS_WITH_ANSWERS = {
     "neftune_noise_alpha": "noise on the embeddings would tell the model from the one that draws the answers",
     "dataset_kwargs": "prompts are prepared as they are drawn",
     "dataset_num_proc": "prompts are prepared in no time",
+    **dict.fromkeys(("shuffle_buffer_size", "stream_parts"), "prompts are drawn from all of them, and are no stream"),
     "dataloader_drop_last": "prompts that don't fill a generation are left out of a pass anyway",
     "dataloader_num_workers": "there is nothing to read ahead",
 }

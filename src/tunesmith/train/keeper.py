@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from tunesmith.data.streams import StreamParts, has_buffer
 from tunesmith.errors import TunesmithError
 from tunesmith.model import ways
 from tunesmith.model.adapters import Model
@@ -357,8 +358,9 @@ class Keeper:
         taken = progress["micro_batches"] * accumulation // progress.get("accumulation", accumulation)
         if not taken:
             return epoch, 0
-        if state is not None and self._place is not None:
-            stream.load_state_dict(state)
+        parts = len(state) if isinstance(state, list) else 1  # which differ only where the run is forced to go on
+        if state is not None and self._place is not None and parts == self._args.stream_parts:
+            self._place.stream.load_state_dict(state)
             self._taken_before = taken
             return epoch, 0
         reason = reason_to_skip(stream, self._args) or "the checkpoint lacks it"
@@ -371,11 +373,11 @@ class Keeper:
     def noting_place(self, dataset: Any, *, training: bool) -> Iterator[None]:
         """A loader that is made within notes the place in a stream that is trained on, as its collator."""
         trainer = self._trainer
-        if not (training and isinstance(dataset, IterableDataset)):
+        if not (training and isinstance(dataset, IterableDataset | StreamParts)):
             yield
             return
         self._place = None
-        if reason_to_skip(dataset, self._args) is not None:
+        if reason_to_skip(getattr(dataset, "whole", dataset), self._args) is not None:
             yield
             return
         collate = cast(Callable[..., Any], trainer.data_collator)
@@ -572,13 +574,20 @@ class Keeper:
                 "epoch": self._epoch + done,
                 "micro_batches": 0 if done else self._taken,
                 "accumulation": self._args.gradient_accumulation_steps,
-                "stream": None if done or self._place is None else self._place.after(self._taken),
+                "stream": None if done or self._place is None else self._of_all_parts(self._place.after(self._taken)),
                 "parts": {name: dict(part.state()) for name, part in self._parts.items()},
             },
         }
         if trainer.accelerator.scaler is not None:
             states[SCALER] = trainer.accelerator.scaler.state_dict()
         return {name: packed(state, name) for name, state in states.items()}
+
+    def _of_all_parts(self, state: Any) -> Any:
+        """The state of a stream; of one in parts, of which each process has its own, that of each part."""
+        if self._args.stream_parts == 1 or self._args.world_size == 1:
+            return state
+        of_ranks: list[Any] = gather_object([state])
+        return [of_ranks[i % len(of_ranks)][i // len(of_ranks)] for i in range(self._args.stream_parts)]
 
     def _states_of_ranks(self) -> dict[str, Tensor]:
         """The random numbers and the sums for the log, each (processes, ...)."""
@@ -668,14 +677,14 @@ class StreamPlace:
     micro-batch after them has been trained on.
     """
 
-    def __init__(self, stream: IterableDataset, collate: Callable[..., Any]) -> None:
-        self._stream, self._collate = stream, collate
+    def __init__(self, stream: IterableDataset | StreamParts, collate: Callable[..., Any]) -> None:
+        self.stream, self._collate = stream, collate
         self._read = 0
         self._states: dict[int, Any] = {}
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         self._read += 1
-        self._states[self._read] = self._stream.state_dict()
+        self._states[self._read] = self.stream.state_dict()
         return self._collate(rows)
 
     def start(self, batches: int) -> None:
@@ -696,21 +705,16 @@ class StreamPlace:
 def reason_to_skip(stream: IterableDataset, args: Config) -> str | None:
     """Why the place in `stream` can't be kept, so that a resumed run reads again what it has read; None where it can.
 
-    A shuffle buffer's rows are in memory only, and what worker processes read is not known here. Other ranks read the
-    same rows: all of a step's, before its first micro-batch.
+    What worker processes read is not known here, and a shuffle buffer of tables has rows that are in memory only
+    (`data.streams` replaces the others). All rows of a step are read before its first micro-batch.
     """
     if args.dataloader_num_workers > 0:
         return "dataloader_num_workers is set"
     if getattr(stream, "_formatting", None) is not None:
         return "it has a format"
-    if _has_buffer(stream._ex_iterable):
-        return "it is shuffled in a buffer"
+    if has_buffer(stream._ex_iterable):
+        return "tables of it are shuffled in a buffer"
     return None
-
-
-def _has_buffer(iterable: Any) -> bool:
-    inner = [getattr(iterable, "ex_iterable", None), *(getattr(iterable, "ex_iterables", None) or [])]
-    return "BufferShuffled" in type(iterable).__name__ or any(_has_buffer(item) for item in inner if item is not None)
 
 
 class Writer:

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from tunesmith.data.batches import Batch, Collator, FlatCollator, documents_of
 from tunesmith.data.dataset import COLUMNS
-from tunesmith.data.deal import BlankCollator, Share, StepSampler, StepStream, blank_of
+from tunesmith.data.deal import BlankCollator, Share, StepParts, StepSampler, StepStream, blank_of
 from tunesmith.data.samplers import (
     LengthGroups,
     PrefixGroups,
@@ -26,7 +26,9 @@ from tunesmith.data.samplers import (
     register_sampler,
     with_blank_rows,
 )
+from tunesmith.data.streams import StreamParts
 from tunesmith.settings.config import Config
+from tunesmith.train.together import sum_over_processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +106,10 @@ class Loaders:
             else:
                 kwargs["sampler_fn"] = partial(self._length_groups, batch_size=step)
         with self._collating_by(self.batching.by_row if by_row and not self.batching.is_custom else None):
+            if isinstance(dataset, StreamParts):
+                summed, drop_last = sum_over_processes(self._args), self._args.dataloader_drop_last
+                of_parts = StepParts(dataset, self._share(training), batch_size, summed, drop_last=drop_last)
+                return self._dealt(of_parts, None, description, training=training)
             if world_size > 1 and isinstance(dataset, IterableDataset):
                 drop_last = self._args.dataloader_drop_last
                 share = self._share(training)
@@ -116,6 +122,13 @@ class Loaders:
             if world_size > 1 and isinstance(dataset, Dataset):
                 dataset = with_blank_rows(dataset, world_size * batch_size)
             return register_sampler(plain(dataset, description, batch_size, **kwargs))
+
+    def in_parts(self, dataset: Any) -> Any:
+        """A data set to train on; of a stream that is read in parts, those of this process."""
+        args = self._args
+        if args.stream_parts == 1 or not isinstance(dataset, IterableDataset):
+            return dataset
+        return StreamParts(dataset, args.stream_parts, rank=args.process_index, processes=args.world_size)
 
     @contextmanager
     def _collating_by(self, collator: Collator | None) -> Iterator[None]:

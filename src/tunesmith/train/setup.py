@@ -348,8 +348,40 @@ def check_data_given(args: Config, train_dataset: Any) -> None:
         raise TunesmithError(f"train_dataset has the splits {splits}, of which one is to train on: dataset['train']")
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise TunesmithError("train_dataset is a stream of unknown length: set max_steps")
+    _check_parts(args, train_dataset)
     check_trackers(args.report_to)
     check_optimizer(str(getattr(args.optim, "value", args.optim)), "cpu" if args.use_cpu else here().type)
+
+
+def _check_parts(args: Config, train_dataset: Any) -> None:
+    """Raises TunesmithError for a stream of which rows would be left out, or that `stream_parts` does not fit."""
+    parts, processes = args.stream_parts, args.world_size
+    if not isinstance(train_dataset, IterableDataset):
+        if parts > 1:
+            raise TunesmithError(
+                f"stream_parts is {parts}, and train_dataset is no stream; give an IterableDataset, or leave it out"
+            )
+        return
+    if processes > 1 and train_dataset._distributed is not None:
+        raise TunesmithError(
+            "train_dataset was split by `split_dataset_by_node`, and would be shared out among the processes a second "
+            "time; give the whole stream, and write stream_parts, so that each process reads its own files"
+        )
+    if parts == 1:
+        return
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    for number, problem, way in (
+        (train_dataset.num_shards, parts > train_dataset.num_shards, "of which a stream has {}; write {} or less"),
+        (processes, parts % processes, "which {} processes can't share evenly; write a multiple of {}"),
+        (rows, rows % parts, "of which the {} rows of a step can't come evenly; write a divisor of {}"),
+    ):
+        if problem:
+            raise TunesmithError(f"stream_parts is {parts} parts of whole files, {way.format(number, number)}")
+    if args.dataloader_num_workers:
+        raise TunesmithError(
+            f"stream_parts is {parts}, whose processes agree on the end of an epoch while they read, and "
+            f"dataloader_num_workers is {args.dataloader_num_workers}; write 0"
+        )
 
 
 def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:

@@ -4,7 +4,7 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -68,6 +68,21 @@ def in_turn(args: TrainingArguments) -> Iterator[None]:
     if first:
         distributed.barrier(group)
     distributed.barrier(group)
+
+
+def sum_over_processes(args: TrainingArguments) -> Callable[[int], int]:
+    """A function that sums a number over all processes, which all must call. They wait for each other as long as it
+    takes."""
+    if args.world_size == 1:
+        return lambda number: number
+    group = distributed.new_group(timeout=FOREVER, backend="gloo")
+
+    def summed(number: int) -> int:
+        total = torch.tensor(number)
+        distributed.all_reduce(total, group=group)
+        return int(total)
+
+    return summed
 
 
 class Waiting:

@@ -135,6 +135,10 @@ class BaseTrainer(transformers.Trainer):
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
                 "`torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if args.cpu_offload and args.world_size == 1:
+            raise TunesmithError(
+                "cpu_offload is True, but one process trains, which has nothing to move away; leave it out"
+            )
         if self.is_fsdp_enabled:
             raise TunesmithError(
                 "accelerate is configured for FSDP, which would share out weights that its own code saves; start with "
@@ -280,7 +284,9 @@ class BaseTrainer(transformers.Trainer):
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> Any:
-        with self.keeper.noting_place(dataset, training=bool(kwargs.get("is_training"))):
+        training = bool(kwargs.get("is_training"))
+        dataset = self.loaders.in_parts(dataset) if training else dataset
+        with self.keeper.noting_place(dataset, training=training):
             return self.loaders.loader(super()._get_dataloader, dataset, description, batch_size, **kwargs)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
