@@ -21,7 +21,7 @@ from tunesmith.trainers import DPOTrainer
 
 SUPERVISED_COUNT = 48
 """So few e-mails are shown with their answers that much is left to learn."""
-ANSWERED_COUNT = 192
+ANSWERED_COUNT = 384
 """So many others are answered, of which the wrong ones make pairs."""
 HELD_OUT_COUNT = 100
 METRICS = (
@@ -102,9 +102,9 @@ def _trainer(output: Path, pairs: list[dict[str, Any]], seed: int, precision: An
         output_dir=str(output / "dpo"),
         # Right and wrong answers are nearly alike, so that both could become unlikely: the right ones are learned, too.
         loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, 1.0],
+        loss_weights=[0.3, 1.0],
         beta=0.1,
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         per_device_train_batch_size=4,
         num_train_epochs=1,
         warmup_steps=4,
