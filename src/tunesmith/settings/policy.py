@@ -2,6 +2,7 @@
 # ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Any, ClassVar, Literal
 
 from tunesmith.errors import TunesmithError
@@ -27,11 +28,9 @@ OF_ROWS_WITH_ANSWERS = {
     "dataset_kwargs": "prompts are prepared as they are drawn",
     "dataset_num_proc": "prompts are prepared in no time",
     "dataloader_drop_last": "prompts that don't fill a generation are left out of a pass anyway",
-    "dataloader_num_workers": "there is nothing to read ahead",
 }
 """Settings of all runs that would say nothing here, and why."""
 NOT_HERE = {
-    "cast_lm_head_to_fp32": (False, "logits are in fp32 here in any case"),
     "ds3_gather_for_generation": (True, "DeepSpeed's third stage does not draw answers here"),
     "cache_implementation": (None, "answers are decoded in a cache of our own"),
     "use_transformers_continuous_batching": (False, "finished answers leave the batch here in any case"),
@@ -158,6 +157,13 @@ class PolicyConfig(Config):
         assert self.generation_batch_size is not None
         return self.generation_batch_size // self.num_generations
 
+    @property
+    def prompts_per_run(self) -> int:
+        """As many prompts as `max_steps` steps ask, if none is asked twice."""
+        assert self.steps_per_generation is not None
+        used = self.steps_per_generation * self.num_iterations
+        return ceil(self.max_steps * self.gradient_accumulation_steps / used) * self.prompts_per_generation
+
     def _refuse_ignored(self) -> None:
         defaults = {item.name: item.default for item in fields(self)}
         for name, reason in OF_ROWS_WITH_ANSWERS.items():
@@ -268,7 +274,7 @@ class GRPOConfig(PolicyConfig):
     vllm_importance_sampling_clip_max: float | None = setting(3.0, "The highest such weight.")
     vllm_importance_sampling_clip_min: float | None = setting(None, "The lowest such weight.")
     max_tool_calling_iterations: int | None = setting(None, "TRL's; leave it: answers call no tools here.")
-    cast_lm_head_to_fp32: bool = setting(False, "TRL's; leave it.")
+    cast_lm_head_to_fp32: bool = setting(False, "The head computes in fp32; only with precision: fp32.")
     top_entropy_quantile: float = setting(1.0, "TRL's; leave it.")
     entropy_coef: float = setting(0.0, "TRL's; leave it.")
     use_adaptive_entropy: bool = setting(False, "TRL's; leave it.")

@@ -37,6 +37,7 @@ from tunesmith.objectives.policy import (
     sampler_correction,
 )
 from tunesmith.settings.policy import PolicyConfig
+from tunesmith.text import shorten
 from tunesmith.train.generator import Generator, OwnDecoding
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
@@ -50,7 +51,7 @@ from tunesmith.train.reference import (
     reference_of,
     starts_as_base,
 )
-from tunesmith.train.rewards import Rewards
+from tunesmith.train.rewards import SHOWN, Rewards
 from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of, without_silent
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
@@ -166,8 +167,13 @@ class PolicyTrainer(RowsTrainer):
         self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
         self.keeper.add("window", self.window)
         self.keeper.add("decoding", self.decoding)
-        self._checked = False
+        self._checked = self._warned = False
         self._noted: dict[str, list[float]] = {}
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizer that was given for each of `reward_funcs`; None where the model's own is used, or none."""
+        return self.rewards.tokenizers
 
     # What another one says
 
@@ -318,12 +324,27 @@ class PolicyTrainer(RowsTrainer):
         if training:
             entry = answered.best_and_worst(self.rewards.names)
             known = answered.totals[~answered.totals.isnan()]
+            self._say_unjudged(answered)
             spread = float(answered.spreads.nan_to_num(nan=0.0).mean())
             reward = {"reward": float(known.mean()), "reward_spread": spread} if len(known) else {}
             self.journal.note_answers(entry, reward)
             if self._policy.log_completions and self.is_world_process_zero():
                 logger.warning("Best and worst of a group:\n%s", json.dumps(entry, indent=2, ensure_ascii=False))
         return answered
+
+    def _say_unjudged(self, answered: Answered) -> None:
+        """Warn, once, of an answer to which no reward applies."""
+        if self._warned or not (unjudged := answered.totals.isnan().nonzero().flatten().tolist()):
+            return
+        self._warned = True
+        logger.warning(
+            "%s: no reward applies to %d of %d answers of a generation (all are None), the first %s. They teach "
+            "nothing.",
+            answered.questions[unjudged[0] // answered.group].place,
+            len(unjudged),
+            len(answered.texts),
+            shorten(repr(answered.texts[unjudged[0]]), SHOWN),
+        )
 
     def _note_metric(self, name: str, value: float) -> None:
         """A number of a reward function's, whose mean is logged."""
