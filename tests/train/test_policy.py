@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -248,6 +250,35 @@ def test_before_any_step_ratios_are_1_and_the_reference_is_the_model(
     assert logged["rewards/letters/mean"] == logged["reward"] > 0
 
 
+def test_rewards_and_lengths_are_measured_over_a_generation(policy_of: Any) -> None:
+    """By TRL's names."""
+    given: list[float] = []
+
+    def noted(completions: list[Any], letter: list[str], **_: Any) -> list[float]:
+        given.extend(letters(completions, letter))
+        return given
+
+    trainer = policy_of(reward_funcs=[noted, letters], reward_weights=[1.0, 2.0], max_steps=1)
+    trainer.judge.generator = uneven(trainer.decoding)
+    logged, rewards = first_log(trainer), torch.tensor(given)
+    assert logged["rewards/noted/mean"] == pytest.approx(float(rewards.mean()))
+    assert logged["rewards/noted/std"] == logged["rewards/letters/std"] == pytest.approx(float(rewards.std()))
+    assert logged["reward_std"] == pytest.approx(3 * float(rewards.std()))
+    assert logged["reward_spread"] == pytest.approx(3 * float(rewards.view(2, 4).std(dim=1).mean()))
+    lengths = {name: logged[f"completions/{name}"] for name in ("min_length", "max_length", "clipped_ratio")}
+    assert lengths == {"min_length": 1, "max_length": 8, "clipped_ratio": 0.25}
+    ended = [logged[f"completions/{kind}_terminated_length"] for kind in ("min", "mean", "max")]
+    assert ended == [1, 3.5, 6]
+
+
+def test_what_no_answer_has_is_not_logged(policy_of: Any) -> None:
+    trainer = policy_of(max_steps=1)
+    trainer.judge.generator = lambda prompts, sampling: [Generated(ids=[5, 6], finish="length") for _ in prompts]
+    logged = first_log(trainer)
+    assert logged["completions/max_length"] == 2
+    assert [name for name in logged if "terminated" in name] == []
+
+
 def test_rloo_says_how_far_it_is_from_the_reference(policy_of: Any) -> None:
     trainer = policy_of(RLOOTrainer, peft_config=LORA, beta=0.1)
     trainer.train()
@@ -276,10 +307,10 @@ def test_answers_of_another_model_stop_the_run(policy_of: Any, model_of: Any, to
     ids=str,
 )
 def test_a_reward_that_is_the_same_for_all_changes_no_bit(settings: dict[str, Any], policy_of: Any) -> None:
-    """The mean of 0.1 seven times is not 0.1 in fp32, and what it is above would be divided by next to nothing."""
+    """The mean of 0.3 seven times is not 0.3 in fp32, and what it is above would be divided by next to nothing."""
 
     def same(completions: list[Any], **_: Any) -> list[float]:
-        return [0.1] * len(completions)
+        return [0.3] * len(completions)
 
     sizes = {"num_generations": 7, "per_device_train_batch_size": 7}
     trainer = policy_of(reward_funcs=same, **{"beta": 0.0, "max_steps": 3, **sizes} | settings)
@@ -390,6 +421,39 @@ def test_what_is_drawn_is_written_down(policy_of: Any, tmp_path: Path) -> None:
     assert [step["reward"] > 0 for step in steps if "loss" in step] == [True, True]
 
 
+# Data
+
+
+def test_of_a_stream_as_many_prompts_are_read_as_the_run_asks(policy_of: Any) -> None:
+    def endless() -> Iterator[dict[str, Any]]:
+        while True:
+            yield from PROMPTS
+
+    stream = IterableDataset.from_generator(endless)
+    trainer = policy_of(train_dataset=stream, gradient_accumulation_steps=3, num_iterations=2, max_steps=3)
+    assert len(trainer.train_dataset) == 12  # two generations of 6 prompts
+    listed = policy_of(folder="listed", train_dataset=PROMPTS * 3, gradient_accumulation_steps=3, num_iterations=2)
+    trainer.train()
+    listed.args.max_steps = 3
+    listed.train()
+    assert largest_difference(weights_of(trainer), weights_of(listed)) == 0.0
+
+
+def test_held_out_prompts_may_be_a_stream_and_have_names(policy_of: Any) -> None:
+    trainer, rows = policy_of(per_device_eval_batch_size=4), Dataset.from_list(PROMPTS[:2])
+    reward = trainer.evaluate(rows)["eval_reward"]
+    assert trainer.evaluate(rows.to_iterable_dataset())["eval_reward"] == reward
+    named = trainer.evaluate(DatasetDict({"one": rows, "two": rows}))
+    assert (named["eval_one_reward"], named["eval_two_reward"]) == (reward, reward)
+
+
+def test_processes_that_read_ahead_change_nothing(policy_of: Any) -> None:
+    alone, helped = policy_of(folder="alone"), policy_of(folder="helped", dataloader_num_workers=1)
+    alone.train()
+    helped.train()
+    assert largest_difference(weights_of(alone), weights_of(helped)) == 0.0
+
+
 # Resuming
 
 
@@ -445,7 +509,30 @@ def test_killed_within_a_generation_and_resumed_it_ends_with_the_same_bits(tiny_
     assert resumed.state.log_history[-2] == unbroken.state.log_history[-2]
 
 
-# What is refused
+# What is said, and what is refused
+
+
+def test_answers_without_any_reward_are_named_once(policy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def none(completions: list[Any], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    policy_of(reward_funcs=none).train()
+    [said] = [record.getMessage() for record in caplog.records if "no reward applies" in record.getMessage()]
+    assert re.match(r"row \d: no reward applies to 8 of 8 answers of a generation", said)
+
+
+@pytest.mark.parametrize(("loss_type", "said"), [("dapo", True), ("bnpo", True), ("grpo", False), ("luspo", False)])
+def test_a_ratio_of_answers_in_a_sum_over_tokens_is_named(
+    loss_type: str, said: bool, policy_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy_of(loss_type=loss_type, importance_sampling_level="sequence")
+    assert ("GSPO is loss_type: grpo" in caplog.text) == said
+
+
+def test_the_head_computes_in_fp32_where_all_does(policy_of: Any) -> None:
+    assert policy_of(cast_lm_head_to_fp32=True).args.cast_lm_head_to_fp32
+    with pytest.raises(TunesmithError, match="leave it out, or write precision: fp32"):
+        policy_of(cast_lm_head_to_fp32=True, precision="bf16")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -40,7 +41,7 @@ from tunesmith.settings.policy import PolicyConfig
 from tunesmith.text import shorten
 from tunesmith.train.generator import Generator, OwnDecoding
 from tunesmith.train.loaders import Batching
-from tunesmith.train.meter import BatchLoss
+from tunesmith.train.meter import BatchLoss, Extreme
 from tunesmith.train.preference import without_dropout
 from tunesmith.train.reference import (
     AsItIs,
@@ -98,6 +99,14 @@ class PolicyTrainer(RowsTrainer):
     training begins with it.
     """
 
+    extremes: Mapping[str, Extreme] = MappingProxyType(
+        {
+            "completions/min_length": "min",
+            "completions/max_length": "max",
+            "completions/min_terminated_length": "min",
+            "completions/max_terminated_length": "max",
+        }
+    )
     loss_tells = False  # it is 0 where the policy is that which has drawn, whatever the gradient
     config: ClassVar[type[PolicyConfig]]
     options: PolicyOptions
@@ -136,9 +145,10 @@ class PolicyTrainer(RowsTrainer):
         )
         self.options = self.take_settings(args)
         own = [f"rewards/{name}/mean" for name in self.rewards.names]
-        self.counted = ("reward", *OF_TOKENS, PARITY, *own)
+        self.counted = ("reward", *OF_TOKENS, PARITY, "completions/mean_terminated_length", *own)
+        self.deviations = ("reward_std", *(f"rewards/{name}/std" for name in self.rewards.names))
         self.means = (
-            *("reward_spread", "frac_reward_zero_std"),
+            *("reward_spread", "frac_reward_zero_std", *self.deviations),
             *("completions/mean_length", "completions/clipped_ratio"),
             *self.counted,
         )
@@ -448,18 +458,32 @@ class PolicyTrainer(RowsTrainer):
         scale = torch.tensor([trial.scale for trial in computed], device=device)[drawn.owner]
         loss = (result.losses * scale).sum()
         tokens, rewards = len(drawn.owner), [trial.reward for trial in trials if trial.reward == trial.reward]
+        sizes, ended = [trial.size for trial in trials], [trial.size for trial in trials if not trial.cut]
         sums: dict[str, Tensor] = {
             "reward": torch.tensor(sum(rewards)),
             "reward_spread": torch.tensor(sum(trial.spread for trial in trials)),
             "frac_reward_zero_std": torch.tensor(float(sum(trial.spread == 0 for trial in trials))),
-            "completions/mean_length": torch.tensor(float(sum(trial.size for trial in trials))),
+            "completions/mean_length": torch.tensor(float(sum(sizes))),
             "completions/clipped_ratio": torch.tensor(float(sum(trial.cut for trial in trials))),
+            "completions/mean_terminated_length": torch.tensor(float(sum(ended))),
             "entropy": scored.entropy.sum(),
             "clip_ratio/low_mean": result.low.sum(),
             "clip_ratio/high_mean": result.high.sum(),
             "clip_ratio/region_mean": (result.low | result.high).sum(),
         }
-        counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {"reward": len(rewards)}
+        for i, name in enumerate(self.deviations):
+            sums[name] = torch.tensor(sum(trial.deviations[i] for trial in trials))
+        lengths = {"": sizes, "terminated_": ended}
+        extremes = {
+            f"completions/{kind}_{of}length": torch.tensor(float(most(lengths[of])), device=device)
+            for kind, most in (("min", min), ("max", max))
+            for of in lengths
+            if lengths[of]
+        }
+        counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {
+            "reward": len(rewards),
+            "completions/mean_terminated_length": len(ended),
+        }
         kl = result.kl
         if kl is None and drawn.reference is not None:  # which costs reward, and is no loss
             kl = scored.logprobs.detach() - drawn.reference
@@ -477,7 +501,9 @@ class PolicyTrainer(RowsTrainer):
             sums["aux_loss"] = answer.router_loss.detach() * len(trials)
             if model.training:
                 loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
-        return BatchLoss(loss=loss, count=len(trials), sums=sums, counts=counts, outputs=answer.outputs)
+        return BatchLoss(
+            loss=loss, count=len(trials), sums=sums, counts=counts, extremes=extremes, outputs=answer.outputs
+        )
 
     def _drawn(self, logprobs: Tensor, trials: Sequence[Trial]) -> Drawn:
         device = logprobs.device

@@ -31,8 +31,9 @@ class Trial(Example):
     `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`,
     by the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`:
     it was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the
-    `spread` of that in its group. `size` is the number of its tokens, trained or not. `silent` are others of its
-    micro-batch that teach nothing, and are not computed.
+    `spread` of that in its group; the `deviations` of `reward` and of each of its rewards over the whole generation.
+    `size` is the number of its tokens, trained or not. `silent` are others of its micro-batch that teach nothing, and
+    are not computed.
     """
 
     advantage: float = 0.0
@@ -45,6 +46,7 @@ class Trial(Example):
     rewards: tuple[float, ...] = ()
     reward: float = 0.0
     spread: float = 0.0
+    deviations: tuple[float, ...] = ()
     size: int = 0
     silent: tuple["Trial", ...] = ()
 
@@ -174,6 +176,7 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
     """The answers as examples, whose tokens are trained, but for those that were cut off with `masks_cut`. They have no
     advantages yet."""
     spreads = answered.spreads.tolist()
+    deviations = tuple(deviation(torch.cat([answered.totals[None], answered.rewards.T])).tolist())
     trials = []
     for i, answer in enumerate(answered.generated):
         prompt = answered.questions[i // answered.group].ids
@@ -189,6 +192,7 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
                 rewards=tuple(answered.rewards[i].tolist()),
                 reward=float(answered.totals[i]),
                 spread=spreads[i],
+                deviations=deviations,
                 size=len(answer.ids),
             )
         )
@@ -243,5 +247,6 @@ class Window:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._left = state["left"]
         self._trials = [
-            Trial(**{**trial, "rewards": tuple(trial["rewards"]), "silent": ()}) for trial in state["trials"]
+            Trial(**{**trial, **{name: tuple(trial[name]) for name in ("rewards", "deviations")}, "silent": ()})
+            for trial in state["trials"]
         ]
