@@ -103,7 +103,9 @@ def uneven(decoding: OwnDecoding) -> Generator:
     def draw(prompts: Any, sampling: Any) -> list[Generated]:
         drawn = zip(decoding(prompts, sampling), LENGTHS, strict=True)
         return [
-            Generated(ids=one.ids[:size], finish="length" if size == 8 else "stop", logprobs=one.logprobs[:size])
+            Generated(
+                ids=one.ids[:size], finish="length" if size == 8 else "stop", logprobs=(one.logprobs or [])[:size]
+            )
             for one, size in drawn
         ]
 
@@ -123,7 +125,10 @@ def padded_loss(args: Any, trials: list[Trial], now: Tensor, old: Tensor, near: 
     one that has drawn, and by the reference. Also (2,), how many tokens the clip takes the gradient of, below and
     above."""
     rloo = isinstance(args, RLOOConfig)
-    mask = pad_sequence([torch.tensor(trial.labels) != -100 for trial in trials], batch_first=True)[:, 1:].float()
+    mask = torch.zeros_like(now)  # of the answers' tokens
+    for row, trial, size in zip(mask, trials, LENGTHS, strict=True):
+        if not (args.mask_truncated_completions and size == 8):
+            row[len(trial.input_ids) - size - 1 : len(trial.input_ids) - 1] = 1.0
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
     rewards = torch.tensor([trial.reward for trial in trials])
     if rloo:
@@ -248,6 +253,22 @@ def test_before_any_step_ratios_are_1_and_the_reference_is_the_model(
     assert logged["kl"] == logged["clip_ratio/region_mean"] == 0.0
     assert logged["sampling/sampling_logp_difference/mean"] < 1e-5
     assert logged["rewards/letters/mean"] == logged["reward"] > 0
+
+
+@pytest.mark.parametrize("adapters", [None, LORA])
+def test_a_generation_that_is_used_again_has_ratios_to_the_model_that_drew_it(
+    adapters: Any, policy_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the first one of a run, before whose first step a model that was loaded is in evaluation mode."""
+    ratios: list[float] = []
+
+    def recorded(drawn: Drawn, options: PolicyOptions) -> Any:
+        ratios.append(float((drawn.logprobs - drawn.before).detach().abs().max()))
+        return policy_losses(drawn, options)
+
+    monkeypatch.setattr("tunesmith.train.policy.policy_losses", recorded)
+    policy_of(num_iterations=2, max_steps=4, peft_config=adapters).train()
+    assert [ratio > 1e-3 for ratio in ratios] == [False, True, False, True]
 
 
 def test_rewards_and_lengths_are_measured_over_a_generation(policy_of: Any) -> None:
@@ -447,11 +468,10 @@ def test_held_out_prompts_may_be_a_stream_and_have_names(policy_of: Any) -> None
     assert (named["eval_one_reward"], named["eval_two_reward"]) == (reward, reward)
 
 
-def test_processes_that_read_ahead_change_nothing(policy_of: Any) -> None:
-    alone, helped = policy_of(folder="alone"), policy_of(folder="helped", dataloader_num_workers=1)
-    alone.train()
-    helped.train()
-    assert largest_difference(weights_of(alone), weights_of(helped)) == 0.0
+def test_no_process_is_started_to_read_ahead(policy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = policy_of(dataloader_num_workers=2, dataloader_prefetch_factor=2, dataloader_persistent_workers=True)
+    assert "dataloader_num_workers is 2, and there is nothing to read ahead" in caplog.text
+    assert trainer.get_train_dataloader().num_workers == 0
 
 
 # Resuming

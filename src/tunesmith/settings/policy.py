@@ -1,6 +1,7 @@
 """GRPOConfig and RLOOConfig: what runs do that learn from rewards of the answers they draw, with TRL's names."""
 # ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
+import logging
 from dataclasses import dataclass, fields
 from math import ceil
 from typing import Any, ClassVar, Literal
@@ -8,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config, accept_older_names, setting
 
+logger = logging.getLogger(__name__)
 PolicyLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 RatioLevel = Literal["token", "sequence"]
 RewardScaling = Literal["group", "batch", "none"]
@@ -130,6 +132,14 @@ class PolicyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_ignored()
+        if self.dataloader_num_workers:
+            logger.warning(
+                "dataloader_num_workers is %d, and there is nothing to read ahead: prompts are there when a run begins; "
+                "no process is started.",
+                self.dataloader_num_workers,
+            )
+            self.dataloader_num_workers, self.dataloader_prefetch_factor = 0, None
+            self.dataloader_persistent_workers, self.dataloader_multiprocessing_context = False, None
         self._check_rewards()
         self._settle_generations()
         for name, least in (("max_completion_length", 1), ("num_iterations", 1)):

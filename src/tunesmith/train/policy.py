@@ -320,7 +320,7 @@ class PolicyTrainer(RowsTrainer):
         args = self._policy
         answered = self._answered(prompts, training=True)
         trials = trials_of(answered, masks_cut=args.mask_truncated_completions)
-        trials = self._scored(answered, trials, args.per_device_train_batch_size)
+        trials = self._scored(answered, trials, args.per_device_train_batch_size, training=True)
         if not self._checked:
             self._check_start(trials)
         self._checked = True
@@ -360,14 +360,14 @@ class PolicyTrainer(RowsTrainer):
         """A number of a reward function's, whose mean is logged."""
         self._noted.setdefault(name, []).append(float(value))
 
-    def _scored(self, answered: Answered, trials: list[Trial], micro_batch: int) -> list[Trial]:
+    def _scored(self, answered: Answered, trials: list[Trial], micro_batch: int, *, training: bool) -> list[Trial]:
         """With log-probabilities of the model that has drawn, where that may be another one by the time they are
         trained on, and of the reference; with advantages and divisors."""
         args = self._policy
         every = cast(int, args.steps_per_generation) * args.num_iterations
         stale = args.gradient_accumulation_steps % every != 0 or self.corrects
         model = cast(nn.Module, self.model)
-        before = self._scores(trials, micro_batch, AsItIs(), model) if stale and model.training else None
+        before = self._scores(trials, micro_batch, AsItIs(), model) if stale and training else None
         near = None if self.reference is None else self._scores(trials, micro_batch, self.reference, model)
         kl = None
         if self.reference_in_reward and near is not None:
@@ -554,7 +554,8 @@ class PolicyTrainer(RowsTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Draws answers to held-out prompts, and has them judged."""
         answered = self._answered(inputs, training=False)
-        trials = self._scored(answered, trials_of(answered, masks_cut=False), len(answered.generated))
+        trials = trials_of(answered, masks_cut=False)
+        trials = self._scored(answered, trials, len(answered.generated), training=False)
         return super().prediction_step(model, self._batch(trials), True, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -106,8 +106,8 @@ class Rewards:
                 "numbers must match: write None for a function"
             )
         self._functions = [
-            _Scorer(part, tokenizer, device, trusted) if scored else part
-            for part, tokenizer, scored in zip(parts, self.tokenizers, scores, strict=True)
+            _Scorer(part, tokenizer, device, trusted) if isinstance(part, nn.Module | _Classifier) else part
+            for part, tokenizer in zip(parts, self.tokenizers, strict=True)
         ]
         self.names = _distinct([_name(function) for function in self._functions])
         if weights is not None and len(weights) != len(parts):
