@@ -134,8 +134,8 @@ class PolicyConfig(Config):
         self._refuse_ignored()
         if self.dataloader_num_workers:
             logger.warning(
-                "dataloader_num_workers is %d, and there is nothing to read ahead: prompts are there when a run begins; "
-                "no process is started.",
+                "dataloader_num_workers is %d, and there is nothing to read ahead: all prompts are there when a run "
+                "begins. No process is started.",
                 self.dataloader_num_workers,
             )
             self.dataloader_num_workers, self.dataloader_prefetch_factor = 0, None
