@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +22,8 @@ from tests.train.runs import largest_difference, weights_of
 from tunesmith import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TunesmithError
 from tunesmith.data.batches import Batch
 from tunesmith.model import ways
-from tunesmith.train.generator import OwnDecoding
+from tunesmith.objectives.policy import Drawn, PolicyOptions, policy_losses
+from tunesmith.train.generator import Generated, Generator, OwnDecoding
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.policy import Prompts
 from tunesmith.train.rollouts import Trial, without_silent
@@ -71,9 +75,9 @@ def policy_of(model_of: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., An
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
-def moved(model: nn.Module) -> None:
-    """Another model than the one that has drawn."""
-    generator = torch.Generator().manual_seed(7)
+def moved(model: nn.Module, seed: int = 7) -> None:
+    """Another model than it was."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -88,118 +92,212 @@ def first_log(trainer: Any) -> dict[str, Any]:
 # Every objective against one that pads
 
 
-def padded_loss(model: Any, trials: list[Trial], **wanted: Any) -> Tensor:
-    """The loss of a step of all trials in one padded batch (B, T) with a mask, written down once more."""
+LENGTHS = (8, 3, 5, 1, 2, 8, 6, 4)
+"""Tokens of the answers of a generation: of its two micro-batches, which are a prompt each, 17 and 20. Those of 8 are
+cut off."""
+
+
+def uneven(decoding: OwnDecoding) -> Generator:
+    """Answers of LENGTHS."""
+
+    def draw(prompts: Any, sampling: Any) -> list[Generated]:
+        drawn = zip(decoding(prompts, sampling), LENGTHS, strict=True)
+        return [
+            Generated(
+                ids=one.ids[:size], finish="length" if size == 8 else "stop", logprobs=(one.logprobs or [])[:size]
+            )
+            for one, size in drawn
+        ]
+
+    return draw
+
+
+def padded_logprobs(model: Any, trials: list[Trial], temperature: float) -> Tensor:
+    """(B, T - 1) Of each token but the first, given those before it, in one batch with an attention mask."""
     ids = pad_sequence([torch.tensor(trial.input_ids) for trial in trials], batch_first=True)
-    seen = pad_sequence([torch.ones(len(trial.input_ids), dtype=torch.long) for trial in trials], True)
-    mask = pad_sequence([torch.tensor(trial.labels) != -100 for trial in trials], True)[:, 1:].float()
-    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits.float() / wanted["temperature"]
-    logps = logits[:, :-1].log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    seen = pad_sequence([torch.ones(len(trial.input_ids), dtype=torch.long) for trial in trials], batch_first=True)
+    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits[:, :-1] / temperature
+    return logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
 
-    def spread_out(name: str) -> Tensor:
-        values = torch.zeros_like(mask)
-        for row, trial in zip(values, trials, strict=True):
-            row[[i - 1 for i, label in enumerate(trial.labels) if label != -100]] = getattr(trial, name)
-        return values
 
-    old = spread_out("before")
-    advantages = torch.tensor([trial.advantage for trial in trials])[:, None]
-    log_ratio, lengths = (logps - old) * mask, mask.sum(dim=1, keepdim=True)
-    loss_type = wanted["loss_type"]
-    if wanted["level"] == "sequence":
-        ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).exp().expand_as(logps)
+def padded_loss(args: Any, trials: list[Trial], now: Tensor, old: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a step of all trials, written down once more: of log-probabilities (B, T - 1) by the model, by the
+    one that has drawn, and by the reference. Also (2,), how many tokens the clip takes the gradient of, below and
+    above."""
+    rloo = isinstance(args, RLOOConfig)
+    mask = torch.zeros_like(now)  # of the answers' tokens
+    for row, trial, size in zip(mask, trials, LENGTHS, strict=True):
+        if not (args.mask_truncated_completions and size == 8):
+            row[len(trial.input_ids) - size - 1 : len(trial.input_ids) - 1] = 1.0
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    rewards = torch.tensor([trial.reward for trial in trials])
+    if rloo:
+        rewards = (rewards - args.beta * ((old - near) * mask).sum(dim=1)).view(2, 4)
+        advantages = rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / 3
     else:
-        ratio = log_ratio.exp()
+        rewards = rewards.view(2, 4)
+        advantages = rewards - rewards.mean(dim=1, keepdim=True)
+        if args.scale_rewards != "none":
+            advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    advantages = advantages.view(8, 1)
+
+    loss_type, level = ("grpo", "product") if rloo else (args.loss_type, args.importance_sampling_level)
+    log_ratio = (now - old) * mask
+    whole = log_ratio.sum(dim=1, keepdim=True)
+    ratio = {"token": log_ratio, "sequence": whole / lengths, "product": whole}[level].exp().expand_as(mask)
+    least, most = 1 - args.epsilon, 1 + (args.epsilon_high or args.epsilon)
+    clips = torch.stack([(ratio < least) & (advantages < 0), (ratio > most) & (advantages > 0)]) * mask
     if loss_type == "cispo":
-        losses = -ratio.detach().clamp(max=wanted["high"]) * advantages * logps
+        losses = -ratio.detach().clamp(max=args.epsilon_high) * advantages * now
     elif loss_type == "sapo":
         heat = torch.where(advantages > 0, 1.0, 1.05)
         losses = -(4 / heat * torch.sigmoid(heat * (ratio - 1))) * advantages
     elif loss_type == "vespo":
-        log_w = log_ratio.detach().sum(dim=1, keepdim=True)
+        log_w = whole.detach()
         k, rate = torch.where(advantages >= 0, 2.0, 3.0), torch.where(advantages >= 0, 3.0, 2.0)
-        losses = -(rate + k * log_w - rate * log_w.exp()).exp() * advantages * logps
+        losses = -(rate + k * log_w - rate * log_w.exp()).exp() * advantages * now
     else:
-        losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1 + wanted["high"]) * advantages)
-    if wanted["beta"]:
-        apart = spread_out("by_reference") - logps
-        losses = losses + wanted["beta"] * (apart.exp() - apart - 1) * ratio
+        free = ratio if rloo or args.delta is None else ratio.clamp(max=args.delta)
+        losses = -torch.min(free * advantages, ratio.clamp(least, most) * advantages)
+    if args.beta and not rloo:
+        kl = (near - now).exp() - (near - now) - 1
+        losses = losses + args.beta * kl * (ratio if args.use_bias_correction_kl else 1.0)
+
     losses = losses * mask
     if loss_type in ("grpo", "sapo"):
-        return (losses.sum(dim=1) / lengths[:, 0]).mean()
-    if loss_type == "bnpo":
-        return losses.sum() / mask.sum()
-    if loss_type == "dr_grpo":
-        return losses.sum() / (len(trials) * wanted["longest"])
-    return losses.sum(dim=1).mean() if loss_type == "luspo" else losses.sum() / mask.sum()
+        loss = (losses.sum(dim=1, keepdim=True) / lengths).mean()
+    elif loss_type == "bnpo":
+        loss = (losses[:4].sum() / mask[:4].sum() + losses[4:].sum() / mask[4:].sum()) / 2
+    elif loss_type == "dr_grpo":
+        loss = losses.sum() / (8 * args.max_completion_length)
+    else:
+        loss = losses.sum(dim=1).mean() if loss_type == "luspo" else losses.sum() / mask.sum()
+    return loss, clips.sum(dim=(1, 2))
 
 
+GSPO = {"importance_sampling_level": "sequence", "epsilon": 0.02}
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    **{name: {"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "sapo", "vespo")},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
-    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    **{name: {"loss_type": name} for name in ("grpo", "bnpo", "sapo", "vespo")},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.22},
+    "gspo": {"loss_type": "grpo", **GSPO},
+    "luspo": {"loss_type": "luspo", **GSPO},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
-    "with a reference": {"loss_type": "dapo", "beta": 0.3, "temperature": 0.7},
+    "rloo": {"kind": RLOOTrainer, "beta": 0.0},
+    "delta": {"loss_type": "grpo", "delta": 1.3},
+    **{
+        f"{name}, cut answers left out": {"loss_type": name, "mask_truncated_completions": True}
+        for name in ("grpo", "dapo")
+    },
+    "grpo with a reference": {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": False},
+    "dapo with a reference": {"loss_type": "dapo", "beta": 0.3, "temperature": 0.7},
+    "gspo with a reference": {"loss_type": "grpo", "beta": 0.3, **GSPO},
+    "cispo with a reference": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.3},
+    "rloo with a reference": {"kind": RLOOTrainer, "beta": 0.3},
 }
+CLIPS_BOTH = OBJECTIVES.keys() - {"sapo", "vespo", "cispo", "cispo with a reference"}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_gradient_is_that_of_padded_rows(name: str, policy_of: Any) -> None:
-    settings = OBJECTIVES[name]
-    trainer = policy_of(num_iterations=2, **settings)
-    trainer.model.train()
-    trials = trainer._generation(Prompts(numbers=(0, 1)))
-    moved(trainer.model)
-    batch = trainer._batch(trials)
-    assert batch.computed_tokens < sum(len(trial.input_ids) for trial in trials)  # prompts are there once
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    ours = gradients(trainer.model)
-    expected = padded_loss(
-        trainer.model,
-        trials,
-        loss_type=settings["loss_type"],
-        level=settings.get("importance_sampling_level", "token"),
-        high=settings.get("epsilon_high", 0.2),
-        beta=settings.get("beta", 0.0),
-        temperature=settings.get("temperature", 1.0),
-        longest=8,
+    """To 1e-5 of the largest gradient of each parameter, in fp32, whose rounding makes some 1e-6 of it. Three models
+    differ: the reference, the one that has drawn, and the one that learns."""
+    trainer = policy_of(
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=2, **OBJECTIVES[name]
     )
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    assert gradient_error(ours, gradients(trainer.model)) < 1e-4
-
-
-def test_the_gradient_of_rloo_is_that_of_whole_answers(policy_of: Any) -> None:
-    trainer = policy_of(RLOOTrainer, num_iterations=2, beta=0.0)
-    trainer.model.train()
+    model, args = trainer.model.train(), trainer.args
+    trainer.judge.generator, trainer._checked = uneven(trainer.decoding), True  # whose start is no reference
+    reference = deepcopy(model)
+    moved(model, seed=6)
     trials = trainer._generation(Prompts(numbers=(0, 1)))
-    moved(trainer.model)
-    loss = trainer.compute_loss(trainer.model, trainer._batch(trials))
+    with torch.no_grad():
+        old, near = (padded_logprobs(one, trials, args.temperature) for one in (model, reference))
+    moved(model, seed=10)
+    batches = [trainer._batch(trials[:4]), trainer._batch(trials[4:])]
+    assert sum(batch.computed_tokens for batch in batches) < sum(len(trial.input_ids) for trial in trials)  # prompts
+    weight = trainer._get_num_items_in_batch(batches, args.device)
+    loss = sum(trainer.compute_loss(model, batch, num_items_in_batch=weight) for batch in batches)
     loss.backward()
-    ours = gradients(trainer.model)
-    total = torch.tensor(0.0)
-    for trial in trials:
-        ids, first = torch.tensor([trial.input_ids]), sum(label == -100 for label in trial.labels)
-        logps = trainer.model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(dim=-1)
-        own = logps[torch.arange(len(logps)), ids[0, 1:]][first - 1 :].sum()
-        ratio = (own - trial.before.sum()).exp()
-        total = total - torch.min(ratio * trial.advantage, ratio.clamp(0.8, 1.2) * trial.advantage)
-    (total / len(trials)).backward()
-    assert gradient_error(ours, gradients(trainer.model)) < 1e-4
+    ours = gradients(model)
+    expected, clips = padded_loss(args, trials, padded_logprobs(model, trials, args.temperature), old, near)
+    expected.backward()
+    if name in CLIPS_BOTH:
+        assert clips.all()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert gradient_error(ours, gradients(model)) < 1e-5
 
 
 # A run
 
 
-def test_before_any_step_ratios_are_1_and_the_reference_is_the_model(policy_of: Any) -> None:
-    """Also where each step has a generation of several."""
-    logged = first_log(policy_of(beta=0.1, num_iterations=2, peft_config=LORA))
-    assert logged["kl"] == pytest.approx(0.0, abs=1e-6)
-    assert logged["clip_ratio/region_mean"] == 0.0
+@pytest.mark.parametrize("adapters", [None, LORA])
+@pytest.mark.parametrize(
+    "settings", [{"num_iterations": 2}, {"steps_per_generation": 2, "gradient_accumulation_steps": 1}]
+)
+def test_before_any_step_ratios_are_1_and_the_reference_is_the_model(
+    settings: dict[str, Any], adapters: Any, policy_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, where each step has a part of a generation, or all of it several times."""
+    first: list[Drawn] = []
+
+    def recorded(drawn: Drawn, options: PolicyOptions) -> Any:
+        first.append(drawn)
+        return policy_losses(drawn, options)
+
+    monkeypatch.setattr("tunesmith.train.policy.policy_losses", recorded)
+    logged = first_log(policy_of(beta=0.1, peft_config=adapters, **settings))
+    drawn = first[0]
+    assert drawn.reference is not None
+    assert torch.equal(drawn.before, drawn.logprobs)
+    assert torch.equal(drawn.reference, drawn.logprobs)
+    assert logged["kl"] == logged["clip_ratio/region_mean"] == 0.0
     assert logged["sampling/sampling_logp_difference/mean"] < 1e-5
     assert logged["rewards/letters/mean"] == logged["reward"] > 0
+
+
+@pytest.mark.parametrize("adapters", [None, LORA])
+def test_a_generation_that_is_used_again_has_ratios_to_the_model_that_drew_it(
+    adapters: Any, policy_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the first one of a run, before whose first step a model that was loaded is in evaluation mode."""
+    ratios: list[float] = []
+
+    def recorded(drawn: Drawn, options: PolicyOptions) -> Any:
+        ratios.append(float((drawn.logprobs - drawn.before).detach().abs().max()))
+        return policy_losses(drawn, options)
+
+    monkeypatch.setattr("tunesmith.train.policy.policy_losses", recorded)
+    policy_of(num_iterations=2, max_steps=4, peft_config=adapters).train()
+    assert [ratio > 1e-3 for ratio in ratios] == [False, True, False, True]
+
+
+def test_rewards_and_lengths_are_measured_over_a_generation(policy_of: Any) -> None:
+    """By TRL's names."""
+    given: list[float] = []
+
+    def noted(completions: list[Any], letter: list[str], **_: Any) -> list[float]:
+        given.extend(letters(completions, letter))
+        return given
+
+    trainer = policy_of(reward_funcs=[noted, letters], reward_weights=[1.0, 2.0], max_steps=1)
+    trainer.judge.generator = uneven(trainer.decoding)
+    logged, rewards = first_log(trainer), torch.tensor(given)
+    assert logged["rewards/noted/mean"] == pytest.approx(float(rewards.mean()))
+    assert logged["rewards/noted/std"] == logged["rewards/letters/std"] == pytest.approx(float(rewards.std()))
+    assert logged["reward_std"] == pytest.approx(3 * float(rewards.std()))
+    assert logged["reward_spread"] == pytest.approx(3 * float(rewards.view(2, 4).std(dim=1).mean()))
+    lengths = {name: logged[f"completions/{name}"] for name in ("min_length", "max_length", "clipped_ratio")}
+    assert lengths == {"min_length": 1, "max_length": 8, "clipped_ratio": 0.25}
+    ended = [logged[f"completions/{kind}_terminated_length"] for kind in ("min", "mean", "max")]
+    assert ended == [1, 3.5, 6]
+
+
+def test_what_no_answer_has_is_not_logged(policy_of: Any) -> None:
+    trainer = policy_of(max_steps=1)
+    trainer.judge.generator = lambda prompts, sampling: [Generated(ids=[5, 6], finish="length") for _ in prompts]
+    logged = first_log(trainer)
+    assert logged["completions/max_length"] == 2
+    assert [name for name in logged if "terminated" in name] == []
 
 
 def test_rloo_says_how_far_it_is_from_the_reference(policy_of: Any) -> None:
@@ -218,12 +316,25 @@ def test_answers_of_another_model_stop_the_run(policy_of: Any, model_of: Any, to
         trainer.train()
 
 
-@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
-def test_a_reward_that_is_the_same_for_all_changes_no_bit(kind: Any, policy_of: Any) -> None:
-    def same(completions: list[Any], **_: Any) -> list[float]:
-        return [0.1] * len(completions)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")),
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"kind": RLOOTrainer},
+        {"kind": RLOOTrainer, "normalize_advantages": True},
+    ],
+    ids=str,
+)
+def test_a_reward_that_is_the_same_for_all_changes_no_bit(settings: dict[str, Any], policy_of: Any) -> None:
+    """The mean of 0.3 seven times is not 0.3 in fp32, and what it is above would be divided by next to nothing."""
 
-    trainer = policy_of(kind, reward_funcs=same, beta=0.0, max_steps=3, num_generations=8)
+    def same(completions: list[Any], **_: Any) -> list[float]:
+        return [0.3] * len(completions)
+
+    sizes = {"num_generations": 7, "per_device_train_batch_size": 7}
+    trainer = policy_of(reward_funcs=same, **{"beta": 0.0, "max_steps": 3, **sizes} | settings)
     before = weights_of(trainer)
     logged = first_log(trainer)
     assert logged["frac_reward_zero_std"] == 1.0
@@ -331,6 +442,38 @@ def test_what_is_drawn_is_written_down(policy_of: Any, tmp_path: Path) -> None:
     assert [step["reward"] > 0 for step in steps if "loss" in step] == [True, True]
 
 
+# Data
+
+
+def test_of_a_stream_as_many_prompts_are_read_as_the_run_asks(policy_of: Any) -> None:
+    def endless() -> Iterator[dict[str, Any]]:
+        while True:
+            yield from PROMPTS
+
+    stream = IterableDataset.from_generator(endless)
+    trainer = policy_of(train_dataset=stream, gradient_accumulation_steps=3, num_iterations=2, max_steps=3)
+    assert len(trainer.train_dataset) == 12  # two generations of 6 prompts
+    listed = policy_of(folder="listed", train_dataset=PROMPTS * 3, gradient_accumulation_steps=3, num_iterations=2)
+    trainer.train()
+    listed.args.max_steps = 3
+    listed.train()
+    assert largest_difference(weights_of(trainer), weights_of(listed)) == 0.0
+
+
+def test_held_out_prompts_may_be_a_stream_and_have_names(policy_of: Any) -> None:
+    trainer, rows = policy_of(per_device_eval_batch_size=4), Dataset.from_list(PROMPTS[:2])
+    reward = trainer.evaluate(rows)["eval_reward"]
+    assert trainer.evaluate(rows.to_iterable_dataset())["eval_reward"] == reward
+    named = trainer.evaluate(DatasetDict({"one": rows, "two": rows}))
+    assert (named["eval_one_reward"], named["eval_two_reward"]) == (reward, reward)
+
+
+def test_no_process_is_started_to_read_ahead(policy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = policy_of(dataloader_num_workers=2, dataloader_prefetch_factor=2, dataloader_persistent_workers=True)
+    assert "dataloader_num_workers is 2, and there is nothing to read ahead" in caplog.text
+    assert trainer.get_train_dataloader().num_workers == 0
+
+
 # Resuming
 
 
@@ -386,7 +529,30 @@ def test_killed_within_a_generation_and_resumed_it_ends_with_the_same_bits(tiny_
     assert resumed.state.log_history[-2] == unbroken.state.log_history[-2]
 
 
-# What is refused
+# What is said, and what is refused
+
+
+def test_answers_without_any_reward_are_named_once(policy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def none(completions: list[Any], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    policy_of(reward_funcs=none).train()
+    [said] = [record.getMessage() for record in caplog.records if "no reward applies" in record.getMessage()]
+    assert re.match(r"row \d: no reward applies to 8 of 8 answers of a generation", said)
+
+
+@pytest.mark.parametrize(("loss_type", "said"), [("dapo", True), ("bnpo", True), ("grpo", False), ("luspo", False)])
+def test_a_ratio_of_answers_in_a_sum_over_tokens_is_named(
+    loss_type: str, said: bool, policy_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy_of(loss_type=loss_type, importance_sampling_level="sequence")
+    assert ("GSPO is loss_type: grpo" in caplog.text) == said
+
+
+def test_the_head_computes_in_fp32_where_all_does(policy_of: Any) -> None:
+    assert policy_of(cast_lm_head_to_fp32=True).args.cast_lm_head_to_fp32
+    with pytest.raises(TunesmithError, match="leave it out, or write precision: fp32"):
+        policy_of(cast_lm_head_to_fp32=True, precision="bf16")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ def test_a_model_scores_prompt_and_answer_together(tokenizer: Any, tmp_path: Pat
         alone = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, 0]
         torch.testing.assert_close(score, alone, rtol=1e-5, atol=1e-6)
     assert tokenizer.padding_side == "right"
+    with pytest.raises(TunesmithError, match="is one tokenizer, and 2 models score answers"):
+        Rewards([model, "json_valid", model], tokenizers=tokenizer)
+    assert Rewards(["json_valid", model], tokenizers=tokenizer).tokenizers == [None, tokenizer]
+    with pytest.raises(TunesmithError, match="has 1 items, and reward_funcs 2; their numbers must match"):
+        Rewards([model, model], tokenizers=[tokenizer])
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     named = Rewards(str(tmp_path / "judge"))

@@ -59,9 +59,7 @@ class Questions:
 
     def __call__(self, source: Any, split: str) -> Dataset:
         """The questions of a source, ready for a sampler. Raises TunesmithError for rows without a prompt."""
-        if isinstance(source, IterableDataset | IterableDatasetDict):
-            raise TunesmithError(f"{split} data is a stream; load it: prompts are drawn from all of them")
-        if isinstance(source, DatasetDict):
+        if isinstance(source, DatasetDict | IterableDatasetDict):
             raise TunesmithError(f"{split} data has the splits {', '.join(source)}; give one: data[{min(source)!r}]")
         first, columns, skipped = len(self.every), set[str](), SkippedRows()
         bad_rows = 0
@@ -99,7 +97,10 @@ class Questions:
         )
 
     def everything(self, train: Any, evaluated: Any, *, by_row: bool = False) -> tuple[Any, Any]:
-        """What is trained on, and what is evaluated on: nothing, one data set, or several by name."""
+        """What is trained on, and what is evaluated on: nothing, one data set, or several by name. Of a stream to train
+        on, as many prompts are read as the run asks; one to evaluate on is read to its end."""
+        if isinstance(train, IterableDataset):
+            train = train.take(self._args.prompts_per_run)
         if not isinstance(train, Mapping) or isinstance(train, DatasetDict | IterableDatasetDict):
             return self(train, "train"), self.evaluated(evaluated, by_row=by_row)
         rows, held_out = [], {}
@@ -118,7 +119,7 @@ class Questions:
 
     def evaluated(self, source: Any, *, by_row: bool = False) -> Any:
         """One data set to evaluate on, or several by name."""
-        if isinstance(source, Mapping) and not isinstance(source, DatasetDict | IterableDatasetDict):
+        if isinstance(source, Mapping):
             return {name: self(rows, name) for name, rows in source.items()}
         return None if source is None else self(source, "eval")
 

@@ -1,12 +1,15 @@
 """GRPOConfig and RLOOConfig: what runs do that learn from rewards of the answers they draw, with TRL's names."""
 # ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
+import logging
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Any, ClassVar, Literal
 
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config, accept_older_names, setting
 
+logger = logging.getLogger(__name__)
 PolicyLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 RatioLevel = Literal["token", "sequence"]
 RewardScaling = Literal["group", "batch", "none"]
@@ -28,11 +31,9 @@ OF_ROWS_WITH_ANSWERS = {
     "dataset_num_proc": "prompts are prepared in no time",
     **dict.fromkeys(("shuffle_buffer_size", "stream_parts"), "prompts are drawn from all of them, and are no stream"),
     "dataloader_drop_last": "prompts that don't fill a generation are left out of a pass anyway",
-    "dataloader_num_workers": "there is nothing to read ahead",
 }
 """Settings of all runs that would say nothing here, and why."""
 NOT_HERE = {
-    "cast_lm_head_to_fp32": (False, "logits are in fp32 here in any case"),
     "ds3_gather_for_generation": (True, "DeepSpeed's third stage does not draw answers here"),
     "cache_implementation": (None, "answers are decoded in a cache of our own"),
     "use_transformers_continuous_batching": (False, "finished answers leave the batch here in any case"),
@@ -137,6 +138,14 @@ class PolicyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_ignored()
+        if self.dataloader_num_workers:
+            logger.warning(
+                "dataloader_num_workers is %d, and there is nothing to read ahead: all prompts are there when a run "
+                "begins. No process is started.",
+                self.dataloader_num_workers,
+            )
+            self.dataloader_num_workers, self.dataloader_prefetch_factor = 0, None
+            self.dataloader_persistent_workers, self.dataloader_multiprocessing_context = False, None
         self._check_functions()
         self._settle_generations()
         for name, least in (("max_completion_length", 1), ("num_iterations", 1)):
@@ -168,6 +177,13 @@ class PolicyConfig(Config):
     def prompts_per_generation(self) -> int:
         assert self.generation_batch_size is not None
         return self.generation_batch_size // self.num_generations
+
+    @property
+    def prompts_per_run(self) -> int:
+        """As many prompts as `max_steps` steps ask, if none is asked twice."""
+        assert self.steps_per_generation is not None
+        used = self.steps_per_generation * self.num_iterations
+        return ceil(self.max_steps * self.gradient_accumulation_steps / used) * self.prompts_per_generation
 
     def _refuse_ignored(self) -> None:
         defaults = {item.name: item.default for item in fields(self)}
@@ -279,7 +295,7 @@ class GRPOConfig(PolicyConfig):
     )
     vllm_importance_sampling_clip_max: float | None = setting(3.0, "The highest such weight.")
     vllm_importance_sampling_clip_min: float | None = setting(None, "The lowest such weight.")
-    cast_lm_head_to_fp32: bool = setting(False, "TRL's; leave it.")
+    cast_lm_head_to_fp32: bool = setting(False, "The head computes in fp32; only with precision: fp32.")
     top_entropy_quantile: float = setting(1.0, "TRL's; leave it.")
     entropy_coef: float = setting(0.0, "TRL's; leave it.")
     use_adaptive_entropy: bool = setting(False, "TRL's; leave it.")

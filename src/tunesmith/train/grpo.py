@@ -1,9 +1,11 @@
 """Group relative policy optimization and its kin: answers to one prompt are compared with each other."""
 
+import logging
 from typing import Any, cast
 
 from torch import Tensor
 
+from tunesmith.errors import TunesmithError
 from tunesmith.objectives.policy import (
     PolicyOptions,
     decoupled_advantages,
@@ -13,6 +15,10 @@ from tunesmith.objectives.policy import (
 from tunesmith.settings.policy import GRPOConfig
 from tunesmith.train.policy import PolicyTrainer
 from tunesmith.train.rollouts import Answered
+
+logger = logging.getLogger(__name__)
+SUMMED = ("bnpo", "dr_grpo", "dapo", "cispo")
+"""Losses that add up tokens, whichever answers they are of."""
 
 
 class GRPOTrainer(PolicyTrainer):
@@ -32,6 +38,17 @@ class GRPOTrainer(PolicyTrainer):
     config = GRPOConfig
 
     def take_settings(self, args: GRPOConfig) -> PolicyOptions:
+        if args.cast_lm_head_to_fp32 and args.precision != "fp32":
+            raise TunesmithError(
+                f"cast_lm_head_to_fp32 is True, and precision {args.precision}, in which the head computes here; leave "
+                "it out, or write precision: fp32"
+            )
+        if args.importance_sampling_level == "sequence" and args.loss_type in SUMMED:
+            logger.warning(
+                "importance_sampling_level is sequence, and loss_type %s, a sum over tokens, weights each sequence by "
+                "its completion length; GSPO is loss_type: grpo.",
+                args.loss_type,
+            )
         return PolicyOptions(
             loss=args.loss_type,
             level=args.importance_sampling_level,

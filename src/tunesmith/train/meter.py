@@ -130,7 +130,7 @@ class Meter:
         return self._tokens, means | extremes | {"loss": total["loss"] / total["weight"]}
 
     def _extremes_of_all(self, accelerator: Any) -> dict[str, float]:
-        """The least and the largest values over all processes."""
+        """The least and the largest values over all processes; none of what there was none of."""
         if not self._extremes:
             return {}
         own = [torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in self._most.values()]
@@ -138,4 +138,5 @@ class Meter:
         return {
             name: value if kind == "max" else -value
             for (name, kind), value in zip(self._extremes.items(), most, strict=True)
+            if value > -inf
         }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,9 +39,10 @@ from tunesmith.objectives.policy import (
     sampler_correction,
 )
 from tunesmith.settings.policy import PolicyConfig
+from tunesmith.text import shorten
 from tunesmith.train.generator import Generator, OwnDecoding
 from tunesmith.train.loaders import Batching
-from tunesmith.train.meter import BatchLoss
+from tunesmith.train.meter import BatchLoss, Extreme
 from tunesmith.train.preference import without_dropout
 from tunesmith.train.reference import (
     AsItIs,
@@ -51,7 +53,7 @@ from tunesmith.train.reference import (
     reference_of,
     starts_as_base,
 )
-from tunesmith.train.rewards import Rewards
+from tunesmith.train.rewards import SHOWN, Rewards
 from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of, without_silent
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
@@ -100,6 +102,14 @@ class PolicyTrainer(RowsTrainer):
     `environment_factory` are refused.
     """
 
+    extremes: Mapping[str, Extreme] = MappingProxyType(
+        {
+            "completions/min_length": "min",
+            "completions/max_length": "max",
+            "completions/min_terminated_length": "min",
+            "completions/max_terminated_length": "max",
+        }
+    )
     loss_tells = False  # it is 0 where the policy is that which has drawn, whatever the gradient
     config: ClassVar[type[PolicyConfig]]
     options: PolicyOptions
@@ -144,9 +154,13 @@ class PolicyTrainer(RowsTrainer):
         )
         self.options = self.take_settings(args)
         own = [f"rewards/{name}/mean" for name in self.rewards.names]
-        self.counted = ("reward", *OF_TOKENS, PARITY, *own, *([FAILURES] if self.tools else []))
+        self.counted = (
+            *("reward", *OF_TOKENS, PARITY, "completions/mean_terminated_length", *own),
+            *([FAILURES] if self.tools else []),
+        )
+        self.deviations = ("reward_std", *(f"rewards/{name}/std" for name in self.rewards.names))
         self.means = (
-            *("reward_spread", "frac_reward_zero_std"),
+            *("reward_spread", "frac_reward_zero_std", *self.deviations),
             *("completions/mean_length", "completions/clipped_ratio"),
             *([CALLS] if self.tools else []),
             *self.counted,
@@ -176,8 +190,13 @@ class PolicyTrainer(RowsTrainer):
         self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
         self.keeper.add("window", self.window)
         self.keeper.add("decoding", self.decoding)
-        self._checked = False
+        self._checked = self._warned = False
         self._noted: dict[str, list[float]] = {}
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizer that was given for each of `reward_funcs`; None where the model's own is used, or none."""
+        return self.rewards.tokenizers
 
     # What another one says
 
@@ -325,7 +344,7 @@ class PolicyTrainer(RowsTrainer):
         args = self._policy
         answered = self._answered(prompts, training=True)
         trials = trials_of(answered, masks_cut=args.mask_truncated_completions)
-        trials = self._scored(answered, trials, args.per_device_train_batch_size)
+        trials = self._scored(answered, trials, args.per_device_train_batch_size, training=True)
         if not self._checked:
             self._check_start(trials)
         self._checked = True
@@ -339,6 +358,7 @@ class PolicyTrainer(RowsTrainer):
         if training:
             entry = answered.best_and_worst(self.rewards.names)
             known = answered.totals[~answered.totals.isnan()]
+            self._say_unjudged(answered)
             spread = float(answered.spreads.nan_to_num(nan=0.0).mean())
             reward = {"reward": float(known.mean()), "reward_spread": spread} if len(known) else {}
             self.journal.note_answers(entry, reward)
@@ -346,18 +366,32 @@ class PolicyTrainer(RowsTrainer):
                 logger.warning("Best and worst of a group:\n%s", json.dumps(entry, indent=2, ensure_ascii=False))
         return answered
 
+    def _say_unjudged(self, answered: Answered) -> None:
+        """Warn, once, of an answer to which no reward applies."""
+        if self._warned or not (unjudged := answered.totals.isnan().nonzero().flatten().tolist()):
+            return
+        self._warned = True
+        logger.warning(
+            "%s: no reward applies to %d of %d answers of a generation (all are None), the first %s. They teach "
+            "nothing.",
+            answered.questions[unjudged[0] // answered.group].place,
+            len(unjudged),
+            len(answered.texts),
+            shorten(repr(answered.texts[unjudged[0]]), SHOWN),
+        )
+
     def _note_metric(self, name: str, value: float) -> None:
         """A number of a reward function's, whose mean is logged."""
         self._noted.setdefault(name, []).append(float(value))
 
-    def _scored(self, answered: Answered, trials: list[Trial], micro_batch: int) -> list[Trial]:
+    def _scored(self, answered: Answered, trials: list[Trial], micro_batch: int, *, training: bool) -> list[Trial]:
         """With log-probabilities of the model that has drawn, where that may be another one by the time they are
         trained on, and of the reference; with advantages and divisors."""
         args = self._policy
         every = cast(int, args.steps_per_generation) * args.num_iterations
         stale = args.gradient_accumulation_steps % every != 0 or self.corrects
         model = cast(nn.Module, self.model)
-        before = self._scores(trials, micro_batch, AsItIs(), model) if stale and model.training else None
+        before = self._scores(trials, micro_batch, AsItIs(), model) if stale and training else None
         near = None if self.reference is None else self._scores(trials, micro_batch, self.reference, model)
         kl = None
         if self.reference_in_reward and near is not None:
@@ -448,18 +482,32 @@ class PolicyTrainer(RowsTrainer):
         scale = torch.tensor([trial.scale for trial in computed], device=device)[drawn.owner]
         loss = (result.losses * scale).sum()
         tokens, rewards = len(drawn.owner), [trial.reward for trial in trials if trial.reward == trial.reward]
+        sizes, ended = [trial.size for trial in trials], [trial.size for trial in trials if not trial.cut]
         sums: dict[str, Tensor] = {
             "reward": torch.tensor(sum(rewards)),
             "reward_spread": torch.tensor(sum(trial.spread for trial in trials)),
             "frac_reward_zero_std": torch.tensor(float(sum(trial.spread == 0 for trial in trials))),
-            "completions/mean_length": torch.tensor(float(sum(trial.size for trial in trials))),
+            "completions/mean_length": torch.tensor(float(sum(sizes))),
             "completions/clipped_ratio": torch.tensor(float(sum(trial.cut for trial in trials))),
+            "completions/mean_terminated_length": torch.tensor(float(sum(ended))),
             "entropy": scored.entropy.sum(),
             "clip_ratio/low_mean": result.low.sum(),
             "clip_ratio/high_mean": result.high.sum(),
             "clip_ratio/region_mean": (result.low | result.high).sum(),
         }
-        counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {"reward": len(rewards)}
+        for i, name in enumerate(self.deviations):
+            sums[name] = torch.tensor(sum(trial.deviations[i] for trial in trials))
+        lengths = {"": sizes, "terminated_": ended}
+        extremes = {
+            f"completions/{kind}_{of}length": torch.tensor(float(most(lengths[of])), device=device)
+            for kind, most in (("min", min), ("max", max))
+            for of in lengths
+            if lengths[of]
+        }
+        counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {
+            "reward": len(rewards),
+            "completions/mean_terminated_length": len(ended),
+        }
         if self.tools:
             sums[CALLS] = torch.tensor(float(sum(trial.calls for trial in trials)))
             sums[FAILURES] = torch.tensor(float(sum(trial.failures for trial in trials)))
@@ -481,7 +529,9 @@ class PolicyTrainer(RowsTrainer):
             sums["aux_loss"] = answer.router_loss.detach() * len(trials)
             if model.training:
                 loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
-        return BatchLoss(loss=loss, count=len(trials), sums=sums, counts=counts, outputs=answer.outputs)
+        return BatchLoss(
+            loss=loss, count=len(trials), sums=sums, counts=counts, extremes=extremes, outputs=answer.outputs
+        )
 
     def _drawn(self, logprobs: Tensor, trials: Sequence[Trial]) -> Drawn:
         device = logprobs.device
@@ -532,7 +582,8 @@ class PolicyTrainer(RowsTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Draws answers to held-out prompts, and has them judged."""
         answered = self._answered(inputs, training=False)
-        trials = self._scored(answered, trials_of(answered, masks_cut=False), len(answered.generated))
+        trials = trials_of(answered, masks_cut=False)
+        trials = self._scored(answered, trials, len(answered.generated), training=False)
         return super().prediction_step(model, self._batch(trials), True, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

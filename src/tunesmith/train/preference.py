@@ -126,11 +126,6 @@ class PreferenceTrainer(RowsTrainer):
         return False
 
     @property
-    def aux_loss_enabled(self) -> bool:
-        """Whether the load-balancing loss of a mixture of experts is trained."""
-        return bool(self.router_coefficient)
-
-    @property
     def ref_model(self) -> Model | None:
         """The reference where it is a model of its own; None where it is the one that is trained, as it began."""
         return self.reference.model if isinstance(self.reference, GivenModel) else None

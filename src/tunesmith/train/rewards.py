@@ -71,7 +71,8 @@ class Asked:
 
 
 class Rewards:
-    """Judges answers with several rewards, in order; `names` are theirs, `weights` (R,) what each counts.
+    """Judges answers with several rewards, in order; `names` are theirs, `weights` (R,) what each counts, `tokenizers`
+    what was given for each.
 
     Raises TunesmithError for a name that nothing has, and for weights of another number.
     """
@@ -90,12 +91,23 @@ class Rewards:
         parts = [_resolved(*one, trusted) for one in _listed(given)]
         if not parts:
             raise TunesmithError("reward_funcs is empty; name at least one, such as exact_match")
-        found = [*tokenizers] if isinstance(tokenizers, list | tuple) else [tokenizers] * len(parts)
-        if len(found) != len(parts):
-            raise TunesmithError(f"reward_processing_classes has {len(found)} items, and reward_funcs {len(parts)}")
+        scores = [isinstance(part, nn.Module | _Classifier) for part in parts]
+        if tokenizers is not None and not isinstance(tokenizers, list | tuple):
+            if sum(scores) > 1:
+                raise TunesmithError(
+                    f"reward_processing_classes is one tokenizer, and {sum(scores)} models score answers; their "
+                    "numbers must match: write a list with the tokenizer of each of reward_funcs, None for a function"
+                )
+            tokenizers = [tokenizers if scored else None for scored in scores]
+        self.tokenizers: list[Any] = [None] * len(parts) if tokenizers is None else [*tokenizers]
+        if len(self.tokenizers) != len(parts):
+            raise TunesmithError(
+                f"reward_processing_classes has {len(self.tokenizers)} items, and reward_funcs {len(parts)}; their "
+                "numbers must match: write None for a function"
+            )
         self._functions = [
             _Scorer(part, tokenizer, device, trusted) if isinstance(part, nn.Module | _Classifier) else part
-            for part, tokenizer in zip(parts, found, strict=True)
+            for part, tokenizer in zip(parts, self.tokenizers, strict=True)
         ]
         self.names = _distinct([_name(function) for function in self._functions])
         if weights is not None and len(weights) != len(parts):

@@ -31,9 +31,9 @@ class Trial(Example):
     `advantage`; `scale` and `share` of its divisor (`objectives.policy`). Of its trained tokens, each (S,): `before`,
     by the model that drew, where that may be another one by then; `by_reference`; `sampled`, by the generator. `cut`:
     it was cut off. Its rewards (NaN where one does not apply), their `reward` together (NaN where none does), and the
-    `spread` of that in its group. `size` is the number of tokens that the model drew, trained or not; it has `calls`
-    of functions, of which `failures` failed. `silent` are others of its micro-batch that teach nothing, and are not
-    computed.
+    `spread` of that in its group; the `deviations` of `reward` and of each of its rewards over the whole generation.
+    `size` is the number of tokens that the model drew, trained or not; it has `calls` of functions, of which `failures`
+    failed. `silent` are others of its micro-batch that teach nothing, and are not computed.
     """
 
     advantage: float = 0.0
@@ -46,6 +46,7 @@ class Trial(Example):
     rewards: tuple[float, ...] = ()
     reward: float = 0.0
     spread: float = 0.0
+    deviations: tuple[float, ...] = ()
     size: int = 0
     calls: int = 0
     failures: int = 0
@@ -185,6 +186,7 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
     """The answers as examples, whose tokens are trained as far as the model drew them, but for those that were cut off
     with `masks_cut`. They have no advantages yet."""
     spreads = answered.spreads.tolist()
+    deviations = tuple(deviation(torch.cat([answered.totals[None], answered.rewards.T])).tolist())
     trials = []
     for i, answer in enumerate(answered.generated):
         prompt, own = answered.questions[i // answered.group].ids, own_tokens(answer)
@@ -201,6 +203,7 @@ def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
                 rewards=tuple(answered.rewards[i].tolist()),
                 reward=float(answered.totals[i]),
                 spread=spreads[i],
+                deviations=deviations,
                 size=sum(own),
                 calls=answer.calls if isinstance(answer, Talk) else 0,
                 failures=answer.failures if isinstance(answer, Talk) else 0,
@@ -257,5 +260,6 @@ class Window:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._left = state["left"]
         self._trials = [
-            Trial(**{**trial, "rewards": tuple(trial["rewards"]), "silent": ()}) for trial in state["trials"]
+            Trial(**{**trial, **{name: tuple(trial[name]) for name in ("rewards", "deviations")}, "silent": ()})
+            for trial in state["trials"]
         ]

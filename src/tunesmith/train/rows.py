@@ -131,6 +131,11 @@ class RowsTrainer(BaseTrainer):
         """What the load-balancing loss of a mixture of experts is multiplied by; 0 where it is not trained."""
         return router_coefficient(model, args)
 
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the load-balancing loss of a mixture of experts is trained."""
+        return bool(self.router_coefficient)
+
     # A model
 
     def ready(self, model: str | Model, *, sized: bool) -> tuple[Model, StartingPoint | None, Batching]:

@@ -224,11 +224,6 @@ class SFTTrainer(RowsTrainer):
             outputs=answer.outputs,
         )
 
-    @property
-    def aux_loss_enabled(self) -> bool:
-        """TRL's name for whether the load-balancing loss of a mixture of experts is trained."""
-        return bool(cast(SFTConfig, self.args).router_aux_loss_coef)
-
     def predict(
         self, test_dataset: Source, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
