@@ -105,7 +105,6 @@ def test_no_cell_hides_an_error(path: Path) -> None:
 
 
 NOT_RUN_YET: tuple[str, ...] = (
-    "zh-TW/04_data",
     "zh-TW/05_efficient_methods",
 )
 """Notebooks whose code has changed since they ran; to be run before they are published."""
