@@ -1,6 +1,6 @@
 """What learning from rewards brings on a task that can be counted, what a shared prompt saves, and steps beside TRL.
 
-    python benchmarks/policy.py score [--seeds 1 2] [--sft-steps 12] [--steps 100] [--json out.json]
+    python benchmarks/policy.py score [--seeds 1 2] [--sft-steps 12] [--steps 60] [--json out.json]
     python benchmarks/policy.py sharing [--prompts 200 600] [--rounds 3] [--json out.json]
     python benchmarks/policy.py beside [--steps 4] [--rounds 3] [--json out.json]
 
@@ -237,13 +237,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sft-steps", type=int, default=12)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--prompts", type=int, nargs="+", default=[200, 600])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--way")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    steps = arguments.steps or {"score": 100, "sharing": 3, "one-share": 3}.get(arguments.what, 4)
+    steps = arguments.steps or {"score": 60, "sharing": 3, "one-share": 3}.get(arguments.what, 4)
     if arguments.what == "one-share":
         return share(arguments.way, arguments.prompts[0], steps)
     if arguments.what == "one-side":

@@ -104,21 +104,11 @@ def test_no_cell_hides_an_error(path: Path) -> None:
             assert _hidden(cell["source"]) == [], cell["source"]
 
 
-NOT_RUN_YET: tuple[str, ...] = (
-    "zh-TW/05_efficient_methods",
-)
-"""Notebooks whose code has changed since they ran; to be run before they are published."""
-
-
 def test_every_notebook_was_run() -> None:
-    assert build.not_run() == list(NOT_RUN_YET)
+    assert build.not_run() == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in NOTEBOOKS if f"{path.parent.name}/{path.stem}" not in NOT_RUN_YET],
-    ids=lambda path: f"{path.parent.name}-{path.stem}",
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_notebook_shows_what_its_code_showed_in_small_pictures_and_without_complaints(path: Path) -> None:
     book = build.stored(path)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
