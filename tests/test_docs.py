@@ -1,5 +1,6 @@
 """Every snippet of the pages does what the page says: Python and commands run, recipes and rows parse."""
 
+import ast
 import json
 import re
 import shlex
@@ -24,8 +25,9 @@ from tunesmith.settings.recipe import resolve
 
 DOCS = REPO / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ELSEWHERE = ("first-session.md", "README.zh-TW.md")
-"""Pages with a test of their own: a transcript, and one whose snippets are those of another page."""
+CHINESE = sorted(page.name for page in DOCS.glob("*.zh-TW.md"))
+ELSEWHERE = ("first-session.md", "README.zh-TW.md", *CHINESE)
+"""Pages with a test of their own: a transcript, and those whose snippets are those of another page."""
 PAGES = sorted(
     str(page.relative_to(REPO))
     for folder in (REPO, DOCS, REPO / "recipes")
@@ -181,3 +183,40 @@ def _figures(readme: str) -> list[list[str]]:
     """The numbers of the table of speeds."""
     rows = re.findall(r"^\| (?:LoRA|full|完整微調).*$", readme, re.MULTILINE)
     return [re.findall(r"[\d,.]*\d", row) for row in rows]
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_a_page_in_chinese_has_the_code_headings_and_tables_of_the_english_one(name: str) -> None:
+    english, chinese = ((DOCS / page).read_text(encoding="utf-8") for page in (name.replace(".zh-TW", ""), name))
+    assert CODE.findall(english) == CODE.findall(chinese)
+    prose = [CODE.sub("", text) for text in (english, chinese)]
+    levels, rows = ([re.findall(form, text, re.MULTILINE) for text in prose] for form in (r"^#+(?= )", r"^\|(?=.)"))
+    assert levels[0] == levels[1]
+    assert rows[0] == rows[1]
+    links = [sorted(re.findall(r"\]\(([^)#]+)", text)) for text in prose]
+    assert links[0] == [link.replace("guide/zh-TW/", "guide/en/") for link in links[1]]
+
+
+CODE = re.compile(r"^```\w*\n.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
+"""Blocks of code, fenced or indented."""
+
+
+def test_the_messages_on_the_page_about_troubleshooting_are_those_of_tunesmith() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`\n\n(From )?", page, re.MULTILINE)
+    ours = [message for message, elsewhere in quoted if not elsewhere]
+    assert len(ours) >= 30
+    texts = "\n".join(text for file in (REPO / "src").rglob("*.py") for text in _texts(file))
+    missing = [message for message in ours if not re.search(".*".join(map(re.escape, message.split("..."))), texts)]
+    assert missing == []
+
+
+def _texts(file: Path) -> list[str]:
+    """The strings of a module, each on one line. A field of an f-string is a blank."""
+    return [
+        "".join(part.value if isinstance(part, ast.Constant) else " " for part in node.values).replace("\n", " ")
+        if isinstance(node, ast.JoinedStr)
+        else node.value.replace("\n", " ")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]

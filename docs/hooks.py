@@ -1,0 +1,27 @@
+"""What the site needs beside its plugins: notebooks as pages of each language."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from mkdocs import utils
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.nav import Navigation
+from mkdocs.structure.pages import Page
+
+NOTEBOOKS = {"en": "", "zh-TW": "zh-TW/"}
+"""By the folder of a language's notebooks: where the site of that language begins."""
+
+# The i18n plugin goes by what MkDocs calls a page. It would copy notebooks as they are.
+utils.markdown_extensions += (".ipynb",)
+
+
+@event_priority(-200)  # after the i18n plugin
+def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Navigation) -> dict[str, Any]:
+    """The language switch of a notebook leads to the same chapter in the other language."""
+    path = PurePosixPath(page.file.src_uri)
+    if path.suffix == ".ipynb":
+        for alternate in config.extra.alternate:
+            language = alternate["lang"]
+            alternate["link"] = f"{NOTEBOOKS[language]}{path.parent.with_name(language) / path.stem}.html"
+    return context
