@@ -1,4 +1,4 @@
-"""What the site needs beside its plugins: notebooks as pages of each language."""
+"""What the site needs beside its plugins: notebooks as pages of each language, and anchors in Chinese."""
 
 from pathlib import PurePosixPath
 from typing import Any
@@ -8,12 +8,19 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
 
 NOTEBOOKS = {"en": "", "zh-TW": "zh-TW/"}
 """By the folder of a language's notebooks: where the site of that language begins."""
 
 # The i18n plugin goes by what MkDocs calls a page. It would copy notebooks as they are.
 utils.markdown_extensions += (".ipynb",)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The anchor of a heading has its words in any language, as on GitHub."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
+    return config
 
 
 @event_priority(-200)  # after the i18n plugin

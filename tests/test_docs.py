@@ -193,10 +193,14 @@ def test_a_page_in_chinese_has_the_code_headings_and_tables_of_the_english_one(n
     levels, rows = ([re.findall(form, text, re.MULTILINE) for text in prose] for form in (r"^#+(?= )", r"^\|(?=.)"))
     assert levels[0] == levels[1]
     assert rows[0] == rows[1]
+    messages, styles = ([re.findall(form, text, re.DOTALL) for text in prose] for form in (r"\n### (`.+?`)\n", STYLES))
+    assert messages[0] == messages[1]
+    assert styles[0] == styles[1]
     links = [sorted(re.findall(r"\]\(([^)#]+)", text)) for text in prose]
     assert links[0] == [link.replace("guide/zh-TW/", "guide/en/") for link in links[1]]
 
 
+STYLES = "<!-- styles -->.*<!-- end -->"
 CODE = re.compile(r"^```\w*\n.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
 """Blocks of code, fenced or indented."""
 
