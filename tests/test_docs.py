@@ -4,12 +4,13 @@ import ast
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
@@ -197,12 +198,27 @@ def test_a_page_in_chinese_has_the_code_headings_and_tables_of_the_english_one(n
     assert messages[0] == messages[1]
     assert styles[0] == styles[1]
     links = [sorted(re.findall(r"\]\(([^)#]+)", text)) for text in prose]
-    assert links[0] == [link.replace("guide/zh-TW/", "guide/en/") for link in links[1]]
+    assert links[0] == sorted(link.replace(".zh-TW.md", ".md").replace("/zh-TW/", "/en/") for link in links[1])
 
 
 STYLES = "<!-- styles -->.*<!-- end -->"
 CODE = re.compile(r"^```\w*\n.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
 """Blocks of code, fenced or indented."""
+
+
+def test_both_languages_of_the_site_list_the_same_pages_and_all_notebooks_of_their_own() -> None:
+    site = yaml.safe_load((REPO / "mkdocs.yml").read_text(encoding="utf-8"))
+    plugin = next(item["i18n"] for item in site["plugins"] if "i18n" in item)
+    english, chinese = _leaves(site["nav"]), _leaves(plugin["languages"][1]["nav"])
+    assert chinese == [page.replace("guide/en/", "guide/zh-TW/") for page in english]
+    notebooks = [str(path.relative_to(DOCS)) for path in sorted((DOCS / "guide" / "en").glob("*.ipynb"))]
+    assert [page for page in english if page.endswith(".ipynb")] == notebooks
+
+
+def _leaves(entries: list[dict[str, Any]]) -> list[str]:
+    """The pages of a navigation, in its order."""
+    items = [item for entry in entries for item in entry.values()]
+    return [page for item in items for page in (_leaves(item) if isinstance(item, list) else [item])]
 
 
 def test_the_messages_on_the_page_about_troubleshooting_are_those_of_tunesmith() -> None:
@@ -215,12 +231,10 @@ def test_the_messages_on_the_page_about_troubleshooting_are_those_of_tunesmith()
     assert missing == []
 
 
-def _texts(file: Path) -> list[str]:
+def _texts(file: Path) -> Iterator[str]:
     """The strings of a module, each on one line. A field of an f-string is a blank."""
-    return [
-        "".join(part.value if isinstance(part, ast.Constant) else " " for part in node.values).replace("\n", " ")
-        if isinstance(node, ast.JoinedStr)
-        else node.value.replace("\n", " ")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-    ]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        pieces = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+        if any(isinstance(piece, str) for piece in pieces):
+            yield "".join(piece if isinstance(piece, str) else " " for piece in pieces).replace("\n", " ")
