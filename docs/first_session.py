@@ -1,4 +1,5 @@
-"""Writes `first-session.md`: every command of it is run, and what it printed is what the page shows.
+"""Writes `first-session.md`: every command of it is run, and what it printed is what the page shows. The page in
+Chinese gets the same commands and outputs, and keeps its words.
 
     python docs/first_session.py
 
@@ -20,6 +21,8 @@ from pictures import draw_live
 from tunesmith.model.demo_model import demo_model_path
 
 PAGE = Path(__file__).with_name("first-session.md")
+CHINESE = PAGE.with_name("first-session.zh-TW.md")
+CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LIVE = Path(__file__).parent / "images" / "live.svg"
 RUN = Path("runs") / "first"
 COLUMNS = 100
@@ -120,6 +123,7 @@ def main() -> None:
         page = written(session(folder))
         draw_live(folder / RUN, LIVE)
     PAGE.write_text(page, encoding="utf-8")
+    CHINESE.write_text(with_code_of(page, CHINESE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def session(folder: Path) -> list[tuple[Step, str]]:
@@ -134,6 +138,12 @@ def written(shown: list[tuple[Step, str]]) -> str:
     for step, output in shown:
         parts.append(f"\n## {step.title}\n\n{step.text}\n\n```console\n$ {step.command}\n{output}```\n")
     return "".join(parts)
+
+
+def with_code_of(page: str, translation: str) -> str:
+    """`translation` with the blocks of code of `page` in place of its own."""
+    blocks = iter(CODE.findall(page))
+    return CODE.sub(lambda _: next(blocks), translation)
 
 
 def printed(command: str, folder: Path) -> str:

@@ -1,14 +1,16 @@
 """Every snippet of the pages does what the page says: Python and commands run, recipes and rows parse."""
 
+import ast
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
@@ -24,8 +26,9 @@ from tunesmith.settings.recipe import resolve
 
 DOCS = REPO / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ELSEWHERE = ("first-session.md", "README.zh-TW.md")
-"""Pages with a test of their own: a transcript, and one whose snippets are those of another page."""
+CHINESE = sorted(page.name for page in DOCS.glob("*.zh-TW.md"))
+ELSEWHERE = ("first-session.md", "README.zh-TW.md", *CHINESE)
+"""Pages with a test of their own: a transcript, and those whose snippets are those of another page."""
 PAGES = sorted(
     str(page.relative_to(REPO))
     for folder in (REPO, DOCS, REPO / "recipes")
@@ -181,3 +184,57 @@ def _figures(readme: str) -> list[list[str]]:
     """The numbers of the table of speeds."""
     rows = re.findall(r"^\| (?:LoRA|full|完整微調).*$", readme, re.MULTILINE)
     return [re.findall(r"[\d,.]*\d", row) for row in rows]
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_a_page_in_chinese_has_the_code_headings_and_tables_of_the_english_one(name: str) -> None:
+    english, chinese = ((DOCS / page).read_text(encoding="utf-8") for page in (name.replace(".zh-TW", ""), name))
+    assert CODE.findall(english) == CODE.findall(chinese)
+    prose = [CODE.sub("", text) for text in (english, chinese)]
+    levels, rows = ([re.findall(form, text, re.MULTILINE) for text in prose] for form in (r"^#+(?= )", r"^\|(?=.)"))
+    assert levels[0] == levels[1]
+    assert rows[0] == rows[1]
+    messages, styles = ([re.findall(form, text, re.DOTALL) for text in prose] for form in (r"\n### (`.+?`)\n", STYLES))
+    assert messages[0] == messages[1]
+    assert styles[0] == styles[1]
+    links = [sorted(re.findall(r"\]\(([^)#]+)", text)) for text in prose]
+    assert links[0] == sorted(link.replace(".zh-TW.md", ".md").replace("/zh-TW/", "/en/") for link in links[1])
+
+
+STYLES = "<!-- styles -->.*<!-- end -->"
+CODE = re.compile(r"^```\w*\n.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
+"""Blocks of code, fenced or indented."""
+
+
+def test_both_languages_of_the_site_list_the_same_pages_and_all_notebooks_of_their_own() -> None:
+    site = yaml.safe_load((REPO / "mkdocs.yml").read_text(encoding="utf-8"))
+    plugin = next(item["i18n"] for item in site["plugins"] if "i18n" in item)
+    english, chinese = _leaves(site["nav"]), _leaves(plugin["languages"][1]["nav"])
+    assert chinese == [page.replace("guide/en/", "guide/zh-TW/") for page in english]
+    notebooks = [str(path.relative_to(DOCS)) for path in sorted((DOCS / "guide" / "en").glob("*.ipynb"))]
+    assert [page for page in english if page.endswith(".ipynb")] == notebooks
+
+
+def _leaves(entries: list[dict[str, Any]]) -> list[str]:
+    """The pages of a navigation, in its order."""
+    items = [item for entry in entries for item in entry.values()]
+    return [page for item in items for page in (_leaves(item) if isinstance(item, list) else [item])]
+
+
+def test_the_messages_on_the_page_about_troubleshooting_are_those_of_tunesmith() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`\n\n(From )?", page, re.MULTILINE)
+    ours = [message for message, elsewhere in quoted if not elsewhere]
+    assert len(ours) >= 30
+    texts = "\n".join(text for file in (REPO / "src").rglob("*.py") for text in _texts(file))
+    missing = [message for message in ours if not re.search(".*".join(map(re.escape, message.split("..."))), texts)]
+    assert missing == []
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The strings of a module, each on one line. A field of an f-string is a blank."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        pieces = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+        if any(isinstance(piece, str) for piece in pieces):
+            yield "".join(piece if isinstance(piece, str) else " " for piece in pieces).replace("\n", " ")

@@ -62,6 +62,13 @@ def test_the_page_is_what_the_script_writes(script: ModuleType, outputs: list[st
     assert all(outputs)
 
 
+def test_the_page_in_chinese_gets_the_commands_and_outputs(script: ModuleType, page: str) -> None:
+    chinese = script.CHINESE.read_text(encoding="utf-8")
+    older = chinese.replace("$ tunesmith", "$ older")
+    assert older != chinese
+    assert script.with_code_of(page, older) == chinese
+
+
 def test_the_page_tells_nothing_of_the_machine_that_it_was_written_on(page: str) -> None:
     assert not re.findall(r"(?:^|[\s(=])/(?:home|tmp|root|work|usr|var|opt)\b.*", page, re.MULTILINE)
     assert "Traceback" not in page

@@ -155,8 +155,7 @@ class Config(TrainingArguments):
     )
     share_prefix: SharePrefix = setting(
         "auto",
-        "Compute once what examples of a batch begin with in common: auto (where it saves a tenth of the tokens) "
-        "| off.",
+        "Compute a prefix that examples of a batch share only once: auto (where it saves a tenth of the tokens) | off.",
     )
     padding_free: bool = setting(True, "Batches without padding; false pads, for comparison or an odd model.")
     pad_to_multiple_of: int | str | None = setting(
