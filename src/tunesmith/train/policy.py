@@ -59,6 +59,7 @@ from tunesmith.train.rollouts import Answered, Deal, Judge, Trial, Window, trial
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
 from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.sharding import whole_weights
 from tunesmith.train.together import all_or_none, in_order
 from tunesmith.train.tools import Conversing, tools_of
 from tunesmith.train.vllm_server import Server, VLLMServer
@@ -183,6 +184,7 @@ class PolicyTrainer(RowsTrainer):
             _sampling(args),
             self.total,
             self._conversing(args),
+            ready=lambda: whole_weights(cast(nn.Module, self.model), args),
             guard=self._all_or_none,
         )
         parts = cast(int, args.steps_per_generation)
