@@ -78,7 +78,7 @@ class PolicyConfig(Config):
     num_generations_eval: int | None = setting(None, "Answers to each prompt in an evaluation; unset, num_generations.")
     max_completion_length: int = setting(512, "Most tokens of an answer.")
     generation_batch_size: int | None = setting(
-        None, "Answers drawn at a time; unset, those of steps_per_generation micro-batches."
+        None, "Answers drawn at a time, by all processes; unset, those of steps_per_generation micro-batches."
     )
     steps_per_generation: int | None = setting(
         None, "Micro-batches that share a generation; unset, gradient_accumulation_steps."
