@@ -116,6 +116,7 @@ def trainer_of(case: Case, processes: int, tokenizer: Path, folder: Path, **more
         optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, self_test="off",
     )  # fmt: skip
     loaded = AutoTokenizer.from_pretrained(tokenizer)
+    kind.draw_page = None
     trainer = kind(
         tiny(own["model"] or "llama", len(loaded)),
         own["reward_funcs"] or letters,
