@@ -144,7 +144,7 @@ def whole_weights(model: nn.Module, args: Config) -> Iterator[None]:
     finally:
         root.stays_whole = False
         for module in parts:
-            module.set_reshard_after_forward(args.shard == "full" and module is not model, recurse=False)
+            module.set_reshard_after_forward(args.shard == "full" and module is not root, recurse=False)
             module.reshard()
 
 

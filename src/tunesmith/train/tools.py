@@ -178,7 +178,7 @@ class Conversing:
         """An answer to each prompt, in their order, of at most `sampling.max_new_tokens` with all that is between its
         turns."""
         longest, rounds = sampling.max_new_tokens, 0
-        seeds = sampling.seeds or [None] * len(prompts)
+        seeds: Sequence[int | None] = sampling.seeds or [None] * len(prompts)
         talks = [_Open(prompt=[*ids], seed=seed) for ids, seed in zip(prompts, seeds, strict=True)]
         drawing = talks
         while drawing:
