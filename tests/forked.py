@@ -48,10 +48,14 @@ def finished(child: Any, timeout: float = 120) -> int:
 
 def together(number: int, target: Callable[..., None], *args: Any, code: int = 0) -> None:
     """Run `target` in `number` processes that know of each other, as `torchrun` starts them. Each ends with `code`."""
+    assert [finished(child, 200) for child in started(number, target, *args)] == [code] * number
+
+
+def started(number: int, target: Callable[..., None], *args: Any) -> list[Any]:
+    """The processes of `together`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    children = [start(_ranked, rank, number, port, target, args) for rank in range(number)]
-    assert [finished(child, 200) for child in children] == [code] * number
+    return [start(_ranked, rank, number, port, target, args) for rank in range(number)]
 
 
 def _ranked(rank: int, number: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -26,7 +26,7 @@ def prompts() -> list[list[int]]:
     return [SHORT, *(COMMON + tail for tail in tails), LONG, COMMON]
 
 
-def greedy(logits_BV: Tensor, rows: Any) -> Tensor:
+def greedy(logits_BV: Tensor, *_: Any) -> Tensor:
     return logits_BV.argmax(dim=-1)
 
 
@@ -109,9 +109,9 @@ def test_more_rows_at_a_time_on_a_cpu_as_far_as_their_cache_fits(monkeypatch: py
     def first_step() -> int:
         chosen: list[int] = []
 
-        def pick(logits_BV: Tensor, rows: Any) -> Tensor:
+        def pick(logits_BV: Tensor, *_: Any) -> Tensor:
             chosen.append(len(logits_BV))
-            return greedy(logits_BV, rows)
+            return greedy(logits_BV)
 
         list(decode(model, asked, [], pick))
         return chosen[0]

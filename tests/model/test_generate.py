@@ -157,6 +157,27 @@ def test_what_is_drawn_has_the_log_probabilities_of_the_models_logits(
         torch.testing.assert_close(torch.tensor(done.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_answer_by_its_seed_does_not_depend_on_what_is_drawn_beside_it(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on how it is drawn, nor on the global generator, which it leaves alone."""
+    ids, seeds = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS] * 3, [*range(3 * len(PROMPTS))]
+
+    def drawn(numbers: list[int], more: int = 0) -> dict[int, list[int]]:
+        sampling = Sampling(max_new_tokens=9, temperature=1.5, top_k=40, seeds=[seeds[i] + more for i in numbers])
+        answers = answer_ids(model.eval(), tokenizer, [ids[i] for i in numbers], sampling, batch_size=4)
+        return {numbers[done.index]: done.ids for done in answers}
+
+    before = torch.get_rng_state()
+    whole = drawn([*range(len(ids))])
+    assert len({*map(tuple, whole.values())}) == len(ids)
+    assert drawn([5, 1]) == {i: whole[i] for i in (1, 5)}
+    assert drawn([5], more=100)[5] != whole[5]
+    monkeypatch.setattr("tunesmith.model.generate.can_decode", lambda _: False)
+    assert drawn([*range(len(ids))]) == whole
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_rows_are_drawn_by_their_own_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS[:2]]
     with torch.no_grad():

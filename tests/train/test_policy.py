@@ -380,10 +380,10 @@ def test_out_of_memory_divides_a_group_with_the_same_gradients(policy_of: Any) -
 
 
 def test_answers_that_teach_nothing_are_not_computed_and_count_all_the_same(policy_of: Any) -> None:
-    def of_one_prompt(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    def of_one_prompt(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         asked = [prompt[0]["content"] for prompt in prompts]
-        lengths = [len(answer[0]["content"]) for answer in completions]
-        return [float(size) if text.startswith("One") else 0.5 for size, text in zip(lengths, asked, strict=True)]
+        first = [ids[0] for ids in completion_ids]
+        return [float(token) if text.startswith("One") else 0.5 for token, text in zip(first, asked, strict=True)]
 
     trainer = policy_of(reward_funcs=of_one_prompt)
     trainer.model.train()

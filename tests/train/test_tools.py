@@ -392,7 +392,7 @@ def test_a_model_that_calls_is_trained_and_resumed_with_the_same_bits(caller: Pa
     whole = resumable(str(tmp_path / "whole"), str(caller), save_strategy="no")
     whole.train()
     logged = [entry for entry in whole.state.log_history if "loss" in entry]
-    assert all(entry["tools/call_frequency"] > 0.3 for entry in logged)
+    assert all(entry["tools/call_frequency"] > 0.2 for entry in logged)
     resumable(str(tmp_path / "part"), str(caller), save_steps=3).train()
     resumed = resumable(str(tmp_path / "part"), str(caller), save_steps=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))

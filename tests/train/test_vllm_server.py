@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
 
+from tests.forked import together
 from tests.models import tiny
 from tunesmith import GRPOConfig, GRPOTrainer, TunesmithError
 from tunesmith.model.generate import Sampling
@@ -85,7 +87,7 @@ def stand_in(tokenizer: Any) -> Iterator[StandIn]:
     server.http.server_close()
 
 
-def settings(url: str, folder: Path) -> GRPOConfig:
+def settings(url: str, folder: Path, *, rows: int = 8) -> GRPOConfig:
     return GRPOConfig(
         output_dir=str(folder),
         report_to="none",
@@ -96,7 +98,7 @@ def settings(url: str, folder: Path) -> GRPOConfig:
         logging_steps=1,
         max_steps=2,
         learning_rate=1e-2,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=rows,
         num_generations=4,
         max_completion_length=6,
         self_test="off",
@@ -123,6 +125,22 @@ def test_a_server_draws_with_the_adapters_of_each_step(stand_in: StandIn, tokeni
     assert [path.name for path in (tmp_path / "vllm").iterdir()] == ["tunesmith-1"]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["sampling/sampling_logp_difference/mean"] < 1e-4 for entry in logged)
+
+
+def _train(folder: Path, tokenizer: Path, url: str) -> None:
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    model = get_peft_model(tiny("llama", len(loaded)), LoraConfig(target_modules=["q_proj"]))
+    GRPOTrainer(model, vowels, settings(url, folder, rows=4), ROWS, processing_class=loaded).train()
+
+
+@pytest.mark.processes
+def test_of_two_processes_one_loads_the_adapters_and_each_asks(
+    stand_in: StandIn, tiny_model: Path, tmp_path: Path
+) -> None:
+    together(2, _train, tmp_path, tiny_model, stand_in.url)
+    load, unload, ask = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
+    assert [path for path, _ in stand_in.asked] == [load, ask, ask, load, unload, ask, ask]
+    assert [len(body["prompt"]) for path, body in stand_in.asked if path == ask] == [4] * 4
 
 
 def test_what_the_server_says_is_in_the_error(stand_in: StandIn, tokenizer: Any, tmp_path: Path) -> None:

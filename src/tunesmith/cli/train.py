@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ LaunchConfig = Annotated[
 ]
 
 RECIPE = "recipe.yaml"
+TELLING = 10.0
+"""Seconds that a process has to tell its error."""
 USAGE = "[RECIPE.yaml] [--SETTING VALUE]..."
 HELP = """Train a model, as a recipe says.
 
@@ -229,10 +232,12 @@ def _check_launched(recipe: "Recipe") -> None:
 
 def _end_as_lost(error: Exception) -> None:
     """Exits quietly where the error is only that another process ended, which tells its own."""
-    from tunesmith.train.together import LOST, is_lost, number_of_processes
+    from tunesmith.train.together import LOST, AnotherFailed, is_lost, number_of_processes
 
     if number_of_processes() > 1 and is_lost(error):
         _say("another process ended, and so does this one")
+        if isinstance(error, AnotherFailed):  # and is still there: with the first that ends, the others are ended
+            time.sleep(TELLING)
         raise typer.Exit(LOST) from error
 
 

@@ -69,8 +69,9 @@ class Done:
     logprobs: list[float] | None = None
 
 
-Pick: TypeAlias = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
-"""Chooses tokens (B,) by fp32 logits (B, V), which stay as they are, and all tokens of each row so far."""
+Pick: TypeAlias = Callable[[Tensor, Sequence[Sequence[int]], Sequence[int]], Tensor]
+"""Chooses tokens (B,) by fp32 logits (B, V), which stay as they are, all tokens of each row so far, and the `index` of
+each row's request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,7 @@ def can_decode(model: PreTrainedModel) -> bool:
         is not GenerationMixin.prepare_inputs_for_generation
         or not {"input_ids", "attention_mask", "past_key_values"} <= takes.keys()
         or model.is_remote_code()
-        or not _alone()
+        or _is_spread(model)
     ):
         return False
     if _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}:
@@ -104,10 +105,10 @@ def can_decode(model: PreTrainedModel) -> bool:
     return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def _alone() -> bool:
-    """Of several processes, each must make as many calls as the others: weights may be spread over them."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+def _is_spread(model: PreTrainedModel) -> bool:
+    """Whether weights are spread over processes, of which each must make as many calls as the others then: by FSDP2,
+    as long as they are not gathered, or by DeepSpeed."""
+    return any(hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def _rope_types(parameters: Any) -> set[str]:
@@ -149,7 +150,7 @@ def decode(
             if rows is None and size == ROWS and model.device.type == "cpu":
                 size = max(ROWS, min(ROWS_ON_CPU, CACHE // (batch.bytes_per_column() * largest)))
                 continue  # more enter before the first step
-        tokens = pick(batch.logits, batch.rows)
+        tokens = pick(batch.logits, batch.rows, [request.index for request in batch.requests])
         if streamer is not None:
             streamer.put(tokens.cpu())
         yield from batch.note(tokens, ends, scored_at)

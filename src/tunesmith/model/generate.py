@@ -6,6 +6,7 @@ Shapes: B prompts, T tokens of the longest one.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,7 +44,10 @@ class Sampling:
     """How answers are drawn. `temperature` 0 takes the likeliest token; above, `torch`'s global generator draws among
     the likeliest tokens: those that have the probability `top_p` together, at most `top_k` (0: all), each at least
     `min_p` times as likely as the likeliest. `repetition_penalty` above 1 makes tokens less likely that a row has
-    already."""
+    already.
+
+    With `seeds`, one for each prompt, an answer is drawn by random numbers of its own in place of the global generator,
+    so that it does not depend on what else is drawn beside it."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -50,6 +55,7 @@ class Sampling:
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    seeds: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -200,9 +206,9 @@ def answer_ids(
         Request(index=i, ids=ids, limit=limit) for i, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     stops = stop_ids(model, tokenizer)
+    pick = _picker(sampling)
     if not has_virtual_tokens(model) and can_decode(base_model(model)):
         scored_at = (sampling.temperature or 1.0) if scored else None
-        pick = _picker(sampling)
         model = base_model(model)
         yield from decode(model, requests, stops, pick, rows=batch_size, streamer=streamer, scored_at=scored_at)
         return
@@ -211,7 +217,7 @@ def answer_ids(
     requests.sort(key=lambda request: -len(request.ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     for start in range(0, len(requests), size):
-        yield from _by_transformers(model, requests[start : start + size], stops, pad, sampling, streamer)
+        yield from _by_transformers(model, requests[start : start + size], stops, pad, sampling, pick, streamer)
 
 
 def _picker(sampling: Sampling) -> Pick:
@@ -223,16 +229,32 @@ def _picker(sampling: Sampling) -> Pick:
         warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
 
-    def pick(logits_BV: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+    streams = None if sampling.seeds is None else [Random(seed) for seed in sampling.seeds]
+
+    def pick(logits_BV: Tensor, rows: Sequence[Sequence[int]], numbers: Sequence[int]) -> Tensor:
         if sampling.repetition_penalty != 1:
             logits_BV = _penalized(logits_BV, rows, sampling.repetition_penalty)
         for warper in warpers:
             logits_BV = warper(None, logits_BV)
         if sampling.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1)[:, 0]
+        probabilities_BV = logits_BV.softmax(dim=-1)
+        if streams is None:
+            return torch.multinomial(probabilities_BV, num_samples=1)[:, 0]
+        return _tokens_at(probabilities_BV, [streams[number].random() for number in numbers])
 
     return pick
+
+
+def _tokens_at(probabilities_BV: Tensor, places: Sequence[float]) -> Tensor:
+    """The token (B,) of each row at a place in [0, 1), where the row's tokens take as much of it as they are probable,
+    one after another."""
+    exact = torch.float32 if probabilities_BV.device.type == "mps" else torch.float64
+    ends_BV = probabilities_BV.cumsum(dim=-1, dtype=exact)
+    whole_B1 = ends_BV[:, -1:]
+    wanted_B1 = torch.tensor(places, dtype=exact, device=ends_BV.device)[:, None] * whole_B1
+    wanted_B1 = wanted_B1.minimum(whole_B1.nextafter(torch.zeros_like(whole_B1)))  # to which it may have been rounded
+    return torch.searchsorted(ends_BV, wanted_B1, right=True)[:, 0]
 
 
 def _penalized(logits_BV: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -253,14 +275,16 @@ def _by_transformers(
     stops: list[int],
     pad: int,
     sampling: Sampling,
+    pick: Pick,
     streamer: BaseStreamer | None,
 ) -> list[Done]:
     """Answers of a model whose rows can't leave a batch (`can_decode`), through its own `generate`. Padding is on the
     left, so that all answers begin in one column."""
     base = base_model(model)
     longest = max(len(request.ids) for request in requests)
+    by_seeds = sampling.seeds is not None
     settings = GenerationConfig(
-        do_sample=sampling.temperature > 0,
+        do_sample=sampling.temperature > 0 and not by_seeds,
         eos_token_id=stops or None,
         pad_token_id=pad,
         use_cache=True,
@@ -269,7 +293,8 @@ def _by_transformers(
     if settings.do_sample:
         settings.temperature, settings.top_p, settings.top_k = sampling.temperature, sampling.top_p, sampling.top_k
         settings.min_p = sampling.min_p
-    settings.repetition_penalty = sampling.repetition_penalty
+    picks = [_Picks(pick, [request.index for request in requests])] if by_seeds else []
+    settings.repetition_penalty = 1.0 if by_seeds else sampling.repetition_penalty
     ids_BT = [[pad] * (longest - len(request.ids)) + [*request.ids] for request in requests]
     mask_BT = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
     inputs: dict[str, Any] = {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
@@ -279,7 +304,7 @@ def _by_transformers(
     before = 0 if "inputs_embeds" in inputs else inputs["input_ids"].shape[1]
     with _defaults_only(base):
         output: Any = base.generate(  # type: ignore[operator]
-            **inputs, generation_config=settings, streamer=streamer
+            **inputs, generation_config=settings, streamer=streamer, logits_processor=LogitsProcessorList(picks)
         )
     answers = []
     for request, ids in zip(requests, output[:, before:].tolist(), strict=True):
@@ -287,6 +312,17 @@ def _by_transformers(
         stop = None if end is None else ids[end]
         answers.append(Done(index=request.index, ids=ids[:end], ended=end is not None, stop=stop))
     return answers
+
+
+class _Picks(LogitsProcessor):
+    """Leaves of each row the token that `pick` takes; `numbers` are the indices of the rows' requests."""
+
+    def __init__(self, pick: Pick, numbers: Sequence[int]) -> None:
+        self._pick, self._numbers = pick, numbers
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        tokens = self._pick(scores.float(), input_ids.tolist(), self._numbers)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def _in_front(model: PeftModel, ids_BT: Tensor) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class PolicyConfig(Config):
     num_generations_eval: int | None = setting(None, "Answers to each prompt in an evaluation; unset, num_generations.")
     max_completion_length: int = setting(512, "Most tokens of an answer.")
     generation_batch_size: int | None = setting(
-        None, "Answers drawn at a time; unset, those of steps_per_generation micro-batches."
+        None, "Answers drawn at a time, by all processes; unset, those of steps_per_generation micro-batches."
     )
     steps_per_generation: int | None = setting(
         None, "Micro-batches that share a generation; unset, gradient_accumulation_steps."
@@ -147,7 +147,13 @@ class PolicyConfig(Config):
             self.dataloader_num_workers, self.dataloader_prefetch_factor = 0, None
             self.dataloader_persistent_workers, self.dataloader_multiprocessing_context = False, None
         self._check_functions()
-        self._settle_generations()
+        if self.num_generations < 2:
+            raise TunesmithError(
+                f"num_generations is {self.num_generations}; an answer is better or worse than others to its prompt: "
+                "write 2 or more"
+            )
+        if self.num_generations_eval is not None and self.num_generations_eval < 1:
+            raise TunesmithError(f"num_generations_eval is {self.num_generations_eval}; write 1 or more")
         for name, least in (("max_completion_length", 1), ("num_iterations", 1)):
             if getattr(self, name) < least:
                 raise TunesmithError(f"{name} is {getattr(self, name)}; write {least} or more")
@@ -200,9 +206,10 @@ class PolicyConfig(Config):
                 "auto_find_batch_size is True, which would take groups apart; leave it out: a micro-batch that does "
                 "not fit is split, with the same gradients"
             )
-        if self.world_size > 1:
+        if self.use_vllm and self.shard != "none":
             raise TunesmithError(
-                f"{self.world_size} processes were started, and answers are drawn and judged in one; start one process"
+                f"use_vllm is True, and shard is {self.shard}: the server takes whole adapters, and each process has a "
+                "part of them; leave shard out"
             )
         if self.vllm_mode not in ("server", "colocate"):
             raise TunesmithError(f"vllm_mode is {self.vllm_mode!r}; write server")
@@ -225,38 +232,36 @@ class PolicyConfig(Config):
                 f"reward_weights is {self.reward_weights!r}; write a list of numbers, one for each reward"
             ) from None
 
-    def _settle_generations(self) -> None:
-        """`generation_batch_size` and `steps_per_generation` say the same; a generation has whole groups."""
-        rows = self.per_device_train_batch_size
+    def settle_generations(self) -> None:
+        """`generation_batch_size` and `steps_per_generation` say the same, of all processes; a generation has whole
+        groups. A trainer calls it, because a config may be made before the processes are started.
+
+        Raises TunesmithError where these settings contradict each other.
+        """
+        rows, each = self.per_device_train_batch_size * self.world_size, "per_device_train_batch_size"
+        if self.world_size > 1:
+            each += f" x {self.world_size} processes"
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             if self.generation_batch_size != rows * self.steps_per_generation:
                 raise TunesmithError(
                     f"generation_batch_size is {self.generation_batch_size}, and steps_per_generation "
-                    f"{self.steps_per_generation} x {rows} answers of a micro-batch; keep one of them"
+                    f"{self.steps_per_generation} x {rows} answers of a micro-batch ({each}); keep one of them"
                 )
         elif self.generation_batch_size is not None:
             if self.generation_batch_size % rows:
                 raise TunesmithError(
-                    f"generation_batch_size is {self.generation_batch_size}; write a multiple of "
-                    f"per_device_train_batch_size, {rows}"
+                    f"generation_batch_size is {self.generation_batch_size}; write a multiple of {each}, {rows}"
                 )
             self.steps_per_generation = self.generation_batch_size // rows
         else:
             self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
             self.generation_batch_size = rows * self.steps_per_generation
-        if self.num_generations < 2:
-            raise TunesmithError(
-                f"num_generations is {self.num_generations}; an answer is better or worse than others to its prompt: "
-                "write 2 or more"
-            )
         if self.generation_batch_size % self.num_generations:
             raise TunesmithError(
-                f"{self.generation_batch_size} answers are drawn at a time (per_device_train_batch_size x "
-                f"steps_per_generation), which is no multiple of num_generations, {self.num_generations}; write "
-                f"per_device_train_batch_size: {self.num_generations}, or another multiple"
+                f"{self.generation_batch_size} answers are drawn at a time ({each} x steps_per_generation), which is "
+                f"no multiple of num_generations, {self.num_generations}; write per_device_train_batch_size: "
+                f"{self.num_generations}, or another multiple"
             )
-        if self.num_generations_eval is not None and self.num_generations_eval < 1:
-            raise TunesmithError(f"num_generations_eval is {self.num_generations_eval}; write 1 or more")
 
 
 @dataclass

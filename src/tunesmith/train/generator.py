@@ -4,19 +4,19 @@ The trainer's own decoding is the default. Whatever else draws (`train.vllm_serv
 and the trainer computes the log-probabilities that it learns from itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from random import Random
+from typing import Literal, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
 from tunesmith.model.generate import PLAIN, Sampling, answer_ids
 from tunesmith.model.head import in_evaluation
-from tunesmith.runs.states import Random, kept_random_states, random_states, restore_random_states
 
 Finish = Literal["stop", "length"]
 
@@ -33,7 +33,8 @@ class Generated:
 
 
 class Generator(Protocol):
-    """Draws an answer to each prompt, in their order."""
+    """Draws an answer to each prompt, in their order. `sampling.seeds` has a seed for each: what draws by them gives
+    the same answers however many processes draw, and in a run that goes on from a checkpoint."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]: ...
 
@@ -56,7 +57,8 @@ class OwnDecoding:
     """Answers of the `model` that is trained, as it is: without dropout, in the precision within `precision()`. What
     prompts begin with in common is computed once, and rows that have ended make room for others.
 
-    It has random numbers of its own, which begin at `seed`: whatever a reward draws changes no answer.
+    The random numbers of an answer are those of its seed in `sampling.seeds`: whatever a reward draws, and whatever is
+    drawn beside an answer, does not change it.
     """
 
     def __init__(
@@ -65,41 +67,19 @@ class OwnDecoding:
         tokenizer: PreTrainedTokenizerBase,
         *,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
-        seed: int = 0,
     ) -> None:
-        self._model, self._tokenizer, self._precision, self._seed = model, tokenizer, precision, seed
-        self._random: Random | None = None
+        self._model, self._tokenizer, self._precision = model, tokenizer, precision
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]:
         answers: dict[int, Generated] = {}
-        device = self._model.device
-        with kept_random_states(device), in_evaluation(self._model), torch.no_grad(), self._precision():
-            if self._random is None:
-                set_seed(self._seed)
-            else:
-                restore_random_states(self._random, device)
+        with in_evaluation(self._model), torch.no_grad(), self._precision():
             for done in answer_ids(self._model, self._tokenizer, prompts, sampling, scored=True):
                 ids = done.ids if done.stop is None else [*done.ids, done.stop]
                 finish: Finish = "stop" if done.ended else "length"
                 answers[done.index] = Generated(ids=ids, finish=finish, logprobs=done.logprobs)
-            self._random = random_states(device, all_devices=False)
         return [answers[i] for i in range(len(prompts))]
 
-    def begin(self) -> None:
-        """A run begins."""
-        self._random = None
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is drawn within begins at the seed, and what follows goes on where it was."""
-        kept, self._random = self._random, None
-        try:
-            yield
-        finally:
-            self._random = kept
-
-    def state(self) -> Mapping[str, Any]:
-        return {"random": self._random}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._random = state["random"]
+def seed_of(*key: object) -> int:
+    """A seed that is another one for each key."""
+    return Random(" ".join(map(str, key))).getrandbits(63)

@@ -73,6 +73,8 @@ COMPUTED = {"reference"}
 """Columns that follow from the others and a model, to rounding."""
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 """The settings by which a step is divided into micro-batches."""
+FOLLOWS = ("steps_per_generation",)
+"""Settings that follow from these and others that are compared."""
 VOLATILE_CONFIG = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"),
     "architectures",  # which saving writes into the settings of a model that was made from them

@@ -58,7 +58,7 @@ from tunesmith.runs.states import (
     restore_random_states,
 )
 from tunesmith.settings.config import Config
-from tunesmith.train.identity import DIVISION, identity_of, size_of_step
+from tunesmith.train.identity import DIVISION, FOLLOWS, identity_of, size_of_step
 from tunesmith.train.meter import Meter
 from tunesmith.train.sharding import is_shared_out, reads_own_rows, whole
 from tunesmith.train.together import all_or_none
@@ -253,7 +253,7 @@ class Keeper:
         size = size_of_step(was.settings)
         if size is None or size != size_of_step(now.settings):
             return differences
-        divided = [line for line in differences if line.startswith(tuple(f"{name}:" for name in DIVISION))]
+        divided = [line for line in differences if line.startswith(tuple(f"{name}:" for name in (*DIVISION, *FOLLOWS)))]
         if divided and self._trainer.is_world_process_zero():
             logger.warning(
                 "Steps have the same rows, and are divided otherwise, was -> is: %s; the run goes on, but rounds "

@@ -165,9 +165,13 @@ class Loaders:
             collate = BlankCollator(collate=collate, row=blank_of(dataset.with_format(None)[0]))
         else:
             collate = BlankCollator(collate=trainer._get_collator_with_removed_columns(collate, description))
-        accelerator = trainer.accelerator
+        return self.of_this_process(batch_loader(dataset, batches, collate, args, training=training))
+
+    def of_this_process(self, loader: Any) -> Any:
+        """`loader`, of which `accelerate` divides nothing more."""
+        accelerator = self._trainer.accelerator
         return prepare_data_loader(
-            batch_loader(dataset, batches, collate, args, training=training),
+            loader,
             accelerator.device,
             num_processes=1,
             process_index=0,

@@ -2,13 +2,15 @@
 
 A step begins with prompts. Where a generation is over, answers to the next prompts are drawn and judged
 (`train.rollouts`); its micro-batches then go the way of all others: their loss is a function of the log-probabilities
-of the answers' tokens (`objectives.policy`). What an advantage is, and which loss, is said in `train.grpo` and
-`train.rloo`.
+of the answers' tokens (`objectives.policy`). Of several processes, all know the prompts of a generation, and each draws
+its answers of them. What an advantage is, and which loss, is said in `train.grpo` and `train.rloo`.
 """
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -40,7 +43,7 @@ from tunesmith.objectives.policy import (
 )
 from tunesmith.settings.policy import PolicyConfig
 from tunesmith.text import shorten
-from tunesmith.train.generator import Generator, OwnDecoding
+from tunesmith.train.generator import Generator, OwnDecoding, seed_of
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss, Extreme
 from tunesmith.train.preference import without_dropout
@@ -54,12 +57,15 @@ from tunesmith.train.reference import (
     starts_as_base,
 )
 from tunesmith.train.rewards import SHOWN, Rewards
-from tunesmith.train.rollouts import Answered, Judge, Trial, Window, trials_of, without_silent
+from tunesmith.train.rollouts import Answered, Deal, Judge, Trial, Window, trials_of, without_silent
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
 from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.sharding import whole_weights
+from tunesmith.train.together import all_or_none, in_order
 from tunesmith.train.tools import Conversing, tools_of
 from tunesmith.train.vllm_server import Server, VLLMServer
+from tunesmith.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 OF_TOKENS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
@@ -137,6 +143,7 @@ class PolicyTrainer(RowsTrainer):
         _refuse(rollout_func=rollout_func, environment_factory=environment_factory)
         given = given_model(model)
         args = as_config(args, given, self.config)
+        args.settle_generations()
         self._tools = tools_of(args, tools)
         self.tools = [*self._tools.functions.values()]
         judges = args.reward_funcs if reward_funcs is None else reward_funcs
@@ -182,14 +189,27 @@ class PolicyTrainer(RowsTrainer):
         self._check_prompts()
         self.reference = self._chosen_reference(ref_model)
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        self.decoding = OwnDecoding(
-            cast(Model, self.model), tokenizer, precision=self.accelerator.autocast, seed=args.seed
-        )
+        self.decoding = OwnDecoding(cast(Model, self.model), tokenizer, precision=self.accelerator.autocast)
         drawing = generator or (self._server() if args.use_vllm else self.decoding)
-        self.judge = Judge(drawing, self.rewards, tokenizer, _sampling(args), self.total, self._conversing(args))
-        self.window = Window(parts=cast(int, args.steps_per_generation), iterations=args.num_iterations)
+        self.judge = Judge(
+            drawing,
+            self.rewards,
+            tokenizer,
+            _sampling(args),
+            self.total,
+            self._conversing(args),
+            ready=lambda: whole_weights(cast(nn.Module, self.model), args),
+            guard=self._all_or_none,
+        )
+        parts = cast(int, args.steps_per_generation)
+        together = math.gcd(parts, args.gradient_accumulation_steps)  # micro-batches that are in one step for sure
+        self.deal = Deal(
+            rank=args.process_index,
+            processes=args.world_size,
+            stretch=together * args.per_device_train_batch_size,
+        )
+        self.window = Window(parts, args.num_iterations, self.deal)
         self.keeper.add("window", self.window)
-        self.keeper.add("decoding", self.decoding)
         self._checked = self._warned = False
         self._noted: dict[str, list[float]] = {}
 
@@ -221,7 +241,11 @@ class PolicyTrainer(RowsTrainer):
             folder=Path(str(args.output_dir)) / "vllm",
             stops=stop_ids(cast(Model, self.model), tokenizer),
         )
-        return VLLMServer(self.model, server, lambda: int(self.state.global_step))
+        return VLLMServer(self.model, server, lambda: int(self.state.global_step), loads=args.process_index == 0)
+
+    def _all_or_none(self) -> AbstractContextManager[None]:
+        """Around what each process does by itself: where it fails on one, nobody waits for that one in vain."""
+        return all_or_none(self.args.device, numbered=False) if self.args.world_size > 1 else nullcontext()
 
     def total(self, rewards_DR: Tensor) -> Tensor:
         """(D,) What the rewards of each answer count together; NaN where none applies."""
@@ -295,14 +319,13 @@ class PolicyTrainer(RowsTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `BaseTrainer`. Before the first step, ratios must be 1, and the reference what the model is."""
         self.window.begin()
-        self.decoding.begin()
         self._checked = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # A step
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Of prompts: a generation at a time, once for each micro-batch that is made of it."""
+        """Of prompts: a generation at a time, of all processes, once for each micro-batch that is made of it."""
         args, training = self._policy, bool(kwargs.get("is_training"))
         seed = args.seed if args.data_seed is None else args.data_seed
         if training:
@@ -311,9 +334,10 @@ class PolicyTrainer(RowsTrainer):
                 len(dataset), args.prompts_per_generation, repeats=repeats, seed=seed, shuffled=args.shuffle_dataset
             )
         else:
-            batches = Generations(len(dataset), max(1, batch_size // self._group(training=False)), seed=None)
+            prompts = max(1, batch_size * args.world_size // self._group(training=False))
+            batches = Generations(len(dataset), prompts, seed=None)
         loader = batch_loader(dataset.select_columns("number"), batches, self.data_collator, args, training=training)
-        return register_sampler(self.accelerator.prepare(loader))
+        return register_sampler(self.loaders.of_this_process(loader))
 
     def _group(self, *, training: bool) -> int:
         args = self._policy
@@ -337,10 +361,16 @@ class PolicyTrainer(RowsTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _batch(self, trials: Sequence[Trial]) -> Batch:
-        return cast(Any, self.loaders.batching.collator).batch([(trial,) for trial in trials]).to(self.args.device)
+        """A micro-batch of the trials; a blank where there are none, as for a process without a part of a batch."""
+        collator = cast(Any, self.loaders.batching.collator)
+        if trials:
+            return cast(Batch, collator.batch([(trial,) for trial in trials]).to(self.args.device))
+        unknown = (torch.nan,) * len(self.rewards.names)
+        blank = Trial(input_ids=self._questions.every[0].ids[:1], labels=[IGNORE_INDEX], rewards=unknown)
+        return cast(Batch, collator.batch([(blank,)]).as_blank().to(self.args.device))
 
     def _generation(self, prompts: Prompts) -> list[Trial]:
-        """Answers to prompts as trials with advantages, for training."""
+        """This process's answers to the prompts of a generation, as trials with advantages, for training."""
         args = self._policy
         answered = self._answered(prompts, training=True)
         trials = trials_of(answered, masks_cut=args.mask_truncated_completions)
@@ -351,10 +381,21 @@ class PolicyTrainer(RowsTrainer):
         return trials
 
     def _answered(self, prompts: Prompts, *, training: bool) -> Answered:
+        """Answers to prompts. Their random numbers follow from `seed` and the number of the generation, or, in an
+        evaluation, the place of the prompt."""
+        args, group = self._policy, self._group(training=training)
         asked: list[Question] = [self._questions.every[number] for number in prompts.numbers]
-        answered = self.judge(
-            asked, self._group(training=training), trainer_state=self.state, log_metric=self._note_metric
-        )
+        total = len(asked) * group
+        deal = self.deal if training else replace(self.deal, stretch=math.ceil(total / args.world_size))
+        numbers = deal.numbers(total)
+        if training:
+            seeds = [seed_of(args.seed, self.window.generations, number) for number in numbers]
+        else:
+            seeds = [seed_of(args.seed, asked[number // group].place, number % group) for number in numbers]
+        if isinstance(server := self.judge.generator, VLLMServer):
+            with self._all_or_none():  # one loads the adapters, for all
+                server.load()
+        answered = self.judge(asked, group, numbers, seeds, trainer_state=self.state, log_metric=self._note_metric)
         if training:
             entry = answered.best_and_worst(self.rewards.names)
             known = answered.totals[~answered.totals.isnan()]
@@ -362,7 +403,7 @@ class PolicyTrainer(RowsTrainer):
             spread = float(answered.spreads.nan_to_num(nan=0.0).mean())
             reward = {"reward": float(known.mean()), "reward_spread": spread} if len(known) else {}
             self.journal.note_answers(entry, reward)
-            if self._policy.log_completions and self.is_world_process_zero():
+            if args.log_completions and self.is_world_process_zero():
                 logger.warning("Best and worst of a group:\n%s", json.dumps(entry, indent=2, ensure_ascii=False))
         return answered
 
@@ -370,14 +411,16 @@ class PolicyTrainer(RowsTrainer):
         """Warn, once, of an answer to which no reward applies."""
         if self._warned or not (unjudged := answered.totals.isnan().nonzero().flatten().tolist()):
             return
-        self._warned = True
+        self._warned, first = True, unjudged[0]
+        if first not in answered.numbers:  # the process that has drawn it says so
+            return
         logger.warning(
             "%s: no reward applies to %d of %d answers of a generation (all are None), the first %s. They teach "
             "nothing.",
-            answered.questions[unjudged[0] // answered.group].place,
+            answered.questions[first // answered.group].place,
             len(unjudged),
-            len(answered.texts),
-            shorten(repr(answered.texts[unjudged[0]]), SHOWN),
+            len(answered.totals),
+            shorten(repr(answered.texts[answered.numbers.index(first)]), SHOWN),
         )
 
     def _note_metric(self, name: str, value: float) -> None:
@@ -386,7 +429,7 @@ class PolicyTrainer(RowsTrainer):
 
     def _scored(self, answered: Answered, trials: list[Trial], micro_batch: int, *, training: bool) -> list[Trial]:
         """With log-probabilities of the model that has drawn, where that may be another one by the time they are
-        trained on, and of the reference; with advantages and divisors."""
+        trained on, and of the reference; with advantages and divisors, which are those of the whole generation."""
         args = self._policy
         every = cast(int, args.steps_per_generation) * args.num_iterations
         stale = args.gradient_accumulation_steps % every != 0 or self.corrects
@@ -396,11 +439,12 @@ class PolicyTrainer(RowsTrainer):
         kl = None
         if self.reference_in_reward and near is not None:
             own = before or self._scores(trials, micro_batch, AsItIs(), model)
-            kl = torch.tensor([float((one - two).sum()) for one, two in zip(own, near, strict=True)])
+            own_kl = [float((one - two).sum()) for one, two in zip(own, near, strict=True)]
+            kl = torch.tensor(in_order(answered.numbers, own_kl))
         advantages = self.advantages(answered, kl).tolist()
         parts = divisors(
             self.options.loss,
-            [trial.target_count for trial in trials],
+            in_order(answered.numbers, [trial.target_count for trial in trials]),
             micro_batch=micro_batch,
             longest=args.max_completion_length,
             level=self.options.level,
@@ -408,13 +452,13 @@ class PolicyTrainer(RowsTrainer):
         return [
             replace(
                 trial,
-                advantage=advantages[i],
-                scale=parts[i].scale,
-                share=parts[i].share,
+                advantage=advantages[number],
+                scale=parts[number].scale,
+                share=parts[number].share,
                 before=None if before is None else before[i],
                 by_reference=None if near is None else near[i],
             )
-            for i, trial in enumerate(trials)
+            for i, (number, trial) in enumerate(zip(answered.numbers, trials, strict=True))
         ]
 
     @property
@@ -430,12 +474,13 @@ class PolicyTrainer(RowsTrainer):
     def _scores(self, trials: Sequence[Trial], micro_batch: int, by: Reference, model: nn.Module) -> list[Tensor]:
         """What a model says of the trained tokens of each trial, each (S,), in main memory."""
         scores: list[Tensor] = []
-        for start in range(0, len(trials), micro_batch):
+        for start in range(0, max(1, len(trials)), max(1, micro_batch)):  # once at least: weights may be shared out
             batch = self._batch(trials[start : start + micro_batch])
             with torch.no_grad(), by.acting(model) as acting, self.accelerator.autocast():
                 answer = self.predict_targets(acting, batch, batch.targets(), self._logprobs)
             outcome: TokenLogProbs = answer.outcome
-            scores += [values.cpu().clone() for values in batch.by_document(outcome.logprobs)]
+            if not batch.blank:
+                scores += [values.cpu().clone() for values in batch.by_document(outcome.logprobs)]
         return scores
 
     @property
@@ -462,12 +507,13 @@ class PolicyTrainer(RowsTrainer):
             compared["reference"] = (others, near, "give the model that the reference is to be as ref_model")
         for name, (others, most, hint) in compared.items():
             pairs = [(one, two) for one, two in zip(own, others, strict=True) if two is not None and len(two)]
-            if not pairs:
-                continue
-            apart = torch.cat([one - two for one, two in pairs]).abs().nan_to_num(nan=0.0).mean()
-            if not apart <= most:
+            apart = torch.cat([torch.zeros(0), *(one - two for one, two in pairs)]).abs().nan_to_num(nan=0.0)
+            sums = torch.tensor([float(apart.sum()), len(apart)], device=args.device)
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()  # so that all processes agree
+            mean = total / max(1.0, count)
+            if not mean <= most:
                 raise TunesmithError(
-                    f"before the first step, the model and its {name} differ by {float(apart):.4f} nats a token (at "
+                    f"before the first step, the model and its {name} differ by {mean:.4f} nats a token (at "
                     f"most {most:g} is rounding), so that ratios would not begin at 1; {hint}"
                 )
 
@@ -572,11 +618,6 @@ class PolicyTrainer(RowsTrainer):
 
     # An evaluation, and the log
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Each evaluation draws with the same random numbers, and those of the training go on behind it."""
-        with self.decoding.aside():
-            return super().evaluation_loop(*args, **kwargs)
-
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -587,10 +628,14 @@ class PolicyTrainer(RowsTrainer):
         return super().prediction_step(model, self._batch(trials), True, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of what reward functions have noted."""
+        """Adds the means of what reward functions have noted, on all processes."""
         if "loss" in logs:
-            noted, self._noted = self._noted, {}
-            logs |= {name: sum(values) / len(values) for name, values in noted.items() if values}
+            noted: dict[str, list[float]] = {}
+            for part in gather_object([self._noted]):
+                for name, values in part.items():
+                    noted.setdefault(name, []).extend(values)
+            self._noted = {}
+            logs |= {name: sum(values) / len(values) for name, values in noted.items()}
         super().log(logs, start_time)
 
     def predict(self, *_: Any, **__: Any) -> Any:

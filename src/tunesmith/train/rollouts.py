@@ -5,13 +5,18 @@
 
 An answer is a document of its own: the loss is a sum over answers, so a micro-batch that does not fit can be divided
 anywhere. Answers to one prompt are neighbours in a micro-batch, which computes their prompt once.
+
+Of several processes, each draws the answers that it trains on, and has them judged (`Deal`). Their rewards and lengths
+are exchanged, so that advantages and divisors are those of the whole generation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from tunesmith.data.questions import Question
@@ -20,6 +25,7 @@ from tunesmith.objectives.checks import Completion
 from tunesmith.objectives.policy import deviation
 from tunesmith.train.generator import Generated, Generator, draw, text_of
 from tunesmith.train.rewards import Asked, Rewards
+from tunesmith.train.together import in_order
 from tunesmith.train.tools import Conversing, Talk
 from tunesmith.types import IGNORE_INDEX, Example
 
@@ -59,13 +65,37 @@ class Trial(Example):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Deal:
+    """Which answers of a generation are those of process `rank`. Each process takes `stretch` answers in turn, those of
+    one stretch of all processes are in one step, and a stretch of whole groups keeps these on one process.
+
+    With 2 processes, 2 answers a micro-batch, 2 micro-batches a step and two steps a generation, stretches of 4:
+
+        answers    0 1 2 3    4 5 6 7    8 9 10 11    12 13 14 15
+        process    0          1          0            1
+    """
+
+    rank: int = 0
+    processes: int = 1
+    stretch: int = 1
+
+    def numbers(self, total: int) -> list[int]:
+        """Of `total` answers."""
+        return [number for number in range(total) if number // self.stretch % self.processes == self.rank]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
     """D answers of a generation, those to one prompt one after another, `group` to each, and their judgement: rewards
-    (D, R), NaN where one does not apply, and what they count together (D,), NaN where none applies. `extra` has what
-    functions had to say of each answer besides."""
+    (D, R), NaN where one does not apply, and what they count together (D,), NaN where none applies.
+
+    This process has drawn those with these `numbers`: what was `generated`, its `texts`, and in `extra` what functions
+    had to say of each besides.
+    """
 
     questions: Sequence[Question]
     group: int
+    numbers: Sequence[int]
     generated: Sequence[Generated]
     texts: Sequence[str]
     rewards: Tensor
@@ -82,26 +112,29 @@ class Answered:
         return deviation(self.totals_PG).repeat_interleave(self.group)
 
     def best_and_worst(self, names: Sequence[str]) -> dict[str, Any]:
-        """The first group with the widest spread: its prompt, its best and its worst answer, as JSON."""
+        """The first group with the widest spread: its prompt, its best and its worst answer, as JSON. Every process
+        must ask."""
         number = int(deviation(self.totals_PG).argmax())
         totals = self.totals_PG[number]
         places = {
             "best": int(totals.nan_to_num(nan=-torch.inf).argmax()),
             "worst": int(totals.nan_to_num(nan=torch.inf).argmin()),
         }
-        entry: dict[str, Any] = {"prompt": self.questions[number].prompt}
-        for name, place in places.items():
-            answer = number * self.group + place
-            rewards = dict(zip(names, map(_plain, self.rewards[answer].tolist()), strict=True))
-            entry[name] = {
-                "text": self.texts[answer],
-                "reward": _plain(float(self.totals[answer])),
-                "rewards": rewards,
-                "tokens": sum(own_tokens(self.generated[answer])),
-                "ended": self.generated[answer].finish == "stop",
-                **{key: _as_json(values[answer]) for key, values in self.extra.items()},
-            }
-        return entry
+        chosen = {name: number * self.group + place for name, place in places.items()}
+        own = {name: self._entry(answer, names) for name, answer in chosen.items() if answer in self.numbers}
+        entries = {name: entry for part in gather_object([own]) for name, entry in part.items()}
+        return {"prompt": self.questions[number].prompt} | {name: entries[name] for name in places}
+
+    def _entry(self, answer: int, names: Sequence[str]) -> dict[str, Any]:
+        own = self.numbers.index(answer)
+        return {
+            "text": self.texts[own],
+            "reward": _plain(float(self.totals[answer])),
+            "rewards": dict(zip(names, map(_plain, self.rewards[answer].tolist()), strict=True)),
+            "tokens": sum(own_tokens(self.generated[own])),
+            "ended": self.generated[own].finish == "stop",
+            **{key: _as_json(values[own]) for key, values in self.extra.items()},
+        }
 
 
 def _as_json(value: Any) -> Any:
@@ -115,7 +148,8 @@ def _plain(value: float) -> float | None:
 
 class Judge:
     """Draws answers with a `generator`, turn by turn with a `conversing`, and judges them with `rewards`, of which
-    `total` makes one number each: (D, R) to (D,)."""
+    `total` makes one number each: (D, R) to (D,). Drawing is done within `ready()`; both within `guard()`, which no
+    process leaves well where another fails."""
 
     def __init__(
         self,
@@ -125,24 +159,57 @@ class Judge:
         sampling: Sampling,
         total: Callable[[Tensor], Tensor],
         conversing: Conversing | None = None,
+        ready: Callable[[], AbstractContextManager[None]] = nullcontext,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.generator, self.rewards, self._tokenizer = generator, rewards, tokenizer
         self._sampling, self._total, self._conversing = sampling, total, conversing
+        self._ready, self._guard = ready, guard
 
-    def __call__(self, questions: Sequence[Question], group: int, **context: Any) -> Answered:
-        """`group` answers to each question. `context` are further arguments of reward functions.
+    def __call__(
+        self, questions: Sequence[Question], group: int, numbers: Sequence[int], seeds: Sequence[int], **context: Any
+    ) -> Answered:
+        """`group` answers to each question, of which this process draws those with these `numbers`, each by its seed,
+        and judges them. `context` are further arguments of reward functions. Every process must call it.
 
         Raises TunesmithError for what the generator or a reward can't do.
         """
-        asked = [question for question in questions for _ in range(group)]
-        prompts = [question.ids for question in asked]
+        asked, extra = [questions[number // group] for number in numbers], dict[str, Sequence[Any]]()
+        with self._guard():
+            with self._ready():
+                generated = self._drawn(asked, seeds)
+            texts = [one.text if isinstance(one, Talk) else text_of(self._tokenizer, one) for one in generated]
+            own = self._judged(asked, generated, texts, extra, context) if asked else []
+        rewards = torch.tensor(in_order(numbers, own))
+        return Answered(
+            questions=questions,
+            group=group,
+            numbers=numbers,
+            generated=generated,
+            texts=texts,
+            rewards=rewards,
+            totals=self._total(rewards),
+            extra=extra,
+        )
+
+    def _drawn(self, asked: Sequence[Question], seeds: Sequence[int]) -> Sequence[Generated]:
+        if not asked:
+            return []
         drawing = draw if self._conversing is None else self._conversing
-        generated = drawing(self.generator, prompts, self._sampling)
-        texts = [answer.text if isinstance(answer, Talk) else text_of(self._tokenizer, answer) for answer in generated]
+        return drawing(self.generator, [question.ids for question in asked], replace(self._sampling, seeds=seeds))
+
+    def _judged(
+        self,
+        asked: Sequence[Question],
+        generated: Sequence[Generated],
+        texts: Sequence[str],
+        extra: dict[str, Sequence[Any]],
+        context: Mapping[str, Any],
+    ) -> list[list[float]]:
+        """The rewards of each answer; `extra` is filled with what functions had to say besides."""
         completions = [
             _completion(question, answer, text) for question, answer, text in zip(asked, generated, texts, strict=True)
         ]
-        extra: dict[str, Sequence[Any]] = {}
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
             if len(values) == len(asked):
@@ -159,15 +226,7 @@ class Judge:
             log_extra=log_extra,
             **context,
         )
-        return Answered(
-            questions=questions,
-            group=group,
-            generated=generated,
-            texts=texts,
-            rewards=rewards,
-            totals=self._total(rewards),
-            extra=extra,
-        )
+        return [list(map(float, row)) for row in rewards.tolist()]
 
 
 def _completion(question: Question, answer: Generated, text: str) -> Completion:
@@ -183,12 +242,12 @@ def own_tokens(answer: Generated) -> list[bool]:
 
 
 def trials_of(answered: Answered, *, masks_cut: bool) -> list[Trial]:
-    """The answers as examples, whose tokens are trained as far as the model drew them, but for those that were cut off
-    with `masks_cut`. They have no advantages yet."""
+    """The answers of this process as examples, whose tokens are trained as far as the model drew them, but for those
+    that were cut off with `masks_cut`. They have no advantages yet."""
     spreads = answered.spreads.tolist()
     deviations = tuple(deviation(torch.cat([answered.totals[None], answered.rewards.T])).tolist())
     trials = []
-    for i, answer in enumerate(answered.generated):
+    for i, answer in zip(answered.numbers, answered.generated, strict=True):
         prompt, own = answered.questions[i // answered.group].ids, own_tokens(answer)
         cut = answer.finish == "length"
         masked = not answer.ids or (cut and masks_cut)
@@ -221,20 +280,20 @@ def without_silent(trials: Sequence[Trial]) -> list[Trial]:
 
 
 class Window:
-    """The generation that is trained on: its micro-batches of trials, and how many are still to come.
+    """The generation that is trained on: this process's micro-batches of trials, and how many are still to come.
 
     With one iteration and a step that takes a whole generation, it is empty behind each step, and a checkpoint holds
-    nothing of it.
+    nothing of it but the number of `generations` so far.
     """
 
-    def __init__(self, parts: int, iterations: int) -> None:
-        self._parts, self._iterations = parts, iterations
+    def __init__(self, parts: int, iterations: int, deal: Deal) -> None:
+        self._parts, self._iterations, self._deal = parts, iterations, deal
         self.begin()
 
     def begin(self) -> None:
         """A run begins."""
         self._trials: list[Trial] = []
-        self._left = 0
+        self._left = self.generations = 0
 
     @property
     def is_over(self) -> bool:
@@ -243,6 +302,7 @@ class Window:
     def fill(self, trials: Sequence[Trial]) -> None:
         """Begin with the micro-batches of these trials."""
         self._trials, self._left = [*trials], self._parts * self._iterations
+        self.generations += 1
 
     def take(self) -> list[Trial]:
         """The trials of the next micro-batch."""
@@ -255,11 +315,19 @@ class Window:
         return taken
 
     def state(self) -> Mapping[str, Any]:
-        return {"left": self._left, "trials": [asdict(trial) for trial in self._trials]}
+        """Of all processes, which all must call this: all trials of the generation, and how many are still to come."""
+        own = [asdict(trial) for trial in self._trials]
+        numbers = self._deal.numbers(len(own) * self._deal.processes)
+        trials = in_order(numbers, own)
+        return {"generations": self.generations, "left": self._left * len(trials) // self._parts, "trials": trials}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._left = state["left"]
+        """Also that of another number of processes, whose steps take as many trials."""
+        every = state["trials"]
+        self.generations = state["generations"]
+        self._left = state["left"] * self._parts // max(1, len(every))
+        own = [every[number] for number in self._deal.numbers(len(every))]
         self._trials = [
             Trial(**{**trial, **{name: tuple(trial[name]) for name in ("rewards", "deviations")}, "silent": ()})
-            for trial in state["trials"]
+            for trial in own
         ]

@@ -126,12 +126,34 @@ def in_forward(model: nn.Module, work: Callable[[], T]) -> T:
         _let_go(model)
 
 
+@contextmanager
+def whole_weights(model: nn.Module, args: Config) -> Iterator[None]:
+    """Within, each process has all weights of `model`, and computes as often as it likes without the others, such as
+    answers, of which each has its own. Every process must enter and leave."""
+    if not is_shared_out(model):
+        yield
+        return
+    in_forward(model, lambda: None)  # what `fully_shard` sets up with the first forward pass, it sets up for `model`
+    root, parts = cast(Any, model), _parts(model)
+    root.stays_whole = True
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        root.stays_whole = False
+        for module in parts:
+            module.set_reshard_after_forward(args.shard == "full" and module is not root, recurse=False)
+            module.reshard()
+
+
 def _parts(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _let_go(model: nn.Module, *_: Any) -> None:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not getattr(model, "stays_whole", False):
         for module in _parts(model):
             module.reshard()
 

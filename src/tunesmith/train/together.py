@@ -4,18 +4,21 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from tunesmith.runs.folder import error_number
 
+T = TypeVar("T")
 LOST = 75
 """The exit code of a process that ended because another did."""
 FOREVER = timedelta(days=365)
@@ -83,6 +86,12 @@ def sum_over_processes(args: TrainingArguments) -> Callable[[int], int]:
         return int(total)
 
     return summed
+
+
+def in_order(numbers: Sequence[int], values: Sequence[T]) -> list[T]:
+    """The values of all processes, by their numbers. Every process must bring its own, any number of them."""
+    pairs: list[tuple[int, T]] = gather_object([*zip(numbers, values, strict=True)])
+    return [value for _, value in sorted(pairs, key=itemgetter(0))]
 
 
 class Waiting:
@@ -155,15 +164,16 @@ def _arrive(gradients: list[Tensor], flat: Tensor, work: Any) -> None:
 
 
 @contextmanager
-def all_or_none(device: torch.device) -> Iterator[None]:
+def all_or_none(device: torch.device, *, numbered: bool = True) -> Iterator[None]:
     """What is within fails on every process where it fails on one: the others raise an OSError of the same number, or
-    AnotherFailed where it was no error of the system. Nobody waits in vain for a process that has gone on."""
+    AnotherFailed where it was no error of the system, or with `numbered` false. Nobody waits in vain for a process that
+    has gone on."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:  # raised below, when the others know
         failure = error
-    own = 0 if failure is None else error_number(failure) or UNNUMBERED
+    own = 0 if failure is None else (error_number(failure) if numbered else None) or UNNUMBERED
     numbers = torch.tensor(own, device=device)
     distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
     worst = int(numbers)

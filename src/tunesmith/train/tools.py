@@ -22,7 +22,7 @@ from tunesmith.data.tool_turns import Call, ToolTurns
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Sampling
 from tunesmith.runs.record import prompt_text
-from tunesmith.train.generator import Finish, Generated, Generator, draw, text_of
+from tunesmith.train.generator import Finish, Generated, Generator, draw, seed_of, text_of
 from tunesmith.train.rewards import imported
 
 
@@ -131,9 +131,10 @@ class Talk(Generated):
 
 @dataclass(kw_only=True, slots=True)
 class _Open:
-    """An answer that is being drawn. `wanted` are the calls of its last turn."""
+    """An answer that is being drawn, its turns by seeds that `seed` makes. `wanted` are the calls of its last turn."""
 
     prompt: list[int]
+    seed: int | None
     ids: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -177,12 +178,15 @@ class Conversing:
         """An answer to each prompt, in their order, of at most `sampling.max_new_tokens` with all that is between its
         turns."""
         longest, rounds = sampling.max_new_tokens, 0
-        talks = [_Open(prompt=[*ids]) for ids in prompts]
+        seeds: Sequence[int | None] = sampling.seeds or [None] * len(prompts)
+        talks = [_Open(prompt=[*ids], seed=seed) for ids, seed in zip(prompts, seeds, strict=True)]
         drawing = talks
         while drawing:
             most = max(longest - len(talk.ids) for talk in drawing)
             asked = [talk.prompt + talk.ids for talk in drawing]
-            for talk, turn in zip(drawing, draw(generator, asked, replace(sampling, max_new_tokens=most)), strict=True):
+            own = [seed_of(talk.seed, rounds) for talk in drawing] if sampling.seeds else None
+            turns = draw(generator, asked, replace(sampling, max_new_tokens=most, seeds=own))
+            for talk, turn in zip(drawing, turns, strict=True):
                 self._take(talk, turn, longest - len(talk.ids))
             if rounds == self._most:
                 break

@@ -44,26 +44,27 @@ class Server:
 
 
 class VLLMServer:
-    """Draws answers with the adapters of `model` as they are; `version` tells when they have changed.
+    """Draws answers with the adapters of `model` as they are; `version` tells when they have changed. Of several
+    processes that draw with the same adapters, one `loads` them, before the others ask.
 
     Raises TunesmithError where the server does not come up or says no, with its word.
     """
 
-    def __init__(self, model: Any, server: Server, version: Callable[[], int]) -> None:
+    def __init__(self, model: Any, server: Server, version: Callable[[], int], *, loads: bool = True) -> None:
         if not isinstance(model, PeftModel):
             raise TunesmithError(
                 "use_vllm is True, and all weights are trained, which no server takes over HTTP; train LoRA adapters "
                 "(peft_config, --lora), or leave use_vllm out"
             )
-        self._model, self._server, self._version = model, server, version
-        self._loaded: tuple[int, str] | None = None
+        self._model, self._server, self._version, self._loads = model, server, version, loads
+        self._loaded: str | None = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generated]:
-        name = self._current()
+        self.load()
         answer = self._post(
             "/v1/completions",
             {
-                "model": name,
+                "model": self._name,
                 "prompt": [list(ids) for ids in prompts],
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
@@ -100,21 +101,24 @@ class VLLMServer:
         known = logprobs if len(logprobs) == len(ids) else None
         return Generated(ids=ids, finish="stop" if ended else "length", logprobs=known)
 
-    def _current(self) -> str:
+    @property
+    def _name(self) -> str:
         """The name under which the server has the adapters as they are now."""
-        version = self._version()
-        if self._loaded is not None and self._loaded[0] == version:
-            return self._loaded[1]
+        return f"tunesmith-{self._version()}"
+
+    def load(self) -> None:
+        """Let the server have the adapters as they are now, where it is this process that loads them."""
+        name, before = self._name, self._loaded
+        if not self._loads or before == name:
+            return
         self._wait()
-        name, before = f"tunesmith-{version}", self._loaded
         folder = self._server.folder / name
         self._model.save_pretrained(str(folder))
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())}, ANSWERING)
-        self._loaded = version, name
+        self._loaded = name
         if before is not None:
-            self._post("/v1/unload_lora_adapter", {"lora_name": before[1]}, ANSWERING)
-            shutil.rmtree(self._server.folder / before[1], ignore_errors=True)
-        return name
+            self._post("/v1/unload_lora_adapter", {"lora_name": before}, ANSWERING)
+            shutil.rmtree(self._server.folder / before, ignore_errors=True)
 
     def _wait(self) -> None:
         """Until the server is up."""
