@@ -102,7 +102,7 @@ def _trainer(output: Path, pairs: list[dict[str, Any]], seed: int, precision: An
         output_dir=str(output / "dpo"),
         # Right and wrong answers are nearly alike: by sigmoid both become unlikely, and no answer is right any more.
         # This loss makes the right ones likelier.
-        loss_type="apo_zero",
+        loss_type=["apo_zero"],
         beta=0.1,
         learning_rate=5e-4,
         per_device_train_batch_size=4,

@@ -365,8 +365,12 @@ class PolicyTrainer(RowsTrainer):
         collator = cast(Any, self.loaders.batching.collator)
         if trials:
             return cast(Batch, collator.batch([(trial,) for trial in trials]).to(self.args.device))
-        unknown = (torch.nan,) * len(self.rewards.names)
-        blank = Trial(input_ids=self._questions.every[0].ids[:1], labels=[IGNORE_INDEX], rewards=unknown)
+        blank = Trial(
+            input_ids=self._questions.every[0].ids[:1],
+            labels=[IGNORE_INDEX],
+            rewards=(torch.nan,) * len(self.rewards.names),
+            deviations=(torch.nan,) * len(self.deviations),
+        )
         return cast(Batch, collator.batch([(blank,)]).as_blank().to(self.args.device))
 
     def _generation(self, prompts: Prompts) -> list[Trial]:
