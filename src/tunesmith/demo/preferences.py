@@ -100,11 +100,12 @@ def _trainer(output: Path, pairs: list[dict[str, Any]], seed: int, precision: An
     """A trainer of the adapters that supervised fine-tuning has saved; as they are now, they are the reference."""
     args = DPOConfig(
         output_dir=str(output / "dpo"),
-        # Right and wrong answers are nearly alike: by sigmoid both become unlikely, and no answer is right any more.
-        # This loss makes the right ones likelier.
-        loss_type=["apo_zero"],
+        # Right and wrong answers are nearly alike: at this learning rate sigmoid alone makes both unlikely, so that no
+        # answer is right any more. With sft, the right ones are learned, too.
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[0.3, 1.0],
         beta=0.1,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         per_device_train_batch_size=4,
         num_train_epochs=1,
         warmup_steps=4,
