@@ -232,12 +232,11 @@ def _check_launched(recipe: "Recipe") -> None:
 
 def _end_as_lost(error: Exception) -> None:
     """Exits quietly where the error is only that another process ended, which tells its own."""
-    from tunesmith.train.together import LOST, AnotherFailed, is_lost, number_of_processes
+    from tunesmith.train.together import LOST, is_lost, number_of_processes
 
     if number_of_processes() > 1 and is_lost(error):
         _say("another process ended, and so does this one")
-        if isinstance(error, AnotherFailed):  # and is still there: with the first that ends, the others are ended
-            time.sleep(TELLING)
+        time.sleep(TELLING)  # that one may still be there, and with the first that ends the others are ended
         raise typer.Exit(LOST) from error
 
 

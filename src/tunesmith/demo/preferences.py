@@ -19,7 +19,7 @@ from tunesmith.settings.preference import DPOConfig
 from tunesmith.train.progress import TrainingProgress
 from tunesmith.trainers import DPOTrainer
 
-SUPERVISED_COUNT = 48
+SUPERVISED_COUNT = 32
 """So few e-mails are shown with their answers that much is left to learn."""
 ANSWERED_COUNT = 384
 """So many others are answered, of which the wrong ones make pairs."""
