@@ -245,7 +245,7 @@ def run(recipe: "Recipe") -> None:
     with 143."""
     from tunesmith.train.interrupt import StopOnInterrupt
     from tunesmith.train.progress import TrainingProgress
-    from tunesmith.train.together import number_of_processes
+    from tunesmith.train.together import number_of_processes, part
 
     output, rows = Path(str(recipe.config.output_dir)), opened(recipe)
     with TrainingProgress(progress_console()) as view, StopOnInterrupt(view.say) as stop:
@@ -257,6 +257,7 @@ def run(recipe: "Recipe") -> None:
             trainer.save_model()
     _say_report(trainer)
     _finish(trainer, stopped=stop.stopped)
+    part()
     # Who started several processes would end those that still write, where the first of them seems to have failed.
     if stop.stopped and number_of_processes() == 1:
         raise typer.Exit(stop.exit_code)
