@@ -9,7 +9,7 @@ and two answers of 100. All are pairs of texts, which both sides make into the s
 process of its own: AdamW, fp32, the pairs in the same order, without gradient checkpointing.
 
     ours         the prompt of a pair once
-    unshared     ours with `share_prefix: off`
+    unshared     ours with the prompt of a pair twice: no setting does that, so the benchmark takes sharing away
     trl          TRL's fastest setting on a CPU
     ...-before   the same with `precompute_ref_log_probs`; what it takes before the first step is printed beside
 
@@ -72,6 +72,10 @@ def run(side: str, mode: str, data: Path, steps: int, count: int) -> dict[str, A
         from trl import DPOConfig, DPOTrainer
     else:
         from tunesmith import DPOConfig, DPOTrainer
+        from tunesmith.data import batches
+
+        if way == "unshared":
+            batches.flat_row = lambda groups, *, across: None
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:

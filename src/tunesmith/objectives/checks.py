@@ -178,8 +178,8 @@ def _json_of(schema: Any) -> str:
 
 
 def _without_nulls(schema: Any) -> Any:
-    """A table gives each row's schema the keys of all of them, None where it has none; no keyword takes null but
-    `const`, `default` and `enum`, whose nulls a table can't tell from those that it filled in."""
+    """A table gives each row's schema the keys of all of them, None where it has none. No keyword takes null but
+    `const` and `default`, whose nulls can't be told from those that the table filled in."""
     if isinstance(schema, Mapping):
         return {key: _without_nulls(item) for key, item in schema.items() if item is not None}
     return [_without_nulls(item) for item in schema] if isinstance(schema, list) else schema

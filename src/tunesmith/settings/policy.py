@@ -29,7 +29,7 @@ OF_ROWS_WITH_ANSWERS = {
     "neftune_noise_alpha": "noise on the embeddings would tell the model from the one that draws the answers",
     "dataset_kwargs": "prompts are prepared as they are drawn",
     "dataset_num_proc": "prompts are prepared in no time",
-    **dict.fromkeys(("shuffle_buffer_size", "stream_parts"), "prompts are drawn from all of them, and are no stream"),
+    **dict.fromkeys(("shuffle_buffer_size", "stream_parts"), "prompts of a stream are all read when a run begins"),
     "dataloader_drop_last": "prompts that don't fill a generation are left out of a pass anyway",
 }
 """Settings of all runs that would say nothing here, and why."""

@@ -36,6 +36,7 @@ from tunesmith.objectives.policy import (
     Correction,
     Drawn,
     PolicyOptions,
+    TokenLosses,
     divisors,
     policy_logprobs,
     policy_losses,
@@ -160,18 +161,7 @@ class PolicyTrainer(RowsTrainer):
             allow_pickle=args.allow_pickle,
         )
         self.options = self.take_settings(args)
-        own = [f"rewards/{name}/mean" for name in self.rewards.names]
-        self.counted = (
-            *("reward", *OF_TOKENS, PARITY, "completions/mean_terminated_length", *own),
-            *([FAILURES] if self.tools else []),
-        )
-        self.deviations = ("reward_std", *(f"rewards/{name}/std" for name in self.rewards.names))
-        self.means = (
-            *("reward_spread", "frac_reward_zero_std", *self.deviations),
-            *("completions/mean_length", "completions/clipped_ratio"),
-            *([CALLS] if self.tools else []),
-            *self.counted,
-        )
+        self._name_means()
         super().__init__(
             Given(
                 model=given,
@@ -188,6 +178,27 @@ class PolicyTrainer(RowsTrainer):
         )
         self._check_prompts()
         self.reference = self._chosen_reference(ref_model)
+        self._prepare_generations(args, generator)
+        self._checked = self._warned = False
+        self._noted: dict[str, list[float]] = {}
+
+    def _name_means(self) -> None:
+        """The names of what is logged: `means` over answers, of which those `counted` are over fewer or over tokens."""
+        own = [f"rewards/{name}/mean" for name in self.rewards.names]
+        self.counted = (
+            *("reward", *OF_TOKENS, PARITY, "completions/mean_terminated_length", *own),
+            *([FAILURES] if self.tools else []),
+        )
+        self.deviations = ("reward_std", *(f"rewards/{name}/std" for name in self.rewards.names))
+        self.means = (
+            *("reward_spread", "frac_reward_zero_std", *self.deviations),
+            *("completions/mean_length", "completions/clipped_ratio"),
+            *([CALLS] if self.tools else []),
+            *self.counted,
+        )
+
+    def _prepare_generations(self, args: PolicyConfig, generator: Generator | None) -> None:
+        """What draws answers and judges them, and the generation that is trained on."""
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
         self.decoding = OwnDecoding(cast(Model, self.model), tokenizer, precision=self.accelerator.autocast)
         drawing = generator or (self._server() if args.use_vllm else self.decoding)
@@ -210,8 +221,6 @@ class PolicyTrainer(RowsTrainer):
         )
         self.window = Window(parts, args.num_iterations, self.deal)
         self.keeper.add("window", self.window)
-        self._checked = self._warned = False
-        self._noted: dict[str, list[float]] = {}
 
     @property
     def reward_processing_classes(self) -> list[Any]:
@@ -531,57 +540,66 @@ class PolicyTrainer(RowsTrainer):
         result = policy_losses(drawn, self.options)
         scale = torch.tensor([trial.scale for trial in computed], device=device)[drawn.owner]
         loss = (result.losses * scale).sum()
-        tokens, rewards = len(drawn.owner), [trial.reward for trial in trials if trial.reward == trial.reward]
-        sizes, ended = [trial.size for trial in trials], [trial.size for trial in trials if not trial.cut]
-        sums: dict[str, Tensor] = {
-            "reward": torch.tensor(sum(rewards)),
-            "reward_spread": torch.tensor(sum(trial.spread for trial in trials)),
-            "frac_reward_zero_std": torch.tensor(float(sum(trial.spread == 0 for trial in trials))),
-            "completions/mean_length": torch.tensor(float(sum(sizes))),
-            "completions/clipped_ratio": torch.tensor(float(sum(trial.cut for trial in trials))),
-            "completions/mean_terminated_length": torch.tensor(float(sum(ended))),
-            "entropy": scored.entropy.sum(),
-            "clip_ratio/low_mean": result.low.sum(),
-            "clip_ratio/high_mean": result.high.sum(),
-            "clip_ratio/region_mean": (result.low | result.high).sum(),
-        }
-        for i, name in enumerate(self.deviations):
-            sums[name] = torch.tensor(sum(trial.deviations[i] for trial in trials))
-        lengths = {"": sizes, "terminated_": ended}
-        extremes = {
-            f"completions/{kind}_{of}length": torch.tensor(float(most(lengths[of])), device=device)
-            for kind, most in (("min", min), ("max", max))
-            for of in lengths
-            if lengths[of]
-        }
-        counts = dict.fromkeys(OF_TOKENS[1:], tokens) | {
-            "reward": len(rewards),
-            "completions/mean_terminated_length": len(ended),
-        }
-        if self.tools:
-            sums[CALLS] = torch.tensor(float(sum(trial.calls for trial in trials)))
-            sums[FAILURES] = torch.tensor(float(sum(trial.failures for trial in trials)))
-            counts[FAILURES] = sum(trial.calls for trial in trials)
-        kl = result.kl
-        if kl is None and drawn.reference is not None:  # which costs reward, and is no loss
-            kl = scored.logprobs.detach() - drawn.reference
-        if kl is not None:
-            sums["kl"], counts["kl"] = kl.sum(), tokens
-        if drawn.sampled is not None:
-            apart = (scored.logprobs.detach() - drawn.sampled).abs()
-            known = ~apart.isnan()
-            sums[PARITY], counts[PARITY] = apart[known].sum(), int(known.sum())
-        for i, name in enumerate(self.rewards.names):
-            values = [trial.rewards[i] for trial in trials if trial.rewards[i] == trial.rewards[i]]
-            sums[f"rewards/{name}/mean"], counts[f"rewards/{name}/mean"] = torch.tensor(sum(values)), len(values)
-        sums = {name: value.to(device) for name, value in sums.items()}
+        told = self._of_answers(trials), self._of_tokens(scored, drawn, result)
+        sums = {name: value.to(device) for of_some, _ in told for name, value in of_some.items()}
+        counts = {name: count for _, of_some in told for name, count in of_some.items()}
         if answer.router_loss is not None:
             sums["aux_loss"] = answer.router_loss.detach() * len(trials)
             if model.training:
                 loss = loss + self.router_coefficient * self.batch_weight(batch) * answer.router_loss
         return BatchLoss(
-            loss=loss, count=len(trials), sums=sums, counts=counts, extremes=extremes, outputs=answer.outputs
+            loss=loss,
+            count=len(trials),
+            sums=sums,
+            counts=counts,
+            extremes=_extremes(trials, device),
+            outputs=answer.outputs,
         )
+
+    def _of_answers(self, trials: Sequence[Trial]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What is logged by answer: sums, and of those that are not over all answers, over how many they are."""
+        ended = [trial.size for trial in trials if not trial.cut]
+        known = [trial.reward for trial in trials if trial.reward == trial.reward]
+        sums: dict[str, float] = {
+            "reward": sum(known),
+            "reward_spread": sum(trial.spread for trial in trials),
+            "frac_reward_zero_std": sum(trial.spread == 0 for trial in trials),
+            "completions/mean_length": sum(trial.size for trial in trials),
+            "completions/clipped_ratio": sum(trial.cut for trial in trials),
+            "completions/mean_terminated_length": sum(ended),
+        }
+        counts = {"reward": len(known), "completions/mean_terminated_length": len(ended)}
+        for i, name in enumerate(self.deviations):
+            sums[name] = sum(trial.deviations[i] for trial in trials)
+        for i, name in enumerate(self.rewards.names):
+            values = [trial.rewards[i] for trial in trials if trial.rewards[i] == trial.rewards[i]]
+            sums[f"rewards/{name}/mean"], counts[f"rewards/{name}/mean"] = sum(values), len(values)
+        if self.tools:
+            sums[CALLS] = calls = sum(trial.calls for trial in trials)
+            sums[FAILURES], counts[FAILURES] = sum(trial.failures for trial in trials), calls
+        return {name: torch.tensor(float(value)) for name, value in sums.items()}, counts
+
+    def _of_tokens(
+        self, scored: TokenLogProbs, drawn: Drawn, result: TokenLosses
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What is logged by trained token: sums, and over how many tokens they are."""
+        sums = {
+            "entropy": scored.entropy.sum(),
+            "clip_ratio/low_mean": result.low.sum(),
+            "clip_ratio/high_mean": result.high.sum(),
+            "clip_ratio/region_mean": (result.low | result.high).sum(),
+        }
+        kl = result.kl
+        if kl is None and drawn.reference is not None:  # which costs reward, and is no loss
+            kl = scored.logprobs.detach() - drawn.reference
+        if kl is not None:
+            sums["kl"] = kl.sum()
+        counts = dict.fromkeys(sums, len(drawn.owner))
+        if drawn.sampled is not None:
+            apart = (scored.logprobs.detach() - drawn.sampled).abs()
+            known = ~apart.isnan()
+            sums[PARITY], counts[PARITY] = apart[known].sum(), int(known.sum())
+        return sums, counts
 
     def _drawn(self, logprobs: Tensor, trials: Sequence[Trial]) -> Drawn:
         device = logprobs.device
@@ -644,6 +662,20 @@ class PolicyTrainer(RowsTrainer):
 
     def predict(self, *_: Any, **__: Any) -> Any:
         raise TunesmithError("prompts have no answers to predict; evaluate(dataset) draws some and measures rewards")
+
+
+def _extremes(trials: Sequence[Trial], device: torch.device) -> dict[str, Tensor]:
+    """The least and the largest lengths of answers, and of those that came to their end."""
+    lengths = {
+        "": [trial.size for trial in trials],
+        "terminated_": [trial.size for trial in trials if not trial.cut],
+    }
+    return {
+        f"completions/{kind}_{of}length": torch.tensor(float(most(sizes)), device=device)
+        for kind, most in (("min", min), ("max", max))
+        for of, sizes in lengths.items()
+        if sizes
+    }
 
 
 def _sampling(args: PolicyConfig) -> Sampling:
