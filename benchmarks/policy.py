@@ -11,7 +11,8 @@ LoRA on the demo model, in fp32.
              and drawn ones, with intervals of 95% (Wilson)
     sharing  a step on two groups of 8 answers of 32 tokens that are given, so that only training is measured; with the
              prompt computed once, and with `share_prefix: off`
-    beside   steps on the same prompts, 8 answers to each, the same sampling, in turns with TRL's GRPOTrainer
+    beside   steps on the same prompts, 8 answers to each, the same sampling, in turns with TRL's GRPOTrainer; of the
+             seconds of a step, those in which answers are drawn
 
 In `sharing` and `beside`, each way is a process of its own, and they take turns. Seconds are by the clock, CPU seconds
 of all threads; the first step of each process is left out.
@@ -135,12 +136,26 @@ def clock_of_steps() -> Any:
     return Clock()
 
 
-def told(stamps: list[tuple[float, float]]) -> None:
-    """Print the mean seconds of a step but for the first, and the most memory."""
+def told(stamps: list[tuple[float, float]], drawn: list[float] | None = None) -> None:
+    """Print the mean seconds of a step but for the first, those of drawing, and the most memory."""
     steps = len(stamps) - 1
     seconds, cpu = ((stamps[-1][i] - stamps[0][i]) / steps for i in range(2))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "memory_mb": memory}))
+    more = {} if drawn is None else {"drawing": sum(drawn[1:]) / steps}
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "memory_mb": memory} | more))
+
+
+def timed(function: Any, seconds: list[float]) -> Any:
+    """The function, which notes how long each call takes."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*given, **named)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    return call
 
 
 def share(way: str, prompt: int, steps: int) -> None:
@@ -194,21 +209,26 @@ def steps_of(way: str, steps: int) -> None:
         return [float(text[0]["content"].strip() == one) for text, one in zip(completions, answer, strict=True)]
 
     common_arguments = {"reward_funcs": right, "peft_config": LoraConfig(**LORA), "callbacks": [clock]}
+    drawn = list[float]()
     if way == "tunesmith":
         from tunesmith import GRPOConfig, GRPOTrainer
+        from tunesmith.train.generator import OwnDecoding
 
+        OwnDecoding.__call__ = timed(OwnDecoding.__call__, drawn)  # type: ignore[method-assign]
         GRPOTrainer("demo", args=GRPOConfig(**same), train_dataset=task.asked, **common_arguments).train()
     else:
         import trl
         from datasets import Dataset
+        from transformers import GenerationMixin
 
+        GenerationMixin.generate = timed(GenerationMixin.generate, drawn)
         trl.GRPOTrainer(
             str(demo_model_path()),
             args=trl.GRPOConfig(**same),
             train_dataset=Dataset.from_list(task.asked),
             **common_arguments,
         ).train()
-    told(clock.stamps)
+    told(clock.stamps, drawn)
 
 
 def in_turns(cases: dict[str, list[str]], rounds: int) -> list[dict[str, Any]]:
@@ -227,7 +247,8 @@ def in_turns(cases: dict[str, list[str]], rounds: int) -> list[dict[str, Any]]:
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
         outcomes.append({"case": name, "rounds": results, **medians})
         print(f"{name}: {60 / medians['seconds']:.2f} steps a minute, {medians['cpu']:.1f} CPU s, ", end="")
-        print(f"{medians['memory_mb']:,.0f} MiB")
+        print(f"{medians['memory_mb']:,.0f} MiB", end="")
+        print(f", drawing {medians['drawing'] / medians['seconds']:.0%}" if "drawing" in medians else "")
     return outcomes
 
 

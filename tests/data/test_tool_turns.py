@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import CHATML, HERMES
-from tunesmith.data.tool_turns import Call, ToolTurns, reads_tools, split_calls, writes_blocks
+from tunesmith.data.call_syntax import Call
+from tunesmith.data.tool_turns import ToolTurns, reads_tools
 from tunesmith.errors import TunesmithError
 
-OTHER = HERMES.replace("<tool_call>", "[CALL]").replace("</tool_call>", "[/CALL]")
+UNREADABLE = HERMES.replace("(call.function.arguments | tojson)", "(call.function.arguments | length | string)")
+SCHEMAS: list[Any] = [{"function": {"name": name, "parameters": {"properties": {}}}} for name in ("add", "weather")]
 LAST = "{% if loop.last and message.role == 'assistant' and not message.reasoning_content %}<think></think>{% endif %}"
 REASONING = "{{ '<think>' + message.reasoning_content + '</think>' if message.reasoning_content else '' }}"
 CONTENT = "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}"
@@ -23,46 +25,17 @@ ALONE = HERMES.replace(
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź"}}\n</tool_call>'
 
 
-@pytest.mark.parametrize(
-    ("template", "reads", "writes"), [(CHATML, False, False), (HERMES, True, True), (OTHER, True, False)]
-)
-def test_the_template_says_how_calls_are_written(tokenizer: Any, template: str, reads: bool, writes: bool) -> None:
+@pytest.mark.parametrize(("template", "reads"), [(CHATML, False), (HERMES, True)])
+def test_the_template_says_whether_it_has_a_place_for_tools(tokenizer: Any, template: str, reads: bool) -> None:
     tokenizer.chat_template = template
-    assert (reads_tools(tokenizer), writes_blocks(tokenizer)) == (reads, writes)
-
-
-def test_calls_are_split_from_the_text_before_them() -> None:
-    call = Call(name="weather", arguments='{"city": "Łódź"}')
-    assert split_calls(f"Let me see.\n{CALL}\n{CALL}\n", {"weather"}) == ("Let me see.\n", [call, call])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "no call",
-        CALL.replace("weather", "other"),
-        CALL.replace("</tool_call>", ""),
-        f"{CALL} and text behind",
-        CALL.replace('{"city": "Łódź"}', '"Łódź"'),
-        CALL.replace('"name"', '"names"'),
-        CALL.replace("}}", "}"),
-        f"{CALL}<tool_call>\n[]\n</tool_call>",
-        CALL.replace('"weather"', '["weather"]'),
-        CALL.replace("Łódź", "\\ud800"),
-    ],
-)
-def test_what_is_not_certainly_a_call_is_text(text: str) -> None:
-    assert split_calls(text, {"weather"}) == (text, [])
-
-
-def test_without_names_any_name_is_a_call() -> None:
-    assert split_calls(CALL.replace("weather", "other"))[1] == [Call(name="other", arguments='{"city": "Łódź"}')]
+    assert reads_tools(tokenizer) == reads
 
 
 @pytest.mark.parametrize("template", [HERMES, QWEN_3, ALONE])
 def test_behind_a_call_stand_its_result_and_the_next_prompt(template: str, tokenizer: Any) -> None:
     tokenizer.chat_template = template
-    ids = ToolTurns(tokenizer, [tokenizer.eos_token_id]).behind([Call(name="add", arguments="{}")], ["4 <|im_end|>"])
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], SCHEMAS)
+    ids = turns.behind([Call(name="add", arguments="{}")], ["4 <|im_end|>"])
     assert tokenizer.decode(ids) == "\n<|im_start|>tool\n4 <|im_end|><|im_end|>\n<|im_start|>assistant\n"
     assert ids.count(tokenizer.eos_token_id) == 1  # what the result says is text
 
@@ -70,18 +43,29 @@ def test_behind_a_call_stand_its_result_and_the_next_prompt(template: str, token
 @pytest.mark.parametrize(("template", "found"), [(HERMES, 2), (ALONE, 0)])
 def test_more_calls_than_a_template_can_show_are_text(template: str, found: int, tokenizer: Any) -> None:
     tokenizer.chat_template = template
-    assert len(ToolTurns(tokenizer, [tokenizer.eos_token_id]).split(CALL * 2)[1]) == found
+    ids = tokenizer(CALL * 2)["input_ids"]
+    assert len(ToolTurns(tokenizer, [tokenizer.eos_token_id], SCHEMAS).split(ids)[1]) == found
+
+
+def test_special_tokens_of_a_turn_are_no_text(tokenizer: Any) -> None:
+    tokenizer.chat_template = HERMES
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], SCHEMAS)
+    text = f"<|im_start|>Hm.\n{CALL}"
+    [call] = turns.split(tokenizer(text)["input_ids"])[1]
+    assert turns.split(tokenizer(text)["input_ids"])[0] == "Hm.\n"
+    assert (call.name, call.message["function"]["arguments"]) == ("weather", {"city": "Łódź"})
+    assert turns.split(tokenizer("<|im_start|>Hm.")["input_ids"]) == ("Hm.", [])
 
 
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
         (CHATML, "has no place for them"),
-        (OTHER, "does not write a call as a JSON object between <tool_call>"),
+        (UNREADABLE, "does not write calls in a form that can be read back"),
         (CHANGING, "in another form once its result follows"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused_by_name(template: str, problem: str, tokenizer: Any) -> None:
     tokenizer.chat_template, tokenizer.name_or_path = template, "some/model"
     with pytest.raises(TunesmithError, match=f"the chat template of some/model.*{problem}"):
-        ToolTurns(tokenizer, [tokenizer.eos_token_id])
+        ToolTurns(tokenizer, [tokenizer.eos_token_id], SCHEMAS)

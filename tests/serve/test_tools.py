@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from openai import OpenAI
 
 from tests.conftest import HERMES
+from tests.data.call_forms import FORMS
 from tests.serve.running import serving
 from tunesmith.model.load import load_run
 
@@ -33,16 +35,22 @@ class Scripted(torch.nn.Module):
         return logits
 
 
-@pytest.fixture
-def asking(tiny_model: Path) -> Iterator[OpenAI]:
+@contextmanager
+def asked_for(tiny_model: Path, template: str, call: str) -> Iterator[OpenAI]:
     """A model that answers "I look.", and calls the tool."""
     model, tokenizer = load_run(str(tiny_model))
-    tokenizer.chat_template = HERMES
-    ids = [*tokenizer(f"I look.\n{CALL}")["input_ids"], tokenizer.eos_token_id]
+    tokenizer.chat_template = template
+    ids = [*tokenizer(f"I look.\n{call}")["input_ids"], tokenizer.eos_token_id]
     model.lm_head = Scripted(ids, len(tokenizer))
     model.config.max_position_embeddings = 1024
     with serving(model, tokenizer) as url:
         yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+
+
+@pytest.fixture
+def asking(tiny_model: Path) -> Iterator[OpenAI]:
+    with asked_for(tiny_model, HERMES, CALL) as client:
+        yield client
 
 
 def test_a_call_comes_back_as_one_whole_and_streamed(asking: OpenAI) -> None:
@@ -75,3 +83,22 @@ def test_a_call_that_is_cut_off_is_text(asking: OpenAI) -> None:
     events = [event.choices[0] for event in asking.chat.completions.create(**asked, stream=True)]
     assert "".join(event.delta.content or "" for event in events) == f"I look.\n{CALL}"[:30]
     assert events[-1].finish_reason == "length"
+
+
+def test_a_call_in_another_form_has_the_types_of_its_schema(tiny_model: Path) -> None:
+    parameters = {"type": "object", "properties": {"code": {"type": "string"}, "days": {"type": "integer"}}}
+    tools: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    marked = "<parameter=code>\n012\n</parameter>\n<parameter=days>\n3\n</parameter>"
+    call = f"<tool_call>\n<function=weather>\n{marked}\n</function>\n</tool_call>"
+    with asked_for(tiny_model, FORMS["coder"], call) as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 200}
+        choice = client.chat.completions.create(**asked, tools=tools).choices[0]
+        other = client.chat.completions.create(**asked, tools=[_named(tools[0], "other")]).choices[0]
+    [called] = choice.message.tool_calls or []
+    assert called.type == "function"
+    assert json.loads(called.function.arguments) == {"code": "012", "days": 3}
+    assert other.message.content == f"I look.\n{call}"  # a name that is none of the tools is text
+
+
+def _named(tool: Any, name: str) -> Any:
+    return {**tool, "function": {**tool["function"], "name": name}}

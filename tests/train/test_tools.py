@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.data.call_forms import FORMS
 from tests.models import gradient_error, gradients
 from tests.train.runs import largest_difference, weights_of
 from tunesmith import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TunesmithError
@@ -83,7 +84,7 @@ class Script:
         for i, prompt in enumerate(prompts):
             text = self.tokenizer.decode(prompt)
             said = self.first[i % len(self.first)]
-            if "<tool_response>" in text:
+            if "<tool_response>" in text or "<|im_start|>tool\n" in text:
                 said = next((turn for result, turn in self.then.items() if text.endswith(between(result))), "So.")
             ids = self.tokenizer(said + END * (said != self.cut), add_special_tokens=False)["input_ids"]
             done = said != self.cut and len(ids) <= sampling.max_new_tokens
@@ -183,6 +184,30 @@ def test_only_what_the_model_drew_is_trained(trainer_of: Any, tokenizer: Any) ->
         {"role": "tool", "name": "later", "content": f"Hi {END}"},
         {"role": "assistant", "content": "So."},
     ]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "told"),
+    [
+        ("mistral", '[TOOL_CALLS]later[CALL_ID]abcdefgh1[ARGS]{"text": "12"}', "tool\n12 <|im_end|>"),
+        ("llama", '{"name": "later", "parameters": {"text": "12"}}', "tool\n12 <|im_end|>"),
+        ("coder", "<tool_call>\n<function=add>\n<parameter=a>\n12\n</parameter>\n<parameter=b>\n3\n</parameter>\n"
+         "</function>\n</tool_call>", "tool\n15"),
+        ("coder", "<tool_call>\n<function=later>\n<parameter=text>\n12\n</parameter>\n</function>\n</tool_call>",
+         "tool\n12 <|im_end|>"),
+    ],
+)  # fmt: skip
+def test_calls_are_made_in_the_form_of_the_template(
+    form: str, text: str, told: str, trainer_of: Any, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = FORMS[form]
+    script = Script(tokenizer, text)
+    drawn(trainer_of(tools=[add, later], generator=script))
+    said = tokenizer.decode(script.asked[1][0])
+    assert said.endswith(f"<|im_start|>assistant\n{text}{END}\n<|im_start|>{told}{END}\n<|im_start|>assistant\n")
+    own = {"id": "abcdefgh1"} if form == "mistral" else {}
+    [called] = SEEN[0][0]["tool_calls"]
+    assert called == {"type": "function", "function": called["function"]} | own
 
 
 def asked(name: str, **arguments: Any) -> dict[str, Any]:

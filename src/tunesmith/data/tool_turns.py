@@ -1,18 +1,14 @@
-"""Turns with tool calls: how they are found in the text of an answer, and what the chat template writes behind them.
+"""Turns with tool calls: which calls an answer has, and what the chat template writes behind them.
 
-    <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>     the model's turn
-    \\n<|im_start|>user\\n<tool_response>1</tool_response><|im_end|>\\n<|im_start|>assistant\\n    what follows it
-
-Calls are found where the template settles how they are written: as a JSON object between `<tool_call>` and
-`</tool_call>`, the format of Hermes and Qwen.
+<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>     the model's turn
+\\n<|im_start|>user\\n<tool_response>1</tool_response><|im_end|>\\n<|im_start|>assistant\\n    what follows it
 """
 
-import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.call_syntax import TOOLS, Call, CallSyntax, syntax_of
 from tunesmith.data.prompts import shown_ids, shown_text
 from tunesmith.data.sandbox import rendered
 from tunesmith.data.template import PROBES, ChatTemplate, reasoning_fields
@@ -22,47 +18,7 @@ from tunesmith.text import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPENING = "<tool_call>"
-BLOCK = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-PROBE: dict[str, Any] = {"name": "probe_the_weather", "arguments": {"city": "Lima"}}
-TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": PROBE["name"],
-        "description": "The weather of today.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """`arguments` is JSON text, as OpenAI's interface has it."""
-
-    name: str
-    arguments: str
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The call as messages have it, with its arguments as an object."""
-        return {"type": "function", "function": {"name": self.name, "arguments": json.loads(self.arguments)}}
-
-
-def writes_blocks(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the chat template writes a call as a JSON object between `<tool_call>` and `</tool_call>`, and the
-    tokenizer gives these back when it decodes."""
-    turns: list[Any] = [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": PROBE}]},
-    ]
-    try:
-        text = rendered(tokenizer, turns, tools=[TOOL])
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    except Exception:  # a template may fail in any way on what it was not made for
-        return False
-    calls = [_call(match[1], {PROBE["name"]}) for match in BLOCK.finditer(text)]
-    return any(call is not None and json.loads(call.arguments) == PROBE["arguments"] for call in calls)
+TOOL = TOOLS[0]
 
 
 def reads_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -76,50 +32,30 @@ def reads_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return texts[0] != texts[1]
 
 
-def split_calls(text: str, names: Collection[str] | None = None) -> tuple[str, list[Call]]:
-    """The text before the calls, and the calls. Where anything is not as it must be, a name that is none of `names`
-    or text behind a call, all is text. Without `names`, any name is one."""
-    start = text.find(OPENING)
-    if start < 0 or BLOCK.sub("", text[start:]).strip():
-        return text, []
-    calls = [_call(match[1], names) for match in BLOCK.finditer(text, start)]
-    certain = [call for call in calls if call is not None]
-    if len(certain) < len(calls):
-        return text, []
-    return text[:start], certain
-
-
-def _call(source: str, names: Collection[str] | None) -> Call | None:
-    try:
-        value = json.loads(source)
-        json.dumps(value, ensure_ascii=False).encode()  # halves of characters can't be written
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or value.keys() != {"name", "arguments"}:
-        return None
-    name, arguments = value["name"], value["arguments"]
-    if not isinstance(arguments, dict) or not isinstance(name, str) or (names is not None and name not in names):
-        return None
-    return Call(name=name, arguments=json.dumps(arguments, ensure_ascii=False))
-
-
 class ToolTurns:
     """Reads the calls in answers, and writes the tokens that follow them, by the chat template of a tokenizer.
 
-    `stops` are the tokens that end an answer, `arguments` those of the template. Raises TunesmithError, which names the
-    template, where it has no place for tools, writes calls in another form, or does not render a conversation as the
-    beginning of a longer one.
+    `stops` are the tokens that end an answer, `tools` the schemas of the functions, `arguments` those of the template.
+    Raises TunesmithError, which names the template, where it has no place for tools, writes calls in a form that can't
+    be read back, or does not render a conversation as the beginning of a longer one.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[int], arguments: Mapping[str, Any] | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        stops: Sequence[int],
+        tools: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         check_tool_template(tokenizer)
         self._tokenizer, self._arguments = tokenizer, dict(arguments or {})
         texts = [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stops]
         self._stop = re.compile("|".join(map(re.escape, texts)))
-        self._style = ChatTemplate(tokenizer, arguments).call_style
-        probes = [Call(name=PROBE["name"], arguments="{}")] * 2
+        self._syntax = _syntax(tokenizer, texts, arguments)
+        template = ChatTemplate(tokenizer, arguments)
+        self._style, self._special = template.call_style, template.special
+        self._types = {tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in tools}
+        probes = [Call(name=TOOL["function"]["name"], arguments="{}")] * 2
         self._reasoning: Mapping[str, Any] = {}
         try:
             self.behind(probes[:1], [PROBES[1]])
@@ -134,10 +70,14 @@ class ToolTurns:
         else:
             self._most = 0
 
-    def split(self, text: str) -> tuple[str, list[Call]]:
-        """The text before the calls of a turn, and the calls. More than the template can show are text."""
-        before, calls = split_calls(text)
-        return (text, []) if self._most and len(calls) > self._most else (before, calls)
+    def split(self, ids: Sequence[int]) -> tuple[str, list[Call]]:
+        """The text before the calls of a turn without its end, and the calls. None is certain where there are more
+        than the template can show."""
+        text = str(self._tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        before, calls = self._syntax.split(text, self._types)
+        if self._most and len(calls) > self._most:
+            before, calls = text, []
+        return self._special.sub("", before), calls
 
     def behind(self, calls: Sequence[Call], results: Sequence[str]) -> list[int]:
         """The tokens between the end of a turn with `calls` and the next answer: their results, and the generation
@@ -183,18 +123,25 @@ def _probed(call: Call) -> dict[str, Any]:
 
 
 def check_tool_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises TunesmithError where the chat template has no place for tools, or calls can't be found in answers."""
+    """Raises TunesmithError where the chat template has no place for tools."""
     if not reads_tools(tokenizer):
         raise TunesmithError(
             f"tools are given, and {_template(tokenizer)} has no place for them; set chat_template_path to one that "
             "shows tools, or take a model that was trained with them"
         )
-    if not writes_blocks(tokenizer):
+
+
+def _syntax(
+    tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str], arguments: Mapping[str, Any] | None
+) -> CallSyntax:
+    found = syntax_of(tokenizer, stops, arguments, specials=True)
+    if found is None:
         raise TunesmithError(
-            f"tools are given, and {_template(tokenizer)} does not write a call as a JSON object between <tool_call> "
-            "and </tool_call>, so that calls can't be found in answers; set chat_template_path to one that does, as "
-            "those of Hermes and Qwen 2.5 and 3"
+            f"tools are given, and {_template(tokenizer)} does not write calls in a form that can be read back: a JSON "
+            "object with name and arguments, a name and an object, or a name and marked arguments; set "
+            "chat_template_path to one that does, as those of Qwen, Llama 3, Mistral, GLM"
         )
+    return found
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase") -> str:

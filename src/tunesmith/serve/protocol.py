@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.data.tool_turns import Call
+from tunesmith.data.call_syntax import Call, Functions, Properties
 from tunesmith.errors import nearest
 from tunesmith.model.generate import Sampling
 from tunesmith.text import shorten
@@ -82,12 +82,12 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chat:
-    """`arguments` are the chat template's, tools among them. `functions` names the tools. `keep_specials`: text that
-    reads as a control token is to be one."""
+    """`arguments` are the chat template's, tools among them. `functions` are the tools by name, with the schemas of
+    their arguments. `keep_specials`: text that reads as a control token is to be one."""
 
     messages: list[dict[str, Any]]
     arguments: dict[str, Any]
-    functions: frozenset[str]
+    functions: Functions
     keep_specials: bool = False
 
 
@@ -173,8 +173,14 @@ def parse_chat(body: Body) -> Chat:
         keep_specials=specials == "keep",
         messages=[_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
         arguments=arguments | ({"tools": tools} if tools else {}),
-        functions=frozenset(tool["function"]["name"] for tool in tools),
+        functions={tool["function"]["name"]: _properties(tool["function"]) for tool in tools},
     )
+
+
+def _properties(function: Body) -> Properties:
+    schema = function.get("parameters")
+    found = schema.get("properties") if isinstance(schema, dict) else None
+    return {name: of for name, of in found.items() if isinstance(of, dict)} if isinstance(found, dict) else {}
 
 
 def _refuse_unknown(body: Body, known: frozenset[str]) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import uvicorn
@@ -20,10 +20,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.call_syntax import Call, CallSyntax, Functions, syntax_of
 from tunesmith.data.prompts import PromptTooLong, prompt_ids, text_ids
-from tunesmith.data.tool_turns import OPENING, Call, reads_tools, split_calls, writes_blocks
+from tunesmith.data.tool_turns import reads_tools
 from tunesmith.errors import TunesmithError
-from tunesmith.model.generate import Model, Sampling, room_of
+from tunesmith.model.generate import Model, Sampling, room_of, stop_ids
 from tunesmith.serve import answer, protocol
 from tunesmith.serve.access import HEALTH, Access, Guard, error
 from tunesmith.serve.answer import Cancelled, Finished, Job, Question
@@ -74,7 +75,10 @@ class Service:
         self._most_characters = None if self._room is None else COMPOSED * longest * self._room
         self._has_roles = tokenizer.chat_template is not None
         self._has_tools = self._has_roles and reads_tools(tokenizer)
-        self._finds_calls = self._has_tools and writes_blocks(tokenizer)
+        stops = [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stop_ids(model, tokenizer)]
+        syntax = syntax_of(tokenizer, stops, specials=False) if self._has_tools else None
+        # A call that stands bare is known at its end only, and what was streamed until then was text.
+        self._syntax = syntax if syntax is not None and syntax.opening else None
         self._started = int(time.time())
         self.app = self._build()
 
@@ -150,10 +154,11 @@ class Service:
             lambda tokenizer: prompt_ids(tokenizer, chat.messages, chat.arguments, keep_specials=keep, most=most),
             "messages",
         )
-        calls = bool(chat.functions) and self._finds_calls
-        question = self._question(ids, options, "messages", OPENING if calls else None)
+        syntax = self._syntax if chat.functions else None
+        question = self._question(ids, options, "messages", syntax.opening if syntax else None)
         reply = Reply(model=self._settings.name, is_chat=True, include_usage=options.include_usage)
-        return await self._answer(request, question, _Delivery(options=options, reply=reply, functions=chat.functions))
+        delivery = _Delivery(options=options, reply=reply, functions=chat.functions, syntax=syntax)
+        return await self._answer(request, question, delivery)
 
     async def _completion(self, request: Request) -> Response:
         body, reader = await self._body(request)
@@ -214,18 +219,23 @@ class _Reader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Delivery:
-    """How an answer goes back. `functions` are the tools that it may call."""
+    """How an answer goes back. `functions` are the tools that it may call, in the form of `syntax`."""
 
     options: Options
     reply: Reply
-    functions: frozenset[str] = frozenset()
+    functions: Functions = field(default_factory=dict)
+    syntax: CallSyntax | None = None
 
     def outcome(self, question: Question, finished: Finished) -> Outcome:
         text, reason = finished.text, str(finished.reason)
         # A call that was cut off is none.
         calls: list[Call] = []
-        if question.opening is not None and finished.reason == "stop":
-            text, calls = split_calls(text, self.functions)
+        if self.syntax is not None and finished.reason == "stop":
+            before, calls = self.syntax.split(text, self.functions)
+            if all(call.name in self.functions for call in calls):
+                text = before
+            else:
+                calls = []
         return Outcome(
             text=text,
             rest=text[finished.sent :],

@@ -238,7 +238,8 @@ class PolicyTrainer(RowsTrainer):
         if not self.tools:
             return None
         model, tokenizer = cast(Model, self.model), cast(PreTrainedTokenizerBase, self.processing_class)
-        turns = ToolTurns(tokenizer, stop_ids(model, tokenizer), cast(Any, args.chat_template_kwargs))
+        arguments = cast(Any, args.chat_template_kwargs)
+        turns = ToolTurns(tokenizer, stop_ids(model, tokenizer), self._tools.schemas, arguments)
         most = args.max_tool_calling_iterations
         return Conversing(self._tools, turns, tokenizer, most=most, room=room_of(model))
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers.utils.chat_template_utils import get_json_schema
 
-from tunesmith.data.tool_turns import Call, ToolTurns
+from tunesmith.data.call_syntax import Call
+from tunesmith.data.tool_turns import ToolTurns
 from tunesmith.errors import TunesmithError
 from tunesmith.model.generate import Sampling
 from tunesmith.runs.record import prompt_text
@@ -200,7 +201,7 @@ class Conversing:
             logprobs = None if turn.logprobs is None else turn.logprobs[:left]
             turn = Generated(ids=turn.ids[:left], finish="length", logprobs=logprobs)
         text = text_of(self._tokenizer, turn)
-        content, talk.wanted = self._turns.split(text) if turn.finish == "stop" else (text, [])
+        content, talk.wanted = self._turns.split(turn.ids[:-1]) if turn.finish == "stop" else (text, [])
         talk.add(turn.ids, turn.logprobs, own=True)
         talk.finish = turn.finish
         called = {"tool_calls": [call.message for call in talk.wanted]} if talk.wanted else {}
