@@ -2,7 +2,7 @@
 
     python benchmarks/policy.py score [--seeds 1 2] [--sft-steps 12] [--steps 60] [--json out.json]
     python benchmarks/policy.py sharing [--prompts 200 600] [--rounds 3] [--json out.json]
-    python benchmarks/policy.py beside [--steps 4] [--rounds 3] [--json out.json]
+    python benchmarks/policy.py beside [--prompts 0 200] [--steps 4] [--rounds 3] [--json out.json]
 
 LoRA on the demo model, in fp32.
 
@@ -11,8 +11,9 @@ LoRA on the demo model, in fp32.
              and drawn ones, with intervals of 95% (Wilson)
     sharing  a step on two groups of 8 answers of 32 tokens that are given, so that only training is measured; with the
              prompt computed once, and with `share_prefix: off`
-    beside   steps on the same prompts, 8 answers to each, the same sampling, in turns with TRL's GRPOTrainer; of the
-             seconds of a step, those in which answers are drawn
+    beside   steps on the same prompts, sums of some 30 tokens, alone or behind a system message of 200 words, 8 answers
+             to each, the same sampling, in turns with TRL's GRPOTrainer; of the seconds of a step, those in which
+             answers are drawn
 
 In `sharing` and `beside`, each way is a process of its own, and they take turns. Seconds are by the clock, CPU seconds
 of all threads; the first step of each process is left out.
@@ -35,6 +36,7 @@ GROUP = 8
 HELD_OUT = 300
 ANSWER = 32
 """Tokens of a given answer."""
+WORDS = ("ship", "house", "river", "green", "seven", "door", "light", "paper")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -173,8 +175,7 @@ def share(way: str, prompt: int, steps: int) -> None:
     def chance(completions: Any) -> list[float]:
         return [random.random() for _ in completions]
 
-    words = ["ship", "house", "river", "green", "seven", "door", "light", "paper"]
-    rows = [{"prompt": " ".join(random.choice(words) for _ in range(prompt - 1))} for _ in range(2 * (steps + 1))]
+    rows = [{"prompt": " ".join(random.choice(WORDS) for _ in range(prompt - 1))} for _ in range(2 * (steps + 1))]
     settings = common(tempfile.mkdtemp(), max_steps=steps + 1, share_prefix=way, learning_rate=1e-5)
     args = GRPOConfig(**settings, per_device_train_batch_size=2 * GROUP, max_completion_length=ANSWER)
     clock = clock_of_steps()
@@ -182,13 +183,17 @@ def share(way: str, prompt: int, steps: int) -> None:
     told(clock.stamps)
 
 
-def steps_of(way: str, steps: int) -> None:
-    """Steps on the same prompts by one of the two."""
+def steps_of(way: str, prompt: int, steps: int) -> None:
+    """Steps on the same prompts by one of the two, with a system message of so many words; none for 0."""
     from peft import LoraConfig
 
     from tunesmith.model.demo_model import demo_model_path
 
-    task, clock = Task(0, 16), clock_of_steps()
+    task, clock, random = Task(0, 16), clock_of_steps(), Random(0)
+    told_before = (
+        [{"role": "system", "content": " ".join(random.choice(WORDS) for _ in range(prompt))}] if prompt else []
+    )
+    rows = [row | {"prompt": told_before + row["prompt"]} for row in task.asked]
     same = {
         "output_dir": tempfile.mkdtemp(),
         "report_to": "none",
@@ -205,17 +210,18 @@ def steps_of(way: str, steps: int) -> None:
         "gradient_checkpointing": False,
     }
 
-    def right(completions: Any, answer: Any, **_: Any) -> list[float]:
-        return [float(text[0]["content"].strip() == one) for text, one in zip(completions, answer, strict=True)]
+    def varied(completions: Any, **_: Any) -> list[float]:
+        """Differs within each group: where all rewards are equal, there is nothing to train, and our step ends."""
+        return [sum(map(ord, text[0]["content"])) % 97 / 97 for text in completions]
 
-    common_arguments = {"reward_funcs": right, "peft_config": LoraConfig(**LORA), "callbacks": [clock]}
+    common_arguments = {"reward_funcs": varied, "peft_config": LoraConfig(**LORA), "callbacks": [clock]}
     drawn = list[float]()
     if way == "tunesmith":
         from tunesmith import GRPOConfig, GRPOTrainer
         from tunesmith.train.generator import OwnDecoding
 
         OwnDecoding.__call__ = timed(OwnDecoding.__call__, drawn)  # type: ignore[method-assign]
-        GRPOTrainer("demo", args=GRPOConfig(**same), train_dataset=task.asked, **common_arguments).train()
+        GRPOTrainer("demo", args=GRPOConfig(**same), train_dataset=rows, **common_arguments).train()
     else:
         import trl
         from datasets import Dataset
@@ -225,7 +231,7 @@ def steps_of(way: str, steps: int) -> None:
         trl.GRPOTrainer(
             str(demo_model_path()),
             args=trl.GRPOConfig(**same),
-            train_dataset=Dataset.from_list(task.asked),
+            train_dataset=Dataset.from_list(rows),
             **common_arguments,
         ).train()
     told(clock.stamps, drawn)
@@ -259,7 +265,7 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=12)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[200, 600])
+    parser.add_argument("--prompts", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--way")
     parser.add_argument("--json", type=Path)
@@ -268,7 +274,7 @@ def main() -> None:
     if arguments.what == "one-share":
         return share(arguments.way, arguments.prompts[0], steps)
     if arguments.what == "one-side":
-        return steps_of(arguments.way, steps)
+        return steps_of(arguments.way, arguments.prompts[0], steps)
     if arguments.what == "score":
         arguments.steps = steps
         outcomes = score(arguments)
@@ -277,13 +283,16 @@ def main() -> None:
             f"{tokens} tokens, share_prefix {way}": [
                 *("one-share", "--way", way, "--prompts", str(tokens), "--steps", str(steps))
             ]
-            for tokens in arguments.prompts
+            for tokens in arguments.prompts or (200, 600)
             for way in ("auto", "off")
         }
         outcomes = in_turns(cases, arguments.rounds)
     else:
-        sides = ("tunesmith", "trl")
-        cases = {way: ["one-side", "--way", way, "--steps", str(steps)] for way in sides}
+        cases = {
+            f"{words} words before, {way}": ["one-side", "--way", way, "--prompts", str(words), "--steps", str(steps)]
+            for words in arguments.prompts or (0, 200)
+            for way in ("tunesmith", "trl")
+        }
         outcomes = in_turns(cases, arguments.rounds)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(outcomes, indent=2) + "\n", encoding="utf-8")

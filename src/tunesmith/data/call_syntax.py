@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.template import PROBES, ChatTemplate, common_length
 from tunesmith.errors import TunesmithError
 
@@ -278,10 +279,14 @@ def syntax_of(
     """How the chat template writes calls, as they are read where an answer is decoded with its special tokens, or
     without. `stops` are the texts of the tokens that end an answer. None where no form fits."""
     try:
-        shown = _Shown(tokenizer, stops, arguments, specials=specials)
-        texts = [shown.text(calls) for calls in PROOF[:-1]]
-    except TunesmithError:  # it shows no calls
+        with time_limit():
+            return _learned(_Shown(tokenizer, stops, arguments, specials=specials))
+    except (TunesmithError, TooLong):  # it shows no calls, or never ends
         return None
+
+
+def _learned(shown: "_Shown") -> CallSyntax | None:
+    texts = [shown.text(calls) for calls in PROOF[:-1]]
     with suppress(TunesmithError):  # some show one at a time
         texts.append(shown.text(PROOF[-1]))
     functions = dict.fromkeys(NAMES, TYPES)
@@ -289,8 +294,8 @@ def syntax_of(
         syntax = learn(shown)
         if syntax is None:
             continue
-        shown_calls = texts[:-1] if syntax.between is None and len(texts) == len(PROOF) else texts
-        if all(_same(syntax.split(text, functions), calls) for text, calls in zip(shown_calls, PROOF, strict=False)):
+        told = texts[:-1] if syntax.between is None and len(texts) == len(PROOF) else texts
+        if all(_same(syntax.split(text, functions), calls) for text, calls in zip(told, PROOF, strict=False)):
             return syntax
     return None
 
