@@ -70,7 +70,7 @@ def summed(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
-def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **more: Any) -> Any:
+def trainer(name: str, processes: int, tokenizer_folder: Path, output: Path, **more: Any) -> Any:
     """The trainer of one of `processes` for a case."""
     rows, accumulation, own_settings = CASES[name]
     settings: dict[str, Any] = {"save_strategy": "no", "logging_steps": 1, **SGD, **own_settings, **more}
@@ -80,19 +80,19 @@ def trainer(name: str, processes: int, tokenizer_folder: Path, folder: Path, **m
         settings["per_device_train_batch_size"] = rows // processes
     own = {
         key: settings.pop(key, None)
-        for key in ("model", "rows", "template", "stream", "subclass", "lora", "function", "tied")
+        for key in ("model", "folder", "rows", "template", "stream", "subclass", "lora", "function", "tied")
     }
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = own["template"] or tokenizer.chat_template
     data: Any = Dataset.from_list(own["rows"] or ROWS)
     args = SFTConfig(
-        output_dir=str(folder), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
+        output_dir=str(output), report_to="none", use_cpu=True, precision="fp32", disable_tqdm=True,
         gradient_accumulation_steps=accumulation, per_device_eval_batch_size=2,
         **settings,
     )  # fmt: skip
     torch.manual_seed(0)
     return (OwnLoss if own["subclass"] else SFTTrainer)(
-        tiny(own["model"] or "llama", len(tokenizer), tie_word_embeddings=bool(own["tied"])),
+        own["folder"] or tiny(own["model"] or "llama", len(tokenizer), tie_word_embeddings=bool(own["tied"])),
         args,
         # In parts, 9, 8, 8 and 4 rows: some processes have none left for the last steps of an epoch.
         train_dataset=data.to_iterable_dataset(num_shards=7 if args.stream_parts > 1 else 1) if own["stream"] else data,

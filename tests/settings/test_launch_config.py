@@ -63,9 +63,16 @@ def test_a_file_says_how_many_processes_where_and_how_they_share(tmp_path: Path)
             {"distributed_type": "FSDP", "fsdp_config": FSDP | {"fsdp_reshard_after_forward": "HYBRID_SHARD"}},
             r"write fsdp_reshard_after_forward: true \(shard: full\) or false \(grad\)",
         ),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "--launch-config fsdp2"),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "--shard grad"),
-        ({"distributed_type": "MEGATRON_LM"}, "write NO, MULTI_GPU or FSDP"),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 4}},
+            "zero_stage is 4; write 0, 1, 2 or 3",
+        ),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stge": 2}}, "did you mean 'zero_stage'"),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"gradient_clipping": 0.5}},
+            r"write max_grad_norm: 0\.5 in the recipe",
+        ),
+        ({"distributed_type": "MEGATRON_LM"}, "write NO, MULTI_GPU, FSDP or DEEPSPEED"),
         ({"use_cpu": True}, "write use_cpu: true in the recipe"),
         ({"gpu_ids": "0,1"}, "set CUDA_VISIBLE_DEVICES before the command"),
         ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "write torch_compile: true"),
@@ -87,7 +94,6 @@ def test_what_would_train_otherwise_is_refused_with_the_way_on(
 
 def test_names_and_files_that_are_no_config(tmp_path: Path) -> None:
     for name, message in {
-        "zero3": "--launch-config fsdp2",
         "fsdp1": "fsdp_version: 2",
         "multi_gpus": "'multi_gpu'",
     }.items():
@@ -97,3 +103,19 @@ def test_names_and_files_that_are_no_config(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(TunesmithError, match=r"bad\.yaml"):
             read_launch_config(str(tmp_path / "bad.yaml"))
+
+
+def test_deepspeed_configs_become_those_of_deepspeed(tmp_path: Path) -> None:
+    assert read_launch_config("zero3").settings["deepspeed"]["zero_optimization"] == {"stage": 3}
+    own = {
+        "zero_stage": 2,
+        "offload_optimizer_device": "cpu",
+        "offload_param_device": "none",
+        "gradient_clipping": "auto",
+    }
+    settings = read(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=own, num_processes=2).settings
+    assert settings["processes"] == 2
+    assert settings["deepspeed"]["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert settings["deepspeed"]["train_micro_batch_size_per_gpu"] == "auto"
+    file = read(tmp_path, distributed_type="DEEPSPEED", deepspeed_config={"deepspeed_config_file": "zero.json"})
+    assert file.settings["deepspeed"] == "zero.json"

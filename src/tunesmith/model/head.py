@@ -71,11 +71,11 @@ class Predictions:
 Objective: TypeAlias = Callable[[Predictions], Any]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """What an objective made of the predictions, the model's own `outputs`, where they were wanted, and of a mixture of
     experts the load-balancing loss (scalar), where that is trained. Not a tuple, in which `accelerate` would turn all
-    logits into float32."""
+    logits into float32, and without slots: DeepSpeed reads `vars()` of it."""
 
     outcome: Any
     outputs: Any = None

@@ -220,6 +220,7 @@ class Config(TrainingArguments):
         self._resolve_shard()
         self._resolve_backend()
         super().__post_init__()
+        self._gather_where_saved()
         self._check_sampling()
         self._check_processes()
         self._check_shard()
@@ -405,6 +406,12 @@ class Config(TrainingArguments):
         """Gradients in main memory are summed there, those on GPUs by NCCL."""
         if self.cpu_offload and self.ddp_backend is None and torch.cuda.is_available() and not self.use_cpu:
             self.ddp_backend = "cuda:nccl,cpu:gloo"
+
+    def _gather_where_saved(self) -> None:
+        """DeepSpeed's third stage would leave weights in parts, in pickle files, at the end of a run."""
+        config = getattr(self, "hf_deepspeed_config", None)
+        if config is not None and config.is_zero3():
+            config.config["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
 
     def _check_shard(self) -> None:
         if self.shard == "none":

@@ -58,6 +58,13 @@ OF_FSDP = {
 """Keys of `fsdp_config`, without the `fsdp_` before them. The first five are read: layers are wrapped as they are
 called, and checkpoints are whole files."""
 
+OF_DEEPSPEED = {
+    *("zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_save_16bit_model", "zero3_init_flag"),
+    *("offload_optimizer_nvme_path", "offload_param_nvme_path", "gradient_accumulation_steps", "gradient_clipping"),
+    *("deepspeed_multinode_launcher", "deepspeed_config_file"),
+}
+"""Keys of `deepspeed_config`. Weights are made in each process, and gathered where they are saved."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchConfig:
@@ -85,11 +92,11 @@ def read_launch_config(name: str) -> LaunchConfig:
         raise TunesmithError(f"{place}: compute_environment is {environment}; write LOCAL_MACHINE, and start it there")
     kind, settings = str(values.get("distributed_type")).upper(), _precision(values, place)
     if kind == "DEEPSPEED" or values.get("deepspeed_config"):
-        raise TunesmithError(_no_deepspeed(values.get("deepspeed_config"), place))
-    if kind == "FSDP":
+        settings["deepspeed"] = _deepspeed(values.get("deepspeed_config") or {}, place)
+    elif kind == "FSDP":
         settings |= _sharing(values.get("fsdp_config") or {}, place)
     elif kind not in ("MULTI_GPU", "NO", "FALSE"):  # which YAML makes of a plain NO
-        raise TunesmithError(f"{place}: distributed_type is {kind}; write NO, MULTI_GPU or FSDP")
+        raise TunesmithError(f"{place}: distributed_type is {kind}; write NO, MULTI_GPU, FSDP or DEEPSPEED")
     nodes, processes = _number(values, "num_machines", 1, place), _number(values, "num_processes", -1, place)
     if kind in ("NO", "FALSE"):
         processes = max(1, processes)
@@ -171,11 +178,27 @@ def _sharing(fsdp: Mapping[str, Any], place: str) -> dict[str, Any]:
     return settings
 
 
-def _no_deepspeed(deepspeed: Mapping[str, Any] | None, place: str) -> str:
-    grad = (deepspeed or {}).get("zero_stage", 3) in (1, 2)
-    what = "gradients and the optimizer's state" if grad else "weights, gradients and the optimizer's state"
-    instead = "--launch-config multi_gpu --shard grad" if grad else "--launch-config fsdp2 (shard: full)"
-    return (
-        f"{place} asks for DeepSpeed, with which nothing here is tested; write {instead}, which shares out {what}, "
-        "too, or give its own settings in the recipe (deepspeed: FILE.json)"
+def _deepspeed(own: Mapping[str, Any], place: str) -> str | dict[str, Any]:
+    """DeepSpeed's own config: a file, or what the few keys of accelerate say in its words."""
+    if file := own.get("deepspeed_config_file"):
+        return str(file)
+    for key, value in own.items():
+        if key not in OF_DEEPSPEED:
+            raise TunesmithError(f"{place}: unknown key {key!r} in deepspeed_config{nearest(key, OF_DEEPSPEED)}")
+        if key in ("gradient_accumulation_steps", "gradient_clipping") and value not in (*NOTHING, "auto", 1, 1.0):
+            recipe = "max_grad_norm" if key == "gradient_clipping" else key
+            raise TunesmithError(f"{place}: {key} is {value!r}; write {recipe}: {value} in the recipe")
+    stage = own.get("zero_stage", 2)
+    if stage not in (0, 1, 2, 3):
+        raise TunesmithError(f"{place}: zero_stage is {stage!r}; write 0, 1, 2 or 3")
+    zero: dict[str, Any] = {"stage": stage}
+    for what in ("optimizer", "param"):
+        device = own.get(f"offload_{what}_device")
+        if device not in (*NOTHING, "none"):
+            nvme = {"nvme_path": own.get(f"offload_{what}_nvme_path")} if device == "nvme" else {}
+            zero[f"offload_{what}"] = {"device": device, **nvme}
+    automatic = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
     )
+    formats = {name: {"enabled": "auto"} for name in PRECISIONS}
+    return {**automatic, **formats, "zero_optimization": zero, "zero_allow_untested_optimizer": True}

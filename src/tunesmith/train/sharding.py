@@ -73,6 +73,19 @@ def is_shared_out(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def check_gathered_head(model: Model, args: Config) -> None:
+    """Raises TunesmithError where DeepSpeed's third stage lets go of the head's weight before its gradient is made."""
+    head, embeddings = base_model(model).get_output_embeddings(), base_model(model).get_input_embeddings()
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is None or not config.is_zero3() or head is None or not head.weight.requires_grad:
+        return
+    if head.weight is not embeddings.weight:
+        raise TunesmithError(
+            "deepspeed: stage 3 does not keep the weight of this model's output layer, which is not that of its "
+            "embeddings, until its gradient is computed; write stage 2, or shard: full in place of deepspeed"
+        )
+
+
 def share_out(model: Model, args: Config) -> None:
     """Share the weights of `model` out over all processes, in place: each process has its part on its device then.
 

@@ -58,6 +58,7 @@ from tunesmith.train.recovery import Recovery
 from tunesmith.train.selftest import check_before_training
 from tunesmith.train.sharding import (
     check_can_share_out,
+    check_gathered_head,
     gradients_stay,
     is_shared_out,
     read_weights,
@@ -249,6 +250,8 @@ class BaseTrainer(transformers.Trainer):
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
         self._share_out()
+        if self.is_deepspeed_enabled:
+            check_gathered_head(cast(Model, self.model), settings)
         self.test_itself()
         if settings.device.type == "cpu":
             keep_freed_memory()
