@@ -232,7 +232,7 @@ def _value(said: str) -> Any:
         return CONSTANTS[said.strip()]
     with suppress(ValueError, RecursionError):
         return json.loads(said)
-    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = ast.literal_eval(said.strip())
         json.dumps(value)
         return value if isinstance(value, list | dict) else said
