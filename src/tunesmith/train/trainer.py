@@ -249,6 +249,7 @@ class BaseTrainer(transformers.Trainer):
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
         self._share_out()
+        self._prepare_anew()
         self.test_itself()
         if settings.device.type == "cpu":
             keep_freed_memory()
@@ -272,6 +273,12 @@ class BaseTrainer(transformers.Trainer):
                 self.guard.end()
             self.keeper.wait()
         return output
+
+    def _prepare_anew(self) -> None:
+        """`accelerate` takes a model that an evaluation has prepared for one that is ready to train, and would not wrap
+        it: nothing would sum the gradients of several processes."""
+        if self.args.world_size > 1 and not self.shares_out and self.model_wrapped is self.model:
+            vars(self.model).pop("_is_accelerate_prepared", None)
 
     def test_itself(self) -> None:
         """Raises TunesmithError where the model says something else in this run's batches than in its own forward."""
