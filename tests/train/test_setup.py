@@ -38,6 +38,7 @@ def frozen(model: Any) -> Any:
 # A name, what the trainer is given, and what it says. A function is called with a model.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "what is no model": ({"model": lambda _: nn.Linear(2, 2)}, "model is Linear; give a name, a folder, 'demo', or a"),
+    "no settings": ({"args": Dataset.from_list(TEXT_ROWS)}, "args is Dataset, and this trainer takes SFTConfig"),
     "two models": ({"model_init": lambda: None}, "model and model_init both say what is trained; give one"),
     "all splits": (
         {"train_dataset": DatasetDict(train=Dataset.from_list(TEXT_ROWS), test=Dataset.from_list(TEXT_ROWS))},
