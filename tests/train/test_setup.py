@@ -205,6 +205,19 @@ def test_generation_stops_at_what_ended_the_supervised_texts(
     assert model.generation_config.eos_token_id == [0, END]
 
 
+def test_settings_that_transformers_refuses_to_write_are_saved_as_they_were(
+    trainer_of: Callable[..., Any], model_of: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """A temperature without sampling, as some models are published: a run must not fail at its end."""
+    model = model_of()
+    assert model.generation_config is not None
+    model.generation_config.temperature = 0.5
+    trainer_of(model=model).save_model()
+    saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["eos_token_id"], "do_sample" in saved) == (0.5, END, False)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config.temperature == 0.5
+
+
 def test_saved_models_say_where_they_come_from(trainer_of: Callable[..., Any]) -> None:
     for arguments in ({}, {"peft_config": LORA}):
         model = trainer_of(**arguments).model

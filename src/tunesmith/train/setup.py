@@ -21,6 +21,7 @@ from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_token
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
+from tunesmith.model.generate import writable
 from tunesmith.model.head import answer_objectives
 from tunesmith.model.linear import speed_up
 from tunesmith.model.load import holds_adapters, load_adapted, load_classifier, load_model
@@ -402,6 +403,7 @@ def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: Collect
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
     if generation is not None:
+        base.generation_config = generation = writable(generation)
         known = generation.eos_token_id
         known = [] if known is None else known if isinstance(known, list) else [known]
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *known, *sorted(ends)]))
