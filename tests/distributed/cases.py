@@ -38,6 +38,7 @@ SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type"
 # Rows of a step, micro-batches of one process, and settings. With 4 processes a micro-batch has 2 rows, or one.
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "short last step": (8, 1, {"num_train_epochs": 2}),
+    "evaluated before": (8, 1, {}),
     "accumulation": (4, 3, {}),
     "padded": (8, 1, {"padding_free": False}),
     "padded model": (4, 2, {"model": "gpt_neo"}),
@@ -122,6 +123,8 @@ def run_all(folder: Path, tokenizer: Path, names: list[str]) -> None:
     SFTTrainer.draw_page = None
     for name in names:
         made = trainer(name, processes, tokenizer, folder / name)
+        if name == "evaluated before":
+            made.evaluate()
         seen = noted(made)
         weights = trained(made)
         logs = [entry for entry in made.state.log_history if "loss" in entry]

@@ -22,6 +22,7 @@ from transformers import (
 import tunesmith
 from tests.model.token_models import BYTES, RENDERED, TALK, embeddings, head, llama, phi, small_tokenizer
 from tunesmith import TunesmithError, clone_chat_template
+from tunesmith.model.adapters import adapt
 from tunesmith.model.tokens import extend_tokenizer, resize_for, train_new_tokens
 
 # Sources
@@ -285,6 +286,35 @@ def test_rows_that_the_user_trains_are_joined_by_the_new_ones() -> None:
 def test_embeddings_that_the_user_trains_otherwise_stay_so(kwargs: dict[str, Any]) -> None:
     model = adapted(llama(tied=False), **kwargs)
     assert model.peft_config["default"].trainable_token_indices is None
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["whole", "lora"],
+)
+def test_the_head_gets_new_rows_of_its_own_where_tied_embeddings_are_trained_by_themselves(
+    kwargs: dict[str, Any],
+) -> None:
+    model = adapted(llama(), **kwargs)
+    assert model.peft_config["default"].trainable_token_indices == {"lm_head": [257, 258]}
+    assert trained(model)["lm_head.token_adapter.trainable_tokens_delta.default"] == (2, 32)
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])
+def test_what_is_trained_of_embeddings_and_head_as_one_needs_no_other_rows(field: str) -> None:
+    model = adapted(llama(), **{field: ["embed_tokens"]}, ensure_weight_tying=True)
+    assert model.peft_config["default"].trainable_token_indices is None
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])
+def test_a_tied_head_that_is_trained_by_itself_beside_new_rows_is_refused(field: str) -> None:
+    model = llama()
+    settings: dict[str, Any] = {"target_modules": ["q_proj"]} | {field: ["lm_head"]}
+    config = train_new_tokens(LoraConfig(**settings), model, [255])
+    with pytest.raises(TunesmithError, match=rf"peft can't do both. Name model.embed_tokens in {field}, too, or take"):
+        adapt(model, config)
+    adapt(llama(tied=False), config)
 
 
 def test_the_users_config_is_not_changed() -> None:

@@ -114,7 +114,9 @@ def test_files_in_another_arrangement_are_loaded_whole_and_written_as_they_were(
     settings = MIXTRAL | {"num_key_value_heads": 2, "num_local_experts": 4, "tie_word_embeddings": tied}
     config = lora(target_modules=["q_proj", "embed_tokens"], target_parameters=EXPERTS)
     run = save_run(tmp_path, tiny("mixtral", VOCABULARY, **settings), config, tiny_model)
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.5}')  # which transformers won't write
     report, model = merged(run)
+    assert model.generation_config.temperature == 0.5
     assert report.in_memory is not None
     assert "gate_up_proj in another arrangement" in report.in_memory
     assert report.untied is tied

@@ -296,6 +296,8 @@ def test_teachers_with_other_tokens_are_refused_by_name(
     model = model_of("llama")
     with pytest.raises(TunesmithError, match="give another model"):
         distill_of(model=model, teacher_model=model)
+    with pytest.raises(TunesmithError, match="teacher_model is int; give a name"):
+        distill_of(teacher_model=5)
     with pytest.raises(TunesmithError, match="no teacher: write teacher_model_name_or_path"):
         distill_of(teacher_model=None)
     with pytest.raises(TunesmithError, match=r"has 300 embeddings and the student \d+"):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tests.model.token_models import EOS, llama, phi, small_tokenizer
 from tunesmith import SFTConfig, SFTTrainer, TunesmithError, clone_chat_template
 from tunesmith.model.load import load_run
+from tunesmith.ship.merge import MergeOptions, merge
 
 ROWS = [
     {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -31,7 +32,9 @@ def load(folder: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def trainer(model: Any, output: Path, *, lora: bool = False, tokenizer: Any = None, **settings: Any) -> Any:
+def trainer(
+    model: Any, output: Path, *, lora: bool | dict[str, Any] = False, tokenizer: Any = None, **settings: Any
+) -> Any:
     defaults: dict[str, Any] = {
         "chat_template_path": "chatml",
         "train_on": "assistant",
@@ -43,12 +46,13 @@ def trainer(model: Any, output: Path, *, lora: bool = False, tokenizer: Any = No
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    adapters: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return SFTTrainer(
         model,
         args=SFTConfig(output_dir=str(output), **(defaults | settings)),
         train_dataset=ROWS,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(**adapters | (lora if isinstance(lora, dict) else {})) if lora else None,
     )
 
 
@@ -129,6 +133,29 @@ def test_adapters_with_new_rows_load_with_plain_peft_and_give_the_same_logits(
     assert expected.shape[-1] == 259
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["whole", "lora"],
+)
+def test_new_tokens_are_told_apart_by_a_head_that_is_no_longer_tied(lora: dict[str, Any], tmp_path: Path) -> None:
+    """The rows of new tokens begin alike: untrained, the head would give <|im_start|> and <|im_end|> the same logit."""
+    run = trainer(save_base(llama(), tmp_path / "base"), tmp_path / "run", lora=lora)
+    run.train()
+    run.save_model()
+    ids = torch.tensor([[257, 65, 66, 258, 10, 257]])
+    with torch.no_grad():
+        expected = run.model.eval()(input_ids=ids).logits
+    assert (expected[..., 258] - expected[..., 257]).abs().min() > 1e-3
+    report = merge(tmp_path / "run", tmp_path / "merged", MergeOptions(check=False))
+    merged, _ = load(tmp_path / "merged")
+    loaded: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    with torch.no_grad():
+        for model in (merged, loaded):
+            torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    assert report.untied
 
 
 @each_head

@@ -568,6 +568,7 @@ def test_the_head_computes_in_fp32_where_all_does(policy_of: Any) -> None:
         ({"use_vllm": True}, "vllm_mode: server"),
         ({"generation_batch_size": 64, "num_generations": 4}, "there are 4 prompts, and a generation has 16"),
         ({"ref_model": "demo"}, "beta is 0, which compares with none"),
+        ({"ref_model": nn.Linear(2, 2), "beta": 0.1}, "ref_model is Linear; give a name"),
         ({"reward_funcs": "exact_match"}, "reads the column 'answer', which the rows lack"),
         ({"reward_funcs": "exact_mach"}, "did you mean 'exact_match'"),
         ({"train_dataset": [{"question": "Hi"}]}, "row 0: no 'prompt'"),

@@ -210,6 +210,12 @@ def test_a_reference_of_the_users_and_one_computed_before(dpo_of: Any, model_of:
         dpo_of(ref_model=other, loss_type="simpo")
 
 
+def test_settings_in_the_place_of_the_reference_are_told(model_of: Any, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), loss_type=["simpo"])
+    with pytest.raises(TunesmithError, match=r"ref_model is DPOConfig; .*name the argument that this is for: args="):
+        DPOTrainer(model_of(), args, train_dataset=PAIRS)  # type: ignore[arg-type]
+
+
 def test_what_the_reference_says_is_kept_by_model_and_rows(
     dpo_of: Any, model_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tests.train.runs import REASONING, TALKS, UNEVEN_ROWS, largest_difference, trained, watched, weights_of
 from tunesmith import SFTTrainer
@@ -368,6 +368,18 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(run: Runs) -> None:
     verify(folder / "checkpoint-2")
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_resumed_run_stops_early_where_an_unbroken_one_does(step: int, run: Runs) -> None:
+    """The first evaluation is the best: the loss falls, and more is better here. Two others end the run, at step 6."""
+    settings = {"eval_dataset": UNEVEN_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
+    settings |= {"load_best_model_at_end": True, "max_steps": 20}
+    for checkpoint in (None, f"checkpoint-{step}"):
+        trainer = run(**settings)
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+        trainer.train(resume_from_checkpoint=checkpoint and str(Path(str(trainer.args.output_dir)) / checkpoint))
+        assert trainer.state.global_step == 6
 
 
 def test_a_disk_without_room_stops_the_run_before_it_begins(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def frozen(model: Any) -> Any:
 # A name, what the trainer is given, and what it says. A function is called with a model.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "what is no model": ({"model": lambda _: nn.Linear(2, 2)}, "model is Linear; give a name, a folder, 'demo', or a"),
+    "no settings": ({"args": Dataset.from_list(TEXT_ROWS)}, "args is Dataset, and this trainer takes SFTConfig"),
     "two models": ({"model_init": lambda: None}, "model and model_init both say what is trained; give one"),
     "all splits": (
         {"train_dataset": DatasetDict(train=Dataset.from_list(TEXT_ROWS), test=Dataset.from_list(TEXT_ROWS))},
@@ -202,6 +203,19 @@ def test_generation_stops_at_what_ended_the_supervised_texts(
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     trainer_of(model=model, eos_token="<|endoftext|>", assistant_only_loss=True, train_dataset=[{"messages": turns}])
     assert model.generation_config.eos_token_id == [0, END]
+
+
+def test_settings_that_transformers_refuses_to_write_are_saved_as_they_were(
+    trainer_of: Callable[..., Any], model_of: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """A temperature without sampling, as some models are published: a run must not fail at its end."""
+    model = model_of()
+    assert model.generation_config is not None
+    model.generation_config.temperature = 0.5
+    trainer_of(model=model).save_model()
+    saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["eos_token_id"], "do_sample" in saved) == (0.5, END, False)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config.temperature == 0.5
 
 
 def test_saved_models_say_where_they_come_from(trainer_of: Callable[..., Any]) -> None:

@@ -308,6 +308,18 @@ def is_named(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
+def trains_layer(config: PeftConfig, name: str) -> bool:
+    """Whether the adapters of `config` train the layer `name`, an end of the model: whole, or by adapters on it. The
+    word all-linear means the decoder's layers alone."""
+    targets = getattr(config, "target_modules", None) or ()
+    whole = getattr(config, "modules_to_save", None) or ()
+    if isinstance(targets, str):
+        if targets != "all-linear" and re.fullmatch(targets, name):
+            return True
+        targets = ()
+    return any(is_named(name, other) for other in [*targets, *whole])
+
+
 def _known(names: Collection[str], name: str) -> str:
     return f"which the model does not have{nearest(name, names)}; it has {', '.join(sorted(names))}"
 
@@ -319,11 +331,28 @@ def _tie(config: PeftConfig, model: PreTrainedModel) -> None:
         return
     whole = getattr(config, "modules_to_save", None) or ()
     names = [name for name, module in model.named_modules() if module in (embeddings, head)]
+    _check_rows(config, *sorted(names, key=lambda name: model.get_submodule(name) is head))
     trained = [name for name in names if any(is_named(name, other) for other in whole)]
     if len(trained) == 2 and hasattr(config, "ensure_weight_tying"):
         config.ensure_weight_tying = True
     elif trained and not getattr(config, "ensure_weight_tying", False):
         logger.info("%s is trained as a matrix of its own: the embeddings are no longer tied.", trained[0])
+
+
+def _check_rows(config: PeftConfig, embeddings: str, head: str) -> None:
+    """Raises where `config` trains a tied head by itself, and rows of the embeddings: `peft` would train these rows in
+    the head, too, and pass over what it has there."""
+    rows = getattr(config, "trainable_token_indices", None) or ()
+    in_embeddings = any(is_named(embeddings, key) for key in rows) if isinstance(rows, dict) else bool(rows)
+    if in_embeddings and trains_layer(config, head):
+        field = (
+            "modules_to_save" if _is_listed(head, getattr(config, "modules_to_save", None) or ()) else "target_modules"
+        )
+        raise TunesmithError(
+            f"peft_config: {field} trains {head}, and rows of {embeddings}, which is tied to it, are trained for new "
+            f"tokens or by trainable_token_indices; peft can't do both. Name {embeddings} in {field}, too, or take "
+            f"{head} out of it"
+        )
 
 
 class StartingPoint:

@@ -3,9 +3,11 @@
 Shapes: B prompts, T tokens of the longest one.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
@@ -25,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tunesmith.data.prompts import prompt_ids
 from tunesmith.data.sandbox import rendered
@@ -157,6 +160,26 @@ def room_of(model: Model) -> int | None:
     if room and has_virtual_tokens(model):
         room -= model.active_peft_config.num_virtual_tokens  # type: ignore[union-attr]
     return room or None
+
+
+class AsRead(GenerationConfig):
+    """Settings that are written as they were read. Some that are published have a temperature and no sampling, which
+    `transformers` reads, and refuses to write: when a run saves its first checkpoint, or at its end."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        values = json.dumps(self.to_diff_dict(), indent=2, sort_keys=True)
+        (Path(save_directory) / GENERATION_CONFIG_NAME).write_text(values + "\n", encoding="utf-8")
+
+
+def writable(settings: GenerationConfig) -> GenerationConfig:
+    """`settings`, or what is written as they are where `transformers` refuses to write them."""
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        as_read = AsRead()
+        vars(as_read).update(vars(settings))
+        return as_read
+    return settings
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:

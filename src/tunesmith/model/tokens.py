@@ -7,7 +7,6 @@ Shapes: V rows of the embeddings, H hidden size.
 """
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.model.adapters import is_named
+from tunesmith.model.adapters import is_named, trains_layer
 from tunesmith.model.load import load_tokenizer
 
 FILES = (".jinja", ".j2")
@@ -212,7 +211,8 @@ def trains_rows(model: PeftModel) -> bool:
 def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence[int]) -> PeftConfig:
     """A copy of `config` whose adapters train the rows of the `added` tokens too, in the input embeddings and the head.
 
-    What `config` trains of the two already, by modules_to_save or target_modules, stays as it is. A head with a bias
+    What `config` trains of the two already, by modules_to_save or target_modules, stays as it is. Where it trains one
+    end of tied embeddings by itself, the other keeps the base model's matrix, and gets its own rows. A head with a bias
     is trained whole, since `peft` loses the bias where it trains single rows. Raises TunesmithError when the adapters
     can't train rows.
     """
@@ -220,7 +220,10 @@ def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence
     tied = head is not None and head.weight is embeddings.weight
     biased = head is not None and getattr(head, "bias", None) is not None
     layers = {name: module for name, module in model.named_modules() if module in (embeddings, head)}
-    names = [name for name, module in layers.items() if not (tied and module is head) and not _trains(config, name)]
+    trained = {name for name in layers if trains_layer(config, name)}
+    if tied and (not trained or getattr(config, "ensure_weight_tying", False)):  # what is done to one is done to both
+        layers = {name: module for name, module in layers.items() if module is embeddings and not trained}
+    names = [name for name in layers if name not in trained]
     if not names:
         return config
     if not hasattr(config, "trainable_token_indices") or (tied and biased):
@@ -231,28 +234,17 @@ def train_new_tokens(config: PeftConfig, model: PreTrainedModel, added: Sequence
         )
     whole = [name for name in names if biased and layers[name] is head]
     changed: Any = copy.copy(config)
-    trained = changed.trainable_token_indices or {}
-    if not isinstance(trained, dict):
-        trained = {next(name for name, module in layers.items() if module is embeddings): trained}
+    indices = changed.trainable_token_indices or {}
+    if not isinstance(indices, dict):
+        indices = {next(name for name, module in layers.items() if module is embeddings): indices}
     for name in (name for name in names if name not in whole):  # in order: so the optimizer counts its parameters
-        theirs = [key for key in trained if is_named(name, key)]
-        rows = sorted({*added, *(row for key in theirs for row in trained[key])})
-        trained = {key: value for key, value in trained.items() if key not in theirs} | {name: rows}
-    changed.trainable_token_indices = trained
+        theirs = [key for key in indices if is_named(name, key)]
+        rows = sorted({*added, *(row for key in theirs for row in indices[key])})
+        indices = {key: value for key, value in indices.items() if key not in theirs} | {name: rows}
+    changed.trainable_token_indices = indices
     if whole:
         changed.modules_to_save = [*(changed.modules_to_save or ()), *whole]
     return cast(PeftConfig, changed)
-
-
-def _trains(config: PeftConfig, name: str) -> bool:
-    """Whether the adapters train the layer `name` already. The word all-linear means the decoder's layers alone."""
-    targets = getattr(config, "target_modules", None) or ()
-    whole = getattr(config, "modules_to_save", None) or ()
-    if isinstance(targets, str):
-        if targets != "all-linear" and re.fullmatch(targets, name):
-            return True
-        targets = ()
-    return any(is_named(name, other) for other in [*targets, *whole])
 
 
 def save_rows_only(model: PeftModel) -> None:

@@ -7,7 +7,6 @@ Shapes: T tokens of a prompt and its answer, V vocabulary.
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from transformers.utils.hub import cached_file
 from tunesmith.data.prompts import prompt_ids
 from tunesmith.errors import TunesmithError
 from tunesmith.model.devices import here
-from tunesmith.model.generate import stop_ids
+from tunesmith.model.generate import stop_ids, writable
 from tunesmith.model.load import (
     ADAPTERS,
     CONFIG,
@@ -324,10 +323,7 @@ def _write(job: _Job, folder: Path, options: MergeOptions) -> int:
         files = len(list(folder.glob("*.safetensors")))
     generation = getattr(job.model, "generation_config", None)  # which classifiers lack
     if generation is not None:
-        # As it is in the base model: some that are published have a temperature and no sampling, which `transformers`
-        # reads, and refuses to write.
-        values = json.dumps(generation.to_diff_dict(), indent=2, sort_keys=True)
-        (folder / GENERATION_CONFIG_NAME).write_text(values + "\n", encoding="utf-8")
+        generation.save_pretrained(folder)
     job.tokenizer.save_pretrained(folder)
     if getattr(job.model.config, "auto_map", None):
         for code in Path(resolve_model(job.base)).glob("*.py"):  # of a folder; the hub's are named in full
@@ -357,6 +353,7 @@ def _settle(job: _Job) -> None:
     if path is not None:
         model.generation_config = GenerationConfig.from_pretrained(Path(path).parent)
     if model.generation_config is not None:
+        model.generation_config = writable(model.generation_config)
         stops = stop_ids(model, tokenizer)
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else (stops or None)
         if tokenizer.pad_token_id is not None:

@@ -43,6 +43,7 @@ from tunesmith.train.overrides import overridden
 from tunesmith.train.preference import without_dropout
 from tunesmith.train.reference import weights_digest
 from tunesmith.train.rows import Sources
+from tunesmith.train.setup import checked_model
 from tunesmith.train.sft import SFTTrainer
 from tunesmith.train.teacher import (
     KeptTeacher,
@@ -327,7 +328,7 @@ def _given_teacher(given: Any, student: Any, args: Any) -> str | Model:
         raise TunesmithError("teacher_model and teacher_model_name_or_path both say who teaches; keep one")
     if given is not None and not isinstance(given, str) and given is student:
         raise TunesmithError("teacher_model is the student itself, which would change with it; give another model")
-    return cast("str | Model", name if given is None else given)
+    return checked_model("teacher_model", name if given is None else given)
 
 
 class GKDTrainer(DistillationTrainer):

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
+from accelerate import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -173,6 +174,13 @@ class Guard:
         missing = first.judge(cast(nn.Module, self._trainer.model))
         handler = self._trainer.accelerator.ddp_handler
         wrapped = isinstance(self._trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        kind, args = self._trainer.accelerator.distributed_type, cast(Config, self._trainer.args)
+        several = args.world_size > 1 and kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if several and not wrapped and args.shard == "none":
+            raise TunesmithError(
+                "the model is not wrapped for several processes, and each would train by itself; this is a fault of "
+                "tunesmith with this version of accelerate: please report it, and train with one process until then"
+            )
         if missing is not None and wrapped and not (handler and handler.find_unused_parameters):
             raise TunesmithError(
                 f"{missing}. Processes wait for these, and have not summed the gradients of others: freeze them with "

@@ -174,6 +174,7 @@ OPTIONAL = {
     "_linear_pointwise": "oneDNN's products; without it, fp32 goes through the BLAS that torch has",
     "_checkpoint_conversion_mapping": "names in files of some models; without it there is nothing to convert",
     "_alias_reasoning_fields": "other names of reasoning in messages; without it there is one name",
+    "_is_accelerate_prepared": "accelerate's mark on a prepared model; without it, nothing is taken for prepared",
     "_hf_hook": "set by accelerate.hooks.add_hook_to_module, which is looked for",
 }
 """Private names that may be missing: the code asks for them and goes on without."""

@@ -61,7 +61,7 @@ from tunesmith.train.rewards import SHOWN, Rewards
 from tunesmith.train.rollouts import Answered, Deal, Judge, Trial, Window, trials_of, without_silent
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
-from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.setup import as_config, checked_model, faster_layers, given_model, ready_for_batches
 from tunesmith.train.sharding import whole_weights
 from tunesmith.train.together import all_or_none, in_order
 from tunesmith.train.tools import Conversing, tools_of
@@ -143,6 +143,8 @@ class PolicyTrainer(RowsTrainer):
     ) -> None:
         _refuse(rollout_func=rollout_func, environment_factory=environment_factory)
         given = given_model(model)
+        if ref_model is not None:
+            ref_model = checked_model("ref_model", ref_model)
         args = as_config(args, given, self.config)
         args.settle_generations()
         self._tools = tools_of(args, tools)

@@ -40,7 +40,7 @@ from tunesmith.train.reference import (
 )
 from tunesmith.train.rows import Given, RowsTrainer, Sources, TrainSource
 from tunesmith.train.selftest import EXACT, ROUNDED
-from tunesmith.train.setup import as_config, faster_layers, given_model, ready_for_batches
+from tunesmith.train.setup import as_config, checked_model, faster_layers, given_model, ready_for_batches
 from tunesmith.train.together import in_turn
 from tunesmith.types import Example
 
@@ -90,6 +90,8 @@ class PreferenceTrainer(RowsTrainer):
                     "logits; leave it out, and read rewards/accuracies and rewards/margins"
                 )
         given = given_model(model)
+        if ref_model is not None:
+            ref_model = checked_model("ref_model", ref_model)
         args = as_config(args, given, self.config)
         self.take_settings(args)
         self._checked = self._begins_as_reference = False

@@ -21,6 +21,7 @@ from tunesmith.model.adapters import Model, adapt, base_model, has_virtual_token
 from tunesmith.model.attention import supports_documents, use_documents
 from tunesmith.model.compile import compile_layers
 from tunesmith.model.devices import here
+from tunesmith.model.generate import writable
 from tunesmith.model.head import answer_objectives
 from tunesmith.model.linear import speed_up
 from tunesmith.model.load import holds_adapters, load_adapted, load_classifier, load_model
@@ -49,7 +50,8 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 def as_config(args: TrainingArguments | None, model: str | Model, kind: type[AnyConfig]) -> AnyConfig:
     """`args` as a config of the `kind` that a trainer has, with its precision settled; without any, the output folder
-    is named after the model. Raises TunesmithError for adapters on what is no model of `transformers`."""
+    is named after the model. Raises TunesmithError for what is no config, and for adapters on what is no model of
+    `transformers`."""
     if isinstance(model, PeftModel) and not isinstance(model.get_base_model(), PreTrainedModel):
         raise TunesmithError(
             f"model has adapters on {type(model.get_base_model()).__name__}, which is no model of transformers"
@@ -58,7 +60,7 @@ def as_config(args: TrainingArguments | None, model: str | Model, kind: type[Any
         name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
         args = kind(output_dir=f"{Path(name).name}-{kind.__name__.removesuffix('Config')}")
     elif not isinstance(args, kind):
-        if isinstance(args, Config):
+        if isinstance(args, Config) or not isinstance(args, TrainingArguments):
             raise TunesmithError(f"args is {type(args).__name__}, and this trainer takes {kind.__name__}")
         args = kind(**settings_of(args))
     settle_precision(args)
@@ -325,14 +327,20 @@ def given_model(model: Any, model_init: Any = None) -> str | Model:
         raise TunesmithError(f"{both}: a name, a folder, 'demo', or a loaded causal language model")
     if model_init is not None:
         model = model_init(*(None,) * number_of_arguments(model_init))
-    if isinstance(model, PathLike):
-        model = str(model)
-    if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TunesmithError(
-            f"model is {type(model).__name__}; give a name, a folder, 'demo', or a loaded causal language model of "
-            "transformers or peft"
-        )
-    return model
+    return checked_model("model", model)
+
+
+def checked_model(argument: str, given: Any) -> str | Model:
+    """The model `given` in an `argument` of a trainer. Raises TunesmithError for what is none."""
+    if isinstance(given, PathLike):
+        return str(given)
+    if isinstance(given, str | PreTrainedModel | PeftModel):
+        return given
+    hint = "; name the argument that this is for: args=..." if isinstance(given, TrainingArguments) else ""
+    raise TunesmithError(
+        f"{argument} is {type(given).__name__}; give a name, a folder, 'demo', or a loaded causal language model of "
+        f"transformers or peft{hint}"
+    )
 
 
 HELD_OUT = {"test", "validation", "eval", "dev"}
@@ -395,6 +403,7 @@ def align_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, ends: Collect
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
     if generation is not None:
+        base.generation_config = generation = writable(generation)
         known = generation.eos_token_id
         known = [] if known is None else known if isinstance(known, list) else [known]
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *known, *sorted(ends)]))

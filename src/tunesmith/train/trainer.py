@@ -29,7 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin, b
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from tunesmith.data.batches import Batch, Targets
@@ -250,6 +250,7 @@ class BaseTrainer(transformers.Trainer):
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
         self._share_out()
+        self._prepare_anew()
         if self.is_deepspeed_enabled:
             check_gathered_head(cast(Model, self.model), settings)
         self.test_itself()
@@ -276,6 +277,12 @@ class BaseTrainer(transformers.Trainer):
             self.keeper.wait()
         return output
 
+    def _prepare_anew(self) -> None:
+        """`accelerate` takes a model that an evaluation has prepared for one that is ready to train, and would not wrap
+        it: nothing would sum the gradients of several processes."""
+        if self.args.world_size > 1 and not self.shares_out and self.model_wrapped is self.model:
+            vars(self.model).pop("_is_accelerate_prepared", None)
+
     def test_itself(self) -> None:
         """Raises TunesmithError where the model says something else in this run's batches than in its own forward."""
         flat, settings = not self.loaders.batching.padded, cast(Config, self.args)
@@ -299,7 +306,28 @@ class BaseTrainer(transformers.Trainer):
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
     ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        self._stopped_early = resume is not None and self._restored_patience()
         return self.keeper.resume_at(self.keeper.own(resume), position)
+
+    def _restored_patience(self) -> bool:
+        """Lets a resumed run stop early where an unbroken one would: evaluations without a better one are counted on.
+        Whether they have stopped it before."""
+        states: dict[str, list[Any]] = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                name = type(callback).__name__
+                stored: Any = self.state.stateful_callbacks.get(name, [])  # type: ignore[union-attr]
+                left = states.setdefault(name, [*stored] if isinstance(stored, list) else [stored])
+                if left:
+                    waited = left.pop(0).get("attributes", {}).get("early_stopping_patience_counter", 0)
+                    callback.early_stopping_patience_counter = waited
+                    if waited >= callback.early_stopping_patience:
+                        logger.warning(
+                            "This run has stopped early, after %d evaluations without a better one. To go on, give %s "
+                            "more patience, or leave it out.", waited, name,
+                        )  # fmt: skip
+                        return True
+        return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not is_shared_out(self.model):
@@ -333,7 +361,7 @@ class BaseTrainer(transformers.Trainer):
     # An epoch, and a step of it
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # `transformers` would take one more step
+        if self.state.global_step >= self.state.max_steps or self._stopped_early:  # or one more step would be taken
             self.control.should_training_stop = True
             return
         position = {name: kwargs[name] for name in ("epoch", "epochs_trained", "steps_trained_in_current_epoch")}
