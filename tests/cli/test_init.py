@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tests.cli.terminal import Terminal
+from tests.refusing import needs_proc
 from tunesmith.cli.main import app
 from tunesmith.model import devices
 
@@ -116,6 +117,7 @@ def test_a_file_that_is_there_stays_unless_forced(labelled: Path, tiny_model: Pa
         (["r.yaml"], "no data; write --data rows.jsonl"),
         (["r.json", "--data", "mail.jsonl"], "r.json is no name for a recipe"),
         (["no/r.yaml", "--data", "mail.jsonl"], "there is no folder no"),
+        pytest.param(["/proc/r.yaml", "--data", "none"], "/proc/r.yaml can't be written: No such", marks=needs_proc),
         (["--data", "mial.jsonl"], "did you mean 'mail.jsonl'?"),
         (["--data", "mail.jsonl", "--goal", "clasify"], "did you mean 'classify'?"),
         (["--data", "mail.jsonl", "--method", "qlora"], "choose lora | full | 8bit | 4bit"),

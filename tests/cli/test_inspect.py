@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from tests.data.styles import TEMPLATES
 from tests.models import flat
+from tests.refusing import needs_proc
 from tests.train.runs import TALKS
 from tunesmith.cli.data import training_rows
 from tunesmith.cli.inspect import HELP, USAGE, inspect, prepared
@@ -120,6 +121,7 @@ def test_random_rows_are_drawn_with_the_seed(command: Command) -> None:
         (["--random", "0"], "--random is 0"),
         (["--html", "recipe.yaml"], "--html recipe.yaml: name the page *.html"),
         (["--html", "nowhere/page.html"], "there is no folder nowhere"),
+        pytest.param(["--html", "/proc/page.html"], "--html /proc/page.html can't be written", marks=needs_proc),
         (["--max-lenght", "9"], "unknown setting 'max_lenght'; did you mean 'max_length'?"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.refusing import needs_proc
 from tests.report.browser import look, measured
 from tests.report.written import write_run
 from tunesmith.cli.main import Commands
@@ -54,6 +55,7 @@ def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
         (["."], "is no run that can be reported on"),
         (["run", "--output", "run"], "is a folder; give the file to write"),
         (["run", "--output", "none/page.html"], "there is no folder"),
+        pytest.param(["run", "--output", "/proc/page.html"], "; name another file with --output", marks=needs_proc),
     ],
 )
 def test_a_mistake_is_named(

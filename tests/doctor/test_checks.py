@@ -159,10 +159,16 @@ def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch, free: float,
     assert f"{free / 1e9:.1f} GB available" in found.found or "500 MB available" in found.found
 
 
-def test_a_demo_model_that_is_missing_is_a_note_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_demo_model_that_is_missing_is_a_note_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
     [found] = checks.demo_model()
     assert (found.mark, found.mend) == ("note", INSTALL)
+    (tmp_path / "demo-b179c9523d0e-v1").mkdir()  # converted earlier, by a Python that had the package
+    [found] = checks.demo_model()
+    assert found.mark == "ok"
 
 
 @pytest.mark.parametrize(

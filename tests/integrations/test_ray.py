@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,7 @@ from tests.train.runs import TEXTS, largest_difference
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import Manifest
 
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `ray`"),
-]
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `ray`")
 STEPS, KILLED = 5, 3
 
 
@@ -90,6 +89,8 @@ def settings_of(folder: Path, tiny_model: Path) -> dict[str, Any]:
     return settings | {"disable_tqdm": True, "per_device_train_batch_size": 2}
 
 
+@pytest.mark.processes
+@needs_ray
 def test_a_killed_worker_is_started_again_and_the_end_is_that_of_an_unbroken_run(
     tiny_model: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,8 @@ def test_a_killed_worker_is_started_again_and_the_end_is_that_of_an_unbroken_run
     assert len({Manifest.read(folder).run for folder in folders}) == 1
 
 
+@pytest.mark.processes
+@needs_ray
 def test_what_a_worker_finds_wrong_is_the_error_of_the_run(tiny_model: Path, tmp_path: Path, cluster: None) -> None:
     from ray.train import RunConfig
 
@@ -137,3 +140,10 @@ def test_what_a_worker_finds_wrong_is_the_error_of_the_run(tiny_model: Path, tmp
         train(settings, run_config=RunConfig(storage_path=str(tmp_path / "store")))
     with pytest.raises(TunesmithError, match="processes is 4, and Ray starts num_workers=1; leave processes out"):
         train(settings | {"processes": 4})
+
+
+def test_without_ray_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tunesmith.integrations.ray", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TunesmithError, match=r'integrations\.ray needs ray: pip install "tunesmith\[ray\]"$'):
+        import_module("tunesmith.integrations.ray")

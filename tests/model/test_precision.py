@@ -50,6 +50,12 @@ def test_a_real_measurement_gives_every_format_a_speed_and_describes_it() -> Non
     assert "fp16" not in describe("fp32", speeds, "cpu")
 
 
+def test_a_busy_machine_has_some_speed_and_not_0() -> None:
+    speeds: dict[PrecisionName, float] = {"fp32": 1234.5, "bf16": 0.312, "fp16": 0.0}
+    expected = "precision fp32: matrix products on this cpu in GFLOP/s: fp32 1,234, bf16 0.31"
+    assert describe("fp32", speeds, "cpu") == expected
+
+
 def test_a_format_that_is_a_hundred_times_slower_costs_no_more_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """124 and 1 GFLOP/s: one large product takes 0.9 s there."""
     spent: list[float] = []

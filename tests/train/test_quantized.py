@@ -156,6 +156,11 @@ def test_where_it_can_not_be_nothing_is_loaded(base: str, trainer_of: Callable[.
     )
     with pytest.raises(TunesmithError, match=r"need bitsandbytes: pip install 'tunesmith\[quant\]'"):
         trainer_of(**arguments)
+    with pytest.raises(TunesmithError, match="optimizers such as adamw_8bit need bitsandbytes: pip install"):
+        trainer_of(optim="adamw_8bit")
+    # Nothing is to be installed for what would not run then.
+    with pytest.raises(TunesmithError, match="this device is a cpu; take adamw_8bit"):
+        trainer_of(optim="paged_adamw_8bit")
 
 
 def test_optimizers_that_page_need_a_gpu(trainer_of: Callable[..., Any]) -> None:

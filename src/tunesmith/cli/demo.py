@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import check_writable
 from tunesmith.terminal.output import finish, finish_lines, progress_console
 from tunesmith.text import duration
 
@@ -42,6 +43,7 @@ def demo(
     """
     if export_data is not None and preferences:
         raise TunesmithError("--export-data writes data and stops, and --preferences trains; leave one of them out")
+    check_writable(export_data or output)
     if export_data is not None:
         from tunesmith.demo.orders import export
 

@@ -11,6 +11,7 @@ import typer
 
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.init.interview import Options, confirm, facts_of
+from tunesmith.runs.files import check_writable
 from tunesmith.terminal.output import finish, mode, say
 from tunesmith.text import counted
 
@@ -84,6 +85,7 @@ def _check(path: Path, force: bool, goal: str | None, method: str | None) -> Non
         raise TunesmithError(f"{path} is there already; --force writes over it, or give another name")
     if not path.parent.is_dir():
         raise TunesmithError(f"{path} can't be written: there is no folder {path.parent}; make it first")
+    check_writable(path.parent, str(path))
     for name, value, known in (("--goal", goal, list(GOALS)), ("--method", method, list(METHODS))):
         if value is not None and value not in known:
             raise TunesmithError(f"{name} {value}: choose {' | '.join(known)}{nearest(value, known)}")

@@ -11,6 +11,7 @@ import typer
 
 from tunesmith.cli.data import data_recipe, preparer_of, training_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.runs.files import check_writable
 from tunesmith.terminal.output import finish
 from tunesmith.types import IGNORE_INDEX
 
@@ -78,6 +79,7 @@ def _check_page(html: Path | None) -> None:
         raise TunesmithError(f"--html {html}: name the page *.html")
     if not html.parent.is_dir():
         raise TunesmithError(f"--html {html}: there is no folder {html.parent}")
+    check_writable(html.parent, f"--html {html}")
 
 
 def prepared(

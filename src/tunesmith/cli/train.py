@@ -268,7 +268,7 @@ def opened(recipe: "Recipe") -> tuple[Any, Any]:
     shows, and the model is there."""
     from tunesmith.model.load import resolve_model
     from tunesmith.model.precision import settle_precision
-    from tunesmith.runs.folder import check_writable
+    from tunesmith.runs.files import check_writable
     from tunesmith.train.setup import check_trackers
 
     output = Path(str(recipe.config.output_dir))

@@ -176,12 +176,13 @@ def installed_version(package: str) -> str:
 
 
 def demo_model() -> Iterator[Finding]:
-    from tunesmith.model.demo_model import GGUF_NAME, GGUF_SIZE, INSTALL, PACKAGE, REINSTALL
+    from tunesmith.home import home
+    from tunesmith.model.demo_model import GGUF_NAME, GGUF_SIZE, INSTALL, PACKAGE, REINSTALL, converted_folder
 
     spec = find_spec(PACKAGE)
     files = [Path(place) / GGUF_NAME for place in (spec and spec.submodule_search_locations) or ()]
     sizes = [file.stat().st_size for file in files if file.is_file()]
-    if GGUF_SIZE in sizes:
+    if GGUF_SIZE in sizes or converted_folder(home()).is_dir():
         means = "`tunesmith demo` and `--model demo` work without the network."
         yield Finding.ok("demo model", "SmolLM2-135M-Instruct", means=means)
         return

@@ -9,8 +9,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tunesmith.errors import TunesmithError
+
+if find_spec("ray") is None:
+    raise TunesmithError('tunesmith.integrations.ray needs ray: pip install "tunesmith[ray]"')
 
 from ray.train import Checkpoint, Result, RunConfig, ScalingConfig, get_checkpoint, report
 from ray.train import WorkerGroupError as WorkersFailed
@@ -18,7 +24,6 @@ from ray.train.torch import TorchTrainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunesmith.cli.train import opened, trainer_of
-from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import Manifest, belongs_to
 from tunesmith.settings.recipe import resolve
 from tunesmith.train.trainer import BaseTrainer

@@ -66,6 +66,11 @@ def demo_model_path(progress: Progress | None = None) -> Path:
     return _ready(_packaged(), home(), _convert, progress or (lambda _sentence: None))
 
 
+def converted_folder(cache: Path, sha256: str = GGUF_SHA256) -> Path:
+    """Where in `cache` the model of the GGUF with this SHA-256 is, once it is converted."""
+    return cache / f"{DEMO}-{sha256[:12]}-v{FORMAT}"
+
+
 def _packaged() -> Source:
     """Finds the GGUF without importing its package, whose own dependencies are not installed."""
     spec = importlib.util.find_spec(PACKAGE)
@@ -76,7 +81,7 @@ def _packaged() -> Source:
 
 def _ready(source: Source, cache: Path, convert: Convert, progress: Progress) -> Path:
     """The verified folder in `cache`; built when it is missing or damaged. Safe with several processes at once."""
-    folder = cache / f"{DEMO}-{source.sha256[:12]}-v{FORMAT}"
+    folder = converted_folder(cache, source.sha256)
     fault = _fault(folder)
     if fault is None:
         return folder

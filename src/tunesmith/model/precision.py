@@ -118,7 +118,10 @@ def measure(device_type: str) -> dict[PrecisionName, float]:
 
 
 def describe(choice: PrecisionName, speeds: Mapping[PrecisionName, float], device_type: str) -> str:
-    figures = ", ".join(f"{name} {speeds[name]:,.0f}" for name in get_args(PrecisionName) if speeds.get(name))
+    known = {name: speeds[name] for name in get_args(PrecisionName) if speeds.get(name)}
+    figures = ", ".join(
+        f"{name} {speed:,.0f}" if speed >= 10 else f"{name} {speed:.2g}" for name, speed in known.items()
+    )
     return f"precision {choice}: matrix products on this {device_type} in GFLOP/s: {figures}"
 
 

@@ -76,12 +76,12 @@ def check_optimizer(name: str, device: str) -> None:
     """Raises TunesmithError for an optimizer of `bitsandbytes` that the device can't run."""
     if not any(part in name for part in OPTIMIZERS) or name.startswith(("galore", "apollo")):
         return
-    refuse_missing(f"optim: {name}", device)
     if "paged" in name and device not in ("cuda", "xpu"):
         raise TunesmithError(
             f"optim: {name} pages its state between GPU and main memory, and this device is a {device}; take "
             f"{name.replace('paged_', '')}"
         )
+    refuse_missing(f"optimizers such as {name}", device)
 
 
 def bits_of(model: nn.Module) -> Bits | None:

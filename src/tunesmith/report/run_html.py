@@ -68,7 +68,7 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise TunesmithError(f"{path} can't be written: {error.strerror}") from error
+        raise TunesmithError(f"{path} can't be written: {error.strerror}; name another file with --output") from error
     return path
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -38,6 +39,20 @@ def loss_name(metric: str) -> str | None:
         return None
     data_set = metric.removeprefix("eval_").removesuffix("loss").removesuffix("_")
     return f"evaluation: {data_set}" if data_set else "evaluation"
+
+
+def check_writable(folder: Path, name: str = "") -> None:
+    """Raises TunesmithError when `folder` can't be made, or written to; `name` is what the error calls it, by default
+    the output. Nothing of it is left behind: a run that ends before it begins makes no folder."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=there))  # permissions alone don't tell, least of all root
+    except OSError as error:
+        raise unwritable(name or f"output {folder}", error) from error
+
+
+def unwritable(name: str, error: OSError) -> TunesmithError:
+    return TunesmithError(f"{name} can't be written: {error.strerror or error}; take another folder")
 
 
 def is_held(folder: Path) -> bool:

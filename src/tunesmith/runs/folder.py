@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,20 +18,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tunesmith.errors import TunesmithError
-from tunesmith.runs.files import OWNER
+from tunesmith.runs.files import OWNER, unwritable
 from tunesmith.text import size
 
 LOCK = ".lock"
-
-
-def check_writable(folder: Path) -> None:
-    """Raises TunesmithError when `folder` can't be made, or written to. Nothing of it is left behind: a run that ends
-    before it begins makes no folder."""
-    try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=there))  # permissions alone don't tell, least of all root
-    except OSError as error:
-        raise _unwritable(folder, error) from error
 
 
 @contextmanager
@@ -50,17 +39,13 @@ def only_run_in(folder: Path) -> Iterator[None]:
         raise TunesmithError(f"a run is writing to {folder} already: {named}. Wait, or take another output") from None
     except OSError as error:
         lock.release()
-        raise _unwritable(folder, error) from error
+        raise unwritable(f"output {folder}", error) from error
     try:
         yield
     finally:
         with suppress(OSError):  # the folder may be gone by now, which the run has said
             (folder / OWNER).unlink(missing_ok=True)
         lock.release()
-
-
-def _unwritable(folder: Path, error: OSError) -> TunesmithError:
-    return TunesmithError(f"output {folder} can't be written: {error.strerror or error}; take another folder")
 
 
 def _sign(owner: Path) -> None:
