@@ -79,11 +79,19 @@ if tokenizer.chat_template is None:  # a base model knows no roles: it goes on w
     prompt = [{"role": "user", "content": f"{instruction}\n\n{mail}\n\nJSON:"}]
 else:
     prompt = [{"role": "system", "content": instruction}, {"role": "user", "content": mail}]
-print(generate(model, tokenizer, [prompt], max_new_tokens=40)[0])
+answer = generate(model, tokenizer, [prompt], max_new_tokens=76)[0]  # at most 76 tokens: longer answers are cut off
+print(answer)
+
+# %% tags=["claim"]
+if not HUB:
+    assert answer.index('"customer": {') < answer.index('"items"')
+    assert '"date": "3 March 2026\n}' in answer  # the wrong day, and no closing quotation mark
+    assert "Anna" not in answer
 
 # %% [markdown]
-# The model writes *something*, but look closely: is this JSON that a program could read, with the three keys and the
-# right values? There are three ways on, and it is wise to try them in this order:
+# That looks like JSON, but look closely. A quotation mark is missing behind the date, so no program can read it. The
+# mail says the 14th and the answer the 3rd, `customer` holds a list of mugs, and Anna Baker is not there at all. And
+# instead of stopping, the model begins once more. There are three ways on, and it is wise to try them in this order:
 #
 # | way | what you do | when it is enough |
 # | --- | --- | --- |
@@ -104,8 +112,8 @@ print(generate(model, tokenizer, [prompt], max_new_tokens=40)[0])
 count = sum(parameter.numel() for parameter in model.parameters())
 parts = {"the weights": 4, "the gradients": 4, "optimizer (two numbers)": 8}
 for part, size in parts.items():
-    print(f"{part:<25} {size:>2} bytes x {count / 1e6:.0f} million = {size * count / 1e6:7,.0f} MB")
-print(f"{'together':<25} {16:>2} bytes x {count / 1e6:.0f} million = {16 * count / 1e6:7,.0f} MB")
+    print(f"{part:<25} {size:>2} bytes x {count:,} = {size * count / 1e6:7,.0f} MB")
+print(f"{'together':<25} {16:>2} bytes x {count:,} = {16 * count / 1e6:7,.0f} MB")
 
 # %% [markdown]
 # Sixteen bytes a weight, before a single example is looked at. A model of 7 billion weights needs 112 GB that way, more
@@ -120,7 +128,7 @@ print(f"{'together':<25} {16:>2} bytes x {count / 1e6:.0f} million = {16 * count
 # %%
 adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-print(f"trained: {trained / 1e6:.1f} million of {count / 1e6:.0f} million weights, that is {trained / count:.1%}")
+print(f"trained: {trained:,} weights beside {count:,} frozen ones, that is {trained / count:.1%}")
 print(f"gradients and optimizer: {12 * trained / 1e6:.0f} MB instead of {12 * count / 1e6:,.0f} MB")
 
 # %% [markdown]
@@ -133,7 +141,8 @@ print(f"gradients and optimizer: {12 * trained / 1e6:.0f} MB instead of {12 * co
 # the more rows are in the batch. The command `tunesmith plan` counts everything from the model's description alone:
 # here for a model of the size "7 B", one row of 1,024 tokens, on an NVIDIA A100 with 40 GB. No weights are loaded: all
 # we give are the sizes. In a terminal you just write the command; here Python starts it, and asks for the answer as
-# JSON.
+# JSON. In the answer, `full` is full fine-tuning, `lora` is LoRA on frozen weights in 16 bits, and `8bit` and `4bit`
+# are LoRA on frozen weights in 8 and 4 bits.
 
 
 # %%
@@ -195,11 +204,15 @@ if not HUB:
     assert 0.4 < frozen["8bit"] / frozen["lora"] < 0.6 and 0.2 < frozen["4bit"] / frozen["lora"] < 0.3
     assert 1 / 34 < trained / count < 1 / 25  # "about one weight in thirty"
     assert 130e6 < count < 140e6
+    assert 6.7 < methods["full"]["memory"]["weights"] / 4e9 < 6.8
+    assert 100 < methods["full"]["total"] / 1e9 < 112
 
 # %% [markdown]
-# The tall bar is full fine-tuning: weights, gradients and optimizer numbers, all of full size. LoRA leaves the frozen
-# weights (in 16 bits) and little else; with 8 and 4 bits these take about half of that, and about a quarter. A part
-# that is missing in a bar is empty at that moment: the bars show the *fullest* moment of a step.
+# The tall bar is full fine-tuning: weights, gradients and optimizer numbers, all of full size. It is a little lower
+# than the 112 GB from above, because "7 B" is a rounded name: this model has 6.7 billion weights. LoRA leaves the
+# frozen weights (in 16 bits) and little else; with 8 and 4 bits these take about half of that, and about a quarter. A
+# part that is missing in a bar is empty at that moment: the bars show the *fullest* moment of a step. The dashed line
+# lies a little above 40, because the makers of cards count 1,024 x 1,024 x 1,024 bytes as a GB, and we count a billion.
 #
 # Full fine-tuning still has its place: for small models, for large changes (a new language, a new domain), and where
 # memory is no question. For everything else, begin with LoRA.
@@ -224,7 +237,7 @@ for name in ("torch", "transformers", "datasets", "accelerate", "peft", "tunesmi
 # %% [markdown]
 # ## Try it yourself
 #
-# **1.** The first words of the text decide what comes next. Which token is likeliest after "The capital of Italy is"?
+# **1.** What comes next depends on the words before it. Which token is likeliest after "The capital of Italy is"?
 
 # %%
 with torch.no_grad():  # the adapter is still untrained, and an untrained one changes nothing

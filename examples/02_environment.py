@@ -58,9 +58,10 @@ print("in an environment of its own:", sys.prefix != sys.base_prefix)
 # ## One command that looks at everything
 #
 # `tunesmith doctor` looks at Python, the libraries, the processor, the GPU, the memory, the disk and the hub. Each
-# line begins with `ok`, with `note` (worth knowing) or with `problem` (training would fail), and says how to fix it.
-# In a terminal you just write `tunesmith doctor`. Here we let Python start it, and ask for JSON so that we can use
-# the answer.
+# line begins with `ok`, with `note` (worth knowing) or with `problem` (training would fail). In a terminal you just
+# write `tunesmith doctor`, and it says how to fix each `note` and `problem`. Here we let Python start it, and ask for
+# JSON so that we can use the answer. We also set `HF_HUB_OFFLINE`, so that it asks nothing over the network. That is
+# why the line `hub` is a `note`.
 
 
 # %%
@@ -97,7 +98,7 @@ elif torch.backends.mps.is_available():
     print("an Apple GPU, through MPS")
 else:
     device = torch.device("cpu")
-    print("no GPU that torch can use. torch was built for CUDA:", torch.version.cuda or "no")
+    print("no GPU that torch can use. torch was built for CUDA:", torch.version.cuda or "no, for the CPU alone")
 
 # %% [markdown]
 # Read it like this:
@@ -139,7 +140,8 @@ print("the faster one here:", max(speeds, key=speeds.get))
 
 # %% [markdown]
 # tunesmith makes the same kind of measurement before a run (`precision: auto`), and takes a shorter format where it is
-# clearly faster. You saw its verdict in the line `precision` above.
+# clearly faster. You saw its verdict in the line `precision` above. Its numbers differ from these: two measurements
+# never agree, and it multiplies matrices of another size. What counts is which format is faster.
 #
 # ### `bfloat16` or `float16`?
 #
@@ -194,7 +196,7 @@ def find_token():
 
 
 def masked(token):
-    return "none" if token is None else f"{token[:3]}... ({len(token)} characters)"
+    return "none found" if token is None else f"{token[:3]}... ({len(token)} characters)"
 
 
 print("token:", masked(find_token()))
@@ -248,7 +250,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 # %%
 free = psutil.virtual_memory().available / 1e9
-print(f"{free:.1f} GB are room for {free * 1000 / 4:,.0f} million weights in float32, and for nothing else")
+print(f"{free:.1f} GB are room for {free * 1e9 / 4:,.0f} weights in float32, and for nothing else")
 
 # %% [markdown]
 # ## What you have learned

@@ -14,6 +14,7 @@ from typer.main import get_command
 from tests.conftest import REPO
 from tunesmith.cli.complete import RecipeCommand
 from tunesmith.cli.main import app
+from tunesmith.model.demo_model import INSTALL
 from tunesmith.settings.recipe import parse_options
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -67,7 +68,9 @@ def _cd(arguments: list[str]) -> None:
 
 
 def _pip(arguments: list[str]) -> None:
-    """This package, with extras that it has, or the folder that was cloned."""
+    """This package, with extras that it has, the folder that was cloned, or the demo model as errors say it."""
+    if ["pip", *arguments] == shlex.split(INSTALL):
+        return
     verb, text = arguments
     if text == ".":
         assert verb == "install"

@@ -4,6 +4,8 @@ and nothing hides an error."""
 import ast
 import base64
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -317,6 +319,25 @@ def test_what_a_notebook_showed_stays_until_its_code_changes(
     assert "en/01_small.ipynb shows what other code showed" in capsys.readouterr().out
 
 
+def test_a_setup_that_changed_shows_nothing_and_leaves_what_the_chapter_showed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = _chapter(tmp_path, monkeypatch, CHINESE)
+    setup = build.GUIDE / "setup.py"
+    setup.write_text("print(1)\n", encoding="utf-8")
+    english = build.notebook_path(script, "en")
+
+    def shown() -> list[list[str]]:
+        return [[text for output in cell["outputs"] for text in output["text"]] for cell in _read(english)[2:4]]
+
+    assert build.main(["--store", "en/01"]) == 0
+    assert shown() == [["1\n"], ["42 of them\n"]]
+    setup.write_text("print(2)\n", encoding="utf-8")
+    assert build.main([]) == 0
+    assert build.main(["--check"]) == 0
+    assert shown() == [[], ["42 of them\n"]]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -352,6 +373,46 @@ def test_execute_says_where_all_take_too_long_and_fails_for_no_clock(
     assert "all notebooks" not in capsys.readouterr().err  # a part of them may take what it takes
     assert build.main(["--execute"]) == 0
     assert "should take 0.0 s: make them shorter" in capsys.readouterr().err
+
+
+# The setup
+
+
+def _run_setup(monkeypatch: pytest.MonkeyPatch, missing: set[str]) -> list[list[str]]:
+    """What the first cell asks of pip where the packages `missing` are missing."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"torchao": "0.10.0", "pyarrow": "25.0.0"}[name])
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command[3:]))
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k not in ("numpy", "pandas")})
+    exec((build.GUIDE / "setup.py").read_text(encoding="utf-8"), {})
+    return asked
+
+
+def test_the_setup_asks_nothing_of_pip_where_everything_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _run_setup(monkeypatch, set()) == []
+    assert capsys.readouterr().out == (
+        "No GPU: the processor does the work. In Colab you get one under Runtime, Change runtime type.\n"
+    )
+
+
+@pytest.mark.parametrize(("loaded", "restart"), [("25.0.0", False), ("18.1.0", True)])
+def test_the_setup_removes_what_peft_refuses_and_says_so_where_the_session_runs_on_replaced_libraries(
+    loaded: str, restart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyarrow.__version__", loaded)
+    if restart:
+        with pytest.raises(RuntimeError, match="restart the session"):
+            _run_setup(monkeypatch, {"tunesmith"})
+        return
+    quietly = ["--quiet", "--disable-pip-version-check"]
+    assert _run_setup(monkeypatch, {"tunesmith"}) == [
+        ["install", *quietly, "tunesmith[quant] @ git+https://github.com/tunesmith/tunesmith"],
+        ["uninstall", "--yes", *quietly, "torchao"],
+    ]
 
 
 # Words

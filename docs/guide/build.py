@@ -42,6 +42,8 @@ LANGUAGES = ("en", "zh-TW")
 CHAPTER = re.compile(r"\d\d_\w+\.py")
 SEPARATOR = "<!-- cell -->"
 CLAIM = "claim"
+SETUP = "setup-"
+"""How the ids of the cells begin that are not of the chapter."""
 CELL_SECONDS = 1800
 ALL_SECONDS = 12 * 60
 """What a run of every English notebook should take, with nothing else running."""
@@ -91,7 +93,7 @@ def notebook(script: Path, language: str, *, claims: bool = False) -> Any:
             f"[**{OPEN[language]}**]({COLAB}/{language}/{script.stem}.ipynb)", id="open-in-colab"
         )
     ]
-    made += [nbformat.v4.new_code_cell(text, id=f"setup-{i}") for i, text in enumerate(_setup(language))]
+    made += [nbformat.v4.new_code_cell(text, id=f"{SETUP}{i}") for i, text in enumerate(_setup(language))]
     for identity, (kind, text) in zip(_identities(cells), cells, strict=True):
         if kind == "markdown":
             made.append(nbformat.v4.new_markdown_cell(next(prose), id=identity))
@@ -159,8 +161,9 @@ def _identities(cells: list[Cell]) -> Iterator[str]:
 
 
 def code_hash(book: Any) -> str:
-    """Of the code of a notebook, in order: what its outputs depend on."""
-    sources = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    """Of the code of a notebook's chapter, in order: what its outputs depend on. They do not depend on the setup, which
+    installs what is missing."""
+    sources = [cell.source for cell in book.cells if cell.cell_type == "code" and not cell.id.startswith(SETUP)]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
@@ -179,12 +182,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def _with_outputs(book: Any, executed: Any) -> Any:
-    """`book` with what its code showed in `executed`, where that ran the same code, and the hash that says so."""
+    """`book` with what its code showed in `executed`, where that ran the same code, and the hash that says so.
+
+    A cell of the setup that was changed since shows nothing."""
     if executed is None or code_hash(book) != code_hash(executed):
         return book
     shown = [cell for cell in executed.cells if cell.cell_type == "code"]
     for number, (cell, run) in enumerate(zip((c for c in book.cells if c.cell_type == "code"), shown, strict=True)):
-        cell.outputs = _joined(run.outputs)
+        cell.outputs = _joined(run.outputs) if cell.source == run.source else []
         cell.execution_count = number + 1
         for output in cell.outputs:
             if "execution_count" in output:

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType
+from peft.import_utils import is_torchao_available
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
@@ -411,6 +412,20 @@ def test_what_peft_itself_stumbles_over_is_an_error_that_names_it(trainer_of: Ca
     config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights="pissa")
     with pytest.raises(TunesmithError, match=r"peft can't make these adapters for GptOssForCausalLM \(AttributeError"):
         trainer_of("gpt_oss", peft_config=config)
+
+
+def test_a_library_that_is_too_old_for_peft_is_named_with_the_ways_on(
+    trainer_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    (tmp_path / "torchao-0.10.0.dist-info").mkdir()
+    metadata = tmp_path / "torchao-0.10.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    is_torchao_available.cache_clear()  # it was asked before, without this folder; that it raises is not kept
+    with pytest.raises(TunesmithError, match=r"version of torchao\. Found version 0\.10\.0.*pip uninstall NAME"):
+        trainer_of(peft_config=LoraConfig(target_modules="all-linear"))
 
 
 def test_experts_are_adapted_by_the_names_of_their_parameters(trainer_of: Callable[..., Any]) -> None:

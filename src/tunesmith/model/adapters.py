@@ -83,7 +83,12 @@ def adapt(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             adapted = get_peft_model(model, config)
     except (ValueError, RuntimeWarning) as error:
         raise TunesmithError(f"peft_config does not fit the model: {error}{_way_on(error, everything)}") from error
-    except (TypeError, AttributeError, LookupError, RuntimeError, ImportError, AssertionError) as error:
+    except ImportError as error:
+        raise TunesmithError(
+            f"peft can't make adapters with the libraries that are installed: {error}. Install or update the one that "
+            "it names; one that is too old and that nothing needs can be uninstalled instead: pip uninstall NAME"
+        ) from error
+    except (TypeError, AttributeError, LookupError, RuntimeError, AssertionError) as error:
         kind = type(error).__name__
         raise TunesmithError(
             f"peft can't make these adapters for {type(model).__name__} ({kind}: {error}); take another peft_config, "
