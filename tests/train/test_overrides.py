@@ -183,8 +183,10 @@ def test_evaluation_takes_the_same_loss_and_gets_logits(model_of: Make, config: 
 
 def test_the_eval_loss_is_what_a_subclass_makes_of_ours(model_of: Make, config: Make, tokenizer: Any) -> None:
     class Doubled(SFTTrainer):
-        def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+        def compute_loss(  # type: ignore[override]
+            self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        ) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             return (2 * loss, outputs) if return_outputs else 2 * loss
 
     class Older(SFTTrainer):

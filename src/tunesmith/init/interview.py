@@ -27,8 +27,8 @@ JOINED = (
     "write --columns instruction=prompt,output=completion"
 )
 TABLES = (
-    "each row has as many tabs as the others, as in a table; if it is one with a header, name the file .tsv, and its "
-    "columns are read"
+    "the rows have tabs as the lines of a table do; if it is one with a header, name the file .tsv: then its columns "
+    "are read"
 )
 
 DEMO_NOTE = (
@@ -107,11 +107,12 @@ def facts_of(options: Options) -> tuple["Facts", list[str]]:
 
 
 def _tables_in(sample: Sequence[tuple[str, "Row"]]) -> bool:
-    """Whether all rows are texts with as many tabs as the first, as the lines of a table in a .txt file are."""
+    """Whether rows are texts with as many tabs as the first, as the lines of a table in a .txt file are. Those without
+    one may be the rest of a cell with line breaks."""
     from tunesmith.types import Text
 
-    tabs = {row.text.count("\t") if isinstance(row, Text) and row.prompt is None else 0 for _, row in sample}
-    return len(sample) > 1 and len(tabs) == 1 and tabs != {0}
+    tabs = [row.text.count("\t") for _, row in sample if isinstance(row, Text) and row.prompt is None]
+    return len(tabs) > 1 and tabs[0] > 0 and {*tabs} <= {0, tabs[0]} and tabs.count(tabs[0]) >= len(tabs) / 3
 
 
 # The data and the model
@@ -239,6 +240,8 @@ def _columns_to_write(row: Mapping[str, Any], templated: bool) -> str:
     from tunesmith.data.columns import pair_columns
 
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and not set(",=") & set(str(name))]
+    if len(row) == 1 and texts:
+        return f"--columns text={shlex.quote(texts[0])}; if that is a title, delete the lines above the header"
     one, two = texts[:2] if len(texts) >= 2 else ("question", "answer")
     named = ",".join(f"{ours}={theirs}" for ours, theirs in pair_columns(one, two, templated=templated).items())
     why = f", if {one!r} is the question and {two!r} the answer" if len(texts) >= 2 else ""
