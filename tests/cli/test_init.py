@@ -122,7 +122,8 @@ def test_a_file_that_is_there_stays_unless_forced(labelled: Path, tiny_model: Pa
         (["--data", "mail.jsonl", "--goal", "clasify"], "did you mean 'classify'?"),
         (["--data", "mail.jsonl", "--method", "qlora"], "choose lora | full | 8bit | 4bit"),
         (["--data", "bad.jsonl"], "bad.jsonl, line 2: 'prompt' is text (a) and 'completion' is a number"),
-        (["--data", "odd.jsonl"], "Here: --columns instruction=question,output=answer"),
+        (["--data", "odd.jsonl"], "Here: --columns instruction=left,output=right, if 'left' is the question"),
+        (["--data", "title.csv"], "--columns text='FAQ 2025'; if that is a title, delete the lines above the header"),
         (["--data", "mail.jsonl", "--columns", "instruction=txt,output=label"], "no column 'txt'"),
         (["--data", "mail.jsonl", "--columns", "txt"], "--columns txt: write ours=yours,..."),
         (["--data", "mail.jsonl", "--columns", "{instruction: text, output: [1]}"], "--columns"),
@@ -134,6 +135,7 @@ def test_a_mistake_is_told_and_nothing_written(
     arguments: list[str], message: str, labelled: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     written(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 3}])
+    (tmp_path / "title.csv").write_text("FAQ 2025\nFrage;Antwort\nA?;a\n")
     written(tmp_path / "odd.jsonl", [{"left": "a", "right": "b"}])
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     written(tmp_path / "calls.jsonl", [{"messages": [{"role": "user", "content": "a"}, call]}])
@@ -193,6 +195,19 @@ def test_at_a_terminal_it_asks_for_what_is_left_out(tmp_path: Path, tiny_model: 
     assert found["columns"] == {"instruction": "問題", "output": "答案"}
     assert (found["train_on"], found["lora"]["r"], found["output"]) == ("completion", 16, "runs/qa")
     assert found["data"] == "問答.jsonl"
+
+
+def test_columns_are_known_in_other_languages_and_a_table_named_txt_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    lines = ["Frage;Antwort;"] + [f'Wie {i}?;"So {i},{chr(10)}genau.";' for i in range(20)] + [";;"]
+    (tmp_path / "fragen.csv").write_text("\r\n".join(lines), encoding="utf-16")
+    done = tunesmith("init", "--data", "fragen.csv", "--model", tiny_model)
+    assert done.exit_code == 0, done.output
+    assert recipe_of()["columns"] == {"instruction": "Frage", "output": "Antwort"}
+    assert "20 rows, format instruction" in done.output
+    (tmp_path / "fragen.txt").write_text('Frage\tAntwort\nA?\t"a\nmore"\nB?\tb\n')
+    assert "name the file .tsv" in tunesmith("init", "t.yaml", "--data", "fragen.txt", "--model", tiny_model).output
+    (tmp_path / "text.txt").write_text("A\tb\nmore\ttabs\there\n")
+    assert ".tsv" not in tunesmith("init", "u.yaml", "--data", "text.txt", "--model", tiny_model).output
 
 
 @pytest.mark.slow

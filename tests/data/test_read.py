@@ -131,7 +131,7 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.jsonl", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"a\.jsonl can't be read: Compressed file ended"),
         ("a.jsonl", gzip.compress(gzip.compress(b"{}")), "line 1: the file is compressed twice, with gzip inside"),
         ("a.jsonl", gzip.compress(b"PAR1"), "line 1: the file is a Parquet file in a compressed one"),
-        ("a.csv", b"PK\x03\x04rest", "line 1: the file is a zip archive .* save it as .csv"),
+        ("a.csv", b"PK\x03\x04rest", "line 1: the file is a zip archive .* save a spreadsheet as CSV UTF-8"),
         ("a.txt", b"PAR1rest", "not a Parquet file"),
         ("a.arrow", b"ARROW1\0\0rest", "not an Arrow file"),
         ("a.tar.gz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar"), "line 1: the file is a tar archive"),
@@ -152,7 +152,8 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         ("a.csv", "a,b\n1\n", "line 2 has 1 values, but the header has 2 names"),
         ("a.csv", 'a,b\n1,"2\n3,4\n', "line 2: unexpected end of data"),
         ("a.csv", "a,a\n1,2\n", "line 1: the column 'a' is there twice"),
-        ("a.csv", "a,\n1,2\n", "line 1: a column has no name"),
+        ("a.csv", "a,\n1,2\n", "line 2 has a value in a column without a name; the header is 'a', ''"),
+        ("a.csv", "Export;\n;\na;b\n1;2\n", "line 3 has a value .* delete the lines above the header"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.txt", "\n \n", "has no rows"),
         ("a.txt", b"one\ntw\xf6\n", r"line 2: byte 6 \(0xf6\)"),
@@ -179,10 +180,10 @@ def zstd(content: bytes) -> bytes:
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 
-def cells(delimiter: str, *, index: str | None = None) -> str:
+def cells(delimiter: str, *, index: str | None = None, empty: int = 0) -> str:
     out = io.StringIO()
     before: list[list[Any]] = [[], [], []] if index is None else [[index], [0], [1]]
-    rows = [[*ROWS[0]], *([*row.values()] for row in ROWS)]
+    rows = [[*row, *[""] * empty] for row in (ROWS[0], *(row.values() for row in ROWS))]
     csv.writer(out, delimiter=delimiter).writerows(map(add, before, rows))
     return out.getvalue()
 
@@ -225,6 +226,8 @@ COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
         ("bom.csv", "\ufeff" + cells(",")),
         ("semicolon.csv", cells(";")),
         ("excel.csv", "sep=;\n" + cells(";")),
+        ("empty-columns.csv", cells(";", empty=2)),
+        ("empty-rows.csv", ";;\n" + cells(";", empty=1) + ";;\n ; ;\n"),
         ("tab.csv", cells("\t")),
         ("bar.csv", cells("|")),
         ("comma.tsv", cells(",")),

@@ -229,6 +229,21 @@ def test_texts_are_asked_as_the_run_was_trained(base: Path, tmp_path: Path) -> N
     assert "as a user's message (as in training); --text does otherwise" in invoke(talks, data, *arguments).stderr
 
 
+def test_columns_are_those_of_the_training_where_the_rows_have_them(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"Frage": prompt[0]["content"], "Antwort": text} for prompt, text in zip(PROMPTS, answers(base), strict=True)
+    ]
+    data = written(tmp_path / "rows.jsonl", rows)
+    settings = {"columns": {"instruction": "Frage", "output": "Antwort"}}
+    run = full_run(tmp_path / "run", base, run_record=record(method=Method(), settings=settings))
+    found = result_of(run, data)
+    assert (found["rows"], found["metrics"][0]["tuned"]["value"]) == (8, 1.0)
+    assert "columns: 'Frage' as 'instruction', 'Antwort' as 'output', as in training" in invoke(run, data).stderr
+    turned = result_of(run, data, "--columns", "instruction=Antwort,output=Frage")
+    assert turned["metrics"][0]["tuned"]["value"] == 0.0
+    assert result_of(run, conversations(tmp_path / "talks.jsonl", answers(base)))["metrics"][0]["tuned"]["value"] == 1.0
+
+
 def test_a_system_message_takes_the_place_of_the_rows_own(base: Path, tmp_path: Path) -> None:
     system = {"role": "system", "content": "be brief"}
     expected = answers(base, [[system, *prompt] for prompt in PROMPTS])
@@ -275,7 +290,7 @@ def test_a_limit_draws_rows_by_the_seed(tiny_model: Path, tmp_path: Path) -> Non
         (("--limit", "0"), "limit is 0"),
         (("--batch-size", "0"), "batch_size is 0"),
         (("--seed", "-1"), "seed is -1"),
-        (("--columns", "prompt"), "columns is 'prompt'"),
+        (("--columns", "prompt"), "--columns prompt: write ours=yours,..."),
         (("--columns", "{promt: q}"), "did you mean 'prompt'"),
         (("--split", "test"), "which has no splits"),
     ],

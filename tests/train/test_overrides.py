@@ -181,6 +181,28 @@ def test_evaluation_takes_the_same_loss_and_gets_logits(model_of: Make, config: 
     assert found["eval_rows"] == 8
 
 
+def test_the_eval_loss_is_what_a_subclass_makes_of_ours(model_of: Make, config: Make, tokenizer: Any) -> None:
+    class Doubled(SFTTrainer):
+        def compute_loss(  # type: ignore[override]
+            self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        ) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    class Older(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]
+            return super().compute_loss(model, inputs) + super().compute_loss(model, inputs)
+
+    rows = [{"input_ids": [3, 4, 5, 6, 7, END]}, {"input_ids": [8, 9, END]}]
+    common: dict[str, Any] = {"args": config(per_device_eval_batch_size=1), "processing_class": tokenizer}
+    common |= {"train_dataset": rows, "eval_dataset": rows}
+    ours = SFTTrainer(model_of(), **common).evaluate()
+    for kind in (Doubled, Older):
+        found = kind(model_of(), **common).evaluate()
+        assert found["eval_loss"] == pytest.approx(2 * ours["eval_loss"], abs=1e-5)
+        assert found["eval_mean_token_accuracy"] == ours["eval_mean_token_accuracy"]
+
+
 class OwnStep(SFTTrainer):
     """A step with the signature of `transformers` before 4.46."""
 

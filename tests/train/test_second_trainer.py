@@ -6,7 +6,10 @@ out of memory that never divides a pair, the journal and the log.
 
 import inspect
 import os
+import re
 import signal
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,19 @@ from torch import nn
 
 from tests.forked import finished, start
 from tests.models import tiny
-from tests.train.runs import largest_difference, weights_of
+from tests.train.runs import UNEVEN_ROWS, largest_difference, token_losses, weights_of
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, one_group_of
 from tunesmith.data.samplers import with_blank_rows
 from tunesmith.objectives.logprobs import TokenLogProbs, token_logprobs
 from tunesmith.runs.files import METRICS, read_lines
 from tunesmith.settings.config import SFTConfig
+from tunesmith.train import sft
 from tunesmith.train.loaders import Batching
 from tunesmith.train.meter import BatchLoss
 from tunesmith.train.setup import ready_for_batches
 from tunesmith.train.trainer import BaseTrainer
+
+ROOT = Path(__file__).parents[2]
 
 
 class PairTrainer(BaseTrainer):
@@ -69,7 +75,9 @@ def pairs(count: int = 12) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def trainer_in(folder: Path, *, flat: bool = True, **settings: Any) -> PairTrainer:
+def trainer_in(
+    folder: Path, *, flat: bool = True, kind: type[BaseTrainer] = PairTrainer, **settings: Any
+) -> BaseTrainer:
     common: dict[str, Any] = {"max_steps": 6, "learning_rate": 0.05, "save_steps": 2, "logging_steps": 2}
     common |= {"optim": "sgd", "report_to": "none", "use_cpu": True, "precision": "fp32", "self_test": "off"}
     if "max_tokens_per_batch" not in settings:
@@ -78,13 +86,62 @@ def trainer_in(folder: Path, *, flat: bool = True, **settings: Any) -> PairTrain
     ready_for_batches(model, flat=flat)
     padded = PaddedCollator(read=one_group_of)
     batching = Batching(collator=FlatCollator(read=one_group_of, share_prefix=True) if flat else padded, by_row=padded)
-    return PairTrainer(
+    return kind(
         model,
         SFTConfig(output_dir=str(folder), **common | settings),
         batching,
         train_dataset=pairs(),
         eval_dataset=pairs(5),
     )
+
+
+def differences(model: Any, rows: Dataset) -> list[float]:
+    """By how much the first answer of each pair is likelier than the second, by PyTorch, in nats."""
+    found = []
+    model.eval()
+    for row in rows:
+        start, sums = 0, []
+        for size in row["seq_lengths"]:
+            ids = torch.tensor([row["input_ids"][start : start + size]])
+            labels = torch.tensor(row["labels"][start : start + size])
+            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(dim=-1)
+            learned = labels[1:] != -100
+            sums.append(logprobs[learned].gather(1, labels[1:][learned][:, None]).sum())
+            start += size
+        found.append(float(sums[0] - sums[1]))
+    return found
+
+
+def code_of(page: str, heading: str, fence: str) -> list[str]:
+    """The blocks of code below a heading; `fence` begins each line of one, or is the line before it."""
+    section = re.split(r"\n#+ ", (ROOT / page).read_text(encoding="utf-8").partition(heading)[2])[0]
+    if not fence.isspace():
+        return re.findall(rf"{fence}\n(.*?)```", section, flags=re.DOTALL)
+    return [textwrap.dedent(block) for block in re.findall(rf"(?:^{fence}.*\n|^\n(?={fence}))+", section, flags=re.M)]
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_objective_that_contributing_shows_passes_its_own_test(
+    padding_free: bool, model_of: Any, tokenizer: Any, config: Any
+) -> None:
+    blocks = code_of("CONTRIBUTING.md", "### A new objective\n", " " * 7)
+    names: dict[str, Any] = vars(sft) | globals() | {"Callable": Callable, "Sequence": Sequence}
+    names |= {"UNEVEN_ROWS": UNEVEN_ROWS, "token_losses": token_losses}
+    exec("from __future__ import annotations\n" + "\n".join(blocks), names)
+    names["test_a_step_is_the_mean_over_documents"](padding_free, model_of, tokenizer, config)
+
+
+def test_the_trainer_that_architecture_shows_trains(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    [block] = code_of("docs/architecture.md", "## A second trainer\n", "```python")
+    exec(block, names)
+    trainer = trainer_in(tmp_path, kind=names["PairTrainer"], save_strategy="no", max_steps=1)
+    expected = torch.tensor(differences(trainer.model, pairs(5)))
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(float(-nn.functional.logsigmoid(expected).mean()), rel=1e-4)
+    assert found["eval_margin"] == pytest.approx(float(expected.mean()), rel=1e-3)
+    trainer.train()
+    assert "margin" in next(entry for entry in trainer.state.log_history if "loss" in entry or "train_loss" in entry)
 
 
 def test_it_uses_no_private_name_of_ours() -> None:
@@ -95,18 +152,8 @@ def test_it_uses_no_private_name_of_ours() -> None:
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
 def test_a_step_is_the_mean_over_pairs(flat: bool, tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, flat=flat, max_steps=1, gradient_accumulation_steps=2, seed=1, logging_steps=1)
-    model: Any = trainer.model.eval()  # type: ignore[union-attr]
-    losses = []
-    for row in pairs():
-        start, sums = 0, []
-        for size in row["seq_lengths"]:
-            ids = torch.tensor([row["input_ids"][start : start + size]])
-            labels = torch.tensor(row["labels"][start : start + size])
-            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(dim=-1)
-            learned = labels[1:] != -100
-            sums.append(logprobs[learned].gather(1, labels[1:][learned][:, None]).sum())
-            start += size
-        losses.append(float(-nn.functional.logsigmoid(0.1 * (sums[0] - sums[1]))))
+    model: Any = trainer.model
+    losses = [float(-nn.functional.logsigmoid(torch.tensor(0.1 * value))) for value in differences(model, pairs())]
     batches = list(trainer.get_train_dataloader())[:2]
     seen = [group for batch in batches for group in batch.groups]
     rows = [[token for example in group for token in example.input_ids] for group in seen]

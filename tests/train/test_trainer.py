@@ -12,7 +12,13 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from tests.models import PADDED
 from tests.train.runs import (
@@ -292,6 +298,20 @@ def test_a_collator_of_the_users_is_used(trainer_of: Callable[..., Any]) -> None
     assert largest_difference(found, trained(trainer_of(optim="sgd"))) < 1e-6
 
 
+def test_the_collator_that_takes_all_tokens_for_labels_is_not_used_and_one_that_masks_is_refused(
+    trainer_of: Callable[..., Any], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"input_ids": [3, 4, 5, END], "labels": [-100, -100, 5, END]}] * 8
+    plain = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    assert plain([dict(row) for row in rows])["labels"][0].tolist() != [-100, -100, 5, END]
+    given = trainer_of(optim="sgd", train_dataset=rows, data_collator=plain)
+    assert "labels are those that the rows have" in caplog.text
+    assert largest_difference(trained(given), trained(trainer_of(optim="sgd", train_dataset=rows))) == 0.0
+    plain.mlm = True
+    with pytest.raises(TunesmithError, match="leave data_collator out"):
+        trainer_of(train_dataset=rows, data_collator=plain)
+
+
 def test_a_collator_of_the_users_gets_each_document_of_a_conversation_as_a_row(
     trainer_of: Callable[..., Any], tokenizer: Any
 ) -> None:
@@ -301,6 +321,20 @@ def test_a_collator_of_the_users_gets_each_document_of_a_conversation_as_a_row(
     assert sorted(own.train_dataset.column_names) == ["input_ids", "labels"]
     assert len(own.train_dataset) == 12
     assert largest_difference(trained(own), trained(trainer_of(**common))) < 1e-6
+
+
+def test_a_trainer_keeps_its_own_precision_when_another_config_or_trainer_is_made(
+    trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    expected = trained(trainer_of(optim="sgd", eval_dataset=PAIR_ROWS))
+    trainer = trainer_of(optim="sgd", eval_dataset=PAIR_ROWS)
+    SFTConfig(output_dir=str(tmp_path / "next"), use_cpu=True, report_to="none")
+    assert trainer.evaluate()["eval_loss"] > 0
+    other = trainer_of(bf16=True)
+    assert largest_difference(trained(trainer), expected) == 0.0
+    assert trainer.accelerator.mixed_precision == "no"
+    trained(other)
+    assert other.accelerator.mixed_precision == "bf16"
 
 
 def test_plain_training_arguments_will_do(

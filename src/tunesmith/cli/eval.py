@@ -3,7 +3,7 @@ model, pairs that it was not trained on."""
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +48,8 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Our names to the data's: '{prompt: question}'.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Our column names to the data's: prompt=question. Unset: as trained."),
     ] = None,
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="The split of data that has several; unset, test.")
@@ -62,9 +63,10 @@ def evaluate(
     Of pairs of answers: how far it, or a reward model, prefers the better ones.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
-    from tunesmith.evaluate.evaluation import Settings, Source
+    from tunesmith.evaluate.evaluation import Settings, Source, as_trained
     from tunesmith.evaluate.evaluation import evaluate as evaluate_run
     from tunesmith.evaluate.scores import chosen
+    from tunesmith.settings.coerce import columns_of
 
     settings = Settings(
         run=run,
@@ -79,7 +81,9 @@ def evaluate(
     metrics = chosen(metric or ())
     if output is not None:
         _check_output(output)
-    source = Source(data=data, split=split, columns=_columns(columns), system=system)
+    source = Source(data=data, split=split, columns={} if columns is None else columns_of(columns), system=system)
+    if columns is None:
+        source = as_trained(settings, source)
     asked = {"--metric": metric or None, "--system": system, "--chat/--text": as_chat}
     if _on_pairs(settings, source, output, [name for name, value in asked.items() if value is not None]):
         return
@@ -149,15 +153,6 @@ def _interval(value: float, low: float | None, high: float | None, share: bool) 
     from tunesmith.evaluate.scores import Estimate
 
     return _cell(Estimate(value=value, low=low, high=high), share)
-
-
-def _columns(text: str | None) -> Mapping[str, str]:
-    from tunesmith.settings.coerce import coerce
-
-    try:
-        return {} if text is None else coerce(text, dict[str, str])
-    except ValueError as error:
-        raise TunesmithError(f"columns {error}; write '{{prompt: question, completion: answer}}'") from error
 
 
 def _prefer(settings: "Settings", source: "Source", output: Path | None) -> None:

@@ -6,12 +6,25 @@ from typing import Any
 QUESTIONS = (
     *("instruction", "question", "query", "prompt", "user", "human", "request", "problem", "source", "input", "text"),
     *("sentence", "review", "message", "問題", "问题", "提問", "提问", "指令", "題目", "题目", "輸入", "输入", "質問"),
-    *("文本", "內容", "内容"),
+    *("文本", "內容", "内容", "frage", "pregunta", "pergunta", "domanda"),
 )
 ANSWERS = (
     *("output", "answer", "response", "completion", "target", "reply", "assistant", "solution", "label", "category"),
     *("class", "intent", "sentiment", "summary", "translation", "答案", "回答", "回覆", "回复", "輸出", "输出", "標籤"),
-    *("标签", "類別", "类别", "分類", "分类", "摘要", "応答"),
+    *(
+        "标签",
+        "類別",
+        "类别",
+        "分類",
+        "分类",
+        "摘要",
+        "応答",
+        "antwort",
+        "réponse",
+        "respuesta",
+        "resposta",
+        "risposta",
+    ),
 )
 CONTEXTS = ("context", "input", "passage", "background", "背景", "上下文", "補充", "补充")
 TEXTS = ("content", "body", "document", "article", "passage", "文本", "內容", "内容", "文章", "正文")

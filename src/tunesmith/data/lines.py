@@ -31,8 +31,8 @@ DAMAGED_SHARE = 0.05
 
 BOM = codecs.BOM_UTF8
 MAGIC = {
-    b"PK\x03\x04": "a zip archive (as .xlsx and .docx are); unpack it first, or save it as .csv",
-    b"\xd0\xcf\x11\xe0": "of an old version of Excel or Word; save it as .csv",
+    b"PK\x03\x04": "a zip archive (as .xlsx and .docx are); save a spreadsheet as CSV UTF-8, unpack others first",
+    b"\xd0\xcf\x11\xe0": "of an old version of Excel or Word; save it as CSV UTF-8",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"FEA1": "a Feather file of version 1; save it as .parquet",
     b"PAR1": "a Parquet file in a compressed one; unpack it first",
@@ -259,7 +259,8 @@ def check_encoding(path: Path, name: str, reason: str, place: str) -> None:
         raise TunesmithError(
             f"{place}: {reason}. Of the lines that are not plain ASCII {right:,} are UTF-8 and {wrong:,} are not: "
             f"the file has another encoding. {encoding} fits, in which this reads {excerpt!r}. If that is right, "
-            f"{unpack}write `{command}` and take the new file; else save it as UTF-8 where it was made"
+            f"{unpack}write `{command}` and take the new file; else save it as UTF-8 where it was made (Excel calls it "
+            "CSV UTF-8)"
         )
 
 

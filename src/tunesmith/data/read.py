@@ -282,24 +282,32 @@ def _table(path: Path, name: str, delimiter: str) -> PlacedRows:
             if not header:
                 raise bad.error(line_place)
             yield line_place, bad
-        elif values and not header:
+        elif not header and any(value.strip() for value in values):
             header = [] if SEPARATOR.fullmatch(read[0].text) else _checked_header(values, place)
-        elif values and len(values) != len(header):
+        elif not any(value.strip() for value in values):  # a blank line, or an empty row of a spreadsheet
+            continue
+        elif len(values) != len(header):
             reason = f"has {len(values)} values, but the header has {len(header)} names"
             yield place, BadRow(reason=reason, content=values, separator=" ")
-        elif values:
-            row = dict(zip(header, values, strict=True))
-            if header[0] in INDEX_COLUMNS:
-                del row[header[0]]
-            yield place, row
+        elif any(value.strip() and not name for name, value in zip(header[1:], values[1:], strict=True)):
+            reason = (
+                f"has a value in a column without a name; the header is {', '.join(map(repr, header))}: give each "
+                "column with values a name there, or if that is a title, delete the lines above the header"
+            )
+            yield place, BadRow(reason=reason, content=values, separator=" ")
+        else:
+            named = zip(header, values, strict=True)
+            yield (
+                place,
+                {name: value for i, (name, value) in enumerate(named) if name and (i or name not in INDEX_COLUMNS)},
+            )
 
 
 def _checked_header(names: list[str], place: str) -> list[str]:
-    for number, name in enumerate(names):
-        if not name.strip() and (number or len(names) == 1):
-            raise TunesmithError(f"{place}: a column has no name; the header is {', '.join(map(repr, names))}")
-        if names.count(name) > 1:
-            raise TunesmithError(f"{place}: the column {name!r} is there twice")
+    """The names of the columns; that of one without a name is empty, and its cells should be, too."""
+    names = [name if name.strip() else "" for name in names]
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise TunesmithError(f"{place}: the column {twice!r} is there twice")
     return names
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,20 @@ class Source:
     split: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
+
+
+def as_trained(settings: Settings, source: Source) -> Source:
+    """`source` under the column names that the run in a folder was trained under, where its first row has them all."""
+    record = record_of(settings) if Path(settings.run).is_dir() else None
+    columns = record.settings.get("columns") if record is not None else None
+    if not isinstance(columns, Mapping) or not columns:
+        return source
+    _, first = next(iter(read_rows(source.data, source.split, default_split="test")), ("", {}))
+    if not all(name in first for name in columns.values()):
+        return source
+    named = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in columns.items())
+    say(f"columns: {named}, as in training; --columns does otherwise")
+    return replace(source, columns=columns)
 
 
 def questions(source: Source, counts: Counts) -> list[Question]:

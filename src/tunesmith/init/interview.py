@@ -1,5 +1,6 @@
 """From rows to all that a recipe is decided by: looked at, asked for, or taken where nobody is there to ask."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from tunesmith.init.advice import Facts, Fit, Goal, Method, ModelFacts, Room
     from tunesmith.init.facts import Lengths, RowFacts
     from tunesmith.plan.memory import Run
+    from tunesmith.types import Row
 
 ROOM = 0.9
 """The share of the memory that is planned with: the rest is for what else runs."""
 JOINED = (
     "'prompt' and 'completion' are texts, which are joined as they are, without the chat template; to train on turns "
     "write --columns instruction=prompt,output=completion"
+)
+TABLES = (
+    "the rows have tabs as the lines of a table do; if it is one with a header, name the file .tsv: then its columns "
+    "are read"
 )
 
 DEMO_NOTE = (
@@ -96,7 +102,17 @@ def facts_of(options: Options) -> tuple["Facts", list[str]]:
         fit=_fit(run, wanted.goal, wanted.method, model, about, lengths),
     )
     joined = about.kind == "pair" and tokenizer.chat_template is not None
-    return facts, [*([JOINED] if joined else []), *notes_on(facts)]
+    tables = _tables_in(survey.sample)
+    return facts, [*([JOINED] if joined else []), *([TABLES] if tables else []), *notes_on(facts)]
+
+
+def _tables_in(sample: Sequence[tuple[str, "Row"]]) -> bool:
+    """Whether rows are texts with as many tabs as the first, as the lines of a table in a .txt file are. Those without
+    one may be the rest of a cell with line breaks."""
+    from tunesmith.types import Text
+
+    tabs = [row.text.count("\t") for _, row in sample if isinstance(row, Text) and row.prompt is None]
+    return len(tabs) > 1 and tabs[0] > 0 and {*tabs} <= {0, tabs[0]} and tabs.count(tabs[0]) >= len(tabs) / 3
 
 
 # The data and the model
@@ -194,10 +210,11 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
     """The `columns` setting: as given, as the names of the columns suggest, or as somebody answers."""
     from tunesmith.data.formats import FormatOptions, detect
     from tunesmith.init.facts import proposed_columns
+    from tunesmith.settings.coerce import columns_of
 
     place, first = next(iter(rows))
     if options.columns is not None:
-        return _parsed_columns(options.columns)
+        return columns_of(options.columns)
     if _task(options, rows, {}) != "supervised":
         return {}
     try:
@@ -208,7 +225,7 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
         try:
             detect(first, FormatOptions())
         except TunesmithError as error:
-            raise TunesmithError(f"{place}: {error}\nHere: --columns instruction=question,output=answer") from error
+            raise TunesmithError(f"{place}: {error}\nHere: {_columns_to_write(first, templated)}") from error
     if proposed:
         named = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in proposed.items())
         tell = typer.echo if options.asks else say  # who is asked whether that is right has to see it
@@ -218,20 +235,17 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
     return _asked_columns(first, templated) if proposed is None else proposed
 
 
-def _parsed_columns(text: str) -> dict[str, str]:
-    """`ours=yours,...`, or an object as in a recipe, as a `columns` setting."""
-    from tunesmith.settings.coerce import coerce
+def _columns_to_write(row: Mapping[str, Any], templated: bool) -> str:
+    """The option for a row whose columns say nothing, with their names where two of them are texts."""
+    from tunesmith.data.columns import pair_columns
 
-    if text.lstrip().startswith("{"):
-        try:
-            return dict(coerce(text, dict[str, str]))
-        except ValueError as error:
-            raise TunesmithError(f"--columns {error}") from error
-    pairs = [part.partition("=") for part in text.split(",")]
-    columns = {ours.strip(): yours.strip() for ours, _, yours in pairs}
-    if not all(columns) or not all(columns.values()) or len(columns) < len(pairs):
-        raise TunesmithError(f"--columns {text}: write ours=yours,... such as instruction=question,output=answer")
-    return columns
+    texts = [str(name) for name, value in row.items() if isinstance(value, str) and not set(",=") & set(str(name))]
+    if len(row) == 1 and texts:
+        return f"--columns text={shlex.quote(texts[0])}; if that is a title, delete the lines above the header"
+    one, two = texts[:2] if len(texts) >= 2 else ("question", "answer")
+    named = ",".join(f"{ours}={theirs}" for ours, theirs in pair_columns(one, two, templated=templated).items())
+    why = f", if {one!r} is the question and {two!r} the answer" if len(texts) >= 2 else ""
+    return f"--columns {shlex.quote(named)}{why}"
 
 
 def _asked_columns(row: Mapping[str, Any], templated: bool) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from tunesmith.errors import nearest
+from tunesmith.errors import TunesmithError, nearest
 from tunesmith.text import shorten
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -56,6 +56,20 @@ def coerce(value: Any, kind: Any) -> Any:
     quote = "; put it in quotes" if members[-1] is str and not isinstance(value, str | list | dict) else ""
     hint = nearest(value, _choices_of(kind)) if isinstance(value, str) else ""
     raise ValueError(f"is {described(value)}, expected {expected(kind)}{quote}{hint}")
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """`--columns`, our names of columns to the data's: `ours=theirs,...`, or an object as in a recipe.
+
+    Raises TunesmithError for what is neither.
+    """
+    try:
+        return dict(coerce(text, dict[str, str]))
+    except ValueError as error:
+        raise TunesmithError(
+            f"--columns {text}: write ours=yours,... such as instruction=question,output=answer, or an object "
+            "{instruction: question, output: answer}"
+        ) from error
 
 
 def expected(kind: Any) -> str:
@@ -129,7 +143,8 @@ def _number(value: Any, *, whole: bool) -> int | float:
 
 
 def _collection(value: Any, origin: type, kinds: tuple[Any, ...]) -> Any:
-    """A dict or a list with members of `kinds`, or the same as YAML in text; `a,b` is a list, too."""
+    """A dict or a list with members of `kinds`, or the same as YAML in text; `a,b` is a list, too, and `a=b,c=d` a dict
+    of texts."""
     if isinstance(value, str):
         opening = "{" if origin is dict else "["
         if value.lstrip().startswith(opening):
@@ -139,6 +154,10 @@ def _collection(value: Any, origin: type, kinds: tuple[Any, ...]) -> Any:
                 raise ValueError from error
         elif origin is list:
             value = [item.strip() for item in value.split(",")]
+        elif kinds == (str, str):
+            parts = [[text.strip() for text in item.split("=", 1)] for item in value.split(",")]
+            if all(len(part) == 2 and all(part) for part in parts) and len({part[0] for part in parts}) == len(parts):
+                value = dict(parts)
     if not isinstance(value, dict | list) or type(value) is not origin:
         raise ValueError
     if not kinds or kinds[-1] is Any:

@@ -145,6 +145,10 @@ ATTRIBUTES = (
     Name(owner="datasets.IterableDataset", name="_distributed", why="whether a stream is a process's part already"),
     Name(owner="datasets.IterableDataset", name="_token_per_repo_id", why="a stream shuffled in our own buffer"),
     Name(owner="datasets.iterable_dataset", name="_BaseExamplesIterable", why="what the own shuffle buffer is one of"),
+    *(
+        Name(owner=f"accelerate.state.{kind}", name="_shared_state", why="trainers side by side keep their own")
+        for kind in ("PartialState", "AcceleratorState")
+    ),
     Name(owner="accelerate.hooks", name="add_hook_to_module", why="sets the `_hf_hook` that keeps a layer's forward"),
     Name(owner="torch.nn.Module", name="_forward_hooks", why="layers that others watch keep their forward"),
     Name(owner="torch.nn.Module", name="_forward_pre_hooks", why="layers that others watch keep their forward"),

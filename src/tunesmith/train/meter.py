@@ -112,6 +112,12 @@ class Meter:
             signed = value if self._extremes[name] == "max" else -value
             self._most[name] = torch.maximum(torch.as_tensor(self._most[name], device=value.device), signed)
 
+    def take_loss(self, since: Any, mean: Tensor, weight: Any) -> None:
+        """What was added since the snapshot `since` has the loss `mean` and this `weight`, whatever it had."""
+        _, _, sums, _ = since
+        self._sums["loss"] = sums["loss"] + mean.detach() * weight
+        self._sums["weight"] = sums["weight"] + weight
+
     def report(self, accelerator: Any) -> tuple[int, dict[str, float]]:
         """How many tokens were read since the start, and the means since the last report: `loss` by weight, the others
         by count (empty when there were none), and extremes; over all processes, which all must call this. Starts the

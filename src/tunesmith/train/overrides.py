@@ -147,11 +147,23 @@ class Overrides:
                 )
             arguments["return_outputs"] = True
         self._reached.discard("compute_loss")
+        training = cast(nn.Module, self._trainer.model).training
+        meter = self._meters["train" if training else "eval"]
+        before = meter.snapshot()
         result = own(model, inputs, **arguments)
         if batch is not None and "compute_loss" not in self._reached:
             self._check_nothing_is_lost(batch)
-            self._meters["train" if cast(nn.Module, self._trainer.model).training else "eval"].read(batch)
+            meter.read(batch)
+        elif batch is not None and not training:  # the eval loss is what became of ours
+            loss = result[0] if isinstance(result, tuple) else result
+            meter.take_loss(before, loss, self._weight(batch, arguments.get(ITEMS)))
         return result
+
+    def _weight(self, batch: Batch, items: Any) -> Any:
+        """What the loss that this process computed counts in the mean over all batches and processes."""
+        if items is None:
+            return cast(Any, self._trainer).batch_weight(batch)
+        return items / self._trainer.accelerator.num_processes
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As the overridden one, which may take fewer arguments."""

@@ -338,6 +338,7 @@ class PolicyTrainer(RowsTrainer):
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:  # type: ignore[override]
         """Of prompts: a generation at a time, of all processes, once for each micro-batch that is made of it."""
+        self.take_up_states()
         args, training = self._policy, bool(kwargs.get("is_training"))
         seed = args.seed if args.data_seed is None else args.data_seed
         if training:

@@ -10,7 +10,13 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import HPSearchBackend, PredictionOutput
 
 from tunesmith.data.batches import Batch, FlatCollator, PaddedCollator, documents_of
@@ -98,6 +104,7 @@ class SFTTrainer(RowsTrainer):
             if processing_class is not None:
                 raise TunesmithError("tokenizer and processing_class are the same argument; keep processing_class")
             processing_class = tokenizer
+        data_collator = _makes_batches(data_collator)
         given = given_model(model, model_init)
         args = as_config(with_arguments(args, older), given, self.config)
         if args.loss_type == "dft" and compute_loss_func is not None:
@@ -231,6 +238,27 @@ class SFTTrainer(RowsTrainer):
         of documents: one for each row, but for conversations that are trained turn by turn (`turns`)."""
         prepared = self.data(test_dataset, metric_key_prefix, packing=False)
         return super().predict(cast(Any, prepared), ignore_keys, metric_key_prefix)
+
+
+def _makes_batches(collator: Any) -> Any:
+    """A user's collator; None for that of `transformers` which only pads rows and takes all tokens for labels. It would
+    lose what rows mask, and ends of rows where the padding token is the end token; ours pad, too.
+
+    Raises:
+        TunesmithError: it masks tokens for a model that is no causal one.
+    """
+    if type(collator) is not DataCollatorForLanguageModeling:
+        return collator
+    if collator.mlm:
+        raise TunesmithError(
+            "data_collator masks tokens for models that fill gaps (mlm=True), and this trainer is for those that "
+            "predict the next token; leave data_collator out"
+        )
+    logger.warning(
+        "DataCollatorForLanguageModeling only pads, and its labels are all tokens. Batches are made without it, and "
+        "labels are those that the rows have, or that train_on says; leave data_collator out."
+    )
+    return None
 
 
 def with_arguments(args: SFTConfig | TrainingArguments | None, older: Mapping[str, Any]) -> Any:

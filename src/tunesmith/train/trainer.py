@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin, broadcast_object_list
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
@@ -131,6 +132,7 @@ class BaseTrainer(transformers.Trainer):
         self.meters = {mode: Meter(self.means, self.counted, self.extremes) for mode in ("train", "eval")}
         self.loaders, self.waiting = Loaders(self, batching), Waiting()
         super().__init__(model=model, args=args, data_collator=cast(Any, batching.collator), **arguments)
+        self._shared_states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
         if self.args.n_gpu > 1:
             raise TunesmithError(
                 "several GPUs are visible to one process (nn.DataParallel); start with `accelerate launch` or "
@@ -172,6 +174,14 @@ class BaseTrainer(transformers.Trainer):
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.overrides = Overrides(self, BaseTrainer, self.meters, self._note_batch)
         self.add_callback(_Moments(self.journal))
+
+    def take_up_states(self) -> None:
+        """Puts back what `accelerate` keeps once for all trainers of a process, such as the precision. Each config that
+        is made empties it, and each trainer that is made fills it anew."""
+        for kind, values in self._shared_states:
+            if kind._shared_state != values:
+                kind._shared_state.clear()
+                kind._shared_state.update(values)
 
     # Called by the constructor of `transformers`
 
@@ -242,6 +252,7 @@ class BaseTrainer(transformers.Trainer):
             TunesmithError: there is no checkpoint to go on from, or the given one does not verify or belongs to another
                 run; the disk is full.
         """
+        self.take_up_states()
         self.journal.page = None
         check_metric(self, [*self.means, *self.extremes])
         if self.model is None:  # which a search lets go of between trials, and the checks below are of
@@ -294,6 +305,7 @@ class BaseTrainer(transformers.Trainer):
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> Any:
+        self.take_up_states()
         training = bool(kwargs.get("is_training"))
         dataset = self.loaders.in_parts(dataset) if training else dataset
         with self.keeper.noting_place(dataset, training=training):
