@@ -1,7 +1,7 @@
 # Two images: `docker build --target cpu -t tunesmith:cpu .`, and `--target cuda` with quantization for NVIDIA GPUs.
 # For `cpu`, name the index of PyTorch's CPU wheels in TORCH_INDEX: those of the usual one bring some 3 GB of CUDA.
 #
-# Neither has been built by its authors so far; hadolint passes, and the steps of `cpu` were run by hand.
+# Neither has been built so far: hadolint passes, and the wheel builds from what .dockerignore lets in.
 #
 #     docker run --rm -it -v "$PWD:/work" tunesmith:cpu demo
 #     docker run --rm -it --gpus all --shm-size 2g -v "$PWD:/work" tunesmith:cuda train recipe.yaml
