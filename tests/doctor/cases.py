@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,12 +71,18 @@ def odd_libraries(patch: Patch) -> None:
 
 
 def no_package(patch: Patch) -> None:
+    not_converted(patch)
     for module in (checks, quantize):
         patch.setattr(module, "find_spec", lambda _: None)
 
 
 def damaged_demo(patch: Patch) -> None:
+    not_converted(patch)
     patch.setattr("tunesmith.model.demo_model.GGUF_SIZE", 1)
+
+
+def not_converted(patch: Patch) -> None:
+    patch.setenv("TUNESMITH_HOME", str(Path(__file__)))  # where no folder is
 
 
 # The machine

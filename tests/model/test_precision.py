@@ -52,7 +52,7 @@ def test_a_real_measurement_gives_every_format_a_speed_and_describes_it() -> Non
 
 def test_a_busy_machine_has_some_speed_and_not_0() -> None:
     speeds: dict[PrecisionName, float] = {"fp32": 1234.5, "bf16": 0.312, "fp16": 0.0}
-    expected = "precision fp32: matrix products on this cpu in GFLOP/s: fp32 1,234, bf16 0.31"
+    expected = "precision fp32: matrix products on a core of this cpu in GFLOP/s: fp32 1,234, bf16 0.31"
     assert describe("fp32", speeds, "cpu") == expected
 
 

@@ -4,6 +4,7 @@ A default can't know: a product in bfloat16 takes nine times as long as in fp32 
 a Zen 4; a T4 only emulates it, and is fast in fp16. A short timed matrix product tells.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -95,8 +96,19 @@ def measure(device_type: str) -> dict[PrecisionName, float]:
     for a single product: a format that is hopelessly slow on small matrices is not tried on large ones, and no size
     is that would take too long.
 
-    The formats take turns, so that another program's load meets all of them, and the best round of each counts.
+    The formats take turns, so that another program's load meets all of them, and the best round of each counts. On a
+    CPU, that is the speed of one thread: several wait for the one that another program keeps off its core.
     """
+    threads = torch.get_num_threads()
+    if device_type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        return _measured(device_type)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(device_type: str) -> dict[PrecisionName, float]:
     device, largest = torch.device(device_type), SIZES.get(device_type, 1024)
     formats = [name for name in DTYPES if not (name == "fp16" and device_type == "cpu")]  # never chosen there, and slow
     speeds: dict[PrecisionName, float] = dict.fromkeys(DTYPES, 0.0)
@@ -108,8 +120,9 @@ def measure(device_type: str) -> dict[PrecisionName, float]:
         seconds: dict[PrecisionName, float] = {}
         for _ in range(ROUNDS if size == largest else 2):
             for name in [name for name in formats if left > 0]:
+                started = time.perf_counter()
                 taken = _seconds(device, DTYPES[name], size)
-                left -= sum(taken)
+                left -= max(sum(taken), time.perf_counter() - started)
                 if taken:
                     seconds[name] = min(*taken, seconds.get(name, taken[-1]))
         speeds |= {name: flop / taken for name, taken in seconds.items()}
@@ -122,21 +135,24 @@ def describe(choice: PrecisionName, speeds: Mapping[PrecisionName, float], devic
     figures = ", ".join(
         f"{name} {speed:,.0f}" if speed >= 10 else f"{name} {speed:.2g}" for name, speed in known.items()
     )
-    return f"precision {choice}: matrix products on this {device_type} in GFLOP/s: {figures}"
+    where = "a core of this cpu" if device_type == "cpu" else f"this {device_type}"
+    return f"precision {choice}: matrix products on {where} in GFLOP/s: {figures}"
 
 
 def _seconds(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, ...]:
     """The times of two products, of which the first also loads and tunes libraries; empty where the device has none in
     this format."""
+    # Elsewhere, the clock of a thread ticks more slowly than a product takes.
+    clock = time.thread_time if device.type == "cpu" and sys.platform == "linux" else time.perf_counter
     times = []
     try:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(2):
-            started = time.perf_counter()
+            started = clock()
             _ = a @ b
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
     except (RuntimeError, TypeError):
         return ()
     return tuple(times)
