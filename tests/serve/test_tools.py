@@ -89,14 +89,17 @@ def test_a_call_in_another_form_has_the_types_of_its_schema(tiny_model: Path) ->
     parameters = {"type": "object", "properties": {"code": {"type": "string"}, "days": {"type": "integer"}}}
     tools: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     marked = "<parameter=code>\n012\n</parameter>\n<parameter=days>\n3\n</parameter>"
-    call = f"<tool_call>\n<function=weather>\n{marked}\n</function>\n</tool_call>"
+    call = f"<tool_call> <function=weather>\n{marked}\n</function>\n</tool_call>"  # the template has a line break
     with asked_for(tiny_model, FORMS["coder"], call) as client:
         asked: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 200}
         choice = client.chat.completions.create(**asked, tools=tools).choices[0]
+        events = [event.choices[0] for event in client.chat.completions.create(**asked, tools=tools, stream=True)]
         other = client.chat.completions.create(**asked, tools=[_named(tools[0], "other")]).choices[0]
     [called] = choice.message.tool_calls or []
     assert called.type == "function"
     assert json.loads(called.function.arguments) == {"code": "012", "days": 3}
+    assert "".join(event.delta.content or "" for event in events) == "I look.\n"
+    assert events[-1].finish_reason == "tool_calls"
     assert other.message.content == f"I look.\n{call}"  # a name that is none of the tools is text
 
 

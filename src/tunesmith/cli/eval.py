@@ -49,7 +49,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answers (.jsonl).")] = None,
     columns: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Ours to the data's: prompt=q. Unset: as trained."),
+        typer.Option(metavar="NAMES", help="Names, ours=yours; unset: as in training."),
     ] = None,
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="The split of data that has several; unset, test.")

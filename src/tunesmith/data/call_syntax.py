@@ -101,7 +101,7 @@ class Form(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallSyntax:
-    """`opening` is the text that calls begin with, "" where a call stands bare: it must be the first thing said then.
+    """`opening` is the first mark of calls, "" where a call stands bare: it must be the first thing said then.
     `between` is None where a template shows one call only."""
 
     opening: str
@@ -385,8 +385,9 @@ def _pattern(text: str, ids: Sequence[str] = (), *, exact: bool = False) -> str:
 def _syntax(opening: str, between: str | None, closing: str, form: Form, ids: Sequence[str]) -> CallSyntax:
     opening = opening.lstrip()
     known = min((opening.find(one) for one in ids if one in opening), default=len(opening))
+    mark = re.match(r"[^\s\d]*", opening[:known])  # a model may write other white space and numbers
     return CallSyntax(
-        opening=opening[:known].rstrip(),
+        opening=mark[0] if mark else "",
         begins=re.compile((_pattern(opening, ids) or r"\s*") + (r"\s*" if opening else "")),
         between=None if between is None else re.compile(rf"\s*{_pattern(between, ids)}\s*"),
         closing=re.compile(rf"\s*{_pattern(closing.rstrip(), ids)}\s*"),

@@ -11,20 +11,8 @@ QUESTIONS = (
 ANSWERS = (
     *("output", "answer", "response", "completion", "target", "reply", "assistant", "solution", "label", "category"),
     *("class", "intent", "sentiment", "summary", "translation", "答案", "回答", "回覆", "回复", "輸出", "输出", "標籤"),
-    *(
-        "标签",
-        "類別",
-        "类别",
-        "分類",
-        "分类",
-        "摘要",
-        "応答",
-        "antwort",
-        "réponse",
-        "respuesta",
-        "resposta",
-        "risposta",
-    ),
+    *("标签", "類別", "类别", "分類", "分类", "摘要", "応答"),
+    *("antwort", "réponse", "respuesta", "resposta", "risposta"),
 )
 CONTEXTS = ("context", "input", "passage", "background", "背景", "上下文", "補充", "补充")
 TEXTS = ("content", "body", "document", "article", "passage", "文本", "內容", "内容", "文章", "正文")

@@ -1,7 +1,9 @@
 """Turns with tool calls: which calls an answer has, and what the chat template writes behind them.
 
-<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>     the model's turn
-\\n<|im_start|>user\\n<tool_response>1</tool_response><|im_end|>\\n<|im_start|>assistant\\n    what follows it
+    <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>     the model's turn
+    \\n<|im_start|>user\\n<tool_response>1</tool_response><|im_end|>\\n<|im_start|>assistant\\n    what follows it
+
+What follows a turn is written, not drawn.
 """
 
 import re
