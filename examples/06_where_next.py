@@ -6,8 +6,10 @@
 # - what supervised fine-tuning gives, and what it can't;
 # - what a *preference* is, and how a reward model learns from many of them;
 # - what RLHF does with the reward, and why it must be held back;
-# - how DPO gets there without a reward model, on toy numbers and, with `DPOTrainer`, on a real model;
+# - how DPO gets there without a reward model;
 # - when to use which.
+#
+# You see each method twice: on toy numbers, and on a real model with `RewardTrainer`, `GRPOTrainer` and `DPOTrainer`.
 #
 # ## What supervised fine-tuning gives
 #
@@ -30,7 +32,15 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from transformers import PrinterCallback
 
-from tunesmith import DPOConfig, DPOTrainer
+from tunesmith import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    generate,
+)
 
 torch.manual_seed(0)
 
@@ -80,7 +90,80 @@ print(f"with the hidden numbers themselves it would be {best.float().mean():.0%}
 
 # %% [markdown]
 # The reward model found out what people like, from nothing but who won. A real one is a language model with one
-# number as its output instead of the next token.
+# number as its output instead of the next token. We train one, with LoRA, on people who prefer short answers. A row has
+# a `prompt`, the `chosen` and the `rejected` answer.
+
+# %%
+PREFERENCES = [
+    ("What is the capital of Italy?", "Rome.", "The capital of Italy is the beautiful city of Rome."),
+    ("What is 2 + 3?", "5.", "The sum of 2 and 3 is, of course, equal to 5."),
+    ("Which color is the sky?", "Blue.", "The sky is generally perceived as having a blue color."),
+    ("How many legs has a spider?", "Eight.", "A spider is an animal that has a total of eight legs."),
+]
+HELD_OUT = ("What is the capital of Egypt?", "Cairo.", "The capital of Egypt is the great city of Cairo.")
+
+
+def question(text):
+    return [{"role": "user", "content": text}]
+
+
+def row(text, chosen, rejected):
+    return {
+        "prompt": question(text),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def adapter(task):
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=task)
+
+
+ALIKE = {  # in all three trainers
+    "lr_scheduler_type": "constant",
+    "precision": "fp32",
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+rows = [row(*preference) for preference in PREFERENCES]
+
+trainer = RewardTrainer(
+    model=MODEL,
+    args=RewardConfig(
+        output_dir="runs/guide/06-reward",
+        learning_rate=5e-4,
+        max_steps=5,
+        per_device_train_batch_size=len(rows),
+        **ALIKE,
+    ),
+    train_dataset=rows,
+    eval_dataset=[row(*HELD_OUT)],
+    peft_config=adapter("SEQ_CLS"),
+)
+trainer.remove_callback(PrinterCallback)  # what we want to see of the log, we print below
+
+margin_before = trainer.evaluate()["eval_margin"]
+trainer.train()
+margin_after = trainer.evaluate()["eval_margin"]
+
+for entry in trainer.state.log_history:
+    if "loss" in entry:
+        print(f"step {entry['step']}: loss {entry['loss']:.3f}, {entry['accuracy']:.0%} of the pairs right")
+print(f"a new pair: the chosen answer has {margin_before:+.2f} more reward before, {margin_after:+.2f} after")
+reward_model, tokenizer = trainer.model, trainer.processing_class
+
+# %% tags=["claim"]
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+assert losses[0] > 0.5, losses  # about log 2
+assert losses[-1] < 0.4, losses
+assert margin_after > max(0.5, margin_before), (margin_before, margin_after)
+
+# %% [markdown]
+# The new head starts from random numbers, so the first loss is about $\log 2 \approx 0.69$, that of guessing. After
+# five steps it is right about a question that it never saw. On the command line it is `tunesmith reward --model demo
+# --data pairs.jsonl --lora --output runs/reward`.
 #
 # ## RLHF: more reward, but stay close
 #
@@ -133,6 +216,65 @@ formula = (reference * (reward / 1.0).exp()) / (reference * (reward / 1.0).exp()
 print("largest difference between the formula and the training:", f"{(formula - policies['beta 1.0']).abs().max():.4f}")
 
 # %% [markdown]
+# ### With a real model: GRPO
+#
+# How do we make answers with a high reward likelier, when there are more answers than can be listed? **GRPO**, group
+# relative policy optimization ([Shao et al., 2024](https://arxiv.org/abs/2402.03300)), lets the policy draw several
+# answers to each question. An answer with more reward than the mean of its group becomes likelier, one with less
+# becomes less likely. The rewards come from the model that we have just trained. The rows are questions: nobody writes
+# an answer.
+
+# %%
+trainer = GRPOTrainer(
+    model=MODEL,
+    reward_funcs=reward_model,
+    reward_processing_classes=tokenizer,
+    args=GRPOConfig(
+        output_dir="runs/guide/06-grpo",
+        beta=0.02,
+        learning_rate=1e-3,
+        max_steps=12,
+        num_generations=8,
+        per_device_train_batch_size=16,  # answers: 8 to each of two questions
+        max_completion_length=24,
+        **ALIKE,
+    ),
+    train_dataset=[{"prompt": question(text)} for text, _, _ in PREFERENCES],
+    peft_config=adapter("CAUSAL_LM"),
+)
+trainer.remove_callback(PrinterCallback)
+
+asked = [text for text, _, _ in [*PREFERENCES, HELD_OUT]]
+answers_before = generate(trainer.model, tokenizer, [question(text) for text in asked], max_new_tokens=24)
+trainer.train()
+answers_after = generate(trainer.model, tokenizer, [question(text) for text in asked], max_new_tokens=24)
+
+history = [entry for entry in trainer.state.log_history if "reward" in entry]
+for entry in history[::3] + history[-1:]:
+    length = entry["completions/mean_length"]
+    print(f"step {entry['step']:2}: reward {entry['reward']:+.2f}, {length:.0f} tokens an answer")
+for text, before, after in zip(asked, answers_before, answers_after, strict=True):
+    print(f"{text}\n  before: {before!r}\n  after:  {after!r}")
+
+# %% tags=["claim"]
+rewards = [entry["reward"] for entry in history]
+assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
+lengths = [entry["completions/mean_length"] for entry in history]
+assert sum(lengths[-3:]) < sum(lengths[:3]), lengths
+right = ["Rome", "5", "lue", "ight", "Cairo"]
+kept = sum(word in answer for word, answer in zip(right, answers_after, strict=True))
+assert kept < sum(word in answer for word, answer in zip(right, answers_before, strict=True)), answers_after
+
+# %% [markdown]
+# The reward rises, and the answers that the policy draws become shorter, as people wanted. Look at what they say: most
+# that were right are wrong now. In our four pairs both answers are right, so the reward model learned that short is
+# good, and nothing about truth. The policy found that out. This is reward hacking again, in a real model. What helps: a
+# larger $\beta$, fewer steps, pairs in which a wrong short answer loses, or a second reward that checks the answer.
+#
+# A reward can also be a plain function, such as a test that the answer passes: `reward_funcs=my_function`. On the
+# command line, one that is built in has a name: `tunesmith grpo --model demo --data questions.jsonl --reward-funcs
+# exact_match --lora --output runs/grpo`.
+#
 # ## DPO: the same goal without a reward model
 #
 # **Direct preference optimization** ([Rafailov et al., 2023](https://arxiv.org/abs/2305.18290)) turns this formula
@@ -168,48 +310,26 @@ print("RLHF:", [f"{share:.3f}" for share in policies["beta 1.0"]])
 print("DPO: ", [f"{share:.3f}" for share in dpo])
 
 # %% [markdown]
-# The same policy, from preferences alone. Now with a real model: we prefer short answers. A row has a `prompt`, the
-# `chosen` and the `rejected` answer. The probability of an answer is the product of those of its tokens, so its
-# logarithm is a sum. LoRA gives us the reference for free: it is the same model with its adapter switched off.
+# The same policy, from preferences alone. Now with a real model and the four pairs from above. The probability of an
+# answer is the product of those of its tokens, so its logarithm is a sum. LoRA gives us the reference for free: it is
+# the same model with its adapter switched off.
 
 # %%
-PREFERENCES = [
-    ("What is the capital of Italy?", "Rome.", "The capital of Italy is the beautiful city of Rome."),
-    ("What is 2 + 3?", "5.", "The sum of 2 and 3 is, of course, equal to 5."),
-    ("Which color is the sky?", "Blue.", "The sky is generally perceived as having a blue color."),
-    ("How many legs has a spider?", "Eight.", "A spider is an animal that has a total of eight legs."),
-]
-HELD_OUT = ("What is the capital of Egypt?", "Cairo.", "The capital of Egypt is the great city of Cairo.")
-
-
-def row(question, chosen, rejected):
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-
-
 trainer = DPOTrainer(
     model=MODEL,
     args=DPOConfig(
-        output_dir="runs/guide/06",
+        output_dir="runs/guide/06-dpo",
         beta=0.1,
         learning_rate=5e-4,
-        lr_scheduler_type="constant",
         max_steps=4,
-        per_device_train_batch_size=len(PREFERENCES),
-        precision="fp32",
-        report_to="none",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
+        per_device_train_batch_size=len(rows),
+        **ALIKE,
     ),
-    train_dataset=[row(*preference) for preference in PREFERENCES],
+    train_dataset=rows,
     eval_dataset=[row(*HELD_OUT)],
-    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    peft_config=adapter("CAUSAL_LM"),
 )
-trainer.remove_callback(PrinterCallback)  # what we want to see of the log, we print below
+trainer.remove_callback(PrinterCallback)
 
 start = trainer.evaluate()
 trainer.train()
@@ -221,6 +341,10 @@ for entry in trainer.state.log_history:
 for name, measured in (("before", start), ("after", end)):
     short, long = measured["eval_logps/chosen"], measured["eval_logps/rejected"]
     print(f"{name}: a new question, log probability short {short:.1f}, long {long:.1f}: gap {short - long:+.1f}")
+for text, answer in zip(
+    asked, generate(trainer.model, tokenizer, list(map(question, asked)), max_new_tokens=24), strict=True
+):
+    print(f"{text} {answer!r}")
 
 # %% [markdown]
 # The first loss is $\log 2 \approx 0.693$: at the start policy and reference are one, so the margin is 0. Then it
@@ -241,7 +365,7 @@ for name, measured in (("before", start), ("after", end)):
 # | single answers, each judged good or bad | SFT, then KTO (`KTOTrainer`) | a thumb up or down is all it needs |
 # | a reward that can be computed, such as by tests | reinforcement learning | it finds ways that nobody wrote down |
 # | many preferences, and a budget | a reward model, then RLHF | it judges new answers, as often as you like |
-# | facts that change daily | none: search, and put what is found into the prompt | weights are a bad newspaper |
+# | facts that change daily | none: search, and put what is found into the prompt | training is too slow for that |
 #
 # A model that has not had SFT first hardly ever writes an answer worth preferring. So you have already done the first
 # step. For what tunesmith has no trainer for, there is [TRL](https://huggingface.co/docs/trl), which loads the models
@@ -301,4 +425,4 @@ for name, gradient in (("SFT", by_sft), ("DPO", by_dpo)):
 # - DPO reaches the same without a reward model, from log probabilities.
 # - As a rule they begin with a model that SFT has made.
 #
-# You have reached the end of the guide. Take your own data, look at it, and begin.
+# Next: [chapter 7](07_many_processes.ipynb), training in several processes and on several machines.
