@@ -251,25 +251,23 @@ answers_after = generate(trainer.model, tokenizer, [question(text) for text in a
 
 history = [entry for entry in trainer.state.log_history if "reward" in entry]
 for entry in history[::3] + history[-1:]:
-    length = entry["completions/mean_length"]
-    print(f"step {entry['step']:2}: reward {entry['reward']:+.2f}, {length:.0f} tokens an answer")
+    print(f"step {entry['step']:2}: reward {entry['reward']:+.2f}")
 for text, before, after in zip(asked, answers_before, answers_after, strict=True):
     print(f"{text}\n  before: {before!r}\n  after:  {after!r}")
 
 # %% tags=["claim"]
 rewards = [entry["reward"] for entry in history]
 assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
-lengths = [entry["completions/mean_length"] for entry in history]
-assert sum(lengths[-3:]) < sum(lengths[:3]), lengths
 right = ["Rome", "5", "lue", "ight", "Cairo"]
 kept = sum(word in answer for word, answer in zip(right, answers_after, strict=True))
 assert kept < sum(word in answer for word, answer in zip(right, answers_before, strict=True)), answers_after
 
 # %% [markdown]
-# The reward rises, and the answers that the policy draws become shorter, as people wanted. Look at what they say: most
-# that were right are wrong now. In our four pairs both answers are right, so the reward model learned that short is
-# good, and nothing about truth. The policy found that out. This is reward hacking again, in a real model. What helps: a
-# larger $\beta$, fewer steps, pairs in which a wrong short answer loses, or a second reward that checks the answer.
+# The reward rises. Look at what it bought: most answers that were right are wrong now, and some are in no language at
+# all. The reward model has seen eight answers, all of them right, so it knows nothing of truth. It scores a text that is
+# like none of them anyhow, and the policy found texts that it scores high. This is reward hacking again, in a real
+# model. What helps: a larger $\beta$, fewer steps, many more pairs, also such in which a wrong short answer loses, or a
+# second reward that checks the answer.
 #
 # A reward can also be a plain function, such as a test that the answer passes: `reward_funcs=my_function`. On the
 # command line, one that is built in has a name: `tunesmith grpo --model demo --data questions.jsonl --reward-funcs

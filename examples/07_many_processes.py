@@ -19,7 +19,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+# What libraries tell each other when they are imported and used; nothing of it concerns us.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 import matplotlib.pyplot as plt
 import torch
