@@ -162,6 +162,10 @@ def begin(arguments: list[str], machines: Machines, launch_config: str | None = 
     if (recipe.processes > 1 or recipe.max_restarts or machines.nodes > 1) and "RANK" not in os.environ:
         _launch(recipe, machines)
     _check_launched(recipe)
+    if "RANK" in os.environ:
+        from tunesmith.train.together import leave_with_agent
+
+        leave_with_agent()
     # Trackers keep the command line that a run was started with.
     tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
     sys.argv = [scrub(word, tokens) for word in sys.argv]

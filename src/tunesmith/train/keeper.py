@@ -58,6 +58,7 @@ from tunesmith.runs.states import (
     restore_random_states,
 )
 from tunesmith.settings.config import Config
+from tunesmith.train.agreement import check_agreement
 from tunesmith.train.identity import DIVISION, FOLLOWS, identity_of, size_of_step
 from tunesmith.train.meter import Meter
 from tunesmith.train.sharding import is_shared_out, reads_own_rows, whole
@@ -119,6 +120,14 @@ class Keeper:
 
     # Before training
 
+    def agree(self, *, resumes: bool) -> None:
+        """Raises TunesmithError, in every process, where they would not train the same."""
+        self._identity = None
+        if self._args.world_size > 1:
+            # Nobody reads a stream in each process only to compare it.
+            speaks = self._args.local_process_index == 0 or not isinstance(self._trainer.train_dataset, IterableDataset)
+            check_agreement(self._identity_now() if speaks else None, self._args, resumes=resumes)
+
     def begin(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to go on from, as `transformers` wants to hear of it. True means the newest one in the output
         folder that verifies.
@@ -126,7 +135,7 @@ class Keeper:
         Raises:
             TunesmithError: there is none, or the given one does not verify or belongs to another run; the disk is full.
         """
-        self._identity = self._resumed_from = None
+        self._resumed_from = None
         self._written_size = 0
         run = Path(str(self._args.output_dir))
         if self.left_to_others:

@@ -8,6 +8,7 @@ checkpoint. Ctrl-C and SIGTERM go to all of them, which save a checkpoint togeth
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -25,18 +27,19 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import MANIFEST, checkpoints
-from tunesmith.train.together import LOST
+from tunesmith.train.meeting import Meeting
+from tunesmith.train.together import AGENT, LOST
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 20
 """Seconds in which the others must end where one has failed."""
-PATIENCE = 900
-"""Seconds in which all machines must have come."""
 KEPT_LINES = 30
 """Lines that a failed process printed last, which are shown."""
 MISTAKE = 2
 """The exit code of what would fail again: a mistake in what was given, or a disk or memory that does not suffice."""
 RESUME = "--resume-from-checkpoint"
+FAILURE = "failure"
+"""Where machines tell each other why a process of theirs failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,21 +93,58 @@ def launch(words: Sequence[str], place: Place, output: Path, say: Callable[[str]
             agent = _agent(words, place, folder)
             agent.restarts = _Restarts(place=place, output=output, logs=Path(folder), asked=asked, say=say)
             with _signals(agent, asked):
+                store = _meet(place, asked, say)
+                if asked:
+                    return 128 + asked[0], ""
                 result = agent.run()
         if asked:
             return 128 + asked[0], ""
         if not result.is_failed():
             return 0, ""
-        return _explained(result.failures, place, Path(folder))
+        code, text = _explained(result.failures, place, Path(folder))
+        return (code, text) if store is None else _told(result.failures, store, place, (code, text))
+
+
+def _meet(place: Place, asked: Sequence[int], say: Callable[[str], None]) -> TCPStore | None:
+    """Waits for the other machines, and returns what they can tell each other by; None of one machine alone, and where
+    the user stops it."""
+    if place.nodes == 1:
+        return None
+    meeting = Meeting(
+        nodes=place.nodes,
+        node_rank=place.node_rank,
+        endpoint=str(place.rendezvous),
+        say=say,
+        stopped=lambda: bool(asked),
+    )
+    store = meeting.held()
+    if store is not None and place.node_rank:
+        say(f"all {place.nodes} machines are here; the first, at {place.rendezvous}, shows the run and has its files")
+    return store
+
+
+def _told(failures: Mapping[int, Any], store: TCPStore, place: Place, ended: tuple[int, str]) -> tuple[int, str]:
+    """What there is to say of a failure on several machines. Its own is told to the others, and theirs is said here."""
+    again = f"mend it, and start the command on all machines again, with {RESUME} where there is a checkpoint"
+    if any(failure.exitcode != LOST for failure in failures.values()):
+        code, text = ended
+        place_here = f"{socket.gethostname()} (--node-rank {place.node_rank})"
+        with suppress(DistError):  # of the first machine, which may have left
+            store.set(FAILURE, f"{place_here}: {text or 'a process failed'}")
+        return code, "\n".join(line for line in (text, again) if line) if code != MISTAKE else text
+    try:
+        said = store.get(FAILURE).decode() if store.check([FAILURE]) else "another machine is gone"
+    except DistError:
+        said = f"the first machine, at {place.rendezvous}, is gone; what it printed may say why"
+    return 1, f"{said}\n{again}"
 
 
 def _agent(words: Sequence[str], place: Place, folder: str) -> "_Agent":
     if place.nodes == 1:
         meeting = RendezvousParameters("c10d", "localhost:0", "tunesmith", 1, 1)
     else:
-        settings: dict[str, Any] = {"rank": place.node_rank, "timeout": PATIENCE}
-        endpoint = str(place.rendezvous)
-        meeting = RendezvousParameters("static", endpoint, "tunesmith", place.nodes, place.nodes, **settings)
+        endpoint, rank = str(place.rendezvous), place.node_rank
+        meeting = RendezvousParameters("static", endpoint, "tunesmith", place.nodes, place.nodes, rank=rank)
     host, _, port = (place.rendezvous or "").rpartition(":")
     spec = WorkerSpec(
         role="tunesmith",
@@ -184,6 +224,7 @@ def _environment(place: Place) -> Iterator[None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // place.processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[AGENT] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are for all processes to hear
     if place.max_restarts:
         # Else processes that are started again find the addresses of those before them, and wait for these.
