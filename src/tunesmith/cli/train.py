@@ -392,6 +392,8 @@ def _check_resume(wanted: bool | str | None, output: Path) -> None:
     """Before anything is loaded: is there a checkpoint to go on from?"""
     from tunesmith.runs.checkpoints import PARTIALS, STATE, checkpoints, none_to_go_on_from
 
+    if not _is_main():  # the first process says what is wrong with it, and this one whether it is here
+        return
     if isinstance(wanted, str):
         if not (Path(wanted) / STATE).is_file():
             raise TunesmithError(f"resume_from_checkpoint: {wanted} is no checkpoint: it has no {STATE}")

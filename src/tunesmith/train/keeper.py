@@ -40,6 +40,7 @@ from tunesmith.runs.checkpoints import (
     finish,
     new_run,
     newest_whole,
+    not_on_this_machine,
     others,
     remove_partials,
     rotate,
@@ -179,6 +180,8 @@ class Keeper:
             raise TunesmithError("resume_from_checkpoint: no checkpoint to go on from; process 0 says why")
         if chosen is None:
             folder = run / f"checkpoint-{step}" if wanted is True else Path(str(wanted))
+            if not folder.is_dir():
+                raise TunesmithError(not_on_this_machine(folder))
             chosen = Chosen(folder=folder, manifest=Manifest.read(folder) if (folder / MANIFEST).exists() else None)
         for line in chosen.skipped:
             logger.warning("Passed over: %s.", line)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -96,13 +96,19 @@ def launch(words: Sequence[str], place: Place, output: Path, say: Callable[[str]
                 store = _meet(place, asked, say)
                 if asked:
                     return 128 + asked[0], ""
+                agent.store = store
                 result = agent.run()
         if asked:
             return 128 + asked[0], ""
         if not result.is_failed():
             return 0, ""
+        own = any(failure.exitcode != LOST for failure in result.failures.values())
+        if store is not None and not own:
+            return 1, _of_another(store, place)
         code, text = _explained(result.failures, place, Path(folder))
-        return (code, text) if store is None else _told(result.failures, store, place, (code, text))
+        if store is not None:
+            _tell(store, f"{socket.gethostname()} (--node-rank {place.node_rank}): {text or 'a process failed'}")
+        return code, text
 
 
 def _meet(place: Place, asked: Sequence[int], say: Callable[[str], None]) -> TCPStore | None:
@@ -123,20 +129,18 @@ def _meet(place: Place, asked: Sequence[int], say: Callable[[str], None]) -> TCP
     return store
 
 
-def _told(failures: Mapping[int, Any], store: TCPStore, place: Place, ended: tuple[int, str]) -> tuple[int, str]:
-    """What there is to say of a failure on several machines. Its own is told to the others, and theirs is said here."""
-    again = f"mend it, and start the command on all machines again, with {RESUME} where there is a checkpoint"
-    if any(failure.exitcode != LOST for failure in failures.values()):
-        code, text = ended
-        place_here = f"{socket.gethostname()} (--node-rank {place.node_rank})"
-        with suppress(DistError):  # of the first machine, which may have left
-            store.set(FAILURE, f"{place_here}: {text or 'a process failed'}")
-        return code, "\n".join(line for line in (text, again) if line) if code != MISTAKE else text
+def _tell(store: TCPStore, text: str) -> None:
+    with suppress(DistError):  # of the first machine, which may have left
+        store.set(FAILURE, text)
+
+
+def _of_another(store: TCPStore, place: Place) -> str:
+    """What ended the run on this machine, where all went well here until another one failed."""
     try:
         said = store.get(FAILURE).decode() if store.check([FAILURE]) else "another machine is gone"
     except DistError:
         said = f"the first machine, at {place.rendezvous}, is gone; what it printed may say why"
-    return 1, f"{said}\n{again}"
+    return f"{said}\nstart the command on all machines again, with {RESUME} where there is a checkpoint"
 
 
 def _agent(words: Sequence[str], place: Place, folder: str) -> "_Agent":
@@ -205,9 +209,14 @@ class _Agent(LocalElasticAgent):
     """The agent of `torchrun`, which starts a run again where that can help, and lets it go on."""
 
     restarts: _Restarts
+    store: TCPStore | None = None
+    """What machines tell each other by, where there are several."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
+        if self.store is not None and result.state == WorkerState.HEALTHY and self._another_failed(self.store):
+            # Processes that have not met yet would wait for those of that machine.
+            return RunResult(state=WorkerState.FAILED)
         if result.is_failed() and self._remaining_restarts > 0:
             if self.restarts.worth_it(result.failures):
                 spec = worker_group.spec
@@ -215,6 +224,13 @@ class _Agent(LocalElasticAgent):
             else:
                 self._remaining_restarts = 0
         return result
+
+    @staticmethod
+    def _another_failed(store: TCPStore) -> bool:
+        try:
+            return bool(store.check([FAILURE]))
+        except DistError:  # the first machine has left
+            return True
 
 
 @contextmanager
