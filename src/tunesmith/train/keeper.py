@@ -8,10 +8,12 @@ writes and reads them.
 import dataclasses
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
 
 import torch
@@ -296,6 +298,25 @@ class Keeper:
         if self._args.should_save:
             self._identity_now()  # as it is before training: some adapters write into their settings what they do
             check_space(run, self._next_size())
+        if is_shared_out(self._trainer.model):
+            self._check_shared(run)
+
+    def _check_shared(self, run: Path) -> None:
+        """Raises TunesmithError, in every process, where one that is going to write a part of a checkpoint does not see
+        the folder of the first one."""
+        main = self._trainer.is_world_process_zero()
+        if main:
+            run.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".shared-", dir=run) if main else nullcontext("") as own:
+            [name] = broadcast_object_list([Path(own).name])
+            seen = gather_object([(socket.gethostname(), (run / name).is_dir())])
+        for rank, (host, sees) in enumerate(seen):
+            if not sees:
+                raise TunesmithError(
+                    f"output: {run} of the first process is not there for process {rank} on {host}, which has a part "
+                    "of the weights to write; give an output folder on a disk that all machines share, or write "
+                    "save_strategy: no"
+                )
 
     @property
     def _optimizer_name(self) -> str:

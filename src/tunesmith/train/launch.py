@@ -105,7 +105,8 @@ def launch(words: Sequence[str], place: Place, output: Path, say: Callable[[str]
         own = any(failure.exitcode != LOST for failure in result.failures.values())
         if store is not None and not own:
             return 1, _of_another(store, place)
-        code, text = _explained(result.failures, place, Path(folder))
+        total = agent.get_worker_group().workers[0].world_size  # machines may have other numbers of processes
+        code, text = _explained(result.failures, total, Path(folder))
         if store is not None:
             _tell(store, f"{socket.gethostname()} (--node-rank {place.node_rank}): {text or 'a process failed'}")
         return code, text
@@ -198,7 +199,7 @@ class _Restarts:
         """Tells of the start that follows; what the command gets besides, so that it goes on."""
         self._count += 1
         own = [folder for folder, written in self._saved().items() if self._before.get(folder) != written]
-        _, text = _explained(failures, self._place, self._logs)
+        _, text = _explained(failures, self._place.processes, self._logs)
         start = f"goes on from {own[-1].name}" if own else "begins again, since it has saved no checkpoint"
         count = f"restart {self._count} of {self._place.max_restarts}"
         self._say(f"{text or 'a process failed'}\nthe run {start} ({count})")
@@ -270,11 +271,12 @@ def _signals(agent: LocalElasticAgent, asked: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _explained(failures: Mapping[int, Any], place: Place, logs: Path) -> tuple[int, str]:
-    """The exit code of the process that failed first, and what it said, unless the terminal has that already."""
+def _explained(failures: Mapping[int, Any], total: int, logs: Path) -> tuple[int, str]:
+    """The exit code of the process that failed first, and what it said, unless the terminal has that already. There are
+    `total` processes on all machines."""
     causes = {rank: failure for rank, failure in failures.items() if failure.exitcode != LOST} or failures
     rank = min(causes, key=lambda rank: (causes[rank].exitcode == -signal.SIGTERM, causes[rank].timestamp, rank))
-    failure, what = causes[rank], f"process {rank} of {place.processes * place.nodes}"
+    failure, what = causes[rank], f"process {rank} of {total}"
     if failure.exitcode < 0:
         return 1, f"{what} was killed: {signal.Signals(-failure.exitcode).name}"
     started = max((int(folder.name.rpartition("_")[2]) for folder in logs.glob("*/attempt_*")), default=0)
