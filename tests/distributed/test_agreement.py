@@ -1,6 +1,8 @@
 """Processes that would not train the same say so before the first step, each of them, and what differs."""
 
+import logging
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,25 @@ from tests.models import tiny
 from tests.train.runs import TEXTS
 from tunesmith import SFTConfig, SFTTrainer
 from tunesmith.errors import TunesmithError
+from tunesmith.runs import describe
 
 pytestmark = pytest.mark.processes
+
+
+def versions(folder: Path, tokenizer_folder: Path) -> None:
+    """The second process has another version of torch; the first notes what is said."""
+    if os.environ["RANK"] == "1":
+        found = describe.versions()
+        pytest.MonkeyPatch().setattr("tunesmith.train.agreement.versions", lambda: found | {"torch": "2.0.0"})
+    else:
+        logging.getLogger("tunesmith").addHandler(logging.FileHandler(folder / "said"))
+    run(folder, tokenizer_folder, (0, 0), {}, {})
+
+
+def test_other_versions_are_said(tiny_model: Path, tmp_path: Path) -> None:
+    together(2, versions, tmp_path, tiny_model)
+    assert f"other versions: torch 2.0.0, and {version('torch')}. Install" in (tmp_path / "said").read_text()
+    assert not [*tmp_path.glob("error*")]
 
 
 def run(folder: Path, tokenizer_folder: Path, seeds: tuple[int, int], *own: dict[str, Any]) -> None:
