@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -16,6 +16,7 @@ from tunesmith.errors import TunesmithError
 
 PATIENCE = 900
 """Seconds in which all machines must have come."""
+LONGEST = f"up to {PATIENCE // 60} minutes"
 NAMED = 30
 """Seconds in which the name of the first machine must be known: in a cluster it may be only once that one runs."""
 ANSWER = timedelta(seconds=10)
@@ -37,8 +38,8 @@ class Meeting:
     endpoint: str
     say: Callable[[str], None]
     stopped: Callable[[], bool]
-    _started: float = 0.0
-    _told: str = ""
+    _started: float = field(init=False, default=0.0)
+    _told: str = field(init=False, default="")
 
     def held(self) -> TCPStore | None:
         """What holds the place at which they met, as long as it is kept; None where the user stopped the waiting.
@@ -48,6 +49,7 @@ class Meeting:
         """
         self._started = time.monotonic()
         host, _, port = self.endpoint.rpartition(":")
+        host = host.strip("[]")  # of an IPv6 address
         if not self._is_known(host):
             return None
         if self.node_rank == 0:
@@ -75,7 +77,7 @@ class Meeting:
                     ) from error
             else:
                 return True
-            if not self._pause(waits_for):
+            if not self._pause(f"{waits_for}; trying again (up to {NAMED} seconds"):
                 return False
 
     def _joined(self, host: str, port: int) -> TCPStore | None:
@@ -91,7 +93,7 @@ class Meeting:
                     ) from error
             else:
                 break
-            if not self._pause(f"{waits_for}; waiting for the command with --node-rank 0 on that machine"):
+            if not self._pause(f"{waits_for}; waiting for the command with --node-rank 0 on that machine ({LONGEST}"):
                 return None
         try:
             return TCPStore(host, port, is_master=False, timeout=ANSWER, wait_for_workers=False)
@@ -137,7 +139,7 @@ class Meeting:
                     f"no machine came with --node-rank {missing} in {PATIENCE // 60} minutes; start the command on "
                     "each, with its own number and otherwise the same options"
                 )
-            if not self._pause(f"waiting for the command with --node-rank {missing} on another machine"):
+            if not self._pause(f"waiting for the command with --node-rank {missing} on another machine ({LONGEST}"):
                 return False
 
     def _seconds(self) -> float:
@@ -146,7 +148,7 @@ class Meeting:
     def _pause(self, waits_for: str) -> bool:
         """Tells once what is waited for. False where the user has stopped it."""
         if self._seconds() > AT_ONCE and waits_for != self._told:
-            self.say(f"{waits_for} (up to {PATIENCE // 60} minutes; Ctrl-C stops)")
+            self.say(f"{waits_for}; Ctrl-C stops)")
             self._told = waits_for
         time.sleep(PAUSE)
         return not self.stopped()
