@@ -62,7 +62,7 @@ def test_a_thread_is_ended_where_it_is_and_others_go_on(monkeypatch: pytest.Monk
     thread = threading.Thread(target=endless, daemon=True)
     thread.start()
     thread.join(5)
-    assert [str(error) for error in ended] == ["it ran for more than 0.2 seconds, or took more than 400 MB"]
+    assert [str(error) for error in ended] == ["it ran for more than 0.2 seconds, or took more than 300 MB"]
 
 
 def test_what_is_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tunesmith.errors import TunesmithError
 
-SECONDS = 5.0
+SECONDS = 4.0
 """For all renderings of a conversation, which take a few milliseconds."""
 CHARACTERS = 20_000_000
 """Of one rendered conversation, and of any text that an operation makes."""
@@ -42,7 +42,7 @@ BITS = 4096
 """Of a number."""
 DIGITS = 400
 """Places to which a number is rounded."""
-MEMORY = 400_000_000
+MEMORY = 300_000_000
 """Bytes that the process may grow by while a template runs."""
 WATCHED = 0.02
 """Seconds between two looks at the memory."""
@@ -141,9 +141,9 @@ def compiled(source: str) -> Any:
             return node
 
         def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-            super().generic_visit(node, *args, **kwargs)
-            if getattr(node, "dyn_args", None) is not None:
-                node.dyn_args = self._passed(node.dyn_args, "iterated")
+            call: Any = super().generic_visit(node, *args, **kwargs)
+            if getattr(call, "dyn_args", None) is not None:
+                call.dyn_args = self._passed(call.dyn_args, "iterated")
             return node
 
         def _passed(self, node: Any, name: str) -> nodes.Filter:
