@@ -151,6 +151,8 @@ def test_what_holds_the_same_often_counts_as_often_where_all_of_it_is_used(use: 
         "{{ ('%9999999d' * 500) % ((1,) * 500) }}",
         "{{ '%((a))19999999999d' % {'(a)': 1} }}",
         "{{ '{0:{1[a]}}'.format('a', {'a': '>4000000000'}) }}",
+        "{{ '%(' * 9000000 % {} }}",
+        "{{ ('é' * 19000000).encode('ascii', 'namereplace') }}",
         "{{ 'x'.encode() * 4000000000 }}",
         "{{ 'x'.encode().center(4000000000) }}",
         "{{ '%4000000000d'.encode() % 1 }}",

@@ -37,7 +37,7 @@ STEPS = 1_000_000_000
 LINES = 1_000_000
 """Characters of a text that is cut into words, tags or lines by regular expressions."""
 LINKS = 10_000
-"""Characters of a text in which links are looked for, by one that backtracks."""
+"""Characters of a text in which links are looked for, by one that backtracks; fields of a format."""
 BITS = 4096
 """Of a number."""
 DIGITS = 400
@@ -343,9 +343,10 @@ def _refuse_rows(value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 def _refuse_formatted(value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
     passed = [*args, *kwargs.values()]
+    fields = text.count("%") + text.count("{")
+    _refuse(fields > LINKS, "a format has too many fields")
     runs = [run for found in PERCENT_WIDTHS.findall(text) for run in found]
     runs += [run for spec in BRACED.findall(text) for run in NUMBERS.findall(spec)]
-    fields = text.count("%") + text.count("{")
     if GIVEN_WIDTH.search(text.replace("{{", "")):
         _refuse(any(isinstance(each, Mapping | list | tuple) for each in passed), "a width is in a list of values")
         given = [run for each in passed if isinstance(each, int | str) for run in NUMBERS.findall(str(each))]
@@ -439,7 +440,9 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("split", "splitlines"), _refuse_pieces),
     **dict.fromkeys(("rfind", "rindex", "rsplit", "rpartition"), _refuse_searched),
     **dict.fromkeys(("strip", "lstrip", "rstrip", "trim"), _refuse_stripped),
-    **dict.fromkeys(("pprint", "striptags", "title", "unescape", "wordwrap", "xmlattr"), _refuse_lines),
+    **dict.fromkeys(
+        ("decode", "encode", "pprint", "striptags", "title", "unescape", "wordwrap", "xmlattr"), _refuse_lines
+    ),
     **dict.fromkeys(("list", "sort", "unique", "min", "max", "groupby", "fromkeys", "random"), _refuse_spread),
     "join": _refuse_joined,
     "replace": _refuse_replaced,
