@@ -70,13 +70,17 @@ def literals(code: str) -> list[Literal]:
 def localized(code: str, table: Mapping[str, str]) -> str:
     """`code` with the words of `table`. A single word, which may be a key of something, is translated only where it is
     read."""
-    read = {literal.start for literal in _read(code)}
     pieces, at = [], 0
-    for literal in literals(code):
-        known = literal.start in read or not NAME.fullmatch(literal.text)
-        pieces += [code[at : literal.start], table.get(literal.text, literal.text) if known else literal.text]
+    for literal in translatable(code):
+        pieces += [code[at : literal.start], table.get(literal.text, literal.text)]
         at = literal.stop
     return "".join([*pieces, code[at:]])
+
+
+def translatable(code: str) -> list[Literal]:
+    """The literals that `localized` looks up: all but single words that may be a key of something."""
+    read = {literal.start for literal in _read(code)}
+    return [literal for literal in literals(code) if literal.start in read or not NAME.fullmatch(literal.text)]
 
 
 def shown(code: str) -> list[str]:
@@ -92,7 +96,7 @@ def _read(code: str) -> Iterator[Literal]:
         if literal.comment:
             if WORD.search(bare):
                 yield literal
-        elif inside and (WORD if any(inside) else WORDS).search(bare):
+        elif inside and (WORD if any(inside) or literal.text.startswith("f") else WORDS).search(bare):
             yield literal
 
 
