@@ -437,7 +437,7 @@ def test_words_change_where_they_are_read_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize("other", ['print(f"{a} {c}")', 'print(f"{a}")', 'print(f"{a} {b}", 1)'])
 def test_code_that_does_something_else_has_another_shape(other: str) -> None:
-    assert words.shape('print(f"{b} of {a}")') == words.shape('print(f"{a} 裡有 {b}")')
+    assert words.shape('print(f"{b:9} of {a}")') == words.shape('print(f"{a} 裡有 {b}")')
     assert words.shape('print(f"{b} of {a}")') != words.shape(other)
 
 

@@ -126,7 +126,7 @@ def _spans_of_words(code: str) -> Iterator[tuple[int, int, bool]]:
 
 def shape(code: str) -> str:
     """What `code` does but for its words: two codes of one shape differ in strings and comments only, and f-strings in
-    the order of their fields."""
+    the order and the format of their fields."""
     return ast.dump(_Wordless().visit(ast.parse(code)))
 
 
@@ -137,3 +137,6 @@ class _Wordless(ast.NodeTransformer):
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
         fields = [self.visit(value) for value in node.values if isinstance(value, ast.FormattedValue)]
         return ast.JoinedStr(sorted(fields, key=ast.dump))
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.FormattedValue:
+        return ast.FormattedValue(self.visit(node.value), node.conversion)  # a width is of the words beside it
