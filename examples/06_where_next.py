@@ -218,7 +218,7 @@ end = trainer.evaluate()
 for entry in trainer.state.log_history:
     if "loss" in entry:
         print(f"step {entry['step']}: loss {entry['loss']:.3f}, margin {entry['rewards/margins']:.3f}")
-for name, measured in (("before", start), ("after", end)):
+for name, measured in (("before training", start), ("after training", end)):
     short, long = measured["eval_logps/chosen"], measured["eval_logps/rejected"]
     print(f"{name}: a new question, log probability short {short:.1f}, long {long:.1f}: gap {short - long:+.1f}")
 
@@ -239,8 +239,8 @@ for name, measured in (("before", start), ("after", end)):
 # | good answers | SFT | simple, stable, and the base of everything below |
 # | pairs of a better and a worse answer | SFT, then DPO | no reward model, and nothing is generated while training |
 # | single answers, each judged good or bad | SFT, then KTO (`KTOTrainer`) | a thumb up or down is all it needs |
-# | a reward that can be computed, such as by tests | reinforcement learning | it finds ways that nobody wrote down |
-# | many preferences, and a budget | a reward model, then RLHF | it judges new answers, as often as you like |
+# | a reward that can be computed, as by tests | reinforcement learning (`GRPOTrainer`) | finds ways nobody wrote down |
+# | many preferences, a budget | a reward model (`RewardTrainer`), then RLHF | it judges new answers, however many |
 # | facts that change daily | none: search, and put what is found into the prompt | weights are a bad newspaper |
 #
 # A model that has not had SFT first hardly ever writes an answer worth preferring. So you have already done the first
