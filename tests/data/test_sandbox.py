@@ -182,6 +182,13 @@ def test_no_single_operation_makes_much_or_takes_long(template: str) -> None:
         compiled(template).render()
 
 
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="the system does not say what a thread took")
+def test_time_in_which_the_thread_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.1)
+    with time_limit():
+        time.sleep(0.4)
+
+
 def test_a_thread_that_drops_the_end_is_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that comes while a generator is closed goes nowhere."""
     monkeypatch.setattr(sandbox, "SECONDS", 0.1)

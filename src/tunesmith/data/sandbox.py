@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import contextmanager, suppress
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from tunesmith.errors import TunesmithError
 
 SECONDS = 4.0
-"""For all renderings of a conversation, which take a few milliseconds."""
+"""Of a core, for all renderings of a conversation, which take a few milliseconds."""
 CHARACTERS = 20_000_000
 """Of one rendered conversation, and of any text that an operation makes."""
 ITEMS = 1_000_000
@@ -474,11 +474,12 @@ def time_limit() -> Iterator[Callable[[], None]]:
     memory is not its.
     """
     thread, lock, over = threading.get_ident(), threading.Condition(), False
-    deadline, most = time.monotonic() + SECONDS, _resident() + MEMORY
+    taken = _taken_by(thread)
+    deadline, most = taken() + SECONDS, _resident() + MEMORY
 
     def begin_anew() -> None:
         nonlocal deadline, most
-        deadline, most = time.monotonic() + SECONDS, _resident() + MEMORY
+        deadline, most = taken() + SECONDS, _resident() + MEMORY
 
     def stop(error: Any) -> None:
         # The one way to end a loop in Python code from outside of it, in whichever thread it runs.
@@ -486,7 +487,7 @@ def time_limit() -> Iterator[Callable[[], None]]:
 
     def watch() -> None:
         with lock:
-            while not over and (left := deadline - time.monotonic()) > 0 and _resident() <= most:
+            while not over and (left := deadline - taken()) > 0 and _resident() <= most:
                 lock.wait(min(left, WATCHED))
             while not over:
                 stop(ctypes.py_object(TooLong))
@@ -501,6 +502,13 @@ def time_limit() -> Iterator[Callable[[], None]]:
                 over = True
                 stop(None)  # one that is still to come would come to what follows
                 lock.notify()
+
+
+def _taken_by(thread: int) -> Callable[[], float]:
+    """Seconds that a thread was on a core: not those in which it was stopped, or others had its core. Where nobody says
+    (macOS, Windows), those that have passed."""
+    clock_of = getattr(time, "pthread_getcpuclockid", None)
+    return partial(time.clock_gettime, clock_of(thread)) if clock_of is not None else time.monotonic
 
 
 def _resident() -> int:
