@@ -80,7 +80,7 @@ def make_rows(tasks, count, seed):
 
 
 train_rows, test_rows = make_rows(TRAINING_TASKS, 64, seed=0), make_rows(TEST_TASKS, 8, seed=1)
-print(len(train_rows), "rows to train on,", len(test_rows), "to test with. The first one:")
+print(f"{len(train_rows)} rows to train on, {len(test_rows)} to test with. The first one:")
 for message in train_rows[0]["messages"]:
     print(f"{message['role']:>10}: {message['content']}")
 
@@ -127,7 +127,7 @@ def load_base():
 
 model = load_base()
 count = sum(parameter.numel() for parameter in model.parameters())
-print(f"{count / 1e6:.0f} million weights in {model.dtype} on {model.device}: {4 * count / 1e6:,.0f} MB;", end=" ")
+print(f"{count:,} weights in {model.dtype} on {model.device}: {4 * count / 1e6:,.0f} MB")
 print(f"in bfloat16 it would be {2 * count / 1e6:,.0f} MB")
 
 # %% [markdown]
@@ -264,7 +264,7 @@ def losses(trainer, name="loss"):
 
 # %%
 lengths = [len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in train_rows]
-print("tokens in a row: from", min(lengths), "to", max(lengths))
+print(f"tokens in a row: from {min(lengths)} to {max(lengths)}")
 for limit in (24, 38, 42, 64, 256):
     print(f"max_length={limit:<4} cuts {sum(length > limit for length in lengths):>2} of {len(lengths)} rows")
 
@@ -487,9 +487,7 @@ trainer = make_trainer(train_rows, adapter=None, learning_rate=3e-4, output_dir=
 trainer.train()
 full_loss = trainer.evaluate()["eval_loss"]
 count = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-print(
-    f"{count / 1e6:.0f} million weights trained, test loss {full_loss:.3f}; the adapter reached {test_values[-1]:.3f}"
-)
+print(f"{count:,} weights trained, test loss {full_loss:.3f}; the adapter reached {test_values[-1]:.3f}")
 trainer.save_model()
 del trainer
 gc.collect()

@@ -453,7 +453,8 @@ if not HUB:
     assert abs(loss["with padding"] - loss["without padding"]) < 1e-4, loss
 
 # %% [markdown]
-# The same loss, in less time: five measurements each, in turns, so that a slow minute of the machine hits both.
+# The same loss, in less time: five measurements each, in turns, so that a slow minute of the machine hits both. The
+# middle one counts; on a busy machine a single one may say otherwise.
 #
 # On GPUs, **FlashAttention** is often named for this. What it is at heart is *tiling*: attention computed in small
 # blocks that stay in the GPU's fast memory, so that the square table of scores is never written. Rows of various

@@ -264,8 +264,8 @@ assert kept < sum(word in answer for word, answer in zip(right, answers_before, 
 
 # %% [markdown]
 # The reward rises. Look at what it bought: most answers that were right are wrong now, and some are in no language at
-# all. The reward model has seen eight answers, all of them right, so it knows nothing of truth. It scores a text that is
-# like none of them anyhow, and the policy found texts that it scores high. This is reward hacking again, in a real
+# all. The reward model has seen eight answers, all of them right, so it knows nothing of truth. It also scores texts
+# that are like none of them, and the policy found some that it scores high. This is reward hacking again, in a real
 # model. What helps: a larger $\beta$, fewer steps, many more pairs, also such in which a wrong short answer loses, or a
 # second reward that checks the answer.
 #
@@ -336,7 +336,7 @@ end = trainer.evaluate()
 for entry in trainer.state.log_history:
     if "loss" in entry:
         print(f"step {entry['step']}: loss {entry['loss']:.3f}, margin {entry['rewards/margins']:.3f}")
-for name, measured in (("before", start), ("after", end)):
+for name, measured in (("before training", start), ("after training", end)):
     short, long = measured["eval_logps/chosen"], measured["eval_logps/rejected"]
     print(f"{name}: a new question, log probability short {short:.1f}, long {long:.1f}: gap {short - long:+.1f}")
 for text, answer in zip(
@@ -361,8 +361,8 @@ for text, answer in zip(
 # | good answers | SFT | simple, stable, and the base of everything below |
 # | pairs of a better and a worse answer | SFT, then DPO | no reward model, and nothing is generated while training |
 # | single answers, each judged good or bad | SFT, then KTO (`KTOTrainer`) | a thumb up or down is all it needs |
-# | a reward that can be computed, such as by tests | reinforcement learning | it finds ways that nobody wrote down |
-# | many preferences, and a budget | a reward model, then RLHF | it judges new answers, as often as you like |
+# | a reward that can be computed, as by tests | reinforcement learning (`GRPOTrainer`) | finds ways nobody wrote down |
+# | many preferences, a budget | a reward model (`RewardTrainer`), then RLHF | it judges new answers, however many |
 # | facts that change daily | none: search, and put what is found into the prompt | training is too slow for that |
 #
 # A model that has not had SFT first hardly ever writes an answer worth preferring. So you have already done the first

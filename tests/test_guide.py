@@ -93,7 +93,7 @@ def test_every_word_that_a_learner_reads_in_code_is_translated_and_no_translatio
     codes = [text for script in SCRIPTS for kind, text in build.source_cells(script) if kind == "code"]
     codes.append((build.GUIDE / "setup.py").read_text(encoding="utf-8"))
     assert [text for code in codes for text in words.shown(code) if text not in table] == []
-    assert table.keys() - {literal.text for code in codes for literal in words.literals(code)} == set()
+    assert table.keys() - {literal.text for code in codes for literal in words.translatable(code)} == set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -432,11 +432,12 @@ def test_words_change_where_they_are_read_and_nowhere_else() -> None:
     )
     assert words.shape(chinese) == words.shape(code)
     assert words.shown(code) == ['"loss"', "# the loss", "f\"{log['loss']} of all\""]
+    assert words.shown('print("name", f"{x:.1f} MB", f"step {x}")') == ['f"step {x}"']
 
 
 @pytest.mark.parametrize("other", ['print(f"{a} {c}")', 'print(f"{a}")', 'print(f"{a} {b}", 1)'])
 def test_code_that_does_something_else_has_another_shape(other: str) -> None:
-    assert words.shape('print(f"{b} of {a}")') == words.shape('print(f"{a} 裡有 {b}")')
+    assert words.shape('print(f"{b:9} of {a}")') == words.shape('print(f"{a} 裡有 {b}")')
     assert words.shape('print(f"{b} of {a}")') != words.shape(other)
 
 

@@ -70,13 +70,17 @@ def literals(code: str) -> list[Literal]:
 def localized(code: str, table: Mapping[str, str]) -> str:
     """`code` with the words of `table`. A single word, which may be a key of something, is translated only where it is
     read."""
-    read = {literal.start for literal in _read(code)}
     pieces, at = [], 0
-    for literal in literals(code):
-        known = literal.start in read or not NAME.fullmatch(literal.text)
-        pieces += [code[at : literal.start], table.get(literal.text, literal.text) if known else literal.text]
+    for literal in translatable(code):
+        pieces += [code[at : literal.start], table.get(literal.text, literal.text)]
         at = literal.stop
     return "".join([*pieces, code[at:]])
+
+
+def translatable(code: str) -> list[Literal]:
+    """The literals that `localized` looks up: all but single words that may be a key of something."""
+    read = {literal.start for literal in _read(code)}
+    return [literal for literal in literals(code) if literal.start in read or not NAME.fullmatch(literal.text)]
 
 
 def shown(code: str) -> list[str]:
@@ -92,7 +96,7 @@ def _read(code: str) -> Iterator[Literal]:
         if literal.comment:
             if WORD.search(bare):
                 yield literal
-        elif inside and (WORD if any(inside) else WORDS).search(bare):
+        elif inside and (WORD if any(inside) or literal.text.startswith("f") else WORDS).search(bare):
             yield literal
 
 
@@ -122,7 +126,7 @@ def _spans_of_words(code: str) -> Iterator[tuple[int, int, bool]]:
 
 def shape(code: str) -> str:
     """What `code` does but for its words: two codes of one shape differ in strings and comments only, and f-strings in
-    the order of their fields."""
+    the order and the format of their fields."""
     return ast.dump(_Wordless().visit(ast.parse(code)))
 
 
@@ -133,3 +137,6 @@ class _Wordless(ast.NodeTransformer):
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
         fields = [self.visit(value) for value in node.values if isinstance(value, ast.FormattedValue)]
         return ast.JoinedStr(sorted(fields, key=ast.dump))
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.FormattedValue:
+        return ast.FormattedValue(self.visit(node.value), node.conversion)  # a width is of the words beside it

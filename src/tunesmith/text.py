@@ -42,3 +42,12 @@ def clock(seconds: float | None) -> str:
 def shorten(text: str, width: int = 80) -> str:
     """`text` in at most `width` characters."""
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey written out, `\\x1b` say: rows, names and files are not ours. Line ends
+    and tabs stay."""
+    return text.translate(CONTROLS)

@@ -95,6 +95,12 @@ def test_a_start_needs_the_token_in_a_header_and_json(client: TestClient) -> Non
     assert client.post(f"/api/train/recipe.yaml?token={TOKEN}", json={}).status_code == 401
 
 
+@pytest.mark.parametrize("body", ["[" * 100_000, "{", "[]"])
+def test_a_body_that_is_no_object_is_refused(client: TestClient, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/api/check", content=body, headers=headers).status_code == 400
+
+
 def test_the_page_asks_nobody_else(client: TestClient) -> None:
     page = client.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"]

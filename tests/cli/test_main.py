@@ -1,6 +1,7 @@
 """The command line starts fast, and its exit codes say whose fault it was."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,14 @@ def test_markup_in_a_message_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("tunesmith.model.load.load_run", mistaken)
     assert RUNNER.invoke(main.app, ["chat", "demo"]).stderr == "error: write [red] or [/x]\n"
+
+
+def test_a_rule_of_a_tokenizer_that_never_ends_is_a_mistake_in_its_file(tiny_model: Path, tmp_path: Path) -> None:
+    """Its library gives up, and panics, which is no Exception."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    rules = json.loads((model / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    (model / "tokenizer.json").write_text(json.dumps(rules))
+    result = RUNNER.invoke(main.app, ["chat", str(model), "--prompt", "a" * 40 + "b"])
+    assert result.exit_code == 2
+    assert "error: tokenizer.json has a rule that can't be applied to a text: Onig" in result.stderr

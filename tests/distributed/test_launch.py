@@ -61,6 +61,15 @@ if RANK is not None:
     SFTTrainer.draw_page = None
     ways.force(False)  # which way is the faster one is another question in every run
 
+if RANK == "1" and KIND == "early":
+    from tunesmith.cli import train
+    from tunesmith.errors import TunesmithError
+
+    def opened(recipe):
+        raise TunesmithError("a fault before all met")
+
+    train.opened = opened
+
 if RANK is not None and KIND:
     import tunesmith.train.sft as sft
     from tunesmith.errors import TunesmithError
@@ -106,19 +115,53 @@ def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Command]:
     return start
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def test_two_agents_meet_as_two_machines_would_and_make_the_model_of_one(
     train: Callable[..., Command], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     one = train("one", "--per-device-train-batch-size", 4)
-    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{port}", "--per-device-train-batch-size", 2, "--shard", "full")
+    meeting = (
+        "--nodes",
+        2,
+        "--rendezvous",
+        f"127.0.0.1:{free_port()}",
+        "--per-device-train-batch-size",
+        2,
+        "--shard",
+        "full",
+    )
     machines = [train(f"machine{rank}", "--node-rank", rank, *meeting) for rank in range(2)]
     codes = [run.finish() for run in (one, *machines)]
     assert codes == [0, 0, 0], machines[0].stderr + machines[1].stderr
     assert [machine.stdout.count("saved the model") for machine in machines] == [1, 0]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "machine0")]
     assert largest_difference(*weights) < 1e-6
+
+
+def test_a_machine_that_fails_before_its_processes_meet_the_others_ends_these_with_its_error(
+    train: Callable[..., Command],
+) -> None:
+    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{free_port()}")
+    machines = [train(f"machine{rank}", "--node-rank", rank, *meeting, FAULT="early") for rank in range(2)]
+    assert [machine.finish() for machine in machines] == [1, 2], machines[0].stderr
+    assert "(--node-rank 1): process 1 of 2 failed:\n" in machines[0].stderr
+    assert "error: a fault before all met\n" in machines[0].stderr
+    assert "start the command on all machines again, with --resume-from-checkpoint" in machines[0].stderr
+
+
+def test_a_command_that_is_killed_takes_its_processes_along_and_ends_the_other_machine(
+    train: Callable[..., Command],
+) -> None:
+    meeting = ("--nodes", 2, "--rendezvous", f"127.0.0.1:{free_port()}", "--max-steps", 100000)
+    machines = [train(f"machine{rank}", "--node-rank", rank, *meeting) for rank in range(2)]
+    machines[0].until(lambda: "step 2/" in machines[0].stdout)
+    machines[1].process.kill()
+    assert machines[0].finish() == 1
+    assert "another machine is gone\nstart the command on all machines again" in machines[0].stderr
 
 
 def test_a_config_of_accelerate_starts_as_many_processes_which_share_weights_out_as_it_says(

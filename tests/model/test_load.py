@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +174,27 @@ def test_a_damaged_file_is_named(copy: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(TunesmithError, match=f"model {re.escape(str(copy))} could not be loaded"):
         load_model(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_size", "x"), ("hidden_size", -1), ("hidden_size", 2**31), ("num_attention_heads", 0), ("vocab_size", 7)],
+)
+def test_a_config_that_fits_nothing_is_named(copy: Path, name: str, value: Any) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(TunesmithError, match=f"model {re.escape(str(copy))} could not be loaded"):
+        load_model(str(copy))
+
+
+def test_a_normalizer_that_makes_too_much_of_a_text_is_refused(copy: Path) -> None:
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    for times, most in ((19, None), (20, "may make 1,048,576 characters of one")):
+        rules["normalizer"] = {"type": "Sequence", "normalizers": [doubling] * times}
+        (copy / "tokenizer.json").write_text(json.dumps(rules))
+        with nullcontext() if most is None else pytest.raises(TunesmithError, match=most):
+            load_tokenizer(str(copy))
 
 
 def test_missing_weights_are_not_made_up(copy: Path) -> None:

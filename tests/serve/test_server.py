@@ -1,6 +1,7 @@
 """The real client gets from the server what the model generates, and its mistakes explained."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -154,6 +155,8 @@ def test_the_models_own_end_is_a_stop_even_as_the_last_token(loaded: tuple[Any, 
         ({"seed": "x" * 10**6}, r"seed is 'x{76}\.\.\.; write"),
         ({"chat_template_kwargs": {"messages": []}}, "template does not take this"),
         ({"stop": [""]}, "none of them empty"),
+        ({"stop": ["x"] * 65}, "stop has 65 texts of 65 characters; at most 64 of together 10,000"),
+        ({"stop": "x" * 10_001}, "stop has 1 texts of 10,001 characters; at most 64 of together 10,000"),
         ({"stream": "yes"}, "true or false"),
         ({"stream_options": {}}, "only for stream"),
         ({"messages": []}, "at least one"),
@@ -273,6 +276,17 @@ def unfinished(url: str, expected: int) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_who_does_not_finish_asking_is_left(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
+    asked = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(*loaded) as address:
+        for sent, status in ((asked[:9], b""), (f"{asked}Content-Length: 9\r\n\r\n{{", b"HTTP/1.1 408 ")):
+            with socket.create_connection(("127.0.0.1", httpx.URL(address).port or 0), timeout=20) as connection:
+                connection.sendall(sent.encode())
+                assert connection.recv(13) == status
 
 
 @pytest.fixture

@@ -51,6 +51,12 @@ def test_data_may_be_a_list(tmp_path: Path) -> None:
     assert recipe.data == ("a.jsonl", "b.csv")
 
 
+ENDLESS = "model_init_kwargs:\n  a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+ENDLESS += "".join(f"  a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 9))
+"""Lists of lists: 9 ** 9 numbers in ten lines."""
+MERGED = "".join(f"x{i}: &x{i} {{<<: [{', '.join(9 * [f'*x{i - 1}' if i else '*x'])}]}}\n" for i in range(9))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -60,6 +66,11 @@ def test_data_may_be_a_list(tmp_path: Path) -> None:
         ("lr: 1\n", r"unknown setting 'lr'; did you mean 'learning_rate'\?"),
         ("seed: 1\nmax_steps: 2\nseed: 3\n", r"recipe.yaml, line 6, column 1: 'seed' is given twice"),
         ("columns: {a: b, a: c}\n", "line 4, column 17: 'a' is given twice"),
+        (ENDLESS, "with all that its aliases stand for, it has more than 1,000,000 values"),
+        ("x: &x {a: 1}\n" + MERGED, "with all that its aliases stand for, it has more than 1,000,000 values"),
+        ("model_init_kwargs: &a {b: *a}\n", "line 4, column 20: a value is part of itself"),
+        ("seed: 1" + 500 * ":59" + "\n", "line 4, column 7: a number of more than 1,000 characters"),
+        ("seed: 1 # " + 4_000_000 * "x", "is larger than 4 MB, which no recipe is"),
         ("seed: [1\n", "recipe.yaml, line 5, column 1: expected ',' or ']'"),
         ("\tseed: 1\n", r"line 4, column 1: found character '\\t'"),
         ("output_dir: y\n", "output and output_dir are the same setting; keep one"),

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tunesmith.cli.main import app
-from tunesmith.terminal.output import mode
+from tunesmith.errors import TunesmithError
+from tunesmith.terminal.output import fail, finish_lines, mode, note, say
 
 RUNNER = CliRunner()
 
@@ -126,3 +127,13 @@ def test_the_mode_ends_with_its_command() -> None:
     RUNNER.invoke(app, ["chat", "./nowhere", "--json", "--quiet", "--prompt", "x"])
     assert not mode().as_json
     assert not mode().quiet
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    say("title \x1b]0;x\x07 \ttab\r\nline \x9b2J")
+    note("\x1b[31mred")
+    finish_lines({}, ["one \x08", "two"])
+    fail(TunesmithError("no file a\x1b[2J.jsonl"), 2, as_json=False)
+    out, err = capsys.readouterr()
+    assert out == "title \\x1b]0;x\\x07 \ttab\\x0d\nline \\x9b2J\none \\x08\ntwo\n"
+    assert err == "\\x1b[31mred\nerror: no file a\\x1b[2J.jsonl\n"

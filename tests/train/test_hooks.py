@@ -13,8 +13,8 @@ from tunesmith.train.hooks import ATTRIBUTES, HOOKS, OPTIONAL, Name
 from tunesmith.train.trainer import BaseTrainer
 
 SOURCE = Path(hooks.__file__).parents[1]
-NOT_PRIVATE = {"_tag_names", "_replace"}
-"""What `transformers` asks trainers to set, and a documented method of named tuples."""
+NOT_PRIVATE = {"_tag_names", "_replace", "_exit"}
+"""What `transformers` asks trainers to set, and documented functions of named tuples and of `os`."""
 
 
 def private(name: str) -> bool:

@@ -283,7 +283,7 @@ async def _body(request: Request) -> dict[str, Any]:
             raise HTTPException(413, f"the body is larger than {LARGEST} bytes")
     try:
         value = json.loads(bytes(raw))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(400, "the body is no JSON") from error
     if not isinstance(value, dict):
         raise HTTPException(400, "the body is no object")

@@ -7,7 +7,7 @@ import typer
 from tunesmith.cli.data import data_recipe, eval_rows, preparer_of, training_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish
-from tunesmith.text import counted
+from tunesmith.text import counted, printable
 
 if TYPE_CHECKING:
     from tunesmith.data.preflight import Preflight, SplitReport
@@ -50,11 +50,11 @@ def _show(preflight: "Preflight") -> None:
     """The report as text: what was read, lengths, then problems and notes."""
     for name, report in preflight.splits.items():
         for line in split_lines(name, report):
-            typer.echo(line)
+            typer.echo(printable(line))
     for problem in preflight.problems:
-        typer.secho(f"stop: {problem}", fg=typer.colors.RED)
+        typer.secho(printable(f"stop: {problem}"), fg=typer.colors.RED)
     for text in preflight.notes:
-        typer.echo(f"note: {text}")
+        typer.echo(printable(f"note: {text}"))
     if not preflight.problems:
         typer.echo("ready to train" + ("" if preflight.notes else "; nothing odd found"))
 

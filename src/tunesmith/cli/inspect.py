@@ -13,6 +13,7 @@ from tunesmith.cli.data import data_recipe, preparer_of, training_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.files import check_writable
 from tunesmith.terminal.output import finish
+from tunesmith.text import printable
 from tunesmith.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -217,11 +218,11 @@ def _show(facts: list[tuple[str, str]], rows: list["InspectedRow"], html: Path |
     console = Console(highlight=False, markup=False, emoji=False)
     plain = console.no_color or console.color_system is None
     for name, value in facts:
-        console.print(f"{name:<12}{value}", soft_wrap=True)
+        console.print(printable(f"{name:<12}{value}"), soft_wrap=True)
     if html is None:
         for text in (legend(plain=plain), *(terminal(row, plain=plain, ids=ids) for row in rows)):
             console.print()
             # The terminal wraps: rich would drop spaces at the ends of lines, and characters where it errs in widths.
             console.print(text, end="", soft_wrap=True)
         return
-    console.print(f"wrote {', '.join(row.title for row in rows)} to {html}", soft_wrap=True)
+    console.print(printable(f"wrote {', '.join(row.title for row in rows)} to {html}"), soft_wrap=True)

@@ -79,6 +79,12 @@ class Commands(TyperGroup):
                 raise
             fail(error, MISTAKE, as_json=True)
             raise typer.Exit(MISTAKE) from error
+        except BaseException as panic:
+            if type(panic).__name__ != "PanicException":  # of libraries in Rust, and no Exception
+                raise
+            problem = TunesmithError(f"tokenizer.json has a rule that can't be applied to a text: {panic}")
+            fail(problem, MISTAKE, as_json=as_json)
+            raise typer.Exit(MISTAKE) from panic
 
 
 app = Application(

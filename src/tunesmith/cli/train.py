@@ -162,6 +162,10 @@ def begin(arguments: list[str], machines: Machines, launch_config: str | None = 
     if (recipe.processes > 1 or recipe.max_restarts or machines.nodes > 1) and "RANK" not in os.environ:
         _launch(recipe, machines)
     _check_launched(recipe)
+    if "RANK" in os.environ:
+        from tunesmith.train.together import leave_with_agent
+
+        leave_with_agent()
     # Trackers keep the command line that a run was started with.
     tokens = [str(value) for name, value in recipe.given.items() if name.endswith("token") and value]
     sys.argv = [scrub(word, tokens) for word in sys.argv]
@@ -388,6 +392,8 @@ def _check_resume(wanted: bool | str | None, output: Path) -> None:
     """Before anything is loaded: is there a checkpoint to go on from?"""
     from tunesmith.runs.checkpoints import PARTIALS, STATE, checkpoints, none_to_go_on_from
 
+    if not _is_main():  # the first process says what is wrong with it, and this one whether it is here
+        return
     if isinstance(wanted, str):
         if not (Path(wanted) / STATE).is_file():
             raise TunesmithError(f"resume_from_checkpoint: {wanted} is no checkpoint: it has no {STATE}")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.settings.coerce import FiniteLoader
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -209,8 +210,8 @@ def _named_in_readme(folder: Path, source: str, wanted: str | None) -> Found | N
     text = readme.read_text(encoding="utf-8", errors="replace")
     header = re.match(r"---[^\n]*\n(.*?)\n---", text, re.DOTALL)
     try:
-        metadata = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError as error:
+        metadata = yaml.load(header[1], FiniteLoader) if header else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise TunesmithError(f"{readme}: what stands between the lines of --- is not YAML: {error}") from error
     configs = metadata.get("configs") if isinstance(metadata, dict) else None
     if not isinstance(configs, list) or not all(isinstance(config, dict) for config in configs) or not configs:

@@ -306,10 +306,7 @@ def _as_chat(first: Question, tokenizer: Any, settings: Settings, record: "RunRe
 
 
 def _ids(question: Question, tokenizer: Any, as_chat: bool) -> list[int]:
-    from jinja2 import TemplateError
-
     from tunesmith.data.prompts import prompt_ids, text_ids
-    from tunesmith.data.sandbox import TooLong
 
     try:
         if isinstance(question.prompt, str) and not as_chat:
@@ -317,11 +314,8 @@ def _ids(question: Question, tokenizer: Any, as_chat: bool) -> list[int]:
         prompt = question.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return prompt_ids(tokenizer, messages, question.arguments, keep_specials=True)
-    except (TemplateError, TooLong, ValueError, TypeError, OverflowError) as error:
-        ours = isinstance(error, TunesmithError)
-        raise TunesmithError(
-            f"{question.place}: {'' if ours else 'the chat template refuses the prompt: '}{error}"
-        ) from error
+    except TunesmithError as error:
+        raise TunesmithError(f"{question.place}: {error}") from error
 
 
 def base_model_of(record: "RunRecord | None", largest: int, settings: Settings) -> tuple[Any, str]:

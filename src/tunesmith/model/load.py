@@ -5,6 +5,7 @@ loads neither models nor peft: commands that look at data need a tokenizer only.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -42,6 +42,8 @@ CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MOST_GROWTH = 1_000_000
+"""Characters that a normalizer may make of one."""
 LOST_STARTS = ("pissa_niter", "loftq", "corda", "lora_ga")
 """Ways to start adapters that change the base weights and can't be repeated: they draw numbers, or need data."""
 
@@ -177,7 +179,22 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
         if not trust_remote_code:
             _refuse_code(path, kwargs.get("revision"))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is not None and (grows := _growth(json.loads(normalizer.__getstate__()))) > MOST_GROWTH:
+        raise TunesmithError(
+            f"tokenizer of {name}: the normalizer in tokenizer.json may make {grows:,} characters of one; take another "
+            "tokenizer"
+        )
     return tokenizer
+
+
+def _growth(rules: dict[str, Any]) -> int:
+    """The most characters that a normalizer puts in the place of one, if all that it replaces is one character."""
+    if "normalizers" in rules:
+        return math.prod(_growth(each) for each in rules["normalizers"])
+    if "content" in rules:  # a regular expression may match between two characters, which stay
+        return max(1, len(rules["content"]) + ("Regex" in rules["pattern"]))
+    return 1
 
 
 def prepare_tokenizer(
@@ -401,7 +418,7 @@ def _explained(name: str, part: str = "model ") -> Iterator[None]:
         yield
     except TunesmithError:
         raise
-    except (OSError, ValueError, ImportError, TypeError, SafetensorError) as error:
+    except Exception as error:  # a config of others may be anything
         local = name == DEMO or Path(name).expanduser().is_dir()
         hint = "" if local else f"\nThere is no folder {name} here either{_nearest_folder(Path(name))}"
         raise TunesmithError(f"{part}{name} could not be loaded: {error}{hint}") from error

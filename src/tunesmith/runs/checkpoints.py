@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -356,6 +357,15 @@ def none_to_go_on_from(run: Path, skipped: Sequence[str] = ()) -> str:
             f"with that one (resume_from_checkpoint: {earlier[-1]}), or leave it out to start anew{_listed(skipped)}"
         )
     return f"{text}{_listed(skipped)}" + ("" if skipped else "; leave it out to start anew")
+
+
+def not_on_this_machine(folder: Path) -> str:
+    """What to say where process 0 goes on from a checkpoint and another process, whose machine has its own files, does
+    not find it in `folder`."""
+    return (
+        f"resume_from_checkpoint: {folder} is not on {socket.gethostname()}, and each machine reads the checkpoint; "
+        "put output on a disk that all machines share, or copy the checkpoint to the same path here"
+    )
 
 
 def checked(folder: Path, *, allow_pickle: bool = False) -> Chosen:

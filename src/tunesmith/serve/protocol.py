@@ -61,6 +61,10 @@ TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_c
 """Those that say how, or by which program, a conversation is rendered: not for a client to say."""
 
 
+MOST_STOPS = 64
+STOP_CHARACTERS = 10_000
+
+
 class RequestError(Exception):
     """Answered with the HTTP status `status` and the interface's error object."""
 
@@ -131,6 +135,12 @@ def parse_options(body: Body, known: frozenset[str], defaults: Sampling) -> Opti
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise RequestError("stop must be a text, or a list of texts, none of them empty", param="stop")
+    if len(stops) > MOST_STOPS or sum(map(len, stops)) > STOP_CHARACTERS:  # each is looked for after each token
+        raise RequestError(
+            f"stop has {len(stops):,} texts of {sum(map(len, stops)):,} characters; at most {MOST_STOPS} of together "
+            f"{STOP_CHARACTERS:,} are looked for",
+            param="stop",
+        )
     return Options(
         sampling=_sampling(body, defaults),
         seed=_whole(body, "seed", SEEDS),

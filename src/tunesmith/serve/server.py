@@ -40,6 +40,10 @@ GONE = 499
 """The status of an answer that nobody waits for, as nginx logs it."""
 GRACE = 5
 """Seconds for the last bytes of answers, once the server ends."""
+HEAD_SECONDS = 30.0
+"""Until the head of a request has come; else its connection is closed, so that those who say nothing keep none out."""
+BODY_SECONDS = 120.0
+"""Until a request's body has come."""
 MOST_REQUESTS = 256
 """Connections and requests at a time; more are answered with 503."""
 ENDING = "the server is ending"
@@ -131,10 +135,14 @@ class Service:
         if kind != "application/json":  # what a page may send without asking first is none
             raise RequestError("send the body as Content-Type: application/json", status=415)
         raw = bytearray()
-        async for part in request.stream():
-            raw += part
-            if len(raw) > LARGEST:
-                raise RequestError(f"the body is larger than {LARGEST} bytes", status=413)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > LARGEST:
+                        raise RequestError(f"the body is larger than {LARGEST} bytes", status=413)
+        except TimeoutError as slow:
+            raise RequestError(f"the body took longer than {BODY_SECONDS:g} seconds", status=408) from slow
         body = protocol.parse_json(bytes(raw))
         if body.get("model") is not None:
             self._check_name(body["model"])
@@ -340,6 +348,17 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._ready = service, ready
+        self._silent: dict[Any, float] = {}
+
+    async def on_tick(self, counter: int) -> bool:
+        now = time.monotonic()
+        cycles = {each: getattr(each, "cycle", None) for each in self.server_state.connections}
+        silent = [each for each, cycle in cycles.items() if cycle is None or cycle.response_complete]
+        self._silent = {each: self._silent.get(each, now) for each in silent}
+        for connection, since in self._silent.items():
+            if now - since > HEAD_SECONDS:
+                connection.transport.close()
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -24,8 +24,46 @@ _NAMES: dict[Any, str] = {
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key that is given twice is an error, not a quiet override."""
+LARGEST = 1_000_000
+"""Values of a YAML document, each counted as often as it is named."""
+DIGITS = 1000
+"""Characters of a number. Reading one takes as long as the square of them."""
+
+
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+class FiniteLoader(yaml.SafeLoader):
+    """Safe YAML whose values are no more than it seems: names of names (`&a`, `*a`) may make a few lines endless."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _count(node, {}) > LARGEST:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"with all that its aliases stand for, it has more than {LARGEST:,} values", node.start_mark
+            )
+        return node
+
+
+def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """The values of a node. `counts` has those that are known, and None for those that are being counted."""
+    key = id(node)
+    if key not in counts:
+        counts[key] = None
+        if node.tag in NUMBER_TAGS and len(node.value) > DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {DIGITS:,} characters", node.start_mark
+            )
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        counts[key] = 1 + sum(_count(part, counts) for part in parts)
+    if (count := counts[key]) is None:
+        raise yaml.constructor.ConstructorError(None, None, "a value is part of itself", node.start_mark)
+    return count
+
+
+class UniqueKeyLoader(FiniteLoader):
+    """Such YAML in which a key that is given twice is an error, not a quiet override."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
@@ -150,7 +188,7 @@ def _collection(value: Any, origin: type, kinds: tuple[Any, ...]) -> Any:
         if value.lstrip().startswith(opening):
             try:
                 value = yaml.load(value, UniqueKeyLoader)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, RecursionError) as error:
                 raise ValueError from error
         elif origin is list:
             value = [item.strip() for item in value.split(",")]

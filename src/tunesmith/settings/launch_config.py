@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.settings.coerce import FiniteLoader
 
 READY: dict[str, dict[str, Any]] = {
     "single_gpu": {"distributed_type": "NO"},
@@ -121,8 +122,8 @@ def _values(file: Path) -> dict[str, Any]:
         listed = ", ".join(READY)
         raise TunesmithError(f"{place} is no file, and not ready either; ready are {listed}{nearest(str(file), READY)}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = yaml.load(file.read_text(encoding="utf-8"), FiniteLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise TunesmithError(f"{place} can't be read as YAML: {error}") from error
     if not isinstance(values, dict) or "distributed_type" not in values:
         raise TunesmithError(f"{place} has no distributed_type; write one by `accelerate config --config_file {file}`")

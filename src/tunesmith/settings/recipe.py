@@ -33,6 +33,8 @@ LORA_LEARNING_RATES = {
 }
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
+LARGEST_RECIPE = 4_000_000
+"""Bytes."""
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
 
@@ -332,7 +334,11 @@ def _read(path: str) -> dict[str, _Entry]:
             f"{path} is not a recipe, which ends in .yaml; to train on a data file write --data {path}"
         )
     try:
-        loader = UniqueKeyLoader(file.read_bytes().decode("utf-8-sig"))
+        with file.open("rb") as stream:
+            raw = stream.read(LARGEST_RECIPE + 1)
+        if len(raw) > LARGEST_RECIPE:
+            raise TunesmithError(f"{path} is larger than {LARGEST_RECIPE // 10**6} MB, which no recipe is")
+        loader = UniqueKeyLoader(raw.decode("utf-8-sig"))
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except FileNotFoundError:
@@ -346,6 +352,8 @@ def _read(path: str) -> dict[str, _Entry]:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise TunesmithError(f"{path}{where}: {error.problem or error.context}") from error
+    except TunesmithError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise TunesmithError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):

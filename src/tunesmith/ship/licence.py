@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.record import Origin
+from tunesmith.settings.coerce import FiniteLoader
 
 HEADER = re.compile(r"\A\s*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -65,7 +66,7 @@ def card_header(card: Path) -> Mapping[str, Any]:
     """The YAML that a card begins with; empty where there is none, or none that can be read."""
     try:
         header = HEADER.match(card.read_text(encoding="utf-8-sig"))
-        values = yaml.safe_load(header[1]) if header else None
-    except (OSError, ValueError, yaml.YAMLError):
+        values = yaml.load(header[1], FiniteLoader) if header else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

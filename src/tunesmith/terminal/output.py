@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.terminal.noise import silent_libraries
+from tunesmith.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,13 +49,13 @@ def mode() -> Mode:
 def say(text: object) -> None:
     """What happens on the way, on stdout; on stderr where stdout is for JSON."""
     if not mode().quiet:
-        typer.echo(str(text), err=mode().as_json)
+        typer.echo(printable(str(text)), err=mode().as_json)
 
 
 def note(text: object) -> None:
     """What is not for a pipe, on stderr."""
     if not mode().quiet:
-        typer.echo(str(text), err=True)
+        typer.echo(printable(str(text)), err=True)
 
 
 def finish(value: Mapping[str, Any], show: Callable[[], None]) -> None:
@@ -67,7 +68,7 @@ def finish(value: Mapping[str, Any], show: Callable[[], None]) -> None:
 
 def finish_lines(value: Mapping[str, Any], lines: list[str]) -> None:
     """The result: `value` as JSON, or `lines`."""
-    finish(value, lambda: typer.echo("\n".join(lines)))
+    finish(value, lambda: typer.echo(printable("\n".join(lines))))
 
 
 def progress_console(*, stderr: bool = False) -> "Console":
@@ -98,7 +99,7 @@ def fail(error: BaseException, code: int, *, as_json: bool) -> None:
         about = {"type": type(error).__name__, "message": message, "exit_code": code}
         typer.echo(json.dumps({"error": about}, ensure_ascii=False), err=True)
     else:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(printable(f"error: {error}"), fg=typer.colors.RED, err=True)
 
 
 class Application(typer.Typer):

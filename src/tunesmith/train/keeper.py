@@ -8,10 +8,12 @@ writes and reads them.
 import dataclasses
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
 
 import torch
@@ -40,6 +42,7 @@ from tunesmith.runs.checkpoints import (
     finish,
     new_run,
     newest_whole,
+    not_on_this_machine,
     others,
     remove_partials,
     rotate,
@@ -58,6 +61,7 @@ from tunesmith.runs.states import (
     restore_random_states,
 )
 from tunesmith.settings.config import Config
+from tunesmith.train.agreement import check_agreement
 from tunesmith.train.identity import DIVISION, FOLLOWS, identity_of, size_of_step
 from tunesmith.train.meter import Meter
 from tunesmith.train.sharding import is_shared_out, reads_own_rows, whole
@@ -119,6 +123,14 @@ class Keeper:
 
     # Before training
 
+    def agree(self, *, resumes: bool) -> None:
+        """Raises TunesmithError, in every process, where they would not train the same."""
+        self._identity = None
+        if self._args.world_size > 1:
+            # Nobody reads a stream in each process only to compare it.
+            speaks = self._args.local_process_index == 0 or not isinstance(self._trainer.train_dataset, IterableDataset)
+            check_agreement(self._identity_now() if speaks else None, self._args, resumes=resumes)
+
     def begin(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to go on from, as `transformers` wants to hear of it. True means the newest one in the output
         folder that verifies.
@@ -126,7 +138,7 @@ class Keeper:
         Raises:
             TunesmithError: there is none, or the given one does not verify or belongs to another run; the disk is full.
         """
-        self._identity = self._resumed_from = None
+        self._resumed_from = None
         self._written_size = 0
         run = Path(str(self._args.output_dir))
         if self.left_to_others:
@@ -170,6 +182,8 @@ class Keeper:
             raise TunesmithError("resume_from_checkpoint: no checkpoint to go on from; process 0 says why")
         if chosen is None:
             folder = run / f"checkpoint-{step}" if wanted is True else Path(str(wanted))
+            if not folder.is_dir():
+                raise TunesmithError(not_on_this_machine(folder))
             chosen = Chosen(folder=folder, manifest=Manifest.read(folder) if (folder / MANIFEST).exists() else None)
         for line in chosen.skipped:
             logger.warning("Passed over: %s.", line)
@@ -284,6 +298,25 @@ class Keeper:
         if self._args.should_save:
             self._identity_now()  # as it is before training: some adapters write into their settings what they do
             check_space(run, self._next_size())
+        if is_shared_out(self._trainer.model):
+            self._check_shared(run)
+
+    def _check_shared(self, run: Path) -> None:
+        """Raises TunesmithError, in every process, where one that is going to write a part of a checkpoint does not see
+        the folder of the first one."""
+        main = self._trainer.is_world_process_zero()
+        if main:
+            run.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".shared-", dir=run) if main else nullcontext("") as own:
+            [name] = broadcast_object_list([Path(own).name])
+            seen = gather_object([(socket.gethostname(), (run / name).is_dir())])
+        for rank, (host, sees) in enumerate(seen):
+            if not sees:
+                raise TunesmithError(
+                    f"output: {run} of the first process is not there for process {rank} on {host}, which has a part "
+                    "of the weights to write; give an output folder on a disk that all machines share, or write "
+                    "save_strategy: no"
+                )
 
     @property
     def _optimizer_name(self) -> str:

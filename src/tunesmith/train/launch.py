@@ -8,6 +8,7 @@ checkpoint. Ctrl-C and SIGTERM go to all of them, which save a checkpoint togeth
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -25,18 +27,19 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import MANIFEST, checkpoints
-from tunesmith.train.together import LOST
+from tunesmith.train.meeting import Meeting
+from tunesmith.train.together import AGENT, LOST
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 20
 """Seconds in which the others must end where one has failed."""
-PATIENCE = 900
-"""Seconds in which all machines must have come."""
 KEPT_LINES = 30
 """Lines that a failed process printed last, which are shown."""
 MISTAKE = 2
 """The exit code of what would fail again: a mistake in what was given, or a disk or memory that does not suffice."""
 RESUME = "--resume-from-checkpoint"
+FAILURE = "failure"
+"""Where machines tell each other why a process of theirs failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,21 +93,63 @@ def launch(words: Sequence[str], place: Place, output: Path, say: Callable[[str]
             agent = _agent(words, place, folder)
             agent.restarts = _Restarts(place=place, output=output, logs=Path(folder), asked=asked, say=say)
             with _signals(agent, asked):
+                store = _meet(place, asked, say)
+                if asked:
+                    return 128 + asked[0], ""
+                agent.store = store
                 result = agent.run()
         if asked:
             return 128 + asked[0], ""
         if not result.is_failed():
             return 0, ""
-        return _explained(result.failures, place, Path(folder))
+        own = any(failure.exitcode != LOST for failure in result.failures.values())
+        if store is not None and not own:
+            return 1, _of_another(store, place)
+        total = agent.get_worker_group().workers[0].world_size  # machines may have other numbers of processes
+        code, text = _explained(result.failures, total, Path(folder))
+        if store is not None:
+            _tell(store, f"{socket.gethostname()} (--node-rank {place.node_rank}): {text or 'a process failed'}")
+        return code, text
+
+
+def _meet(place: Place, asked: Sequence[int], say: Callable[[str], None]) -> TCPStore | None:
+    """Waits for the other machines, and returns what they can tell each other by; None of one machine alone, and where
+    the user stops it."""
+    if place.nodes == 1:
+        return None
+    meeting = Meeting(
+        nodes=place.nodes,
+        node_rank=place.node_rank,
+        endpoint=str(place.rendezvous),
+        say=say,
+        stopped=lambda: bool(asked),
+    )
+    store = meeting.held()
+    if store is not None and place.node_rank:
+        say(f"all {place.nodes} machines are here; the first, at {place.rendezvous}, shows the run and has its files")
+    return store
+
+
+def _tell(store: TCPStore, text: str) -> None:
+    with suppress(DistError):  # of the first machine, which may have left
+        store.set(FAILURE, text)
+
+
+def _of_another(store: TCPStore, place: Place) -> str:
+    """What ended the run on this machine, where all went well here until another one failed."""
+    try:
+        said = store.get(FAILURE).decode() if store.check([FAILURE]) else "another machine is gone"
+    except DistError:
+        said = f"the first machine, at {place.rendezvous}, is gone; what it printed may say why"
+    return f"{said}\nstart the command on all machines again, with {RESUME} where there is a checkpoint"
 
 
 def _agent(words: Sequence[str], place: Place, folder: str) -> "_Agent":
     if place.nodes == 1:
         meeting = RendezvousParameters("c10d", "localhost:0", "tunesmith", 1, 1)
     else:
-        settings: dict[str, Any] = {"rank": place.node_rank, "timeout": PATIENCE}
-        endpoint = str(place.rendezvous)
-        meeting = RendezvousParameters("static", endpoint, "tunesmith", place.nodes, place.nodes, **settings)
+        endpoint, rank = str(place.rendezvous), place.node_rank
+        meeting = RendezvousParameters("static", endpoint, "tunesmith", place.nodes, place.nodes, rank=rank)
     host, _, port = (place.rendezvous or "").rpartition(":")
     spec = WorkerSpec(
         role="tunesmith",
@@ -154,7 +199,7 @@ class _Restarts:
         """Tells of the start that follows; what the command gets besides, so that it goes on."""
         self._count += 1
         own = [folder for folder, written in self._saved().items() if self._before.get(folder) != written]
-        _, text = _explained(failures, self._place, self._logs)
+        _, text = _explained(failures, self._place.processes, self._logs)
         start = f"goes on from {own[-1].name}" if own else "begins again, since it has saved no checkpoint"
         count = f"restart {self._count} of {self._place.max_restarts}"
         self._say(f"{text or 'a process failed'}\nthe run {start} ({count})")
@@ -165,9 +210,14 @@ class _Agent(LocalElasticAgent):
     """The agent of `torchrun`, which starts a run again where that can help, and lets it go on."""
 
     restarts: _Restarts
+    store: TCPStore | None = None
+    """What machines tell each other by, where there are several."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
+        if self.store is not None and result.state == WorkerState.HEALTHY and self._another_failed(self.store):
+            # Processes that have not met yet would wait for those of that machine.
+            return RunResult(state=WorkerState.FAILED)
         if result.is_failed() and self._remaining_restarts > 0:
             if self.restarts.worth_it(result.failures):
                 spec = worker_group.spec
@@ -175,6 +225,13 @@ class _Agent(LocalElasticAgent):
             else:
                 self._remaining_restarts = 0
         return result
+
+    @staticmethod
+    def _another_failed(store: TCPStore) -> bool:
+        try:
+            return bool(store.check([FAILURE]))
+        except DistError:  # the first machine has left
+            return True
 
 
 @contextmanager
@@ -184,6 +241,7 @@ def _environment(place: Place) -> Iterator[None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // place.processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[AGENT] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are for all processes to hear
     if place.max_restarts:
         # Else processes that are started again find the addresses of those before them, and wait for these.
@@ -213,11 +271,12 @@ def _signals(agent: LocalElasticAgent, asked: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _explained(failures: Mapping[int, Any], place: Place, logs: Path) -> tuple[int, str]:
-    """The exit code of the process that failed first, and what it said, unless the terminal has that already."""
+def _explained(failures: Mapping[int, Any], total: int, logs: Path) -> tuple[int, str]:
+    """The exit code of the process that failed first, and what it said, unless the terminal has that already. There are
+    `total` processes on all machines."""
     causes = {rank: failure for rank, failure in failures.items() if failure.exitcode != LOST} or failures
     rank = min(causes, key=lambda rank: (causes[rank].exitcode == -signal.SIGTERM, causes[rank].timestamp, rank))
-    failure, what = causes[rank], f"process {rank} of {place.processes * place.nodes}"
+    failure, what = causes[rank], f"process {rank} of {total}"
     if failure.exitcode < 0:
         return 1, f"{what} was killed: {signal.Signals(-failure.exitcode).name}"
     started = max((int(folder.name.rpartition("_")[2]) for folder in logs.glob("*/attempt_*")), default=0)

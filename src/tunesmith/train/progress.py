@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from tunesmith.model.load import no_bars
 from tunesmith.terminal.live import ResizableLive, RunView, Snapshot, can_draw
 from tunesmith.terminal.noise import Remarks
-from tunesmith.text import size
+from tunesmith.text import printable, size
 
 
 class TrainingProgress(TrainerCallback):
@@ -56,7 +56,7 @@ class TrainingProgress(TrainerCallback):
         if self._live is not None:
             self._now.events.append(text)
         else:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     # The run
 

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.prompts import prompt_ids, text_ids
-from tunesmith.data.sandbox import TooLong
 from tunesmith.errors import TunesmithError
 from tunesmith.model.adapters import Model
 from tunesmith.model.generate import Answer, Sampling, generate_from_ids, room_of
@@ -53,7 +51,7 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if isinstance(asked, str):
             return text_ids(tokenizer, asked)
         return prompt_ids(tokenizer, asked, keep_specials=True)
-    except (TemplateError, TooLong, ValueError, TypeError, OverflowError):
+    except TunesmithError:
         return []
 
 

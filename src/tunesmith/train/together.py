@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,10 @@ from tunesmith.runs.folder import error_number
 T = TypeVar("T")
 LOST = 75
 """The exit code of a process that ended because another did."""
+AGENT = "TUNESMITH_AGENT"
+"""The variable with the number of the process that started this one with others."""
+LOOKING = 1.0
+"""Seconds between two looks at whether that is still there."""
 FOREVER = timedelta(days=365)
 IN_FLIGHT = 3
 """Parts of the gradients that are under way at a time, each a copy."""
@@ -44,6 +49,20 @@ class AnotherFailed(RuntimeError):
 def number_of_processes() -> int:
     """As whoever started this process says."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def leave_with_agent() -> None:
+    """Ends this process where the one that started it is killed: nobody would end it then, nor start it again beside
+    others. The others of the run, on this machine and elsewhere, are lost with it."""
+    agent = int(os.environ.pop(AGENT, "0"))  # which is not that of what this one starts
+
+    def look() -> None:
+        while os.getppid() == agent:
+            time.sleep(LOOKING)
+        os._exit(LOST)
+
+    if agent:
+        threading.Thread(target=look, daemon=True).start()
 
 
 def is_lost(error: BaseException) -> bool:

@@ -46,6 +46,7 @@ from tunesmith.runs.states import kept_random_states
 from tunesmith.secrets import without_secrets
 from tunesmith.settings.config import Config
 from tunesmith.train import hooks
+from tunesmith.train.agreement import check_same_weights
 from tunesmith.train.evaluations import check_metric
 from tunesmith.train.guard import Guard
 from tunesmith.train.journal import DataSeen, Journal, record_of
@@ -215,6 +216,7 @@ class BaseTrainer(transformers.Trainer):
             return
         if self.model_init is not None:
             raise TunesmithError("shard: model_init makes other models later; give the model itself")
+        check_same_weights(cast(nn.Module, self.model))
         share_out(cast(Model, self.model), cast(Config, self.args))
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
@@ -250,7 +252,7 @@ class BaseTrainer(transformers.Trainer):
 
         Raises:
             TunesmithError: there is no checkpoint to go on from, or the given one does not verify or belongs to another
-                run; the disk is full.
+                run; the disk is full; another process would not train the same.
         """
         self.take_up_states()
         self.journal.page = None
@@ -260,6 +262,7 @@ class BaseTrainer(transformers.Trainer):
         settings = cast(Config, self.args)
         if settings.eval_strategy != "no":
             check_logits(self, self.eval_dataset)
+        self.keeper.agree(resumes=bool(resume_from_checkpoint))
         self._share_out()
         self._prepare_anew()
         if self.is_deepspeed_enabled:
