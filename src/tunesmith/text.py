@@ -1,6 +1,7 @@
-"""Numbers in words: counts, sizes and times, each written in one way everywhere."""
+"""Numbers and lists in words: counts, sizes and times, each written in one way everywhere."""
 
 import math
+from collections.abc import Sequence
 
 
 def counted(count: int, noun: str) -> str:
@@ -11,6 +12,11 @@ def counted(count: int, noun: str) -> str:
 def verb(count: int, one: str, several: str) -> str:
     """The verb that goes with so many: `one` with 1, `several` with any other number."""
     return one if count == 1 else several
+
+
+def listing(names: Sequence[str], most: int = 50) -> str:
+    """`a, b`; of more than `most`, the first ones: `a, b and 3 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def size(count: float) -> str:

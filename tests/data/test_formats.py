@@ -374,6 +374,7 @@ def test_arguments_of_the_template_come_as_object_or_json() -> None:
     [
         ({}, r"the columns are \(none\)"),
         ({"mesages": [USER]}, r"the columns are mesages; did you mean 'messages'"),
+        ({f"c{i:05}": "a" for i in range(20_000)}, r"the columns are c00000, .*, c00049 and 19,950 more\n"),
         ({"a": 1, "promt": "x", "completion": "y"}, r"are a, completion, promt; did you mean 'prompt'"),
         ({"instruction": "x", "output": None}, r"the columns are instruction, output \(null\)"),
         ({"messages": []}, "'messages' is empty"),

@@ -9,7 +9,7 @@ import typer
 
 from tunesmith.errors import TunesmithError
 from tunesmith.terminal.output import finish
-from tunesmith.text import counted
+from tunesmith.text import counted, listing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,8 +127,7 @@ def _where(talks: dict[str, list[str]], templates: int) -> str:
     """The talks of one template, or the first of several templates."""
     if templates == 1:
         return ", ".join(*talks.values())
-    more = f" and {len(talks) - NAMED} more" if len(talks) > NAMED else ""
-    return f"{counted(len(talks), 'template')}: {', '.join([*talks][:NAMED])}{more}"
+    return f"{counted(len(talks), 'template')}: {listing([*talks], NAMED)}"
 
 
 def _sums(surveys: Sequence["Survey"]) -> str:

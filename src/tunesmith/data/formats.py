@@ -18,6 +18,7 @@ from tunesmith.data.pairs import LABELS, PROMPTS, SIDES, read_judged, read_pair
 from tunesmith.data.skipped import BadRow, Place, SourceRows
 from tunesmith.data.values import from_json, plain, shown, string
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.text import listing
 from tunesmith.types import IGNORE_INDEX, Conversation, Judged, Pair, Row, Text, Tokens
 
 # The columns that make a format, most specific first.
@@ -33,6 +34,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 Task = Literal["supervised", "pairs", "ranked", "judged"]
 """What rows are read as: texts to learn, two answers to one prompt, or answers that are good or bad."""
+GUESSED = 100
+"""Columns of a row that are compared with the names of formats, to find a misspelt one."""
 EXTRA_COLUMNS = (
     *("input", "history", "system", "labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs"),
     "weight",
@@ -166,7 +169,7 @@ def renamed(row: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
             result[ours] = row[theirs]
         elif ours in options.columns:
             raise TunesmithError(
-                f"no column {theirs!r}, which `columns` maps to {ours!r}; the row has {', '.join(sorted(row))}"
+                f"no column {theirs!r}, which `columns` maps to {ours!r}; the row has {listing(sorted(row))}"
             )
     return result
 
@@ -206,7 +209,7 @@ def task_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Task:
 
 def _check_preference(row: Mapping[str, Any], task: Task) -> None:
     """Raises TunesmithError for a row without a preference, with what it has."""
-    listed = ", ".join(name for name in sorted(row) if row[name] is not None) or "(none)"
+    listed = listing([name for name in sorted(row) if row[name] is not None]) or "(none)"
     if task in ("pairs", "ranked") and not all(row.get(name) is not None for name in SIDES):
         way = "`columns: {chosen: ..., rejected: ...}` with the columns of the better and the worse answer"
         if row.get("chosen_messages") is not None and row.get("rejected_messages") is not None:
@@ -226,7 +229,7 @@ def _check_preference(row: Mapping[str, Any], task: Task) -> None:
 
 def _no_format(row: Mapping[str, Any]) -> str:
     known = [column for columns in FORMATS.values() for column in columns]
-    strange = [column for column in sorted(row) if column not in (*known, *EXTRA_COLUMNS)]
+    strange = [column for column in sorted(row) if column not in (*known, *EXTRA_COLUMNS)][:GUESSED]
     commoner = [column for column in known if column not in ("conversation", "contents")]
     hint = next((hint for column in strange if (hint := nearest(column, commoner))), "")
     for name, columns in FORMATS.items():
@@ -234,7 +237,7 @@ def _no_format(row: Mapping[str, Any]) -> str:
             nulls = " and ".join(repr(column) for column in columns if row[column] is None)
             hint = f"; {nulls} is null, which the format {name!r} needs"
             break
-    listed = ", ".join(column if row[column] is not None else f"{column} (null)" for column in sorted(row))
+    listed = listing([column if row[column] is not None else f"{column} (null)" for column in sorted(row)])
     example = {"prompt": "question", "completion": "answer"}
     guesses = [guessed_columns(row, templated=templated) for templated in (True, False)]
     lines = [

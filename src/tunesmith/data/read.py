@@ -12,6 +12,7 @@ allowed. Only an object that holds all rows is read as a whole.
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -306,7 +307,7 @@ def _table(path: Path, name: str, delimiter: str) -> PlacedRows:
 def _checked_header(names: list[str], place: str) -> list[str]:
     """The names of the columns; that of one without a name is empty, and its cells should be, too."""
     names = [name if name.strip() else "" for name in names]
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if name and count > 1), None):
         raise TunesmithError(f"{place}: the column {twice!r} is there twice")
     return names
 

@@ -4,7 +4,7 @@ trained and gets no gradient stops the run."""
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -19,6 +19,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import newest_checkpoint
 from tunesmith.settings.config import Config
+from tunesmith.text import listing
 
 BAD_BATCHES = "bad_batches.jsonl"
 REMEMBERED = 20
@@ -90,19 +91,15 @@ class FirstGradients:
         if lost:
             raise TunesmithError(
                 f"{len(lost)} of {len(self._layers)} weights that are to be trained got no gradient in the first step, "
-                f"although their layers ran, and would stay as they are: {_listed(lost)}. Freeze them with "
+                f"although their layers ran, and would stay as they are: {listing(lost, NAMED)}. Freeze them with "
                 "requires_grad_(False) if that is meant; else the model's code cuts them off (detach, no_grad)"
             )
         if without:
             return (
                 f"{len(without)} of {len(self._layers)} weights that are to be trained got no gradient, because their "
-                f"layers did not run: {_listed(without)}"
+                f"layers did not run: {listing(without, NAMED)}"
             )
         return None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 class Guard:

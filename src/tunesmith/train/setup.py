@@ -35,6 +35,7 @@ from tunesmith.model.tokens import (
     trains_rows,
 )
 from tunesmith.settings.config import Config, settings_of
+from tunesmith.text import listing
 
 BATCH_OF_ROWS = 10_000
 """Rows of a data set that are looked at together."""
@@ -246,8 +247,7 @@ def _rows(model: Model) -> int:
 
 
 def _named(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    shown = [f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids[:3]]
-    return ", ".join(shown) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    return listing([f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in ids], 3)
 
 
 def _with_adapters(
