@@ -339,17 +339,21 @@ for entry in trainer.state.log_history:
 for name, measured in (("before training", start), ("after training", end)):
     short, long = measured["eval_logps/chosen"], measured["eval_logps/rejected"]
     print(f"{name}: a new question, log probability short {short:.1f}, long {long:.1f}: gap {short - long:+.1f}")
-for text, answer in zip(
-    asked, generate(trainer.model, tokenizer, list(map(question, asked)), max_new_tokens=24), strict=True
-):
+answers = generate(trainer.model, tokenizer, [question(text) for text in asked], max_new_tokens=24)
+for text, answer in zip(asked, answers, strict=True):
     print(f"{text} {answer!r}")
+
+# %% tags=["claim"]
+assert sum(map(len, answers)) < 0.8 * sum(map(len, answers_before)), answers
+assert sum(word in answer for word, answer in zip(right, answers, strict=True)) > kept, answers
 
 # %% [markdown]
 # The first loss is $\log 2 \approx 0.693$: at the start policy and reference are one, so the margin is 0. Then it
-# falls, and on a question that was not in the data the short answer gains on the long one. `DPOTrainer` computes the
-# prompt of a pair once for both answers. On the command line it is `tunesmith dpo --model demo --data pairs.jsonl
-# --lora --output runs/dpo`. Afterwards `report.html` in its folder shows how the rewards went, and which pairs the
-# model still has the wrong way around.
+# falls, and on a question that was not in the data the short answer gains on the long one. Compare the answers with
+# those after GRPO: they are short, and more of them are right. `DPOTrainer` computes the prompt of a pair once for both
+# answers. On the command line it is `tunesmith dpo --model demo --data pairs.jsonl --lora --output runs/dpo`.
+# Afterwards `report.html` in its folder shows how the rewards went, and which pairs the model still has the wrong way
+# around.
 #
 # Where do pairs come from? Let the model of chapter 3 answer, keep what is wrong, and put the right answer beside it:
 # `tunesmith demo --preferences` does that and counts before and after.

@@ -153,7 +153,8 @@ for line in (two / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
     entry = json.loads(line)
     if "processes" in entry:
         for number, process in enumerate(entry["processes"]):
-            print(f"step {entry['step']}, process {number}:", process)
+            speed, waited, memory = process["tokens_per_second"], process["waited"], process["memory_mb"]
+            print(f"process {number}: {speed:.0f} tokens a second, waited {waited:.0%} of the time, {memory:,.0f} MB")
         break
 
 # %% [markdown]
@@ -254,8 +255,10 @@ def plan(shard):
 plans = {shard: plan(shard) for shard in ("none", "grad", "full")}
 for shard, scales in plans.items():
     for processes, (memory, sent) in scales.items():
-        fits = "fits" if memory < 80 else "too large"
-        print(f"shard {shard:4} {processes:3} processes: {memory:5.0f} GB each, {fits:9}; sends {sent:4.0f} GB a step")
+        too_large = "" if memory < 80 else ", too large"
+        print(
+            f"shard {shard:4} {processes:3} processes: each sends {sent:2.0f} GB a step, has {memory:.0f} GB{too_large}"
+        )
 
 figure, axis = plt.subplots(figsize=(8, 3.5))
 for number, (shard, scales) in enumerate(plans.items()):
@@ -264,7 +267,7 @@ for number, (shard, scales) in enumerate(plans.items()):
 axis.axhline(80, color="black", linestyle="--", label="80 GB")
 axis.set_xticks([place + 0.25 for place in range(len(plans["full"]))], list(plans["full"]))
 axis.set(xlabel="processes", ylabel="GB each")
-axis.legend()
+axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4)
 plt.show()
 
 # %% tags=["claim"]
