@@ -258,6 +258,14 @@ def test_a_prompt_ends_as_soon_and_names_the_template(
     assert time.perf_counter() - started < 5
 
 
+def test_a_namespace_of_a_loop_is_no_argument_of_the_calls_in_it() -> None:
+    inner = "{% set ns = namespace(parts=[]) %}{% set ns.parts = ns.parts + [m.get('role')] %}{{ ns.parts | join }}"
+    messages = [{"role": "user"}, {"role": "assistant"}]
+    loop = f"{{% for m in messages %}}{inner},{{% endfor %}}"
+    block = f"{{% block b scoped %}}{loop}{{% endblock %}}"
+    assert compiled(loop + block).render(messages=messages) == "user,assistant," * 2
+
+
 def test_prompts_are_those_of_transformers(tiny_model: Any) -> None:
     from transformers import AutoTokenizer
 

@@ -51,6 +51,8 @@ AGAIN = 0.5
 DEEPEST = 100
 """Spaces by which JSON is indented."""
 OPERATORS = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+VARIABLES = ("_loop_vars", "_block_vars")
+"""What Jinja passes to calls in loops and blocks besides their arguments: the variables of these."""
 SHALLOW = {"attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random"}
 SHALLOW |= {"reject", "rejectattr", "reverse", "select", "selectattr", "slice"}
 """Filters that look at no more than the items of what they are given."""
@@ -169,10 +171,11 @@ def compiled(source: str) -> Any:
                 _weigh(owner)
             if name == "join" and args:
                 args = (_listed(args[0]), *args[1:])
-            if args or kwargs:
-                _weigh(*args, *kwargs.values())
+            named = {key: value for key, value in kwargs.items() if key not in VARIABLES} if kwargs else kwargs
+            if args or named:
+                _weigh(*args, *named.values())
             if rule := RULES.get(name):
-                rule(owner, args, kwargs)
+                rule(owner, args, named)
         return call(context, method, *args, **kwargs)
 
     def get_item(value: Any, key: Any) -> Any:
