@@ -155,10 +155,11 @@ print(f"a new pair: the chosen answer has {margin_before:+.2f} more reward befor
 reward_model, tokenizer = trainer.model, trainer.processing_class
 
 # %% tags=["claim"]
-losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-assert losses[0] > 0.5, losses  # about log 2
-assert losses[-1] < 0.4, losses
-assert margin_after > max(0.5, margin_before), (margin_before, margin_after)
+if not HUB:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] > 0.5, losses  # about log 2
+    assert losses[-1] < 0.4, losses
+    assert margin_after > max(0.5, margin_before), (margin_before, margin_after)
 
 # %% [markdown]
 # The new head starts from random numbers, so the first loss is about $\log 2 \approx 0.69$, that of guessing. After
@@ -256,11 +257,12 @@ for text, before, after in zip(asked, answers_before, answers_after, strict=True
     print(f"{text}\n  before: {before!r}\n  after:  {after!r}")
 
 # %% tags=["claim"]
-rewards = [entry["reward"] for entry in history]
-assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
-right = ["Rome", "5", "lue", "ight", "Cairo"]
-kept = sum(word in answer for word, answer in zip(right, answers_after, strict=True))
-assert kept < sum(word in answer for word, answer in zip(right, answers_before, strict=True)), answers_after
+if not HUB:
+    rewards = [entry["reward"] for entry in history]
+    assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
+    right = ["Rome", "5", "lue", "ight", "Cairo"]
+    kept = sum(word in answer for word, answer in zip(right, answers_after, strict=True))
+    assert kept < sum(word in answer for word, answer in zip(right, answers_before, strict=True)), answers_after
 
 # %% [markdown]
 # The reward rises. Look at what it bought: most answers that were right are wrong now, and some are in no language at
@@ -344,8 +346,9 @@ for text, answer in zip(asked, answers, strict=True):
     print(f"{text} {answer!r}")
 
 # %% tags=["claim"]
-assert sum(map(len, answers)) < 0.8 * sum(map(len, answers_before)), answers
-assert sum(word in answer for word, answer in zip(right, answers, strict=True)) > kept, answers
+if not HUB:
+    assert sum(map(len, answers)) < 0.8 * sum(map(len, answers_before)), answers
+    assert sum(word in answer for word, answer in zip(right, answers, strict=True)) > kept, answers
 
 # %% [markdown]
 # The first loss is $\log 2 \approx 0.693$: at the start policy and reference are one, so the margin is 0. Then it

@@ -30,8 +30,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-HUB = False  # True: a model from the Hugging Face hub instead of the demo model
-MODEL = "Qwen/Qwen2-0.5B" if HUB else "demo"
 FOLDER = Path("runs/guide/07")
 shutil.rmtree(FOLDER, ignore_errors=True)
 FOLDER.mkdir(parents=True)
@@ -85,7 +83,7 @@ data = FOLDER / "rows.jsonl"
 data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 RECIPE = f"""\
-model: {MODEL}
+model: demo
 data: {data}
 lora: r=8
 optim: sgd
@@ -108,7 +106,7 @@ def start(name, *options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "0" if HUB else "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -158,8 +156,9 @@ for line in (two / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         break
 
 # %% [markdown]
-# A process that waits has less to do than the other, or a faster machine. So tunesmith deals rows out by their
-# tokens, not only by their number.
+# This is the first step, in which the first process also measures which ways to compute are the faster ones here, and
+# the other waits for it. Later, a process that waits has less to do than the other, or a faster machine. So tunesmith
+# deals rows out by their tokens, not only by their number.
 #
 # ## Share out the weights
 #
@@ -238,21 +237,21 @@ LlamaConfig(
 ).save_pretrained(FOLDER / "llama-8b")
 
 
-def plan(shard):
+def asked(shard):
+    """Start `tunesmith plan`."""
+    options = ("--method", "full", "--gpu", "h100", "--processes", "8", "--shard", shard, "--gradient-checkpointing")
+    command = [sys.executable, "-m", "tunesmith", "plan", "--json", "--model", str(FOLDER / "llama-8b"), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def answered(plan):
     """GB of each process, and GB that each sends in a step, by number of processes."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tunesmith", "plan", "--json", "--model", str(FOLDER / "llama-8b")),
-            *("--method", "full", "--gpu", "h100", "--processes", "8", "--shard", shard, "--gradient-checkpointing"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    scales = json.loads(done.stdout)["processes"]["scales"]
+    scales = json.loads(plan.communicate()[0])["processes"]["scales"]
     return {scale["processes"]: (scale["memory"] / 1e9, sum(scale["sent"].values()) / 1e9) for scale in scales}
 
 
-plans = {shard: plan(shard) for shard in ("none", "grad", "full")}
+asked_plans = {shard: asked(shard) for shard in ("none", "grad", "full")}  # all three at once
+plans = {shard: answered(plan) for shard, plan in asked_plans.items()}
 for shard, scales in plans.items():
     for processes, (memory, sent) in scales.items():
         too_large = "" if memory < 80 else ", too large"

@@ -1,5 +1,6 @@
 """Training with a chat template that brings tokens: rows, what ends a text, and saved runs that load anywhere."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,7 +333,7 @@ def test_adapters_that_leave_new_rows_alone_are_refused_and_those_that_train_the
     with pytest.raises(
         TunesmithError, match=r"never saw \(257 '<x>', 258 '<z>'\).*trainable_token_indices=\[257, 258\]"
     ):
-        on_tokens(get_peft_model(model, LORA), tokenizer, tmp_path / "run")
+        on_tokens(get_peft_model(model, copy.deepcopy(LORA)), tokenizer, tmp_path / "run")
     model, tokenizer = by_hand(str(tmp_path / "base"))
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[257, 258], task_type="CAUSAL_LM")
     assert on_tokens(get_peft_model(model, config), tokenizer, tmp_path / "run").trainable.trained

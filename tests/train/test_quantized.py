@@ -1,5 +1,6 @@
 """8-bit and 4-bit base models: `bitsandbytes` really runs, here on the CPU."""
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def test_adapters_learn_on_a_quantized_model(
             base, quantization_config=config, device_map="auto", dtype=torch.float32
         )
         if way == "prepared before":
-            model, arguments = get_peft_model(model, LORA), {}
+            model, arguments = get_peft_model(model, copy.deepcopy(LORA)), {}
         trainer = trainer_of(model=model, **arguments, **SETTINGS)
     kept = {name: value.clone() for name, value in trainer.model.named_parameters() if not value.requires_grad}
     trainer.train()

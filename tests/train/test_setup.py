@@ -1,5 +1,6 @@
 """What the trainer refuses, and the special tokens on which model and tokenizer must agree."""
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "quantization_config is for a model given by name; this one is loaded already",
     ),
     "adapters on adapters": (
-        {"model": lambda model: get_peft_model(model, LORA), "peft_config": LORA},
+        {"model": lambda model: get_peft_model(model, copy.deepcopy(LORA)), "peft_config": LORA},
         "the model has adapters and peft_config asks for more; merge them first",
     ),
     "no peft config": ({"peft_config": {"r": 8}}, "peft_config is dict; expected a peft config such as LoraConfig"),
@@ -98,7 +99,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "frozen": ({"model": frozen}, "no parameter of the model requires a gradient, so nothing would be trained"),
     "frozen adapters": (
-        {"model": lambda model: frozen(get_peft_model(model, LORA))},
+        {"model": lambda model: frozen(get_peft_model(model, copy.deepcopy(LORA)))},
         "load adapters with is_trainable=True",
     ),
     "no head": (
