@@ -38,9 +38,13 @@ def test_other_versions_are_said(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def run(folder: Path, tokenizer_folder: Path, seeds: tuple[int, int], *own: dict[str, Any]) -> None:
-    """Notes the error of each process, whose model, row 0 and settings may be its own."""
+    """Notes the error of each process, whose model, row 0 and settings may be its own. One that is `apart` sees nothing
+    of what the other writes."""
     rank = int(os.environ["RANK"])
     settings = {"save_strategy": "no", **own[rank]}
+    if settings.pop("apart", False):
+        seen, hidden = Path.is_dir, f"machine{1 - rank}"
+        pytest.MonkeyPatch().setattr(Path, "is_dir", lambda folder: hidden not in str(folder) and seen(folder))
     rows = [settings.pop("row", TEXTS[0]), *TEXTS[1:]]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     args = SFTConfig(
@@ -57,6 +61,9 @@ def run(folder: Path, tokenizer_folder: Path, seeds: tuple[int, int], *own: dict
         (folder / f"error{rank}").write_text(str(error))
 
 
+SAVED = {"shard": "full", "save_strategy": "steps"}
+
+
 @pytest.mark.parametrize(
     ("seeds", "own", "said"),
     [
@@ -64,7 +71,7 @@ def run(folder: Path, tokenizer_folder: Path, seeds: tuple[int, int], *own: dict
         ((0, 0), ({}, {"learning_rate": 0.5}), "learning_rate: 0.5, and 2e-05"),
         ((0, 0), ({}, {"logging_steps": 3}), "logging_steps: 3, and 10"),
         ((0, 1), ({"shard": "full"}, {"shard": "full"}), "shard: process 1 on "),
-        ((0, 0), ({"shard": "full", "save_strategy": "steps"},) * 2, "machine0 of the first process is not there for "),
+        ((0, 0), (SAVED, SAVED | {"apart": True}), "machine0 of the first process is not there for process 1 on "),
     ],
 )
 def test_what_differs_is_told_by_all(

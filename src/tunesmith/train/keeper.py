@@ -308,8 +308,8 @@ class Keeper:
         if main:
             run.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".shared-", dir=run) if main else nullcontext("") as own:
-            [name] = broadcast_object_list([Path(own).name])
-            seen = gather_object([(socket.gethostname(), (run / name).is_dir())])
+            [name] = broadcast_object_list([str(own)])
+            seen = gather_object([(socket.gethostname(), Path(name).is_dir())])
         for rank, (host, sees) in enumerate(seen):
             if not sees:
                 raise TunesmithError(
