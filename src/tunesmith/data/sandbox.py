@@ -24,7 +24,7 @@ from typing import Any
 
 from tunesmith.errors import TunesmithError
 
-SECONDS = 4.0
+SECONDS = 2.0
 """Of a core, for all renderings of a conversation, which take a few milliseconds."""
 CHARACTERS = 20_000_000
 """Of one rendered conversation, and of any text that an operation makes."""
