@@ -226,6 +226,9 @@ class _Agent(LocalElasticAgent):
                 self._remaining_restarts = 0
         return result
 
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=GRACE)  # torch's own takes 30 seconds here, whatever it was given
+
     @staticmethod
     def _another_failed(store: TCPStore) -> bool:
         try:
