@@ -49,6 +49,7 @@ def _hook(name: str, why: str, *parameters: str) -> Name:
     return Name(owner=TRAINER, name=name, why=why, parameters=parameters)
 
 
+AGENT = "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent"
 EPOCH = ("epochs_trained", "steps_trained_in_current_epoch")
 STATE = ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial")
 HOOKS = (
@@ -150,6 +151,14 @@ ATTRIBUTES = (
         for kind in ("PartialState", "AcceleratorState")
     ),
     Name(owner="accelerate.hooks", name="add_hook_to_module", why="sets the `_hf_hook` that keeps a layer's forward"),
+    *(
+        Name(owner=AGENT, name=name, why=why, parameters=parameters, training=False)
+        for name, why, parameters in (
+            ("_monitor_workers", "hears that another machine has failed", ("worker_group",)),
+            ("_stop_workers", "gives processes the seconds to end that are ours", ("worker_group",)),
+            ("_shutdown", "ends processes after so many seconds", ("timeout",)),
+        )
+    ),
     Name(owner="torch.nn.Module", name="_forward_hooks", why="layers that others watch keep their forward"),
     Name(owner="torch.nn.Module", name="_forward_pre_hooks", why="layers that others watch keep their forward"),
     *(
