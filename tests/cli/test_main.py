@@ -102,4 +102,5 @@ def test_a_rule_of_a_tokenizer_that_never_ends_is_a_mistake_in_its_file(tiny_mod
     (model / "tokenizer.json").write_text(json.dumps(rules))
     result = RUNNER.invoke(main.app, ["chat", str(model), "--prompt", "a" * 40 + "b"])
     assert result.exit_code == 2
-    assert "error: tokenizer.json has a rule that can't be applied to a text: Onig" in result.stderr
+    assert "error: a library failed: Onig" in result.stderr
+    assert "a rule of the model's tokenizer.json" in result.stderr

@@ -82,7 +82,10 @@ class Commands(TyperGroup):
         except BaseException as panic:
             if type(panic).__name__ != "PanicException":  # of libraries in Rust, and no Exception
                 raise
-            problem = TunesmithError(f"tokenizer.json has a rule that can't be applied to a text: {panic}")
+            problem = TunesmithError(
+                f"a library failed: {panic}. Most often that is a rule of the model's tokenizer.json that can't be "
+                "applied to a text; take another tokenizer"
+            )
             fail(problem, MISTAKE, as_json=as_json)
             raise typer.Exit(MISTAKE) from panic
 

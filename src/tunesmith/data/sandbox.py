@@ -107,16 +107,12 @@ def _program(source: str) -> Any:
     return compiled(source)
 
 
-def compiled(source: str) -> Any:
-    """The Jinja program of a chat template. Raises what Jinja does for a template that is none."""
-    from jinja2 import nodes, pass_context
-    from jinja2.runtime import Macro
+def _with_filters(tree: Any) -> Any:
+    """The parsed template, in which what no sandbox can watch goes through a filter of ours."""
+    from jinja2 import nodes
     from jinja2.visitor import NodeTransformer
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     class Watched(NodeTransformer):
-        """What no sandbox can watch becomes a filter."""
-
         def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
             self.generic_visit(node)
             return self._passed(nodes.List(node.nodes, lineno=node.lineno), "concatenated")
@@ -150,6 +146,15 @@ def compiled(source: str) -> Any:
 
         def _passed(self, node: Any, name: str) -> nodes.Filter:
             return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+    return Watched().visit(tree)
+
+
+def compiled(source: str) -> Any:
+    """The Jinja program of a chat template. Raises what Jinja does for a template that is none."""
+    from jinja2 import pass_context
+    from jinja2.runtime import Macro
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     # The environment of an empty template: an own one, because it knows which blocks are being tracked.
     environment = _compile_jinja_template(f"{{# {next(_NUMBERS)} #}}").environment
@@ -196,7 +201,7 @@ def compiled(source: str) -> Any:
         if name not in KINDS:
             environment.tests[name] = _watched(name, function)
     environment.filters |= {"concatenated": _concatenated, "weighed": _weighed, "iterated": _iterated}
-    return environment.from_string(Watched().visit(environment.parse(source)))
+    return environment.from_string(_with_filters(environment.parse(source)))
 
 
 def _watched(name: str, function: Any, *, shallow: bool = False) -> Any:
