@@ -2,7 +2,8 @@
 on the same model, rows and settings.
 
     python benchmarks/train.py --data alpaca_en_demo.json [--pairs 3] [--steps 4] [--json out.json] [--plot out.svg]
-                               [--modes lora,full,packed,long,lora-bf16,packed-bf16] [--peers trl,trl-default,trainer]
+                               [--peers trl,trl-default,trainer]
+                               [--modes lora,full,packed,long,lora-bf16,full-bf16,packed-bf16]
 
 Each measurement is a process of its own: AdamW, the rows in the same order; fp32, or where a mode ends in -bf16,
 bfloat16 on both sides. `trl` is its fastest setting, without gradient checkpointing; `trl-default` leaves precision and
@@ -33,7 +34,7 @@ ROWS = 8
 LENGTH = 2048
 LONG = 4096
 RANK = 16
-MODES = ("lora", "full", "packed", "long", "lora-bf16", "packed-bf16")
+MODES = ("lora", "full", "packed", "long", "lora-bf16", "full-bf16", "packed-bf16")
 PEERS = ("trl", "trl-default", "trainer")
 WARM = 2
 """Steps that are left out of the rates."""

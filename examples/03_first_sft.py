@@ -360,7 +360,8 @@ for size in (1, 8):
 
 # %% tags=["claim"]
 if not HUB:
-    assert max(abs(one - other) for one, other in zip(*accumulated, strict=True)) < 1e-3, accumulated
+    rounding = 0.05 if trainer.args.bf16 or trainer.args.fp16 else 1e-3
+    assert max(abs(one - other) for one, other in zip(*accumulated, strict=True)) < rounding, accumulated
     assert by_size[1] < by_size[8] - 0.2
 
 # %% [markdown]

@@ -45,6 +45,28 @@ def test_values_and_gradients_are_those_of_the_model(name: str, chosen: list[way
     assert gradient_error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_norm_of_bfloat16_is_computed_in_fp32_and_rounded_once(name: str, chosen: list[ways.Kind]) -> None:
+    torch.manual_seed(0)
+    model: Any = tiny(name)
+    norm = model.model.norm
+    norm.weight.data = torch.randn_like(norm.weight)
+    speed_up_norms(norm.bfloat16())
+    x, dy = torch.randn(2, 5, len(norm.weight)).bfloat16().requires_grad_(), torch.randn(2, 5, len(norm.weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in a run
+        y = norm(x)
+    y.backward(dy.bfloat16())
+    assert len(chosen) == 1
+    exact, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    gains = weight + (1 if name == "gemma3_text" else 0)
+    expected = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gains
+    expected.backward(dy.bfloat16().double())
+    pairs: list[Any] = [(y, expected), (x.grad, exact.grad), (norm.weight.grad, weight.grad)]
+    for found, wanted in pairs:
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-6)
+
+
 def test_only_what_computes_an_rms_norm_is_taken_for_one(chosen: list[ways.Kind]) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
@@ -61,7 +83,7 @@ def test_only_what_computes_an_rms_norm_is_taken_for_one(chosen: list[ways.Kind]
             return super().forward(x if gate is None else x * nn.functional.silu(gate))
 
     norms = [kind(8, eps=1e-6) for kind in (nn.RMSNorm, nn.RMSNorm, Gated)]
-    model = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, 8), Scale(), norms[0], norms[1].bfloat16(), norms[2]])
+    model = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, 8), Scale(), norms[0], norms[1].half(), norms[2]])
     speed_up_norms(model)
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["3"]
     norm, x = model[3], torch.randn(2, 5, 8)

@@ -185,6 +185,7 @@ ATTRIBUTES = (
 OPTIONAL = {
     "_commit_hash": "the revision of a model from the hub, which `transformers` notes in a config that it downloaded",
     "_linear_pointwise": "oneDNN's products; without it, fp32 goes through the BLAS that torch has",
+    "_scaled_dot_product_flash_attention_for_cpu": "attention with its sums; without it, PyTorch's backward runs, too",
     "_checkpoint_conversion_mapping": "names in files of some models; without it there is nothing to convert",
     "_alias_reasoning_fields": "other names of reasoning in messages; without it there is one name",
     "_is_accelerate_prepared": "accelerate's mark on a prepared model; without it, nothing is taken for prepared",
