@@ -74,7 +74,7 @@ docs: site $(peer)
 guide: $(installed)
 	@echo "==> Running the notebooks of the guide"
 	@$(bin)/python -m docs.guide.build --check
-	@$(bin)/python -m docs.guide.build --execute
+	@$(bin)/python -m docs.guide.build --execute --jobs 2
 
 bench: $(peer)
 	@test -n "$(DATA)" || { echo "Say which rows to train on: make bench DATA=path/to/alpaca_en_demo.json" >&2; exit 1; }

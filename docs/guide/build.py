@@ -12,6 +12,7 @@ and stay out of it.
     python -m docs.guide.build                       # write the notebooks
     python -m docs.guide.build --check               # exit 1 where a notebook, or what it shows, is not of its sources
     python -m docs.guide.build --execute             # run the English ones; the executed copies are in build/guide/
+    python -m docs.guide.build --execute --jobs 2    # two at a time, each with its part of the cores
     python -m docs.guide.build --execute 03 zh-TW/01   # some of them, in any language
     python -m docs.guide.build --store 03            # run them, and keep in docs/guide/ what they show
 """
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +256,9 @@ def _all() -> Iterator[tuple[Path, Any]]:
 # Running
 
 
-def execute(wanted: list[str], *, store: bool = False) -> list[str]:
+def execute(wanted: list[str], *, store: bool = False, jobs: int = 1) -> list[str]:
     """Run the notebooks whose name (`en/03_first_sft`) contains one of `wanted`, or all English ones (the others have
-    the same code but for words); says seconds of each. With `store`, docs/guide/ gets what they show.
+    the same code but for words), `jobs` at a time; says seconds of each. With `store`, docs/guide/ gets what they show.
 
     Returns the names of those in which a cell failed or wrote to stderr (a reader would take a warning for his own
     mistake); says where all of them took longer than ALL_SECONDS. The executed copies, failed ones included, are in
@@ -264,31 +266,39 @@ def execute(wanted: list[str], *, store: bool = False) -> list[str]:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a notebook that has a hub of its own says otherwise, for itself
     os.environ.setdefault("MPLCONFIGDIR", str(EXECUTED / "matplotlib"))
-    failed, total = [], 0.0
-    for script in chapters():
-        for language in LANGUAGES:
-            name = f"{language}/{script.stem}"
-            if not any(part in name for part in wanted or ["en/"]):
-                continue
-            started = time.perf_counter()
-            executed, error = _run(notebook(script, language, claims=True))
-            seconds = time.perf_counter() - started
-            total += seconds
-            print(f"{seconds:6.1f} s  {name}{'  FAILED' if error else ''}", flush=True)
-            copy = EXECUTED / f"{name}.ipynb"
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(executed, copy)
-            if error:
-                print(error, file=sys.stderr, flush=True)
-                failed.append(name)
-            elif store:
-                executed.cells = [cell for cell in executed.cells if CLAIM not in cell.metadata.get("tags", [])]
-                _write(notebook_path(script, language), _text(_with_outputs(notebook(script, language), executed)))
+    if jobs > 1:  # threads that wait for each other's cores take longer than one thread alone
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    names = [(script, language) for script in chapters() for language in LANGUAGES]
+    names = [pair for pair in names if any(part in _name(*pair) for part in wanted or ["en/"])]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        passed = list(pool.map(lambda pair: _execute(*pair, store=store), names))
+    total = time.perf_counter() - started
     print(f"{total:6.1f} s  together")
     if not wanted and total > ALL_SECONDS:
         # No failure: beside other programs the same notebooks take longer.
         print(f"all notebooks took {total:.0f} s, and should take {ALL_SECONDS} s: make them shorter", file=sys.stderr)
-    return failed
+    return [_name(*pair) for pair, fine in zip(names, passed, strict=True) if not fine]
+
+
+def _name(script: Path, language: str) -> str:
+    return f"{language}/{script.stem}"
+
+
+def _execute(script: Path, language: str, *, store: bool) -> bool:
+    """Run one notebook; whether nothing was wrong in it."""
+    name, started = _name(script, language), time.perf_counter()
+    executed, error = _run(notebook(script, language, claims=True))
+    print(f"{time.perf_counter() - started:6.1f} s  {name}{'  FAILED' if error else ''}", flush=True)
+    copy = EXECUTED / f"{name}.ipynb"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(executed, copy)
+    if error:
+        print(error, file=sys.stderr, flush=True)
+    elif store:
+        executed.cells = [cell for cell in executed.cells if CLAIM not in cell.metadata.get("tags", [])]
+        _write(notebook_path(script, language), _text(_with_outputs(notebook(script, language), executed)))
+    return not error
 
 
 def _run(book: Any) -> tuple[Any, str]:
@@ -302,6 +312,7 @@ def _run(book: Any) -> tuple[Any, str]:
             timeout=CELL_SECONDS,
             kernel_name="python3",
             record_timing=False,
+            extra_arguments=["--log-level=ERROR"],  # else each kernel warns of TCP, which is on loopback
             resources={"metadata": {"path": folder}},
         )
         client.execute()
@@ -342,11 +353,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where a notebook differs from its sources")
     parser.add_argument("--execute", action="store_true", help="run the notebooks")
     parser.add_argument("--store", action="store_true", help="run them, and keep in docs/guide/ what they show")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time, each with its part of the cores")
     parser.add_argument("wanted", nargs="*", help="of those that run: parts of names, such as en/03; none, all of en")
     options = parser.parse_args(arguments)
     try:
         if options.execute or options.store:
-            return 1 if execute(options.wanted, store=options.store) else 0
+            return 1 if execute(options.wanted, store=options.store, jobs=options.jobs) else 0
         if options.check:
             wrong = differing()
             print(
