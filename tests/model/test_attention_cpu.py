@@ -117,6 +117,7 @@ def test_short_rows_and_other_libraries_keep_pytorchs_attention(monkeypatch: pyt
     assert not blockwise.pays(q.double(), k.double(), v.double())
     half = [x.bfloat16() for x in (q, k, v)]
     assert not blockwise.pays(*half)  # no backward
+    assert not blockwise.pays(q, k, half[2])
     assert blockwise.pays(half[0].requires_grad_(), *half[1:])
     assert not blockwise.pays(q.to("meta"), k, v)
     with FakeTensorMode() as fakes:  # as a plan of memory does
@@ -168,6 +169,31 @@ def test_a_length_that_is_met_late_goes_the_way_of_the_nearest(monkeypatch: pyte
     assert blockwise.pays(*inputs(40, 40, 1, 1, torch.float32)[:3])
     assert not blockwise.pays(*inputs(40, 50, 1, 1, torch.float32)[:3])  # continues another: nothing like it was tried
     ways.restore(kept)
+
+
+def test_weights_in_fp32_and_a_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary embeddings make queries and keys fp32 there; values stay bfloat16. To PyTorch's own all is bfloat16."""
+    results: list[tuple[Tensor, dict[str, Tensor]]] = []
+    formats: list[torch.dtype] = []
+    attend = blockwise.attend
+
+    def record(*given: Any) -> Tensor:
+        formats.extend(x.dtype for x in given[:3])
+        return attend(*given)
+
+    monkeypatch.setattr(blockwise, "attend", record)
+    for shortest, half in ((4, True), (1000, True), (1000, False)):
+        monkeypatch.setattr(blockwise, "SHORTEST", dict.fromkeys(blockwise.SHORTEST, shortest))
+        model: Any = tiny("llama").train()
+        ready_for_batches(model, flat=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            result = supervised(model, flat(token_rows(3, 9, 30, 14)))
+        result.loss.backward()
+        results.append((result.nll, gradients(model)))
+    assert set(formats) == {torch.bfloat16}
+    assert torch.equal(results[0][0], results[1][0])  # the forward is PyTorch's
+    mine, theirs = (gradient_error(results[i][1], results[2][1]) for i in (0, 1))
+    assert theirs / 2 < mine < 1.5 * theirs
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

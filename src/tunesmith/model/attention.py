@@ -127,6 +127,9 @@ def attend_documents(
     kernel = attention_cuda.pick(q_NTH, v_KTH, call)
     if kernel is not None and not more:
         return attention_cuda.attend(kernel, q_NTH, k_KTH, v_KTH, documents, call)
+    if q_NTH.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # As PyTorch's attention does: rotary embeddings may have made queries and keys fp32 again.
+        q_NTH, k_KTH, v_KTH = (x.to(torch.get_autocast_dtype("cpu")) for x in (q_NTH, k_KTH, v_KTH))
     attend = _attend_sdpa if call.softcap is None and call.sinks is None else _attend_eager
     # One `split` has one cat as its backward; slices each allocate a gradient of the whole row.
     q = q_NTH.split([sum(lengths[segment] for segment in path[-own:]) for path, own in runs], dim=2)

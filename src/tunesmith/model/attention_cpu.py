@@ -35,6 +35,8 @@ def pays(q_NQH: Tensor, k_KMH: Tensor, v_KMH: Tensor) -> bool:
     """Whether `attend` can take queries, keys and values like these, and is the faster way, its backward included."""
     if q_NQH.device.type != "cpu" or q_NQH.dtype not in SHORTEST or v_KMH.shape[3] != q_NQH.shape[3]:
         return False
+    if len({x.dtype for x in (q_NQH, k_KMH, v_KMH)}) > 1:
+        return False
     if isinstance(q_NQH, FakeTensor):  # to count memory, which is about that of PyTorch's, its one call is faster
         return False
     half = q_NQH.dtype == torch.bfloat16
