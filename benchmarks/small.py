@@ -56,11 +56,12 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
     import tunesmith  # noqa: F401  (before torch)
 
     sys.path.insert(0, str(Path(__file__).parent))
+    import roofline
     import torch
     import transformers
     from datasets import Dataset
     from peft import LoraConfig
-    from train import flop_per_token, roofline
+    from train import flop_per_token
 
     from tunesmith import SFTConfig, SFTTrainer
     from tunesmith.train.guard import Guard
@@ -134,7 +135,7 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
         count = len(stamps) - 1
         step = (stamps[-1] - stamps[0]) / count
         median = statistics.median(b - a for a, b in pairwise(stamps))
-        limit = tokens * flop_per_token(trainer.model, "lora") / roofline(torch.float32) / 1e9
+        limit = tokens * flop_per_token(trainer.model, "lora") / roofline.rate(torch.float32)
     print(f"| a step of {tokens} tokens | {step:.3f} s, median {median:.3f} s | |\n| --- | --- | --- |")
     print(f"| limit of its products | {limit:.3f} s | {limit / median:.0%} of the median |")
     known = 0.0
