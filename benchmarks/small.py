@@ -3,8 +3,8 @@
     python benchmarks/small.py --data alpaca_en_demo.json [--steps 12] [--tokens 200] [--functions] [--operations]
 
 The parts of a step in seconds of the thread that trains, as nested measurements: what is left of each after the parts
-below it were taken off. `limit` is the time that the products need at the best rate of a large product, measured in the
-same process. `--functions` adds the profile of Python's functions, `--operations` that of torch's operations; both make
+below it were taken off. Two limits are measured in the same process: the time that the products need at the best rate of a
+large product, and the time that products of the step's own shapes need by themselves (`roofline.py`). `--functions` adds the profile of Python's functions, `--operations` that of torch's operations; both make
 a step slower. On a machine that is busy, OMP_NUM_THREADS=1 tells better who computes: no thread waits for others.
 """
 
@@ -73,7 +73,9 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
     rows = [row for row in json.loads(data.read_text(encoding="utf-8")) if len(row["output"]) > 5 * tokens]
     text = "{instruction}\n{input}\n\n{output}"
     parts, stamps, snapshots = Parts(), list[float](), list[dict[str, float]]()
-    profiler, tracer = cProfile.Profile(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler, tracer = cProfile.Profile(), torch.profiler.profile(activities=activities)
+    recorder = torch.profiler.profile(activities=activities, record_shapes=True)
 
     class Clock(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
@@ -83,6 +85,11 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
                 profiler.enable()
             if operations and state.global_step == WARM:
                 tracer.start()
+            if state.global_step == WARM + steps:
+                profiler.disable()
+                if operations:
+                    tracer.stop()
+                recorder.start()
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -91,7 +98,7 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
                 output_dir=folder,
                 precision="fp32",
                 per_device_train_batch_size=1,
-                max_steps=steps + WARM,
+                max_steps=steps + WARM + 1,
                 max_length=tokens,
                 logging_steps=1,
                 save_strategy="no",
@@ -101,7 +108,7 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
                 sample_prompts=0,
                 allow_no_eos=True,
             ),
-            train_dataset=Dataset.from_list([{"text": text.format(**row)} for row in rows[: 2 * (steps + WARM)]]),
+            train_dataset=Dataset.from_list([{"text": text.format(**row)} for row in rows[: 2 * (steps + WARM + 1)]]),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             callbacks=[Clock()],
         )
@@ -128,16 +135,21 @@ def run(data: Path, steps: int, tokens: int, *, functions: bool, operations: boo
         ):
             parts.around(owner, name, label)
         trainer.train()
-        profiler.disable()
-        if operations:
-            tracer.stop()
+        recorder.stop()
         stamps, snapshots = stamps[WARM:], snapshots[WARM:]
         count = len(stamps) - 1
         step = (stamps[-1] - stamps[0]) / count
         median = statistics.median(b - a for a, b in pairwise(stamps))
-        limit = tokens * flop_per_token(trainer.model, "lora") / roofline.rate(torch.float32)
+        config, rate = trainer.model.config, roofline.rate(torch.float32)
+        attention = 12 * config.num_hidden_layers * config.hidden_size * tokens * (tokens + 1) / 2 / rate
+        shapes = roofline.products(recorder, config.hidden_size // config.num_attention_heads)
+        limits = {
+            "of a large product": tokens * flop_per_token(trainer.model, "lora") / rate + attention,
+            "of its own shapes": roofline.seconds(shapes, torch.float32) + attention,
+        }
     print(f"| a step of {tokens} tokens | {step:.3f} s, median {median:.3f} s | |\n| --- | --- | --- |")
-    print(f"| limit of its products | {limit:.3f} s | {limit / median:.0%} of the median |")
+    for name, limit in limits.items():
+        print(f"| its products at the rate {name} | {limit:.3f} s | {limit / median:.0%} of the median |")
     known = 0.0
     for label in sorted(parts.seconds, key=lambda label: -parts.seconds[label]):
         taken = (snapshots[-1].get(label, 0.0) - snapshots[0].get(label, 0.0)) / count

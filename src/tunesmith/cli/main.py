@@ -39,13 +39,20 @@ from tunesmith.cli import (
 from tunesmith.cli.complete import RecipeCommand
 from tunesmith.cli.eval import evaluate
 from tunesmith.errors import TunesmithError
-from tunesmith.terminal.noise import hide_noise
+from tunesmith.terminal.noise import hide_noise, silent_libraries
 from tunesmith.terminal.output import Application, fail
 
 MISTAKE = 2
 INTERRUPTED = 130
-DATA_ONLY = ("check", "inspect")
+DATA_ONLY = {"check", "inspect"}
 """Commands that load no weights."""
+MODELS = {
+    *("train", "dpo", "kto", "reward", "distill", "grpo", "rloo", "plan"),
+    *("eval", "chat", "serve", "demo", "merge", "export"),
+}
+"""Commands that load some, or settings of training."""
+PROCESS = "process"
+"""The `obj` of a command line that has a process to itself."""
 HELP = {"--help", "-h"}
 
 
@@ -108,6 +115,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
     ] = False,
@@ -119,6 +127,11 @@ def options(
     Every command has --quiet and --json, and shows an example with --help.
     """
     hide_noise()
+    command = ctx.invoked_subcommand
+    if ctx.obj == PROCESS and command in DATA_ONLY | MODELS and HELP.isdisjoint(sys.argv):
+        quiet = not {"--quiet", "-q"}.isdisjoint(sys.argv)
+        with silent_libraries(bars=quiet or "--json" in sys.argv, warnings_too=quiet):
+            load_transformers(alone=command in DATA_ONLY)
 
 
 def summary(command: Any) -> str:
@@ -156,22 +169,21 @@ for other in (
 
 def main() -> None:
     """The entry point of the installed command."""
-    if sys.argv[1:2] and sys.argv[1] in DATA_ONLY and not HELP.intersection(sys.argv):
-        load_transformers_alone()
     try:
-        app()
+        app(obj=PROCESS)
     finally:
         # The interpreter looks through all modules for garbage once more as it ends: a second, for nothing.
         gc.freeze()
 
 
-def load_transformers_alone() -> None:
-    """Import the settings of `transformers` without what it loads with them where that is installed: `peft`, which
-    brings bitsandbytes and the compiler of torch, and a tracker. Only for a process that is a command which looks at
-    data: `transformers` will not look for them again.
+def load_transformers(*, alone: bool) -> None:
+    """Import the settings of `transformers` and what comes with them, for a process that is a command which needs them.
 
-    What it makes stays, so no garbage is looked for in it, now or later: a sixth of the command's time."""
-    hidden = [name for name in ("peft", "bitsandbytes", "wandb") if name not in sys.modules]
+    With `alone`, without what comes only where it is installed: `peft`, which brings bitsandbytes and the compiler of
+    torch, and a tracker. `transformers` will not look for them again.
+
+    All of it stays, so no garbage is looked for in it, now or later: a sixth of the time of a short command."""
+    hidden = [name for name in ("peft", "bitsandbytes", "wandb") if alone and name not in sys.modules]
     # Importing one fails then, as if it were not installed.
     sys.modules.update(cast("dict[str, ModuleType]", dict.fromkeys(hidden)))
     gc.disable()
