@@ -19,7 +19,8 @@ venv := .venv
 bin := $(venv)/bin
 core := $(venv)/.core
 installed := $(venv)/.installed
-pip := $(bin)/python -m pip install --disable-pip-version-check
+# The first import of a module compiles it. Compiling all of them here would take a minute, most for what nobody imports.
+pip := $(bin)/python -m pip install --no-compile --disable-pip-version-check
 peer := $(venv)/.peer
 parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # pip is part of the question: an environment whose creation was interrupted has a python and no pip.
