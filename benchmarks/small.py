@@ -3,9 +3,10 @@
     python benchmarks/small.py --data alpaca_en_demo.json [--steps 12] [--tokens 200] [--functions] [--operations]
 
 The parts of a step in seconds of the thread that trains, as nested measurements: what is left of each after the parts
-below it were taken off. Two limits are measured in the same process: the time that the products need at the best rate of a
-large product, and the time that products of the step's own shapes need by themselves (`roofline.py`). `--functions` adds the profile of Python's functions, `--operations` that of torch's operations; both make
-a step slower. On a machine that is busy, OMP_NUM_THREADS=1 tells better who computes: no thread waits for others.
+below it were taken off. Two limits are measured in the same process: the time that the products need at the best rate
+of a large product, and the time that products of the step's own shapes need by themselves (`roofline.py`).
+`--functions` adds the profile of Python's functions, `--operations` that of torch's operations; both make a step
+slower. On a machine that is busy, OMP_NUM_THREADS=1 tells better who computes: no thread waits for others.
 """
 
 import argparse

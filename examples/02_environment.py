@@ -140,8 +140,8 @@ print("the faster one here:", max(speeds, key=speeds.get))
 
 # %% [markdown]
 # tunesmith makes the same kind of measurement before a run (`precision: auto`), and takes a shorter format where it is
-# clearly faster. You saw its verdict in the line `precision` above. Its numbers differ from these: two measurements
-# never agree, and it multiplies matrices of another size. What counts is which format is faster.
+# clearly faster. You saw its verdict in the line `precision` above. On a CPU its numbers are smaller than these: it
+# measures a single core, and matrices of another size. What counts is which format is faster.
 #
 # ### `bfloat16` or `float16`?
 #

@@ -116,8 +116,9 @@ print(batch["attention_mask"])
 # ## The model
 #
 # `dtype` is the number format of the weights: `float32` takes 4 bytes a weight, `bfloat16` only 2. We load in
-# `float32`, which is safe everywhere; which format the training *computes* in is up to `SFTConfig`, which measures the
-# machine. `device_map="auto"` puts the model on the GPU where there is one, and on the processor where there is none.
+# `float32`, which is safe everywhere. The format that training *computes* in is a setting of `SFTConfig`; by default,
+# the trainer measures which one is faster on the machine. `device_map="auto"` puts the model on the GPU where there
+# is one, and on the processor where there is none.
 
 
 # %%
@@ -131,9 +132,10 @@ print(f"{count:,} weights in {model.dtype} on {model.device}: {4 * count / 1e6:,
 print(f"in bfloat16 it would be {2 * count / 1e6:,.0f} MB")
 
 # %% [markdown]
-# A model that is too large for one GPU is spread: `device_map="auto"` fills the first GPU with layers, then the next,
-# then the processor's memory, and `model.hf_device_map` says what went where. You can try it without any GPU, on a
-# model without weights: how would ours lie on two imaginary GPUs with room for 300 and 150 MB?
+# A model that is too large for one GPU is spread over several, layer by layer. `device_map="auto"` gives each GPU about
+# the same share, `"sequential"` fills one after the other, and both put what is left into the processor's memory.
+# `model.hf_device_map` says what went where. You can try it without any GPU, on a model without weights: how would ours
+# fill two imaginary GPUs with room for 300 and 150 MB, one after the other?
 
 # %%
 with init_empty_weights():
@@ -503,8 +505,8 @@ if not HUB:
     assert full_loss < 0.5, full_loss
 
 # %% [markdown]
-# On a task as small as this, both learn it. Train all weights where there is memory enough and the change is large: a
-# new language, a new field, very much data.
+# On a task as small as this, both learn the form. In the same steps, all weights get further than the adapter. Train
+# all weights where there is memory enough and the change is large: a new language, a new field, very much data.
 #
 # ## Checkpoints: going on after an interruption
 #
@@ -625,7 +627,7 @@ for choice in ("assistant", "all"):
     print(f"{choice}: {len(counted)} of {len(row['labels'])} tokens\n  {tokenizer.decode(counted)!r}")
 
 # %% [markdown]
-# **4.** Ask the saved model a sentence of your own, in words that are in none of the training sentences.
+# **4.** Ask the saved model a sentence of your own, in a form that no training sentence has.
 
 # %%
 generator = pipeline("text-generation", model=OUTPUT, tokenizer=tokenizer)

@@ -266,9 +266,9 @@ if not HUB:
 
 # %% [markdown]
 # The same rows, the same steps. Asked in the form that it was trained in, the model finds the right answers likelier,
-# in every run. How many answers turn wrong for it depends on the task: this one is easy. But nothing is gained by it,
-# and nobody will warn you. So use the template later that you train with; `save_model()` keeps it in the model's
-# folder.
+# in every run. How many answers become wrong with the other template depends on the task; this one is easy. Another
+# template gains nothing, and nobody will warn you. So use the template later that you train with; `save_model()`
+# keeps it in the model's folder.
 #
 # What if a tokenizer has no template? Then a conversation can't be made into text, and you are told before any
 # training.
@@ -365,9 +365,10 @@ if not HUB:
     assert ends["new rows trained"] > 1 / 64 + 1e-6 >= ends["left as they were"], ends
 
 # %% [markdown]
-# With the new rows, the model learns to stop. Without, the probability is shared by all 64 new rows, which look alike,
-# so it is never more than a sixty-fourth. With adapters that you make yourself, before the trainer sees them, the new
-# rows would be left out in the same way. That is no run that you want, so it is refused:
+# With the new rows, the model learns to stop after most answers. Behind this one word the end token is still unlikely
+# after so few steps, but likelier than its neighbours. Without the new rows, the probability is shared by all 64 of
+# them, which look alike, so it is never more than a sixty-fourth. With adapters that you make yourself, before the
+# trainer sees them, the new rows would be left out in the same way. That is no run that you want, so it is refused:
 
 # %%
 cloned, cloned_tokenizer, _ = clone_chat_template(
@@ -550,7 +551,7 @@ held_out = [order() for _ in range(4)] + new_rows[:4]
 seconds, held_out_loss = {name: [] for name in WAYS}, {}
 for _ in range(2):
     for name, settings in WAYS.items():
-        trainer = train(mixed[:16], name.replace(" ", "_"), **settings)
+        trainer = train(mixed[:16], name.replace(" ", "_"), num_train_epochs=1, **settings)
         seconds[name].append(trainer.state.log_history[-1]["train_runtime"])
         held_out_loss[name] = trainer.evaluate(held_out)["eval_loss"]
 for name, times in seconds.items():
@@ -561,15 +562,15 @@ for name, times in seconds.items():
 # %% [markdown]
 # tunesmith computes no padding even without packing: the examples of a batch lie side by side anyway, so the second way
 # is already fast. What packing adds is batches of one and the same size, so that a GPU's memory can be filled just
-# right. A pack holds more examples than a batch of rows did, so an epoch has other steps, and the loss ends elsewhere,
-# not higher or lower by rule.
+# right. A batch of two packs holds other rows than a batch of eight did, so the steps are different ones. The loss ends
+# elsewhere, not higher or lower by rule.
 #
 # ## Try it yourself
 #
 # 1. Train on the *last* answer of `conversation` only. Which setting is it? Show the mask.
 # 2. Write a `formatting_func` for `questions` that returns messages, with a system message that asks for short answers.
 # 3. How many tokens does a character need, in Chinese and in English?
-# 4. How full are the packs with `max_length` 192, 256 and 1024? Which is worst, and why?
+# 4. How full are the packs with `max_length` 256, 512 and 1024? Which is worst, and why?
 #
 # Try them before you read on.
 
@@ -598,12 +599,12 @@ for text in ("台灣最高的山是哪一座？", "Which is the highest mountain
 
 # %%
 # 4
-for limit in (192, 256, 1024):
+for limit in (256, 512, 1024):
     rows = [example["seq_lengths"] for example in prepare(mixed, packing=True, max_length=limit)]
     filled = sum(map(sum, rows)) / (limit * len(rows))
     fewest = -(-real // limit)  # rounded up
     print(f"max_length {limit}: {len(rows)} packs, filled to {filled:.0%}; {fewest} would be the fewest possible")
-# In 192 tokens, what a long order leaves free is often too little for another one. Of 1024, all but the last are full.
+# Of 1024, the last pack is far from full, and there are few others. In 256, a long order often leaves too little room.
 
 # %% [markdown]
 # ## What you have learned

@@ -274,9 +274,10 @@ if not HUB:
 # %% [markdown]
 # The **loss** says how surprised the model is by the right answer; lower is better. With every seed, all layers learn
 # faster here than two of each block, and a smaller `lora_alpha`, which turns the change down, leads less far in the
-# same steps. More of either costs more, and on little data a large change can learn it by heart. The ranges of dropout
-# and of no dropout overlap: so short a run can't tell them apart. It is meant for long ones that learn by heart.
-# Whatever you try, the held-out loss decides, and six steps only show how fast a setting begins.
+# same steps. More layers and a higher rank cost more memory and time; a larger `lora_alpha` costs nothing. On little
+# data, a large change can learn the rows by heart. The ranges of dropout and of no dropout overlap: so short a run
+# can't tell them apart. It is meant for long ones that learn by heart. Whatever you try, the held-out loss decides,
+# and six steps only show how fast a setting begins.
 #
 # ## LoRA on conversations
 #
@@ -411,7 +412,7 @@ if not HUB:
 # In notebooks of some years ago you find `from_pretrained(..., load_in_8bit=True)`. `transformers` takes this no
 # longer: write `quantization_config=BitsAndBytesConfig(load_in_8bit=True)` there, or `quantize: 8bit` in a recipe.
 #
-# How much memory a whole run takes, with activations, gradients and libraries, says `tunesmith plan` (chapter 1).
+# `tunesmith plan` says how much memory a whole run takes, with activations, gradients and libraries (chapter 1).
 #
 # ## Attention without padding
 #

@@ -277,10 +277,10 @@ if not HUB:
 #
 # ## DPO: the same goal without a reward model
 #
-# **Direct preference optimization** ([Rafailov et al., 2023](https://arxiv.org/abs/2305.18290)) turns this formula
-# around: if the policy were already the best one, its reward could be read off it, as $r = \beta \log(\pi /
-# \pi_\text{ref})$ plus something that is the same for both answers. Put that into the loss of the reward model, and
-# no reward model is left:
+# **Direct preference optimization** ([Rafailov et al., 2023](https://arxiv.org/abs/2305.18290)) turns the formula of
+# the best policy, $\pi^* \propto \pi_\text{ref} \exp(r / \beta)$, around: if the policy were already the best one,
+# its reward could be read off it, as $r = \beta \log(\pi / \pi_\text{ref})$ plus something that is the same for both
+# answers. Put that into the loss of the reward model, and no reward model is left:
 #
 # $$-\log \sigma\Big(\beta \log\frac{\pi(\text{chosen})}{\pi_\text{ref}(\text{chosen})} - \beta
 # \log\frac{\pi(\text{rejected})}{\pi_\text{ref}(\text{rejected})}\Big)$$

@@ -43,7 +43,9 @@ FOLDER.mkdir(parents=True)
 #
 # In **fully sharded** training (FSDP), every process keeps only a part of the weights, of the gradients and of the
 # optimizer's numbers. Before a layer computes, the processes send each other their parts of it, and forget those of
-# others afterwards. It saves memory, and costs messages. The rows are shared out as before.
+# others afterwards. It saves memory, and costs messages. The rows are shared out as before. `--shard full` does this.
+# `--shard grad` is in between: gradients and optimizer numbers are shared out, and each process has all weights while
+# a step computes.
 #
 # ## A mean of means is not the mean
 #
@@ -216,9 +218,10 @@ print(f"largest difference from one process: {apart:.0e}; the largest weight is 
 assert apart < 1e-4 * largest, (apart, largest)
 
 # %% [markdown]
-# Real machines need the same versions of the libraries, the same data, and a disk that both can write to if they share
-# weights. If one process fails, all end with its error within half a minute. `--max-restarts 3` starts them again from
-# the newest checkpoint, on one machine.
+# Real machines need the same versions of the libraries and the same data. With `--shard`, they also need a disk that
+# both can write to. If a process fails, the run ends on all machines within a minute, with its error. A machine that
+# loses its power or network is noticed when a connection times out, after up to 30 minutes. On one machine,
+# `--max-restarts 3` starts the processes again from the newest checkpoint.
 #
 # ## Before the bill
 #
@@ -275,8 +278,8 @@ assert abs(plans["none"][8][0] - plans["none"][512][0]) < 1, plans
 
 # %% [markdown]
 # Without sharding, each card needs all of it, however many there are: 8 or 512 of them don't make the model fit. With
-# `full`, eight cards do. These times and memories are computed, not measured: the project has run several processes
-# on processors only, up to now. Before you rent a cluster, run ten steps on two cards.
+# `grad` or `full`, eight cards are enough; `full` takes less on each. These sizes are computed, not measured. So far,
+# the project has run several processes on CPUs only. Before you rent a cluster, run ten steps on two cards.
 #
 # ## Which one to take
 #
@@ -324,7 +327,8 @@ print(f"weighted by their tokens: {(means * tokens).sum() / tokens.sum():.3f}")
 #
 # - Data parallel training shares out rows, sharded training also the model.
 # - Several processes must train what one does. Keep the rows of a step, and check it with a few steps.
-# - `--processes`, `--nodes` and `--shard` are all it takes, and a checkpoint goes on with any number.
+# - One machine takes `--processes` and `--shard`; several also take `--nodes`, `--node-rank` and `--rendezvous`. A
+#   checkpoint goes on with any number of processes.
 # - `tunesmith plan` says what fits before anything is rented.
 #
 # You have reached the end of the guide. Take your own data, look at it, and begin.
