@@ -1,5 +1,6 @@
 """Machines meet before a run begins, and each mistake in how they were started is told where it was made."""
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -8,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tunesmith.errors import TunesmithError
 from tunesmith.train import meeting
-from tunesmith.train.meeting import Meeting
+from tunesmith.train.meeting import BEGUN, Meeting
 
 Meet = Callable[..., "Future[Any]"]
 
@@ -63,10 +65,24 @@ def test_one_that_was_killed_and_is_started_again_takes_its_place(meet: Meet, sa
     first = meet(0, 3)
     killed = meet(1, 3)
     until(lambda: any("--node-rank 2 on another" in text for text in said))
-    again, last = meet(1, 3), meet(2, 3)
-    assert None not in [first.result(60), again.result(60), last.result(60)]
+    again = meet(1, 3)
     with pytest.raises(TunesmithError, match=r"started with --node-rank 1 on .*, too; give each machine a number"):
         killed.result(60)
+    last = meet(2, 3)
+    assert None not in [first.result(60), again.result(60), last.result(60)]
+
+
+def test_of_two_with_one_number_the_first_machine_takes_one(port: int) -> None:
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set("machine 0", json.dumps({"host": "first", "nodes": 3, "start": "a"}))
+
+    def others_begin() -> bool:
+        store.set(BEGUN, json.dumps(["a", "b", "c"]))
+        return False
+
+    late = Meeting(nodes=3, node_rank=1, endpoint=f"127.0.0.1:{port}", say=print, stopped=others_begin)
+    with pytest.raises(TunesmithError, match="started with --node-rank 1 on"):
+        late.held()
 
 
 def test_a_port_that_is_taken_is_told_at_once(meet: Meet, port: int) -> None:

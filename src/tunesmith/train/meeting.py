@@ -22,6 +22,7 @@ NAMED = 30
 ANSWER = timedelta(seconds=10)
 """In which what accepts a connection must have answered as the first machine does."""
 BEGUN = "begun"
+"""Set by the first machine: of each number, which start of a command it takes."""
 PAUSE = 0.2
 """Seconds between two looks."""
 AT_ONCE = 2
@@ -104,7 +105,8 @@ class Meeting:
             ) from error
 
     def _all_came(self, store: TCPStore) -> bool:
-        """Whether all came, before the user had enough. A machine that is started anew takes its place again."""
+        """Whether all came, before the user had enough. A machine that is started anew takes its place again. Of two
+        with one number, the first machine takes one."""
         own = {"host": socket.gethostname(), "start": uuid4().hex, "nodes": self.nodes}
         keys = [f"machine {rank}" for rank in range(self.nodes)]
         first = json.loads(
@@ -124,16 +126,19 @@ class Meeting:
             store.set(keys[self.node_rank], json.dumps(own))
         while True:
             here = [rank for rank, key in enumerate(keys) if store.check([key])]
-            if (holder := json.loads(store.get(keys[self.node_rank]))) != own:
+            if self.node_rank == 0 and len(here) == self.nodes:
+                store.set(BEGUN, json.dumps([json.loads(store.get(key))["start"] for key in keys]))
+            begun = store.check([BEGUN])
+            holder = json.loads(store.get(keys[self.node_rank]))
+            taken = json.loads(store.get(BEGUN))[self.node_rank] if begun else holder["start"]
+            if taken != own["start"]:
                 raise TunesmithError(
                     f"the command was started with --node-rank {self.node_rank} on {holder['host']}, too; give each "
                     "machine a number of its own, from 0"
                 )
-            if len(here) == self.nodes:
-                if self.node_rank == 0:
-                    store.set(BEGUN, "")
+            if begun:
                 return True
-            missing = ", ".join(str(rank) for rank in range(self.nodes) if rank not in here)
+            missing = ", ".join(str(rank) for rank in range(self.nodes) if rank not in here) or "0"
             if self._seconds() > PATIENCE:
                 raise TunesmithError(
                     f"no machine came with --node-rank {missing} in {PATIENCE // 60} minutes; start the command on "
