@@ -74,14 +74,15 @@ def test_one_that_was_killed_and_is_started_again_takes_its_place(meet: Meet, sa
 
 def test_of_two_with_one_number_the_first_machine_takes_one(port: int) -> None:
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    store.set("machine 0", json.dumps({"host": "first", "nodes": 3, "start": "a"}))
+    taken = [{"host": host, "nodes": 3, "start": host} for host in ("first", "second", "third")]
+    store.set("machine 0", json.dumps(taken[0]))
 
     def others_begin() -> bool:
-        store.set(BEGUN, json.dumps(["a", "b", "c"]))
+        store.set(BEGUN, json.dumps(taken))
         return False
 
     late = Meeting(nodes=3, node_rank=1, endpoint=f"127.0.0.1:{port}", say=print, stopped=others_begin)
-    with pytest.raises(TunesmithError, match="started with --node-rank 1 on"):
+    with pytest.raises(TunesmithError, match="started with --node-rank 1 on second, too"):
         late.held()
 
 

@@ -22,7 +22,7 @@ NAMED = 30
 ANSWER = timedelta(seconds=10)
 """In which what accepts a connection must have answered as the first machine does."""
 BEGUN = "begun"
-"""Set by the first machine: of each number, which start of a command it takes."""
+"""Set by the first machine: the machines that it takes, in the order of their numbers."""
 PAUSE = 0.2
 """Seconds between two looks."""
 AT_ONCE = 2
@@ -127,11 +127,12 @@ class Meeting:
         while True:
             here = [rank for rank, key in enumerate(keys) if store.check([key])]
             if self.node_rank == 0 and len(here) == self.nodes:
-                store.set(BEGUN, json.dumps([json.loads(store.get(key))["start"] for key in keys]))
+                store.set(BEGUN, json.dumps([json.loads(store.get(key)) for key in keys]))
             begun = store.check([BEGUN])
-            holder = json.loads(store.get(keys[self.node_rank]))
-            taken = json.loads(store.get(BEGUN))[self.node_rank] if begun else holder["start"]
-            if taken != own["start"]:
+            holder = (
+                json.loads(store.get(BEGUN))[self.node_rank] if begun else json.loads(store.get(keys[self.node_rank]))
+            )
+            if holder != own:
                 raise TunesmithError(
                     f"the command was started with --node-rank {self.node_rank} on {holder['host']}, too; give each "
                     "machine a number of its own, from 0"
