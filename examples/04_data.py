@@ -244,7 +244,7 @@ def loss_of(model, tokenizer, row):
 right, surprise = {}, {}
 for seed in (1, 2):
     trainers = {
-        name: train(todo_rows, f"template_{name}", per_device_train_batch_size=4, seed=seed, **settings)
+        name: train(todo_rows, f"template_{name}", max_steps=24, per_device_train_batch_size=4, seed=seed, **settings)
         for name, settings in TEMPLATES.items()
     }
     for learned, trainer in trainers.items():
@@ -262,13 +262,13 @@ for (learned, used), (one, two) in right.items():
 if not HUB:
     for learned, other in (("A", "B"), ("B", "A")):
         assert max(surprise[learned, learned]) < min(surprise[learned, other]), surprise
-        assert sum(right[learned, learned]) >= sum(right[learned, other]), right
+        assert sum(right[learned, learned]) > sum(right[learned, other]), right
 
 # %% [markdown]
-# The same rows, the same steps. Asked in the form that it was trained in, the model finds the right answers likelier,
-# in every run. How many answers become wrong with the other template depends on the task; this one is easy. Another
-# template gains nothing, and nobody will warn you. So use the template later that you train with; `save_model()`
-# keeps it in the model's folder.
+# The same rows, the same 24 steps. Asked in the form that it was trained in, the model finds the right answers
+# likelier, in every run, and more of its answers are right. How many depends on the task and on how long one trains.
+# Another template gains nothing, and nobody will warn you. So use the template later that you train with;
+# `save_model()` keeps it in the model's folder.
 #
 # What if a tokenizer has no template? Then a conversation can't be made into text, and you are told before any
 # training.
@@ -538,31 +538,31 @@ for axis, title, rows in (
 plt.show()
 
 # %% [markdown]
-# What does it save, and does the model learn the same? One epoch of 16 of these rows in three ways, each twice, in
+# What does it save, and does the model learn the same? One epoch of 8 of these rows in three ways, each twice, in
 # turns (a computer has better and worse minutes), and the loss on rows that were not trained on.
 
 # %%
 WAYS = {
-    "with padding": {"padding_free": False, "per_device_train_batch_size": 8},
-    "without padding": {"per_device_train_batch_size": 8},
+    "with padding": {"padding_free": False, "per_device_train_batch_size": 4},
+    "without padding": {"per_device_train_batch_size": 4},
     "in packs": {"packing": True, "max_length": 512, "per_device_train_batch_size": 2},
 }
 held_out = [order() for _ in range(4)] + new_rows[:4]
 seconds, held_out_loss = {name: [] for name in WAYS}, {}
 for _ in range(2):
     for name, settings in WAYS.items():
-        trainer = train(mixed[:16], name.replace(" ", "_"), num_train_epochs=1, **settings)
+        trainer = train(mixed[:8], name.replace(" ", "_"), num_train_epochs=1, **settings)
         seconds[name].append(trainer.state.log_history[-1]["train_runtime"])
         held_out_loss[name] = trainer.evaluate(held_out)["eval_loss"]
 for name, times in seconds.items():
-    rate = sum(lengths[:16]) / statistics.mean(times)
+    rate = sum(lengths[:8]) / statistics.mean(times)
     print(f"{name}: {min(times):.1f} and {max(times):.1f} s, {rate:.0f} tokens a second;", end=" ")
     print(f"loss on held-out rows {held_out_loss[name]:.2f}")
 
 # %% [markdown]
 # tunesmith computes no padding even without packing: the examples of a batch lie side by side anyway, so the second way
 # is already fast. What packing adds is batches of one and the same size, so that a GPU's memory can be filled just
-# right. A batch of two packs holds other rows than a batch of eight did, so the steps are different ones. The loss ends
+# right. A batch of two packs holds other rows than a batch of four did, so the steps are different ones. The loss ends
 # elsewhere, not higher or lower by rule.
 #
 # ## Try it yourself

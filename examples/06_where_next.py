@@ -252,7 +252,7 @@ answers_after = generate(trainer.model, tokenizer, [question(text) for text in a
 
 history = [entry for entry in trainer.state.log_history if "reward" in entry]
 for entry in history[::3] + history[-1:]:
-    print(f"step {entry['step']:2}: reward {entry['reward']:+.2f}")
+    print(f"step {entry['step']:2}: reward {entry['reward']:+.2f}, KL {entry['kl']:.2f} a token")
 for text, before, after in zip(asked, answers_before, answers_after, strict=True):
     print(f"{text}\n  before: {before!r}\n  after:  {after!r}")
 
@@ -260,16 +260,17 @@ for text, before, after in zip(asked, answers_before, answers_after, strict=True
 if not HUB:
     rewards = [entry["reward"] for entry in history]
     assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
-    right = ["Rome", "5", "lue", "ight", "Cairo"]
-    kept = sum(word in answer for word, answer in zip(right, answers_after, strict=True))
-    assert kept < sum(word in answer for word, answer in zip(right, answers_before, strict=True)), answers_after
+    # Which answers it finds depends on the draws; that they are unlike the reference's does not.
+    distances = [entry["kl"] for entry in history]
+    assert min(distances[-3:]) > 5 * max(distances[:3]), distances
 
 # %% [markdown]
-# The reward rises. Look at what it bought: most answers that were right are wrong now, and some are in no language at
-# all. The reward model has seen eight answers, all of them right, so it knows nothing of truth. It also scores texts
-# that are like none of them, and the policy found some that it scores high. This is reward hacking again, in a real
-# model. What helps: a larger $\beta$, fewer steps, many more pairs, also such in which a wrong short answer loses, or a
-# second reward that checks the answer.
+# The reward rises, and so does the KL: the policy leaves the reference. Look at what the reward bought: answers that
+# nobody would prefer, some wrong, some in no language at all. (Answers are drawn at random, so yours may be others.)
+# The reward model has seen eight answers, all of them right, so it knows nothing of truth. It also scores texts that
+# are like none of them, and the policy found some that it scores high. This is reward hacking again, in a real model.
+# What helps: a larger $\beta$, fewer steps, many more pairs, also such in which a wrong short answer loses, or a second
+# reward that checks the answer.
 #
 # A reward can also be a plain function, such as a test that the answer passes: `reward_funcs=my_function`. On the
 # command line, one that is built in has a name: `tunesmith grpo --model demo --data questions.jsonl --reward-funcs
@@ -348,15 +349,16 @@ for text, answer in zip(asked, answers, strict=True):
 # %% tags=["claim"]
 if not HUB:
     assert sum(map(len, answers)) < 0.8 * sum(map(len, answers_before)), answers
-    assert sum(word in answer for word, answer in zip(right, answers, strict=True)) > kept, answers
+    gaps = [measured["eval_logps/chosen"] - measured["eval_logps/rejected"] for measured in (start, end)]
+    assert gaps[1] > gaps[0] + 2, gaps
 
 # %% [markdown]
 # The first loss is $\log 2 \approx 0.693$: at the start policy and reference are one, so the margin is 0. Then it
 # falls, and on a question that was not in the data the short answer gains on the long one. Compare the answers with
-# those after GRPO: they are short, and more of them are right. `DPOTrainer` computes the prompt of a pair once for both
-# answers. On the command line it is `tunesmith dpo --model demo --data pairs.jsonl --lora --output runs/dpo`.
-# Afterwards `report.html` in its folder shows how the rewards went, and which pairs the model still has the wrong way
-# around.
+# those before GRPO and after it: they became shorter, and are still answers to the question. `DPOTrainer` computes the
+# prompt of a pair once for both answers. On the command line it is `tunesmith dpo --model demo --data pairs.jsonl
+# --lora --output runs/dpo`. Afterwards `report.html` in its folder shows how the rewards went, and which pairs the
+# model still has the wrong way around.
 #
 # Where do pairs come from? Let the model of chapter 3 answer, keep what is wrong, and put the right answer beside it:
 # `tunesmith demo --preferences` does that and counts before and after.
