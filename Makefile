@@ -36,7 +36,7 @@ help:
 	@echo "Each target installs what it needs into $(venv) first, once."
 	@echo "make demo     fine-tune a small model and see it answer before and after"
 	@echo "make test     run the test suite"
-	@echo "make processes  the tests of several processes: the same result as one, faults, resuming, Ray (some 9 minutes)"
+	@echo "make processes  the tests of several processes: the same result as one, faults, resuming, Ray (some 7 minutes)"
 	@echo "make faults   the long fault tests: kills, broken disks and files, fuzzing (some 10 minutes)"
 	@echo "make site     build the site of docs/ into build/site"
 	@echo "make docs     build it, and run what pages, recipes and examples show"
@@ -58,7 +58,7 @@ test: $(installed)
 
 processes: $(installed)
 	@echo "==> Training in one, two and four processes"
-	@OMP_NUM_THREADS=1 $(bin)/pytest -m processes --durations=10
+	@OMP_NUM_THREADS=1 $(bin)/pytest -m processes $(parallel) --maxprocesses=2 --durations=10
 
 faults: $(installed)
 	@echo "==> Killing runs, breaking disks and files, feeding nonsense"

@@ -45,6 +45,18 @@ def finished(child: Any, timeout: float = 120) -> int:
 
 # Several processes that train together
 
+PORTS = iter(range(10_000 + os.getpid() * 997 % 20_000, 32_768))
+"""For tests. The system gives those from 32,768 on to any process that asks for one, so that one of them may be taken
+before a test opens it. Processes that run tests at the same time begin some 1,000 apart."""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has, and no other test is given."""
+    for port in PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
 
 def together(number: int, target: Callable[..., None], *args: Any, code: int = 0) -> None:
     """Run `target` in `number` processes that know of each other, as `torchrun` starts them. Each ends with `code`."""
@@ -53,8 +65,7 @@ def together(number: int, target: Callable[..., None], *args: Any, code: int = 0
 
 def started(number: int, target: Callable[..., None], *args: Any) -> list[Any]:
     """The processes of `together`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     return [start(_ranked, rank, number, port, target, args) for rank in range(number)]
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forked import Command
+from tests.forked import Command, free_port
 from tests.models import tiny
 from tests.train.runs import TEXTS, largest_difference
 from tunesmith.errors import TunesmithError
@@ -113,11 +112,6 @@ def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Command]:
         return Command(tmp_path / f"{name}.log", "train", *common, *SETTINGS, *options, env=env | variables)
 
     return start
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def test_two_agents_meet_as_two_machines_would_and_make_the_model_of_one(

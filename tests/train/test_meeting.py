@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests.forked import free_port
 from tunesmith.errors import TunesmithError
 from tunesmith.train import meeting
 from tunesmith.train.meeting import BEGUN, Meeting
@@ -20,8 +21,7 @@ Meet = Callable[..., "Future[Any]"]
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture
