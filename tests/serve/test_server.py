@@ -17,6 +17,7 @@ from openai import OpenAI
 from peft import PromptTuningConfig, get_peft_model
 
 from tests.serve.running import serving
+from tunesmith.data import prompts
 from tunesmith.data.prompts import prompt_ids, text_ids
 from tunesmith.model.generate import Answer, Sampling, generate_from_ids
 from tunesmith.model.load import load_run
@@ -427,6 +428,15 @@ def test_what_is_too_long_in_characters_is_never_tokenized(url: str) -> None:
         assert found["param"] == param
         assert "maximum context length is 256 tokens" in found["message"]
         assert "the prompt has 800," in found["message"]
+
+
+def test_white_space_without_end_is_never_tokenized(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "shown_ids", None)
+    body = {"messages": [{"role": "user", "content": "\n" * 1_000_000}]}
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert "1,000,050 characters with its white space" in reply.json()["error"]["message"]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 KEY = "tunesmith"
 """In `tokenizer_config.json`."""
+WHITE = 8
+"""So many times as long a prompt may be with its white space, of which a tokenizer may make few tokens or none."""
 
 
 class PromptTooLong(TunesmithError):
@@ -72,7 +74,8 @@ def prompt_ids(
     """The tokens of a conversation up to where the assistant answers. Without a chat template there are no roles: the
     one message is the text to go on with. `arguments` are the chat template's, `tools` among them; those that the model
     was trained with need not be given. `keep_specials`: text of a message that reads as a control token is one, where
-    the model was trained so. `most`: characters that are read, white space left out.
+    the model was trained so. `most`: characters that are read, white space left out, and with it
+    `WHITE` times as many.
 
     Raises:
         PromptTooLong: there are more; it has not been tokenized then, which takes long.
@@ -132,8 +135,15 @@ def _ids_in_parts(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def _check_length(text: str, most: int | None) -> None:
-    if most is not None and len(text) > most and (size := sum(map(len, text.split()))) > most:
+    if most is None or len(text) <= most:
+        return
+    size = sum(map(len, text.split()))
+    if size > most:
         raise PromptTooLong(f"the prompt has {size:,} characters, and at most {most:,} are read")
+    if len(text) > WHITE * most:
+        raise PromptTooLong(
+            f"the prompt has {len(text):,} characters with its white space, and at most {WHITE * most:,} are read"
+        )
 
 
 def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str, most: int | None = None) -> list[int]:
