@@ -119,6 +119,17 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
     ("settings", "message"),
     [
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1; a weight of 0 or more"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; write a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; write a finite number"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs is inf; write a finite number"),
+        ({"max_grad_norm": float("-inf")}, "max_grad_norm is -inf; write a finite number"),
+        ({"max_steps": 10**400}, "at most 9223372036854775807 can be counted"),
+        ({"learning_rate": -1}, "learning_rate is -1; write 0 or more"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; write a number from 0 to below 1"),
+        ({"seed": -1}, "seed is -1; write a whole number from 0 to 4294967295"),
+        ({"data_seed": 2**32}, "data_seed is 4294967296; write a whole number from 0 to"),
+        ({"num_train_epochs": -3}, "num_train_epochs is -3; write how often to go through the data, or max_steps"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps is 0; write 1 or more"),
         ({"activation_offloading": True}, "activation_offloading is True, but this run is on cpu, where activations"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True: Liger replaces the forward"),
         ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config is {'rope': True}: Liger is not used"),
@@ -167,6 +178,14 @@ def test_batches_by_tokens_leave_no_word_to_what_counts_rows(settings: dict[str,
     make(**settings)
     message = f"{found}, and max_tokens_per_batch: 4096 makes batches by tokens; drop one"
     refused(message, max_tokens_per_batch=4096, **settings)
+
+
+def test_infinity_is_no_limit_where_a_number_is_one() -> None:
+    assert make(max_grad_norm=float("inf")).max_grad_norm == float("inf")
+
+
+def test_epochs_say_nothing_beside_steps() -> None:
+    assert make(num_train_epochs=-1, max_steps=5).max_steps == 5
 
 
 def test_batches_by_tokens_go_with_accumulation_and_padding() -> None:

@@ -78,6 +78,8 @@ MERGED = "".join(f"x{i}: &x{i} {{<<: [{', '.join(9 * [f'*x{i - 1}' if i else '*x
         ("run_name: 2024-01-01\n", "expected text or null; put it in quotes"),
         ("seed: !!python/object/apply:os.system [exit]\n", "line 4, column 7: could not determine a constructor"),
         ("seed: \x00\n", "recipe.yaml is not YAML"),
+        ("processes: 0\n", "line 4: processes is 0; write 1 or more"),
+        ("max_restarts: -1\n", "line 4: max_restarts is -1; write 0 or more"),
         ("max_length: 1\n", "max_length is 1; at least 2 tokens are needed"),
         ("load_best_model_at_end: true\n", "requires the save and eval strategy to match"),
         ("eval_strategy: steps\n", "eval_strategy is steps, but there is no eval_data"),
@@ -232,7 +234,7 @@ def test_fsdp_is_turned_on_as_transformers_says() -> None:
 
 
 def test_a_number_that_transformers_can_not_count_with_is_a_mistake_of_the_recipe() -> None:
-    with pytest.raises(TunesmithError, match="infinity"):
+    with pytest.raises(TunesmithError, match="save_steps is inf; write a finite number"):
         resolve(None, {"model": "demo", "data": "rows.jsonl", "output": "run", "save_steps": "inf"})
 
 

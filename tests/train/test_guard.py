@@ -78,7 +78,7 @@ def test_rows_that_can_not_be_written_down_do_not_end_the_run(trainer_of: Callab
 
 
 def test_of_several_micro_batches_the_one_that_is_bad_is_kept(trainer_of: Callable[..., Any]) -> None:
-    trainer = trainer_of(max_steps=1, gradient_accumulation_steps=4, per_device_train_batch_size=1)
+    trainer = trainer_of(max_steps=2, gradient_accumulation_steps=4, per_device_train_batch_size=1)
     original, calls = trainer.compute_loss, [0]
 
     def compute_loss(*args: Any, **kwargs: Any) -> Any:
@@ -99,6 +99,21 @@ def test_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(trainer_o
     with pytest.raises(TunesmithError, match=r"3 steps in a row had no finite gradient, up to step 6.*checkpoint-4"):
         trainer.train()
     assert trainer.bad_steps == 4
+
+
+def test_a_run_without_one_good_step_is_no_success(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(max_steps=2)
+    poison(trainer, {1, 2})
+    with pytest.raises(TunesmithError, match="no step of the run had a finite gradient, so nothing was learned"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_weights_that_a_step_broke_stop_the_run_at_once(steps: int, trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(max_steps=steps, learning_rate=1e300)
+    with pytest.raises(TunesmithError, match=r"weights of the model are not finite after step 1.*which is 1e\+300"):
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_good_step_begins_the_count_anew(trainer_of: Callable[..., Any]) -> None:

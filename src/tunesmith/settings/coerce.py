@@ -1,6 +1,7 @@
 """Values from YAML or the command line to the type that a setting has."""
 
 import re
+import sys
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -172,6 +173,8 @@ def _number(value: Any, *, whole: bool) -> int | float:
         except ValueError:
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise ValueError
+    if not whole and isinstance(value, int) and abs(value) > sys.float_info.max:
         raise ValueError
     if not whole or isinstance(value, int):
         return value

@@ -5,6 +5,7 @@
 # ruff: noqa: RUF009  (`setting` is `dataclasses.field` with a line of help)
 
 import functools
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -14,6 +15,7 @@ from transformers import TrainingArguments
 from tunesmith.errors import TunesmithError, nearest
 from tunesmith.settings.coerce import byte_count
 from tunesmith.settings.older import by_todays_names
+from tunesmith.text import shorten
 from tunesmith.types import TrainOn
 
 LossType = Literal["nll", "dft", "chunked_nll"]
@@ -34,6 +36,14 @@ COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 
 FSDP_WORDS = ("true", "full_shard", "shard_grad_op", "offload", "auto_wrap")
 """What `fsdp` may say, of which the last is how it is always done."""
+NO_LIMIT = {
+    *("max_grad_norm", "epsilon_high", "delta", "off_policy_mask_threshold", "vllm_importance_sampling_clip_max"),
+}
+"""Bounds of something else. Infinity is a way to say that there is none."""
+FROM_ZERO = ("learning_rate", "weight_decay", "adam_epsilon", "dataloader_num_workers")
+LARGEST_SEED = 2**32 - 1
+"""That NumPy takes."""
+LARGEST_WHOLE = 2**63 - 1
 UNSUPPORTED = {
     "use_liger_kernel": "Liger replaces the forward that computes our loss, which never makes the full logits either",
     "liger_kernel_config": "Liger is not used; leave it unset",
@@ -214,6 +224,8 @@ class Config(TrainingArguments):
         self._check_mismatch()
         self._check_batches()
         self._check_padding()
+        self._check_finite()
+        self._check_ranges()
         self._check_numbers()
         self._refuse_unsupported()
         self._resolve_precision()
@@ -271,10 +283,39 @@ class Config(TrainingArguments):
                 hint = nearest(str(value), choices)
                 raise TunesmithError(f"{item.name} is {value!r}; choose {' | '.join(choices)}{hint}")
 
+    def _check_finite(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                if value > 0 and item.name in NO_LIMIT:
+                    continue
+                raise TunesmithError(f"{item.name} is {value}; write a finite number")
+            if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+                raise TunesmithError(f"{item.name} is {shorten(str(value))}; at most {LARGEST_WHOLE} can be counted")
+
+    def _check_ranges(self) -> None:
+        """Numbers that PyTorch or NumPy would refuse when the run begins, or that would train nothing."""
+        for name in FROM_ZERO:
+            if getattr(self, name) < 0:
+                raise TunesmithError(f"{name} is {getattr(self, name)}; write 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TunesmithError(f"{name} is {getattr(self, name)}; write a number from 0 to below 1")
+        for name in ("seed", "data_seed"):
+            seed = getattr(self, name)
+            if seed is not None and not 0 <= seed <= LARGEST_SEED:
+                raise TunesmithError(f"{name} is {seed}; write a whole number from 0 to {LARGEST_SEED}")
+        if self.num_train_epochs < 0 and self.max_steps <= 0:
+            raise TunesmithError(
+                f"num_train_epochs is {self.num_train_epochs}; write how often to go through the data, or max_steps"
+            )
+
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise TunesmithError(f"{name} is {getattr(self, name)}; write 1 or more")
+        if self.eval_accumulation_steps is not None and self.eval_accumulation_steps < 1:
+            raise TunesmithError(f"eval_accumulation_steps is {self.eval_accumulation_steps}; write 1 or more")
         if self.logging_strategy == "steps" and not self.logging_steps > 0:
             raise TunesmithError(
                 f"logging_steps is {self.logging_steps}; write 1 to log each step, or set logging_strategy: no"

@@ -183,6 +183,9 @@ def resolve(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         except ValueError as error:
             raise TunesmithError(f"{entry.place}: {name} {error}") from error
         trainer = given.get("trainer", trainer)
+    for name, least in (("processes", 1), ("max_restarts", 0)):
+        if given.get(name, least) < least:
+            raise TunesmithError(f"{entries[name].place}: {name} is {given[name]}; write {least} or more")
     given = {name: given[name] for name in entries}
     for name, example in (("model", "demo"), ("data", "rows.jsonl"), ("output_dir", "runs/first")):
         if not given.get(name):

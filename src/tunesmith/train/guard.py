@@ -13,6 +13,7 @@ import torch
 from accelerate import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from tunesmith.data.batches import Batch
@@ -104,7 +105,8 @@ class FirstGradients:
 
 class Guard:
     """A step whose gradient is not finite changes nothing: not the weights, not the optimizer. Its rows are written to
-    `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run. `tell` hears of each, with the step."""
+    `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run, and so does one because the weights are not
+    finite. `tell` hears of each, with the step."""
 
     def __init__(self, trainer: Trainer, tell: Callable[[int, str], None]) -> None:
         self._trainer, self._tell = trainer, tell
@@ -127,6 +129,31 @@ class Guard:
         if self._first is not None:
             self._first.end()
             self._first = None
+
+    def check_result(self) -> None:
+        """When a run has come to its end: raises TunesmithError where it has made nothing that is of use."""
+        self._check_weights()
+        done = self._trainer.state.global_step
+        if self._in_a_row >= done > 0:
+            args = cast(Config, self._trainer.args)
+            raise TunesmithError(
+                f"no step of the run had a finite gradient, so nothing was learned, and nothing is saved. Look at the "
+                f"rows in {Path(str(args.output_dir)) / BAD_BATCHES}, lower learning_rate, or set precision: fp32"
+            )
+
+    def _check_weights(self) -> None:
+        """Raises TunesmithError, on every process, where a weight that is trained is not finite: no step mends it."""
+        trainer = self._trainer
+        trained = [value.detach() for value in cast(nn.Module, trainer.model).parameters() if value.requires_grad]
+        parts = [value.to_local() if isinstance(value, DTensor) else value for value in trained]
+        bad = torch.tensor(sum(not part.isfinite().all() for part in parts), device=trainer.args.device)
+        if trainer.args.world_size > 1:
+            bad = trainer.accelerator.reduce(bad, reduction="sum")
+        if bad:
+            raise TunesmithError(
+                f"weights of the model are not finite after step {trainer.state.global_step}, so that no step can "
+                f"train them any more; lower learning_rate, which is {trainer.args.learning_rate:g}"
+            )
 
     def forget_step(self) -> None:
         """The step begins again."""
@@ -212,6 +239,7 @@ class Guard:
                 where = f"its rows can't be written down: {error}"
         what = f"loss {losses[suspects[0]]}" if not all(map(math.isfinite, losses)) else f"gradient norm {norm}"
         self._tell(step, f"{what}: the step was left out, {where}")
+        self._check_weights()
         most = args.max_bad_steps
         if self._in_a_row >= most:
             good = newest_checkpoint(folder)

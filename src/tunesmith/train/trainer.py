@@ -281,6 +281,7 @@ class BaseTrainer(transformers.Trainer):
             self.recovery.begin()
             try:
                 output = super().train(checkpoint, *args, **kwargs)
+                self.guard.check_result()
             except BaseException as error:
                 self.journal.break_off(error)
                 if isinstance(error, Exception):
