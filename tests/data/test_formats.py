@@ -394,9 +394,11 @@ def test_arguments_of_the_template_come_as_object_or_json() -> None:
         ({"messages": [{**USER, "when": datetime(2024, 1, 1)}]}, "'messages' has datetime"),
         (
             {"messages": [{**USER, "weight": -1}]},
-            "'weight' of message 1 of 'messages' is -1, expected a number of at least 0",
+            "'weight' of message 1 of 'messages' is -1, expected a number from 0 to 1,000,000",
         ),
         ({"messages": [USER], "weight": float("nan")}, "'weight' of the row is nan"),
+        ({"messages": [USER], "weight": 1e38}, r"'weight' of the row is 1e\+38, expected a number from 0 to 1,000,000"),
+        ({"messages": [USER], "weight": 10**400}, r"'weight' of the row is 10{76}\.\.\., expected a number"),
         ({"messages": [USER], "weight": True}, "'weight' of the row is True"),
         ({"messages": [USER], "tools": "[{"}, "'tools' is text that is not JSON"),
         ({"messages": [USER], "tools": {"name": "f"}}, "'tools' is an object .*, expected a list, or its JSON text"),

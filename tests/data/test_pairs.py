@@ -89,6 +89,7 @@ def test_a_system_prompt_and_tools_beside_it_belong_to_both_sides() -> None:
         ({"chosen_messages": [], "rejected_messages": []}, r"columns: \{chosen: chosen_messages"),
         ({"messages": [USER, YES], "label": True}, "tunesmith kto"),
         ({"prompt": "Hi", "chosen": "Yes", "rejected": "No", "margin": "big"}, "'margin' is text"),
+        ({"prompt": "Hi", "chosen": "Yes", "rejected": "No", "margin": 1e300}, "'margin' is a number"),
         ({"prompt": "Hi", "chosen": "Yes", "rejected": "No", "history": [["a", "b"]]}, "'history' would be lost"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any
 from tunesmith.data.calls import calls_of
 from tunesmith.data.values import shown, string
 from tunesmith.errors import TunesmithError, nearest
+from tunesmith.text import shorten
 from tunesmith.types import Message
 
 Fields = dict[str, Any]
@@ -39,6 +40,8 @@ DEVELOPER_AS_SYSTEM = "messages of the role developer are given to the chat temp
 
 FLAGS = ("train", "training", "loss", "loss_mask", "step_loss_mask", "masked")
 """Keys that say whether a turn is trained on, yes or no; `masked` says the opposite."""
+HEAVIEST = 1_000_000
+"""A weight, or a margin of a pair: float32 holds what they are multiplied with and summed to."""
 FACTORS = ("weight", "loss_weight", "loss_scale")
 DETAILS = ("train_detail", "training_detail")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -376,9 +379,9 @@ def _of_gemini(part: Any, place: str) -> Fields:
 
 
 def weight_of(value: Any, place: str) -> float:
-    """A weight: a number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise TunesmithError(f"{place} is {value!r}, expected a number of at least 0")
+    """A weight: a number from 0 to `HEAVIEST`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= HEAVIEST:
+        raise TunesmithError(f"{place} is {shorten(repr(value))}, expected a number from 0 to {HEAVIEST:,}")
     return float(value)
 
 

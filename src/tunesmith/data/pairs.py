@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from tunesmith.data.messages import CALL, ROLES
+from tunesmith.data.messages import CALL, HEAVIEST, ROLES
 from tunesmith.data.values import shown
 from tunesmith.errors import TunesmithError
 from tunesmith.types import Conversation, Judged, Pair, Row, Text
@@ -145,8 +145,8 @@ def _check_repeated(row: Mapping[str, Any], column: str | None, chosen: Conversa
 def _margin(value: Any) -> float:
     if value is None:
         return 0.0
-    if type(value) not in (int, float) or not abs(value) < float("inf"):
-        raise TunesmithError(f"'margin' is {shown(value)}, expected a number")
+    if type(value) not in (int, float) or not abs(value) <= HEAVIEST:
+        raise TunesmithError(f"'margin' is {shown(value)}, expected a number of at most {HEAVIEST:,}")
     return float(value)
 
 
