@@ -27,6 +27,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 
 LARGEST = 1_000_000
 """Values of a YAML document, each counted as often as it is named."""
+MOST_WRITTEN = 50_000
+"""Values of a recipe, each counted once. Reading so many takes seconds."""
 DIGITS = 1000
 """Characters of a number. Reading one takes as long as the square of them."""
 
@@ -35,7 +37,16 @@ NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class FiniteLoader(yaml.SafeLoader):
-    """Safe YAML whose values are no more than it seems: names of names (`&a`, `*a`) may make a few lines endless."""
+    """Safe YAML whose values are no more than it seems: names of names (`&a`, `*a`) may make a few lines endless. All
+    that is wrong with it is a YAMLError or a RecursionError."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What makes a value of a type may fail as it likes where the type was written before it, as in `!!bool x`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind, text = node.tag.rpartition(":")[2], shorten(str(node.value))
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is no {kind}", node.start_mark) from error
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -64,11 +75,21 @@ def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
 
 
 class UniqueKeyLoader(FiniteLoader):
-    """Such YAML in which a key that is given twice is an error, not a quiet override."""
+    """Such YAML as a recipe: a key that is given twice is an error, not a quiet override, and so are too many
+    values."""
+
+    written = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.written += 1
+        if self.written > MOST_WRITTEN:
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"it has more than {MOST_WRITTEN:,} values", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # `!!map` may stand before anything
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add((key.tag, str(key.value)))

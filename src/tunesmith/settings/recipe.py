@@ -33,7 +33,7 @@ LORA_LEARNING_RATES = {
 }
 """By trainer."""
 SUFFIXES = (".yaml", ".yml")
-LARGEST_RECIPE = 4_000_000
+LARGEST_RECIPE = 1_000_000
 """Bytes."""
 NOT_SAVED = ("hub_token", "resume_from_checkpoint", "force_resume", "allow_pickle")
 """What a saved recipe leaves out: a secret, and what only this start was about, or trusted."""
