@@ -76,6 +76,12 @@ def test_a_mixture_that_makes_no_sense_is_refused(given: dict[str, Any], message
         DataSource(rows=[], **given)
 
 
+@pytest.mark.parametrize("given", [{"weight": 1e308}, {"count": 10**11}])
+def test_more_examples_than_can_be_held_name_their_source(given: dict[str, Any]) -> None:
+    with pytest.raises(TunesmithError, match=r"source 'a' has 20 examples, of which .* more than 1,000,000,000 in an"):
+        mixture_order({"a": 20}, {"a": DataSource(rows=[], **given)}, seed=3)
+
+
 def test_examples_of_one_document_stay_one_beside_those_of_several() -> None:
     def made(*rows: Example) -> Dataset:
         part = Dataset(InMemoryTable(FlatExamples.of(rows).table()))

@@ -12,9 +12,14 @@ import numpy as np
 
 from tunesmith.data.arrow import list_array, list_column, list_lengths
 from tunesmith.errors import TunesmithError
+from tunesmith.text import counted, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+MOST_USED = 1_000_000_000
+"""Examples of a source in an epoch, where it has fewer itself. Their places are in memory, some bytes each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +65,17 @@ def split_rows(name: str, rows: Iterable[Any], share: float, seed: int) -> tuple
 
 
 def epoch_examples(name: str, source: DataSource, examples: int, seed: int) -> Any:
-    """Which of a source's `examples` an epoch uses (int64 indices): whole repeats and a random part of one more."""
-    wanted = source.count if source.count is not None else round(examples * (source.weight or 1.0))
-    repeats, rest = divmod(max(1, wanted), examples)
+    """Which of a source's `examples` an epoch uses (int64 indices): whole repeats and a random part of one more.
+
+    Raises TunesmithError for more than can be held."""
+    wanted = source.count if source.count is not None else examples * (source.weight or 1.0)
+    if wanted > max(MOST_USED, examples):
+        given = f"weight {source.weight:g}" if source.count is None else f"count {shorten(str(source.count))}"
+        raise TunesmithError(
+            f"source {name!r} has {counted(examples, 'example')}, of which {given} would make more than "
+            f"{MOST_USED:,} in an epoch; write less, and more epochs"
+        )
+    repeats, rest = divmod(max(1, round(wanted)), examples)
     part = np.sort(_generator(name, seed, "used").permutation(examples)[:rest])
     return np.concatenate([np.tile(np.arange(examples), repeats), part])
 
