@@ -112,6 +112,26 @@ def test_adapters_whose_base_model_is_gone_say_which(adapters: Path) -> None:
         load_run(str(adapters))
 
 
+def test_settings_of_others_that_are_no_adapters_are_named(adapters: Path) -> None:
+    (adapters / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(TunesmithError, match=r"adapters of .*run could not be loaded"):
+        load_run(str(adapters))
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(copy: Path, tiny_model: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    weights = tiny_model / "model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), str(weights))}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TunesmithError, match="which is not in its folder"):
+        load_model(str(copy))
+
+
+def test_a_model_may_say_nothing_of_its_class(copy: Path) -> None:
+    edit(copy / "config.json", architectures=5)
+    assert type(load_model(str(copy))).__name__ == "LlamaForCausalLM"
+
+
 def test_adapters_in_pickle_files_are_refused(adapters: Path) -> None:
     (adapters / "adapter_model.safetensors").rename(adapters / "adapter_model.bin")
     with pytest.raises(TunesmithError, match="adapters in safetensors are needed"):

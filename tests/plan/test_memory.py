@@ -294,6 +294,14 @@ def test_a_config_of_no_language_model_is_named() -> None:
         plan(run_of(AutoConfig.for_model("vit")), "full")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"hidden_act": "__import__"}, {"rope_parameters": {"rope_type": "evil"}}, {"vocab_size": -5}]
+)
+def test_settings_that_make_no_model_are_a_mistake_of_the_model(settings: dict[str, Any]) -> None:
+    with pytest.raises(TunesmithError, match="model llama can't be planned for: "):
+        plan(run_of(config_of("llama", **settings)), "full")
+
+
 def test_gradients_are_told_from_what_a_backward_makes() -> None:
     counted = count(run_of(config_of("llama")), "full")
     moments = timeline(counted.subject, Shape(rows=1, length=16)).moments

@@ -176,6 +176,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
         (lambda folder: (folder / "more" / "file").unlink(), "lacks more/file"),
         (lambda folder: (folder / MANIFEST).unlink(), "has no manifest.json"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json can't be read"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "manifest.json can't be read"),
         (lambda folder: (folder / MANIFEST).write_text(f'{{"format": {FORMAT + 1}}}'), "written by a newer version"),
         (lambda folder: (folder / MANIFEST).write_text('{"format": 1}'), "manifest.json can't be read"),
     ],

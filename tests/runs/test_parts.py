@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from tunesmith.runs.parts import files_of, write_index, write_part, writers
+from tunesmith.errors import TunesmithError
+from tunesmith.runs.parts import files_of, named_by, write_index, write_part, writers
 from tunesmith.runs.states import packed, read_state
 
 
@@ -36,3 +39,20 @@ def test_a_state_in_parts_is_read_whole_or_by_slices(tmp_path: Path) -> None:
     )
     last = read_state(tmp_path, "it", lambda name, piece: piece[-1:])
     assert last["first"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "is no index of a model's weights"),
+        ({"weight_map": None}, "is no index of a model's weights"),
+        ({"weight_map": {"a": 5}}, "is no index of a model's weights"),
+        ({"weight_map": {"a": "../../m/model.safetensors"}}, "names ../../m/model.safetensors, which is not in"),
+        ({"weight_map": {"a": "/m/model.safetensors"}}, "names /m/model.safetensors, which is not in its folder"),
+    ],
+)
+def test_an_index_names_files_of_its_folder(index: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(TunesmithError, match=message):
+        named_by(path)

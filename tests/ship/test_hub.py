@@ -379,7 +379,9 @@ def test_a_folder_that_is_no_finished_run_is_refused_with_the_reason(tiny_model:
     (run / "model.safetensors").unlink()
     assert refusal(run).startswith("/run has its weights in pickle files")
     (run / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
-    assert "names no weights, or files outside its folder" in refusal(run)
+    assert "names ../../etc/passwd, which is not in its folder" in refusal(run)
+    (run / "model.safetensors.index.json").write_text('{"weight_map": {"a": "more/weights.safetensors"}}')
+    assert "names no weights, or files of other names" in refusal(run)
     (run / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     assert refusal(run).startswith("/run/model-00001-of-00002.safetensors is missing")
 

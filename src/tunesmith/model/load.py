@@ -30,6 +30,7 @@ from tunesmith.model.demo_model import Progress, demo_model_path
 from tunesmith.model.devices import here
 from tunesmith.model.threads import share_cores
 from tunesmith.runs.checkpoints import checkpoints
+from tunesmith.runs.parts import named_by
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MOST_GROWTH = 1_000_000
 """Characters that a normalizer may make of one."""
@@ -123,8 +125,14 @@ def load_classifier(
 
 def is_classifier(config: PreTrainedConfig) -> bool:
     """Whether a saved model is a sequence classifier, such as a reward model."""
-    kinds = config.architectures or []
+    kinds = architectures_of(config)
     return bool(kinds) and all(kind.endswith("ForSequenceClassification") for kind in kinds)
+
+
+def architectures_of(config: PreTrainedConfig) -> list[str]:
+    """The classes that a saved model is of; none where its settings don't say."""
+    named = config.architectures if isinstance(config.architectures, list) else []
+    return [kind for kind in named if isinstance(kind, str)]
 
 
 def _refuse_random(name: str, model: "PreTrainedModel", missing: Sequence[str]) -> None:
@@ -298,9 +306,9 @@ def adapters_score(path: str) -> bool:
 
 def adapter_config(path: str) -> dict[str, Any]:
     """What adapters say of themselves."""
-    file = Path(path) / ADAPTERS if Path(path).is_dir() else Path(str(cached_file(path, ADAPTERS)))
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
+    with _explained(path, "adapters of "):
+        file = Path(path) / ADAPTERS if Path(path).is_dir() else Path(str(cached_file(path, ADAPTERS)))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def refuse_lost_start(path: str) -> None:
@@ -382,6 +390,8 @@ def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any], allow_pick
                 f"{name} holds adapters, not a whole model; `tunesmith chat {name}` loads them with their base model"
             )
         raise TunesmithError(f"{name} is no model: it has no {CONFIG}")
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        named_by(folder / INDEX)
     if ".safetensors" in suffixes:
         return
     if suffixes & {".bin", ".pt", ".pth"}:

@@ -513,7 +513,7 @@ def _base(run: Run, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedM
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=run.trust_remote_code
             )
-    except (ValueError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # a config of others may be anything
         name = config.name_or_path or config.model_type
         raise TunesmithError(f"model {name} can't be planned for: {error}") from error
     return model

@@ -110,7 +110,7 @@ class Manifest:
             return cls(**values)
         except FileNotFoundError:
             raise TunesmithError(f"{folder} has no {MANIFEST}, so nobody can tell whether it is whole") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, TunesmithError):
                 raise
             raise TunesmithError(f"{folder / MANIFEST} can't be read: {error}") from error

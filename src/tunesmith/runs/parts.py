@@ -6,12 +6,15 @@ processes have written is read as any other: by a run of one process or eight, a
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tunesmith.errors import TunesmithError
+from tunesmith.text import shorten
 
 
 def writers(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
@@ -43,6 +46,22 @@ def write_index(files: Mapping[str, str], folder: Path, name: str, size: int) ->
     """`NAME.safetensors.index.json`, which says what is in which of the `files`."""
     index = {"metadata": {"total_size": size}, "weight_map": dict(files)}
     (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def named_by(index: Path) -> list[str]:
+    """The files with tensors that `model.safetensors.index.json` names, sorted. It came with a model from anywhere.
+
+    Raises TunesmithError for what is no index, and for one that names files outside of its folder.
+    """
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({PurePath(name) for name in places.values()})
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise TunesmithError(f"{index} is no index of a model's weights; save the model again") from error
+    for name in names:
+        if name.is_absolute() or ".." in name.parts:
+            raise TunesmithError(f"{index} names {shorten(str(name))}, which is not in its folder; save it again")
+    return [str(name) for name in names]
 
 
 def _file(name: str, rank: int, processes: int) -> str:

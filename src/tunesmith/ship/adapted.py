@@ -378,7 +378,7 @@ def explained(problem: str) -> Iterator[None]:
             yield
     except TunesmithError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, ImportError) as error:
         first, *more = str(error).splitlines() or [type(error).__name__]  # one for every layer, sometimes
         cause = " ".join([first, *(line.strip() for line in more[:1])]) + (" ..." if more[1:] else "")
         raise TunesmithError(f"{problem}: {cause}") from error

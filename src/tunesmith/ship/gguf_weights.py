@@ -7,7 +7,6 @@ by side: head row i of the first half to 2i, of the second to 2i + 1. Its `qwen2
 Shapes: O rows (outputs), I columns (inputs).
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tunesmith.errors import TunesmithError
+from tunesmith.model.load import architectures_of, load_config
+from tunesmith.runs.parts import named_by
+from tunesmith.ship.adapted import empty_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,11 +82,8 @@ class Weight:
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
     """The settings of the model in `folder`. Raises TunesmithError for one that can't be written as GGUF, by name."""
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise TunesmithError(f"the settings of {folder} can't be read: {error}") from error
-    [architecture, *_] = config.architectures or [f"a model of the type {config.model_type}"]
+    config = load_config(str(folder))
+    [architecture, *_] = architectures_of(config) or [f"a model of the type {config.model_type}"]
     family = FAMILIES.get(architecture)
     if family is None:
         raise TunesmithError(
@@ -124,8 +123,7 @@ def plan_weights(folder: Path, config: PreTrainedConfig, family: Family, quant: 
 
     Raises TunesmithError for tensors that are missing or have another shape than the settings say.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
@@ -153,10 +151,10 @@ def plan_weights(folder: Path, config: PreTrainedConfig, family: Family, quant: 
 def _tensors(folder: Path) -> Iterator[tuple[str, tuple[Path, tuple[int, ...]]]]:
     """The tensors in a folder's safetensors files: name, file and shape."""
     index = folder / INDEX
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    if (folder / SINGLE).is_file():  # which the libraries take before an index
+        files = [folder / SINGLE]
     else:
-        files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+        files = [folder / name for name in named_by(index)] if index.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise TunesmithError(f"{folder} has no weights: there is no .safetensors file in it")
     for file in files:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.checkpoints import checkpoints
+from tunesmith.runs.parts import named_by
 from tunesmith.runs.record import RUN, RunRecord
 from tunesmith.secrets import known_secrets, scrub
 from tunesmith.ship.card import CARD, ModelFolder, base_origin, hub_name, model_card, read_settings, with_samples
@@ -261,10 +262,9 @@ def _weights(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file():  # which the libraries take before an index
         return [WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = (_read(folder / INDEX).get("weight_map") or {}).values()
-        names = sorted({str(name) for name in shards})
+        names = named_by(folder / INDEX)
         if any(not MODEL_FILE.fullmatch(name) for name in names) or not names:
-            raise TunesmithError(f"{folder / INDEX} names no weights, or files outside its folder: {names[:3]}")
+            raise TunesmithError(f"{folder / INDEX} names no weights, or files of other names: {names[:3]}")
         return names
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise TunesmithError(
