@@ -50,6 +50,14 @@ def shorten(text: str, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
+def without_middle(text: str, width: int) -> str:
+    """`text` in at most `width` characters, of which there are 100 or more: the first ones and the last ones."""
+    half = width // 2 - 25
+    if len(text) <= width:
+        return text
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 

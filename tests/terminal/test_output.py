@@ -1,6 +1,7 @@
 """`--quiet` and `--json` mean the same in every command."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def test_the_mode_ends_with_its_command() -> None:
     RUNNER.invoke(app, ["chat", "./nowhere", "--json", "--quiet", "--prompt", "x"])
     assert not mode().as_json
     assert not mode().quiet
+
+
+def test_a_long_error_loses_its_middle() -> None:
+    text = str(TunesmithError(f"the key {'x' * 30_000_000} is unknown; leave it out"))
+    assert len(text) <= 4000
+    assert re.fullmatch(r"the key x+ \[\.\.\. 29,996,0\d\d characters \.\.\.\] x+ is unknown; leave it out", text)
+    assert str(TunesmithError(text)) == text
 
 
 def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
