@@ -47,6 +47,16 @@ def test_a_single_damaged_line_is_bad_and_names_its_byte(tmp_path: Path) -> None
     assert wrong.bad.reason == "byte 9 (0xe4) is not UTF-8; save the file as UTF-8"
 
 
+def test_lines_keep_their_numbers_and_bytes_where_empty_ones_are_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_bytes(b"\n\r\na\n\n\xe4\n \n\n")
+    first, wrong, blank = numbered_lines(file, "rows.txt", skip_empty=True)
+    assert (first.text, first.place) == ("a\n", "rows.txt, line 3")
+    assert wrong.bad is not None
+    assert wrong.bad.reason == "byte 6 (0xe4) is not UTF-8; save the file as UTF-8"
+    assert (blank.text, blank.number) == (" \n", 6)
+
+
 @pytest.mark.parametrize("pack", [bz2.compress, lzma.compress])
 def test_a_compressed_file_that_is_cut_off_or_damaged_is_refused(tmp_path: Path, pack: object) -> None:
     assert callable(pack)

@@ -29,6 +29,7 @@ UNPACKING_BYTES = 256 << 20
 DAMAGED_SHARE = 0.05
 """So large a share of a file's lines can be damaged; more have another encoding."""
 
+EMPTY = (b"\n", b"\r\n")
 BOM = codecs.BOM_UTF8
 MAGIC = {
     b"PK\x03\x04": "a zip archive (as .xlsx and .docx are); save a spreadsheet as CSV UTF-8, unpack others first",
@@ -160,16 +161,20 @@ class _Pieces(io.RawIOBase):
 # Lines
 
 
-def numbered_lines(path: Path, name: str, most: int = MOST_BYTES) -> Iterator[Line]:
+def numbered_lines(path: Path, name: str, most: int = MOST_BYTES, *, skip_empty: bool = False) -> Iterator[Line]:
     """The lines of a file, split at \\n only: JSON may hold other line separators. A BOM is left out.
 
     Raises TunesmithError for a file that can't be read or is not text; `name` is what messages call it. A line of more
-    than `most` bytes (unpacked), with a NUL or with bytes that are not UTF-8 is bad.
+    than `most` bytes (unpacked), with a NUL or with bytes that are not UTF-8 is bad. Empty lines count where they are
+    skipped, too.
     """
     offset, number, checked = 0, 0, False
     with opened(path, name) as file:
         while raw := file.readline(most):
             number += 1
+            if skip_empty and raw in EMPTY:  # there may be millions
+                offset += len(raw)
+                continue
             place = f"{name}, line {number}"
             if number == 1:
                 check_beginning(raw, place)

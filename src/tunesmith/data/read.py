@@ -243,7 +243,7 @@ def _texts(path: Path, name: str, *_: Any) -> PlacedRows:
 
 
 def _by_line(path: Path, name: str, row_of: Callable[[Line], SourceRow | BadRow]) -> PlacedRows:
-    for line in numbered_lines(path, name):
+    for line in numbered_lines(path, name, skip_empty=True):
         if line.bad is not None:
             yield line.place, line.bad
         elif line.text.strip():
