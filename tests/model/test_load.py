@@ -217,6 +217,20 @@ def test_a_normalizer_that_makes_too_much_of_a_text_is_refused(copy: Path) -> No
             load_tokenizer(str(copy))
 
 
+def test_what_a_normalizer_puts_before_a_text_counts(copy: Path) -> None:
+    edit(copy / "tokenizer.json", normalizer={"type": "Prepend", "prepend": "x" * 2_000_000})
+    with pytest.raises(TunesmithError, match="may make 2,000,001 characters of one"):
+        load_tokenizer(str(copy))
+
+
+def test_a_token_of_a_number_without_measure_is_refused(copy: Path) -> None:
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    rules["model"]["vocab"]["zz"] = 4294967290
+    edit(copy / "tokenizer.json", model=rules["model"])
+    with pytest.raises(TunesmithError, match="gives 'zz' the number 4,294,967,290, and at most 10,000,000"):
+        load_tokenizer(str(copy))
+
+
 def test_missing_weights_are_not_made_up(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

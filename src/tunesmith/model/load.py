@@ -31,6 +31,7 @@ from tunesmith.model.devices import here
 from tunesmith.model.threads import share_cores
 from tunesmith.runs.checkpoints import checkpoints
 from tunesmith.runs.parts import named_by
+from tunesmith.text import shorten
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +47,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MOST_GROWTH = 1_000_000
 """Characters that a normalizer may make of one."""
+LAST_TOKEN = 10_000_000
+"""The number of a token. Where a vocabulary is written, memory is taken for all numbers before it."""
 LOST_STARTS = ("pissa_niter", "loftq", "corda", "lora_ga")
 """Ways to start adapters that change the base weights and can't be repeated: they draw numbers, or need data."""
 
@@ -187,13 +190,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
         if not trust_remote_code:
             _refuse_code(path, kwargs.get("revision"))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        _check_backend(name, backend)
+    return tokenizer
+
+
+def _check_backend(name: str, backend: Any) -> None:
+    """Raises TunesmithError for a tokenizer.json that would take any amount of memory."""
+    normalizer = backend.normalizer
     if normalizer is not None and (grows := _growth(json.loads(normalizer.__getstate__()))) > MOST_GROWTH:
         raise TunesmithError(
             f"tokenizer of {name}: the normalizer in tokenizer.json may make {grows:,} characters of one; take another "
             "tokenizer"
         )
-    return tokenizer
+    vocabulary = backend.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    if last is not None and vocabulary[last] > LAST_TOKEN:
+        raise TunesmithError(
+            f"tokenizer of {name}: tokenizer.json gives {shorten(repr(last))} the number {vocabulary[last]:,}, and at "
+            f"most {LAST_TOKEN:,} is supported; take another tokenizer"
+        )
 
 
 def _growth(rules: dict[str, Any]) -> int:
@@ -202,6 +218,8 @@ def _growth(rules: dict[str, Any]) -> int:
         return math.prod(_growth(each) for each in rules["normalizers"])
     if "content" in rules:  # a regular expression may match between two characters, which stay
         return max(1, len(rules["content"]) + ("Regex" in rules["pattern"]))
+    if "prepend" in rules:
+        return 1 + len(rules["prepend"])
     return 1
 
 
