@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from tests.trl_fields import ADDED, CHANGED
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.policy import GRPOConfig
+from tunesmith.settings.recipe import TRAINERS, Trainer, config_of
 
 OTHER_DEFAULTS = {"padding_free": True, "pad_to_multiple_of": None, "gradient_checkpointing": None}
 """Those that differ from TRL's: batches have no padding, and computing twice costs time that small models can save."""
@@ -299,3 +301,29 @@ def test_what_can_not_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) 
     refused("shard is full, and precision: fp16 is set, whose scale", shard="full", precision="fp16")
     assert make(shard="full").place_model_on_device is False
     assert make(shard="grad").place_model_on_device is None
+
+
+@dataclasses.dataclass
+class ScriptArguments:
+    """As TRL's scripts have, beside a config."""
+
+    dataset_name: str = "rows"
+    reward_funcs: list[str] | None = None
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_parser_of_trls_scripts_reads_every_config_from_flags(trainer: Trainer) -> None:
+    flags = "--reward_funcs a.b --output_dir run --use_cpu true --precision fp32 --learning_rate 3e-4 --logging_steps 7"
+    named = {"grpo": " --scale_rewards none", "rloo": " --num_generations 4"}.get(trainer, "")
+    kinds: Any = (ScriptArguments, config_of(trainer))
+    script, config = HfArgumentParser(kinds).parse_args_into_dataclasses((flags + named).split())
+    assert (script.reward_funcs, config.learning_rate, config.logging_steps) == (["a.b"], 3e-4, 7)
+    assert (getattr(config, "scale_rewards", "none"), getattr(config, "reward_funcs", None)) == ("none", None)
+
+
+def test_a_setting_that_no_parser_reads_is_one_like_all_others() -> None:
+    settings: dict[str, Any] = {"output_dir": "run", "precision": "fp32", "use_cpu": True, "reward_funcs": "a, b"}
+    config = GRPOConfig(**settings)
+    assert config.reward_funcs == config.to_dict()["reward_funcs"] == ["a", "b"]
+    assert GRPOConfig(**config.to_dict()).reward_funcs == ["a", "b"]
+    assert GRPOConfig(output_dir="run", precision="fp32", use_cpu=True).reward_funcs is None

@@ -6,6 +6,7 @@ import pytest
 
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import SFTConfig
+from tunesmith.settings.policy import GRPOConfig
 
 
 def make(**settings: Any) -> SFTConfig:
@@ -40,8 +41,9 @@ def test_a_share_of_the_run_warms_up_as_before() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_of_sequences": 1024}, "SFTConfig: num_of_sequences is no setting any more, leave it out: packing knows"),
+        ({"num_of_sequences": 1024}, "SFTConfig: num_of_sequences is no setting here, leave it out: packing knows"),
         ({"logging_dir": "logs"}, "leave it out: set the environment variable TENSORBOARD_LOGGING_DIR"),
+        ({"vllm_importance_sampling_cap": 3.0}, "SFTConfig has no setting 'vllm_importance_sampling_cap'"),
         ({"save_safetensors": False}, "weights are written as safetensors only, drop it"),
         ({"max_seq_length": 7, "max_length": 9}, "max_seq_length and max_length are the same setting; keep max_length"),
         ({"use_liger": True}, "use_liger_kernel is True: Liger replaces the forward"),
@@ -55,3 +57,13 @@ def test_a_share_of_the_run_warms_up_as_before() -> None:
 def test_what_is_gone_or_never_was_says_what_to_write(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TunesmithError, match=message):
         make(**settings)
+
+
+def test_names_of_grpo_mean_what_they_mean_in_trl_and_a_hint_leads_on() -> None:
+    def grpo(**settings: Any) -> GRPOConfig:
+        return GRPOConfig(output_dir="run", precision="fp32", use_cpu=True, **settings)
+
+    capped = grpo(vllm_importance_sampling_cap=2.0, scale_rewards=False, ref_model_mixup_alpha=0.6)
+    assert (capped.vllm_importance_sampling_clip_max, capped.scale_rewards) == (2.0, "none")
+    with pytest.raises(TunesmithError, match="max_prompt_length is no setting here, leave it out: a prompt is never"):
+        grpo(max_prompt_length=64)

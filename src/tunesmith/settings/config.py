@@ -52,8 +52,9 @@ UNSUPPORTED = {
 """Settings of TRL and `transformers` that are refused, unless they are off, and why."""
 
 
-def setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, *, parsed: bool = True) -> Any:
+    """A field. `parsed`: `HfArgumentParser` makes an argument of it; otherwise, only `accept_older_names` takes it."""
+    return field(default=default, metadata={"help": help}, init=parsed)
 
 
 @dataclass
@@ -265,6 +266,10 @@ class Config(TrainingArguments):
     def text_column(self) -> str:
         """The column with plain text."""
         return "text"
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        return values | {name: getattr(self, name) for name in settable(type(self)) if name not in values}
 
     @property
     def cuts_prompt(self) -> bool:
@@ -622,6 +627,11 @@ def own_settings(kind: type[TrainingArguments]) -> set[str]:
     return {name for base in ours for name in vars(base).get("__annotations__", ())}
 
 
+def settable(kind: type[TrainingArguments]) -> list[str]:
+    """The names of the settings that a config is made of."""
+    return [item.name for item in fields(kind) if item.init or "help" in item.metadata]
+
+
 def settings_of(args: TrainingArguments) -> dict[str, Any]:
     """The settings that make a config like `args`; `to_dict` blacks out every token, also those of the tokenizer."""
     settings: dict[str, Any] = args.to_dict()
@@ -630,11 +640,15 @@ def settings_of(args: TrainingArguments) -> dict[str, Any]:
 
 def accept_older_names(kind: type[Config]) -> None:
     """`SFTConfig(evaluation_strategy="steps")` means what it meant; a name that is unknown or gone is our error."""
-    make, names = kind.__init__, [item.name for item in fields(kind) if item.init]
+    make, names = kind.__init__, settable(kind)
+    unparsed = {*names} - {item.name for item in fields(kind) if item.init}
 
     @functools.wraps(make)
     def init(self: Config, *args: Any, **settings: Any) -> None:
-        make(self, *args, **by_todays_names(settings, names, kind.__name__))
+        settings = by_todays_names(settings, names, kind.__name__)
+        for name in unparsed & settings.keys():
+            setattr(self, name, settings.pop(name))
+        make(self, *args, **settings)
 
     kind.__init__ = init  # type: ignore[method-assign]
 

@@ -16,6 +16,7 @@ RENAMED = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
 }
 """What has another name, and the same values."""
 
@@ -54,6 +55,9 @@ HARMLESS = {
     "save_safetensors": (True,),
     "group_by_length": (False,),
     "sync_ref_model": (False,),
+    "use_transformers_paged": (False, None),
+    "ref_model_mixup_alpha": (0.6,),
+    "ref_model_sync_steps": (512,),
 }
 """Values that say what happens anyway."""
 
@@ -83,7 +87,7 @@ def by_todays_names(values: Mapping[str, Any], names: Collection[str], owner: st
 def _todays(name: str, value: Any, names: Collection[str], owner: str) -> tuple[str, Any]:
     if name == "group_by_length":
         return "train_sampling_strategy", "group_by_length"
-    if name in RENAMED:
+    if RENAMED.get(name) in names:
         return RENAMED[name], value
     if name == "max_completion_length" and "max_new_tokens" in names:
         return "max_new_tokens", value
@@ -91,6 +95,8 @@ def _todays(name: str, value: Any, names: Collection[str], owner: str) -> tuple[
         raise TunesmithError(
             f"{owner}: save_safetensors is {value!r}; weights are written as safetensors only, drop it"
         )
+    if name == "max_prompt_length" and "max_completion_length" in names:
+        raise TunesmithError(f"{owner}: {name} is no setting here, leave it out: a prompt is never cut")
     if name in LEAVE_OUT:
-        raise TunesmithError(f"{owner}: {name} is no setting any more, leave it out: {LEAVE_OUT[name]}")
+        raise TunesmithError(f"{owner}: {name} is no setting here, leave it out: {LEAVE_OUT[name]}")
     raise TunesmithError(f"{owner} has no setting {name!r}{nearest(name, names)}")

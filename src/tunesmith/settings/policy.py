@@ -106,6 +106,8 @@ class PolicyConfig(Config):
         None,
         "What judges answers: names of built-in rewards, `module:function` or `file.py:function`; as an object, each "
         "with its arguments.",
+        # TRL's scripts have an argument of this name beside their config, and a parser takes each name once.
+        parsed=False,
     )
     reward_weights: list[float] | None = setting(None, "The weight of each reward; unset, 1.")
     # The loss
@@ -277,7 +279,7 @@ class GRPOConfig(PolicyConfig):
         "dapo", "grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | vespo; see docs/policies.md."
     )
     importance_sampling_level: RatioLevel = setting("token", "A ratio for each token | sequence: for an answer (GSPO).")
-    scale_rewards: RewardScaling | bool = setting(
+    scale_rewards: RewardScaling = setting(
         "group", "Divide by the deviation of rewards: group | batch | none (Dr. GRPO)."
     )
     multi_objective_aggregation: Aggregation = setting(

@@ -277,7 +277,7 @@ def _setting(name: str, place: str) -> Setting:
     settings = every_setting()
     if name not in settings:
         if name in LEAVE_OUT:
-            raise TunesmithError(f"{place}: {name} is no setting any more, leave it out: {LEAVE_OUT[name]}")
+            raise TunesmithError(f"{place}: {name} is no setting here, leave it out: {LEAVE_OUT[name]}")
         other = (OTHER_NAMES | RENAMED).get(name)
         hint = f"; did you mean {other!r}?" if other else nearest(name, settings)
         raise TunesmithError(f"{place}: unknown setting {name!r}{hint} (`tunesmith train --fields` lists all)")
@@ -317,6 +317,8 @@ def all_settings(trainer: Trainer = "sft") -> dict[str, Setting]:
     kinds = get_type_hints(config)
     # `true` means the newest checkpoint in the output folder, and FSDP on; the declared types have only text.
     kinds |= dict.fromkeys(("resume_from_checkpoint", "fsdp"), bool | str | None)
+    if "scale_rewards" in kinds:  # which was true or false in TRL, once
+        kinds["scale_rewards"] |= bool
     inherited = {item.name for item in fields(TrainingArguments)}
     settings = {name: Setting(kind=kind, default=MISSING, help=text) for name, (kind, text) in KEYS.items()}
     for item in sorted(fields(config), key=lambda item: item.name in inherited):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -155,8 +154,7 @@ def _serialized(column: pa.ChunkedArray) -> Iterator[Any]:
 
 def _settings(args: Config, processes: int) -> dict[str, Any]:
     values = args.to_dict()
-    names = [item.name for item in fields(args) if item.init]
-    kept = {name: _plain(without_secrets(values[name])) for name in names if name in values and _is_compared(name)}
+    kept = {name: _plain(without_secrets(value)) for name, value in values.items() if _is_compared(name)}
     if args.max_tokens_per_batch is not None:
         kept["token_batches"] = TOKEN_BATCHES
     return kept | {"train_on": args.resolved_train_on, "processes": processes, "dealt": DEALT}
