@@ -123,6 +123,7 @@ def test_a_file_that_is_there_stays_unless_forced(labelled: Path, tiny_model: Pa
         (["--data", "mail.jsonl", "--method", "qlora"], "choose lora | full | 8bit | 4bit"),
         (["--data", "bad.jsonl"], "bad.jsonl, line 2: 'prompt' is text (a) and 'completion' is a number"),
         (["--data", "odd.jsonl"], "Here: --columns instruction=left,output=right, if 'left' is the question"),
+        (["--data", "shop.csv"], "Here: --columns instruction=Asked,output=Said, if 'Asked' is the question"),
         (["--data", "title.csv"], "--columns text='FAQ 2025'; if that is a title, delete the lines above the header"),
         (["--data", "mail.jsonl", "--columns", "instruction=txt,output=label"], "no column 'txt'"),
         (["--data", "mail.jsonl", "--columns", "txt"], "--columns txt: write ours=yours,..."),
@@ -136,6 +137,7 @@ def test_a_mistake_is_told_and_nothing_written(
 ) -> None:
     written(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 3}])
     (tmp_path / "title.csv").write_text("FAQ 2025\nFrage;Antwort\nA?;a\n")
+    (tmp_path / "shop.csv").write_text("No,Date,Asked,Where,Said\n1,2026/03/04,Is it here?,web,It is.\n")
     written(tmp_path / "odd.jsonl", [{"left": "a", "right": "b"}])
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     written(tmp_path / "calls.jsonl", [{"messages": [{"role": "user", "content": "a"}, call]}])

@@ -1,6 +1,7 @@
 """The supervised spans of every style of chat template, as literal token ids and as text, and what is refused."""
 
 import re
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.data.styles import (
     words,
 )
 from tunesmith.data import template as module
-from tunesmith.data.chat import Rendering
+from tunesmith.data.chat import UNANSWERED, UNASKED, Rendering
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
@@ -225,6 +226,17 @@ def test_a_conversation_may_begin_with_the_assistant(name: str, expected: list[s
 @pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("llama2", "  </s>"), ("phi3", "<|end|>")])
 def test_of_an_empty_turn_its_end_is_supervised(name: str, end: str) -> None:
     assert supervised(name, [user("Hi"), assistant(""), user("Why?"), assistant("")]) == [end, end]
+
+
+def test_questions_and_answers_that_say_nothing_are_told() -> None:
+    def notes(*messages: Any, prompt: int | None = None) -> tuple[str, ...]:
+        return render(replace(conversation([*messages]), prompt_length=prompt), template("chatml")).notes
+
+    assert notes(user("Hi"), assistant(""), user(" \n"), assistant("Yes")) == (UNANSWERED, UNASKED)
+    assert notes(user("Hi"), assistant(""), user("Why?"), assistant("Yes"), prompt=3) == ()
+    assert notes(system(""), user("Hi"), assistant("Yes")) == ()
+    called = render(conversation([user("Hi"), calls("f"), result(""), assistant("Yes")], tools=TOOLS), template("glm"))
+    assert called.notes == ()
 
 
 def test_contents_may_be_lists_of_parts() -> None:

@@ -263,6 +263,18 @@ def test_the_same_rows_in_any_everyday_file(tmp_path: Path, name: str, content: 
     assert rows_of(tmp_path, name, content) == ROWS
 
 
+def test_a_sheet_that_excel_saved_as_unicode_text_is_a_table_whatever_its_columns_are_called(tmp_path: Path) -> None:
+    (tmp_path / "sheet.txt").write_bytes("編號\t提問\n1\t有貨\n2\t多少錢\n".encode("utf-16"))
+    (tmp_path / "prose.txt").write_bytes("a\tb\nc\n".encode("utf-16"))
+    (tmp_path / "own.txt").write_text("編號\t提問\n1\t有貨\n")
+    sheet, prose, own = (
+        [row for _, row in read_rows(str(tmp_path / f"{name}.txt"))] for name in ("sheet", "prose", "own")
+    )
+    assert sheet == [{"編號": "1", "提問": "有貨"}, {"編號": "2", "提問": "多少錢"}]
+    assert prose == [{"text": "a\tb"}, {"text": "c"}]
+    assert own == [{"text": "編號\t提問"}, {"text": "1\t有貨"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "places"),
     [

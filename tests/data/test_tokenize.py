@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.styles import assistant, bytes_, conversation, system, user, words
 from tunesmith.data.arrow import FlatExamples
-from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, joined, token_range, untrimmed
+from tunesmith.data.chat import UNANSWERED
+from tunesmith.data.tokenize import GLUED, Counts, EncodeOptions, Encoder, joined, token_range, untrimmed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example, Row, Text, Tokens
 
@@ -343,6 +344,23 @@ def test_rows_of_weight_zero_or_without_text_are_dropped_and_counted() -> None:
     examples, counts = encode(words("chatml", "<|im_end|>"), *rows[:3], *rows[5:])
     assert (len(examples), counts.rows, counts.examples) == (1, 6, 1)
     assert counts.dropped == {"nothing in it to train on": (5, ["row 0", "row 1", "row 2", "row 3", "row 4"])}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "notes"),
+    [
+        ("How much is it?", "50", [GLUED]),
+        ("Hi", "Yes", [GLUED]),
+        ("Hi", " Yes", []),
+        ("Hi:", "Yes", []),
+        ("多少", "50", []),
+        ("Hi", "", [UNANSWERED]),
+        ("Hi", " \n", [UNANSWERED]),
+    ],
+)
+def test_what_is_odd_where_a_prompt_meets_its_answer_is_told(prompt: str, answer: str, notes: list[str]) -> None:
+    _, counts = encode(words("", "</s>"), Text(text=prompt + answer, prompt=prompt))
+    assert list(counts.notes) == notes
 
 
 # Longer than max_length

@@ -17,6 +17,9 @@ ANSWERS = (
 CONTEXTS = ("context", "input", "passage", "background", "背景", "上下文", "補充", "补充")
 TEXTS = ("content", "body", "document", "article", "passage", "文本", "內容", "内容", "文章", "正文")
 """What columns are called elsewhere, the likeliest first."""
+ASKS = ("question", "query", "prompt", "instruction", "request", "問題", "问题", "提問", "提问", "質問")
+REPLIES = ("answer", "reply", "response", "答案", "回答", "回覆", "回复")
+"""Words of longer names: Customer question, 客服回覆."""
 
 
 def guessed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str] | None:
@@ -24,8 +27,8 @@ def guessed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str
 
     `templated`: the model has a chat template, so a question and an answer become two turns of it.
     """
-    answer = named_column(row, ANSWERS)
-    question = named_column(row, QUESTIONS, but=answer)
+    answer = named_column(row, ANSWERS) or _column_with(row, REPLIES)
+    question = named_column(row, QUESTIONS, but=answer) or _column_with(row, ASKS, but=answer)
     talks = [name for name, value in row.items() if _is_talk(value)]
     if question is not None and answer is not None and question in talks:
         # Turns and a text can't be joined: that takes a `formatting_func`.
@@ -39,11 +42,38 @@ def guessed_columns(row: Mapping[str, Any], *, templated: bool) -> dict[str, str
     return None if text is None else {"text": text}
 
 
+def _column_with(row: Mapping[str, Any], words: Sequence[str], but: str | None = None) -> str | None:
+    """The first column of `row` that has one of `words` in its name, and prose in it: no date, and no number."""
+    for name, value in row.items():
+        if name == but or not isinstance(value, str) or not is_prose(value):
+            continue
+        parts = str(name).casefold().replace("-", " ").replace("_", " ").split()
+        if any(word in parts if word.isascii() else word in str(name) for word in words):
+            return name
+    return None
+
+
+def is_prose(text: str) -> bool:
+    """Whether more of a text is letters than not, white space aside."""
+    letters, others = sum(map(str.isalpha, text)), sum(not character.isspace() for character in text)
+    return 2 * letters > others
+
+
 def _is_talk(value: Any) -> bool:
     """Whether a value is a list of turns that say who speaks."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         return False
     return any("role" in turn or "from" in turn for turn in value)
+
+
+def likely_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of `rows` whose names say nothing, in their order, as far as they are texts in the first row; before
+    them the two that hold most prose, which are likelier a question and an answer than a number, a date and a name."""
+    first = rows[0]
+    texts = [str(name) for name, value in first.items() if isinstance(value, str)]
+    prose = {name: sum(len(text) for row in rows if is_prose(text := str(row.get(name) or ""))) for name in texts}
+    most = sorted(texts, key=lambda name: -prose[name])[:2]
+    return sorted(texts, key=lambda name: name not in most)
 
 
 def pair_columns(question: str, answer: str, *, templated: bool) -> dict[str, str]:

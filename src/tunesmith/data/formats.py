@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from tunesmith.data.calls import tools_of
-from tunesmith.data.columns import guessed_columns
+from tunesmith.data.columns import guessed_columns, pair_columns
 from tunesmith.data.messages import FACTORS, TurnOptions, Turns, agreed_weight, read_turns, stated_training
 from tunesmith.data.pairs import LABELS, PROMPTS, SIDES, read_judged, read_pair
 from tunesmith.data.skipped import BadRow, Place, SourceRows
@@ -229,7 +229,7 @@ def _check_preference(row: Mapping[str, Any], task: Task) -> None:
 
 def _no_format(row: Mapping[str, Any]) -> str:
     known = [column for columns in FORMATS.values() for column in columns]
-    strange = [column for column in sorted(row) if column not in (*known, *EXTRA_COLUMNS)][:GUESSED]
+    strange = [column for column in row if column not in (*known, *EXTRA_COLUMNS)][:GUESSED]
     commoner = [column for column in known if column not in ("conversation", "contents")]
     hint = next((hint for column in strange if (hint := nearest(column, commoner))), "")
     for name, columns in FORMATS.items():
@@ -237,12 +237,12 @@ def _no_format(row: Mapping[str, Any]) -> str:
             nulls = " and ".join(repr(column) for column in columns if row[column] is None)
             hint = f"; {nulls} is null, which the format {name!r} needs"
             break
-    listed = listing([column if row[column] is not None else f"{column} (null)" for column in sorted(row)])
-    example = {"prompt": "question", "completion": "answer"}
+    listed = listing([column if value is not None else f"{column} (null)" for column, value in row.items()])
     guesses = [guessed_columns(row, templated=templated) for templated in (True, False)]
+    examples = [pair_columns("question", "answer", templated=templated) for templated in (True, False)]
     lines = [
         f"`columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in (guess or example).items())}}}`"
-        for guess in guesses
+        for guess, example in zip(guesses, examples, strict=True)
     ]
     named = "Write" if any(guesses) else "Other names:"
     text = f", or {lines[1]} without a chat template," if lines[1] != lines[0] else ","

@@ -44,7 +44,8 @@ MAGIC = {
 """How files that are not text begin."""
 TAR = slice(257, 262), b"ustar"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-ENCODED = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+ENCODED = {codecs.BOM_UTF32_LE: "utf-32", **dict.fromkeys(UTF16, "utf-16")}
 """Byte order marks and the codecs that read them; that of UTF-32 begins like that of UTF-16."""
 DAMAGED = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError)
 """What reading a damaged file raises."""

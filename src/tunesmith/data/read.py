@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from tunesmith.data.folders import NO_SCRIPTS, SUFFIXES, find, is_file_name, suffix_of
 from tunesmith.data.formats import ArrowRow
 from tunesmith.data.jsontext import STRICT, PlacedRows, SourceRow, has_format, is_row, json_line, json_rows
-from tunesmith.data.lines import BOM, MOST_BYTES, Line, check_beginning, numbered_lines, opened
+from tunesmith.data.lines import BOM, MOST_BYTES, UTF16, Line, check_beginning, numbered_lines, opened
 from tunesmith.data.skipped import BadRow
 from tunesmith.errors import TunesmithError
 
@@ -180,6 +180,9 @@ def _reader(path: Path, name: str) -> Reader:
     delimiter = _delimiter(lines, "\t" if suffix == ".tsv" else ",")
     columns = _cells(lines[:1], delimiter)[0]
     is_table = len(columns) > 1 and has_format(columns)
+    if suffix == ".txt" and head.startswith(UTF16):  # as Excel saves a sheet, tabs between the cells
+        rows = _cells(lines, "\t")
+        is_table = is_table or (len(rows) > 1 and len({*map(len, rows)}) == 1 and len(rows[0]) > 1)
     if suffix in (".csv", ".tsv") or is_table:
         return lambda path, name, *_: _table(path, name, delimiter)
     if suffix in (".jsonl", ".ndjson", ".json"):

@@ -9,6 +9,7 @@ and generates tokens of its own.
 """
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tunesmith.data.arrow import FlatExamples
-from tunesmith.data.chat import Rendering, RenderOptions, render
+from tunesmith.data.chat import UNANSWERED, Rendering, RenderOptions, render
 from tunesmith.data.formats import check_characters
 from tunesmith.data.prefix import paths, share_prefixes
 from tunesmith.data.sandbox import TooLong, time_limit
@@ -39,6 +40,9 @@ NAMED_REASONS = 20
 BARE = {"prepend_scheme": "never", "add_prefix_space": False}
 NAMED = ("dropped", "notes")
 """The counts that name the first rows."""
+GLUED = "whose answer follows the prompt with nothing between them, not even a space"
+MEETING = re.compile(r"[A-Za-z0-9.?!][A-Za-z0-9]")
+"""The last character of such a prompt, and the first of its answer."""
 TWO = ("answer_tokens", "longer", "judged")
 """The counts that are two numbers."""
 EQUAL = "both answers are the same"
@@ -356,7 +360,10 @@ class Encoder:
         learned = row.weight > 0 and (row.text.strip() or row.prompt is not None)
         spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if learned else ()
         prompt = None if row.prompt is None else len(row.prompt)
-        return Rendering(documents=(Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True),))
+        notes = () if not spans or prompt is None else tuple(_notes_on(row.text[:prompt], row.text[prompt:]))
+        return Rendering(
+            documents=(Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True),), notes=notes
+        )
 
     def _answer(self, answer: Conversation | Text, name: str) -> Rendering:
         """An answer behind its prompt, as one text, in which what the model would generate is scored."""
@@ -521,6 +528,14 @@ class Encoder:
         if self.options.overlong == "drop":
             return f"longer than max_length {limit}"
         return f"no supervised token within max_length {limit}"
+
+
+def _notes_on(prompt: str, answer: str) -> Iterator[str]:
+    """What is odd where a prompt of plain text and its answer meet."""
+    if not answer.strip():
+        yield UNANSWERED
+    elif MEETING.match(prompt[-1:] + answer[:1]):
+        yield GLUED
 
 
 def _answers(parts: Sequence[Rendering], score: float, weight: float) -> Answers:

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 ROOM = 0.9
 """The share of the memory that is planned with: the rest is for what else runs."""
+HEAD = 20
+"""Rows whose columns are looked at."""
 JOINED = (
     "'prompt' and 'completion' are texts, which are joined as they are, without the chat template; to train on turns "
     "write --columns instruction=prompt,output=completion"
@@ -208,11 +211,13 @@ def _task(options: Options, rows: "Rows", columns: Mapping[str, str]) -> "Task":
 
 def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str, str]:
     """The `columns` setting: as given, as the names of the columns suggest, or as somebody answers."""
+    from tunesmith.data.columns import likely_columns
     from tunesmith.data.formats import FormatOptions, detect
     from tunesmith.init.facts import proposed_columns
     from tunesmith.settings.coerce import columns_of
 
-    place, first = next(iter(rows))
+    head = list(islice(rows, HEAD))
+    place, first = head[0]
     if options.columns is not None:
         return columns_of(options.columns)
     if _task(options, rows, {}) != "supervised":
@@ -221,25 +226,26 @@ def _chosen_columns(options: Options, rows: "Rows", templated: bool) -> dict[str
         proposed = proposed_columns(first, templated=templated)
     except TunesmithError as error:
         raise TunesmithError(f"{place}: {error}") from error
+    likely = likely_columns([row for _, row in head if isinstance(row, Mapping)])
     if proposed is None and not options.asks:
         try:
             detect(first, FormatOptions())
         except TunesmithError as error:
-            raise TunesmithError(f"{place}: {error}\nHere: {_columns_to_write(first, templated)}") from error
+            raise TunesmithError(f"{place}: {error}\nHere: {_columns_to_write(first, likely, templated)}") from error
     if proposed:
         named = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in proposed.items())
         tell = typer.echo if options.asks else say  # who is asked whether that is right has to see it
         tell(f"the columns are {', '.join(map(str, first))}; taken are {named}")
         if options.asks and not confirm("Is that right?"):
             proposed = None
-    return _asked_columns(first, templated) if proposed is None else proposed
+    return _asked_columns(first, likely, templated) if proposed is None else proposed
 
 
-def _columns_to_write(row: Mapping[str, Any], templated: bool) -> str:
-    """The option for a row whose columns say nothing, with their names where two of them are texts."""
+def _columns_to_write(row: Mapping[str, Any], likely: Sequence[str], templated: bool) -> str:
+    """The option for rows whose columns say nothing, with the names of two if so many are texts."""
     from tunesmith.data.columns import pair_columns
 
-    texts = [str(name) for name, value in row.items() if isinstance(value, str) and not set(",=") & set(str(name))]
+    texts = [name for name in likely if not set(",=") & set(name)]
     if len(row) == 1 and texts:
         return f"--columns text={shlex.quote(texts[0])}; if that is a title, delete the lines above the header"
     one, two = texts[:2] if len(texts) >= 2 else ("question", "answer")
@@ -248,17 +254,16 @@ def _columns_to_write(row: Mapping[str, Any], templated: bool) -> str:
     return f"--columns {shlex.quote(named)}{why}"
 
 
-def _asked_columns(row: Mapping[str, Any], templated: bool) -> dict[str, str]:
+def _asked_columns(row: Mapping[str, Any], likely: Sequence[str], templated: bool) -> dict[str, str]:
     """Which column asks and which answers, of those that are texts."""
     from tunesmith.data.columns import pair_columns
 
-    texts = [str(name) for name, value in row.items() if isinstance(value, str)]
-    if not texts:
+    if not likely:
         raise TunesmithError(f"the first row has no text in its columns {', '.join(map(str, row)) or '(none)'}")
-    if len(texts) == 1:
-        return {"text": texts[0]}
-    question = ask("Which column is the question", texts, texts[0])
-    rest = [name for name in texts if name != question]
+    if len(likely) == 1:
+        return {"text": likely[0]}
+    question = ask("Which column is the question", likely, likely[0])
+    rest = [name for name in likely if name != question]
     return pair_columns(question, ask("Which is the answer", rest, rest[0]), templated=templated)
 
 
