@@ -365,10 +365,11 @@ if not HUB:
     assert ends["new rows trained"] > 1 / 64 + 1e-6 >= ends["left as they were"], ends
 
 # %% [markdown]
-# With the new rows, the model learns to stop after most answers. Behind this one word the end token is still unlikely
-# after so few steps, but likelier than its neighbours. Without the new rows, the probability is shared by all 64 of
-# them, which look alike, so it is never more than a sixty-fourth. With adapters that you make yourself, before the
-# trainer sees them, the new rows would be left out in the same way. That is no run that you want, so it is refused:
+# With the new rows, the model learns to stop after most answers. After so few steps the end token is still unlikely
+# behind "Tokyo", but its probability is already above a sixty-fourth. Without the new rows, the probability is shared
+# by all 64 of them, which look alike, so it is never more than a sixty-fourth. With adapters that you make yourself,
+# before the trainer sees them, the new rows would be left out in the same way. That is no run that you want, so it is
+# refused:
 
 # %%
 cloned, cloned_tokenizer, _ = clone_chat_template(

@@ -67,6 +67,19 @@ class Published(BaseTrainer):
         return push(str(args.output_dir), in_full(name, token), options, token=token)
 
 
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **settings: Any
+    ) -> None:
+        """Write the draft of a card that `transformers` makes. `push_to_hub` sends a full one in place of a draft.
+
+        `dataset_name` is the hub's name of the training data, and told in both.
+        """
+        if dataset_name is not None:
+            self.origins["train"] = Origin.of_data(dataset_name)
+            settings = {"dataset": dataset_name} | settings
+        super().create_model_card(model_name=model_name, tags=tags, **settings)
+
+
 class SFTTrainer(sft.SFTTrainer, Published):
     __doc__ = sft.SFTTrainer.__doc__
 

@@ -109,6 +109,20 @@ def test_push_to_hub_sends_the_model_with_a_card_that_shows_answers(
     assert not any(TOKEN.encode() in content for content in files.values())
 
 
+def test_the_draft_of_a_card_takes_trls_arguments_and_gives_way_to_a_full_one(
+    hub: Hub, trainer_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = trainer_of(hub_model_id="org/drafted")
+    trainer.train()
+    trainer.create_model_card(model_name="drafted", dataset_name="org/rows", tags=["shop"])
+    draft = (tmp_path / "run" / "README.md").read_text()
+    assert all(text in draft for text in ("drafted", "org/rows", "shop", "More information needed"))
+    trainer.push_to_hub()
+    card = hub.files("org/drafted")["README.md"].decode()
+    assert "org/rows" in card
+    assert "More information needed" not in card
+
+
 def test_every_save_sends_the_checkpoints_model_and_nothing_of_the_optimizer(
     hub: Hub, trainer_of: Callable[..., Any]
 ) -> None:

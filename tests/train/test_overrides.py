@@ -81,6 +81,15 @@ class Summed(SFTTrainer):
         return cross_entropy(*shifted(logits, inputs["labels"]), reduction="sum") / num_items_in_batch
 
 
+class Unread(SFTTrainer):
+    """Takes what newer versions hand out, and computes the mean without it."""
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+    ) -> Any:
+        return weighted(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+
+
 class Watching(SFTTrainer):
     """Adds to the loss of tunesmith, and looks at what it was made of."""
 
@@ -147,7 +156,7 @@ def test_a_subclass_trains_by_its_own_loss(
     assert trainer.state.log_history[0]["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
 
 
-@pytest.mark.parametrize("kind", [Weighted, Focal, Summed])
+@pytest.mark.parametrize("kind", [Weighted, Unread, Focal, Summed])
 def test_micro_batches_of_a_step_weigh_as_their_loss_says(
     kind: type[SFTTrainer], model_of: Make, config: Make, tokenizer: Any
 ) -> None:
@@ -158,7 +167,7 @@ def test_micro_batches_of_a_step_weigh_as_their_loss_says(
     trainer.train()
     model, loss_of = (
         model_of(),
-        {Weighted: weighted, Focal: focal}.get(kind, lambda *both: cross_entropy(*shifted(*both))),
+        {Weighted: weighted, Unread: weighted, Focal: focal}.get(kind, lambda *both: cross_entropy(*shifted(*both))),
     )
     ids = [torch.tensor([row["input_ids"]]) for row in rows]
     first, second = (loss_of(model(input_ids=row).logits, row).item() for row in ids)
@@ -279,3 +288,22 @@ def test_it_is_said_what_a_subclass_is_given(
     Focal(model_of(), config(packing=True), train_dataset=PAIR_ROWS, processing_class=tokenizer)
     assert "Focal overrides compute_loss: it gets padded batches in plain dictionaries" in caplog.text
     assert "packs are taken apart" in caplog.text
+
+
+def test_what_only_trls_trainer_would_call_stops_the_run_unless_it_is_called(
+    model_of: Make, config: Make, tokenizer: Any
+) -> None:
+    class Preparing(SFTTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._prepare_dataset(dataset, *args, **kwargs)
+
+    class Helping(SFTTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return (lambda: self._compute_loss(*args, **kwargs))()
+
+        def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(TunesmithError, match=r"Preparing overrides _prepare_dataset, .* formatting_func="):
+        Preparing(model_of(), config(), train_dataset=PAIR_ROWS, processing_class=tokenizer)
+    Helping(model_of(), config(max_steps=1), train_dataset=PAIR_ROWS, processing_class=tokenizer).train()

@@ -107,7 +107,7 @@ class Config(TrainingArguments):
 
     # The data
     columns: dict[str, str] | str | None = setting(
-        None, "Our column names to the data's, e.g. {prompt: question, completion: answer}."
+        None, "Our column names to the data's, e.g. {instruction: question, output: answer}."
     )
     chat_template_kwargs: dict[str, Any] | str | None = setting(
         None, "Arguments of the chat template for every row, e.g. {enable_thinking: false}."

@@ -25,6 +25,18 @@ HOOKS = ("compute_loss", "training_step", "prediction_step")
 SHOWN = ("input_ids", "attention_mask", "labels")
 """What a plain batch has of a `Batch`, as TRL's has: positions follow from the mask."""
 ITEMS = "num_items_in_batch"
+_LOSS = "Override compute_loss, or batch_loss for batches without padding"
+_DRAWN = "Give generator=, a function of prompts that returns answers (tunesmith.train.generator)"
+OF_TRL = {
+    "_prepare_dataset": (
+        "Give rows as they are to be read, formatting_func=, or dataset_kwargs={'skip_prepare_dataset': True}"
+    ),
+    **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "concatenated_forward", "dpo_loss", "kto_loss"), _LOSS),
+    "_get_per_token_logps_and_entropies": _LOSS,
+    "_calculate_rewards": "Give reward_funcs=, functions that get the answers and all columns",
+    **dict.fromkeys(("_generate", "_generate_single_turn", "_generate_and_score_completions"), _DRAWN),
+}
+"""Methods of TRL's trainers that subclasses there override, and the way to the same here."""
 
 
 class PlainBatch(dict[str, Any]):
@@ -113,6 +125,7 @@ class Overrides:
         self, trainer: Trainer, base: type, meters: Mapping[str, Meter], note_batch: Callable[[Any, Tensor], None]
     ) -> None:
         self._trainer, self._base, self._meters, self._note_batch = trainer, base, meters, note_batch
+        _check_all_are_called(type(trainer), base)
         self.names = overridden(type(trainer), base)
         self._own = {name: getattr(trainer, name) for name in self.names}
         self._reached: set[str] = set()
@@ -215,7 +228,30 @@ def _reads_items(function: Callable[..., Any]) -> bool:
         return False
     plain = inspect.unwrap(getattr(function, "__func__", function))
     plain = plain.func if isinstance(plain, functools.partial) else plain
-    if not hasattr(plain, "__code__") or ITEMS not in inspect.signature(plain).parameters:
-        return True  # `**kwargs`, which is handed on
+    if not hasattr(plain, "__code__"):
+        return True
+    parameters = inspect.signature(plain).parameters.values()
+    name = next((each.name for each in parameters if each.name == ITEMS or each.kind is each.VAR_KEYWORD), None)
     loads = (step for step in dis.get_instructions(plain) if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")))
-    return any(step.argval == ITEMS or (isinstance(step.argval, tuple) and ITEMS in step.argval) for step in loads)
+    return any(step.argval == name or (isinstance(step.argval, tuple) and name in step.argval) for step in loads)
+
+
+def _check_all_are_called(trainer: type, base: type) -> None:
+    """Raises TunesmithError for a method that TRL's trainer calls, and nobody here: neither this trainer nor any other
+    method of the class that has it."""
+    methods = [(name, value) for cls in _above(trainer, base) for name, value in vars(cls).items()]
+    for name, _ in methods:
+        if name in OF_TRL and not any(_names(value, name) for other, value in methods if other != name):
+            raise TunesmithError(
+                f"{trainer.__name__} overrides {name}, which TRL's trainer calls, and this one does not: the run would "
+                f"go on without it. {OF_TRL[name]}"
+            )
+
+
+def _names(function: Any, name: str) -> bool:
+    """Whether a function, or one within it, reads an attribute of this name."""
+    code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+    codes = [] if code is None else [code]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return any(name in code.co_names for code in codes)
