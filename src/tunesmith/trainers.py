@@ -66,7 +66,6 @@ class Published(BaseTrainer):
         name = self.hub_model_id or args.hub_model_id or Path(str(args.output_dir)).name
         return push(str(args.output_dir), in_full(name, token), options, token=token)
 
-
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **settings: Any
     ) -> None:

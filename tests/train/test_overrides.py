@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
@@ -307,3 +308,26 @@ def test_what_only_trls_trainer_would_call_stops_the_run_unless_it_is_called(
     with pytest.raises(TunesmithError, match=r"Preparing overrides _prepare_dataset, .* formatting_func="):
         Preparing(model_of(), config(), train_dataset=PAIR_ROWS, processing_class=tokenizer)
     Helping(model_of(), config(max_steps=1), train_dataset=PAIR_ROWS, processing_class=tokenizer).train()
+
+
+@pytest.mark.parametrize("make", [Dataset.from_list, list])
+def test_other_columns_of_the_rows_reach_a_collator_that_is_to_see_them(
+    make: Callable[[Any], Any], model_of: Make, config: Make, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[tuple[int, float | None]] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        seen.extend((len(row["input_ids"]), row.get("share")) for row in rows)
+        return dict(zip(("input_ids", "attention_mask", "labels"), plain_rows(rows), strict=True))
+
+    def seen_of(**settings: Any) -> list[tuple[int, float | None]]:
+        seen.clear()
+        rows = make([{"input_ids": [3] * size + [END], "share": size / 2} for size in (2, 3, 4, 5)])
+        args = config(remove_unused_columns=False, shuffle_dataset=True, **settings)
+        SFTTrainer(model_of(), args, train_dataset=rows, processing_class=tokenizer, data_collator=collate).train()
+        return sorted(seen)
+
+    assert seen_of() == [(3, 1.0), (4, 1.5), (5, 2.0), (6, 2.5)]
+    assert "does not get" not in caplog.text
+    assert seen_of(max_length=4, overlong="drop") == [(3, None), (4, None)]
+    assert "the data_collator does not get share: of 4 rows, 2 became examples" in caplog.text

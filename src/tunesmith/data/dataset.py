@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakSet
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from tunesmith.data.arrow import list_lengths
 from tunesmith.data.formats import ArrowRow, FormatOptions, Task, parse_each, parse_rows
@@ -27,7 +28,10 @@ from tunesmith.data.streams import resumable
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import Config
+from tunesmith.text import counted
 from tunesmith.types import Row
+
+logger = logging.getLogger(__name__)
 
 Prepared: TypeAlias = Dataset | IterableDataset
 Source: TypeAlias = Prepared | Rows | Sequence[Mapping[str, Any]]
@@ -249,6 +253,8 @@ class DataPreparer:
                 raise TunesmithError(f"{split}: packing needs all lengths; load the stream, or set packing: false")
             return self._stream(source, split, Encoder(self.tokenizer, options))
         dataset = self._prepare_examples(source, split, options, self.formats)
+        if not (self._shares or self.args.remove_unused_columns or packing):
+            dataset = self._with_columns(dataset, source, split)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
         return self._pack(dataset) if packing else dataset
@@ -267,6 +273,27 @@ class DataPreparer:
         if self._saves_skipped:  # data for an evaluation in between
             self.save_skipped()
         return dataset
+
+    def _with_columns(self, dataset: Dataset, source: Source, split: str) -> Dataset:
+        """`dataset` with the other columns of its rows, which a collator of the user's may read. There are none where
+        rows and examples are not the same ones."""
+        if not isinstance(source, Dataset | Sequence):
+            return dataset
+        given, counts = source if isinstance(source, Dataset) else Dataset.from_list([*source]), self.counts[split]
+        names = [name for name in given.column_names if name not in dataset.column_names]
+        if not names:
+            return dataset
+        if counts.dropped or not len(given) == counts.rows == len(dataset):
+            logger.warning(
+                "%s: remove_unused_columns is False, and the data_collator does not get %s: of %s, %s became examples, "
+                "and the columns are of rows",
+                split,
+                ", ".join(names),
+                counted(counts.rows, "row"),
+                f"{len(dataset):,}",
+            )
+            return dataset
+        return concatenate_datasets([dataset, given.select_columns(names).with_format(None)], axis=1)
 
     def _options(self, packing: bool) -> EncodeOptions:
         cuts = packing and self.args.packing_strategy != "bfd"  # those strategies cut overlong examples themselves
