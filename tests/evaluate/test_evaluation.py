@@ -13,6 +13,7 @@ from peft import PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 from tests.ship.runs import adapter_run, full_run, record
+from tunesmith.cli.data import data_recipe, preparer_of, training_rows
 from tunesmith.cli.eval import evaluate
 from tunesmith.cli.main import Commands
 from tunesmith.model.generate import generate
@@ -243,6 +244,40 @@ def test_columns_are_those_of_the_training_where_the_rows_have_them(base: Path, 
     turned = result_of(run, data, "--columns", "instruction=Antwort,output=Frage")
     assert turned["metrics"][0]["tuned"]["value"] == 0.0
     assert result_of(run, conversations(tmp_path / "talks.jsonl", answers(base)))["metrics"][0]["tuned"]["value"] == 1.0
+
+
+def test_without_data_it_asks_the_rows_that_training_held_out(base: Path, tmp_path: Path) -> None:
+    rows = [{"Frage": f"question {i}", "Antwort": f"answer {i}"} for i in range(20)]
+    data, run = written(tmp_path / "rows.jsonl", rows), full_run(tmp_path / "run", base, run_record=None)
+    recipe = {
+        "model": str(base),
+        "output": "runs/x",
+        "seed": 7,
+        "columns": {"instruction": "Frage", "output": "Antwort"},
+    }
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"data": {"a": {"path": data, "held_out": 0.2}}}))
+    trained = data_recipe([str(run / "recipe.yaml")])
+    preparer = preparer_of(trained)
+    preparer.everything(training_rows(trained), None)
+    held_out = {preparer.tokenizer.decode(row["input_ids"]) for row in preparer.examples["eval"]}
+    output = tmp_path / "answers.jsonl"
+    result = RUNNER.invoke(app, ["eval", str(run), "--max-new-tokens", "2", "--no-base", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert f"asked are the 4 rows that {run} was not trained on" in result.stderr
+    asked = [json.loads(line)["expected"] for line in output.read_text().splitlines()]
+    assert len(asked) == len(held_out) == 4
+    assert all(any(text in example for example in held_out) for text in asked)
+    again = invoke(run, data, "--limit", "1", "--no-base").stderr
+    assert f"was trained on rows of {data}, so that scores say little of others; leave --data out" in again
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"data": data}))
+    for arguments, message in (
+        ([], "has held no rows out; write --data FILE"),
+        (["--split", "test"], "--split is for --data, which is missing"),
+    ):
+        refused = RUNNER.invoke(app, ["eval", str(run), *arguments])
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    assert "give rows that it has not seen" in invoke(run, data, "--limit", "1", "--no-base").stderr
 
 
 def test_a_system_message_takes_the_place_of_the_rows_own(base: Path, tmp_path: Path) -> None:

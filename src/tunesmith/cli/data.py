@@ -1,6 +1,6 @@
 """What commands that take a recipe share: settings for looking at its data alone, and its data, opened, not read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.terminal.output import note
@@ -78,6 +78,29 @@ def training_rows(recipe: "Recipe") -> "Rows | dict[str, DataSource]":
 def eval_rows(recipe: "Recipe") -> "Rows | None":
     """The rows of `eval_data`, None without any."""
     return _opened(recipe.eval_data, recipe.eval_split, "test") if recipe.eval_data else None
+
+
+def held_out_rows(recipe: "Recipe") -> "list[tuple[str, Mapping[str, Any]]]":
+    """The rows that training keeps for evaluation, with their places, under our column names: those of `eval_data`, or
+    what sources hold out."""
+    from tunesmith.data.formats import FormatOptions, renamed
+    from tunesmith.data.mixture import split_rows
+    from tunesmith.data.read import with_places
+
+    config, sources = recipe.config, training_rows(recipe) if recipe.sources else {}
+    parts: list[tuple[Any, Any, Any]] = []
+    if (evaluated := eval_rows(recipe)) is not None:
+        parts.append((with_places(evaluated), config.columns, config.text_column))
+    for name, source in cast("dict[str, DataSource]", sources).items():
+        if source.held_out:
+            _, held_out = split_rows(name, with_places(source.rows), source.held_out, config.seed)
+            columns = config.columns if source.columns is None else source.columns
+            parts.append((held_out, columns, source.text_field or config.text_column))
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for rows, columns, text in parts:
+        options = FormatOptions(columns=columns or {}, text_field=text)
+        found += [(place, renamed(row, options)) for place, row in rows if isinstance(row, Mapping)]
+    return found
 
 
 def origins(recipe: "Recipe") -> "dict[str, Origin]":

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.complete import RUN, TRUST
+from tunesmith.cli.data import SAME_DATA, held_out_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.files import write_whole
-from tunesmith.terminal.output import finish
+from tunesmith.terminal.output import finish, note
+from tunesmith.text import counted
 
 if TYPE_CHECKING:
     from tunesmith.data.tokenize import Counts
     from tunesmith.evaluate.evaluation import Evaluation, Settings, Source
     from tunesmith.evaluate.rewards import RewardEvaluation
     from tunesmith.evaluate.scores import Estimate, Result
+    from tunesmith.settings.recipe import Recipe
 
 WIDTH = 80
 BAR = 40
@@ -29,7 +32,9 @@ CUT_SHOWN = 3
 
 def evaluate(
     run: RUN,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Rows not trained on.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows not trained on. Unset: those that the run held out.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,17 +86,60 @@ def evaluate(
     metrics = chosen(metric or ())
     if output is not None:
         _check_output(output)
-    source = Source(data=data, split=split, columns={} if columns is None else columns_of(columns), system=system)
-    if columns is None:
-        source = as_trained(settings, source)
+    if data is None:
+        unread = {"--columns": columns, "--split": split}
+        source = _held_out(run, [name for name, value in unread.items() if value is not None], system)
+    else:
+        source = Source(data=data, split=split, columns={} if columns is None else columns_of(columns), system=system)
+        source = as_trained(settings, source) if columns is None else source
+        _say_if_trained_on(run, data)
     asked = {"--metric": metric or None, "--system": system, "--chat/--text": as_chat}
     if _on_pairs(settings, source, output, [name for name, value in asked.items() if value is not None]):
         return
     evaluation = evaluate_run(settings, source, metrics)
     if output is not None:
         write_whole(output, "".join(evaluation.lines()))
-    about = {"run": run, "data": data, "max_new_tokens": max_new_tokens, "seed": seed}
+    about = {"run": run, "data": source.data, "max_new_tokens": max_new_tokens, "seed": seed}
     finish(about | evaluation.as_json(), lambda: _show(evaluation, settings))
+
+
+def recipe_of(run: str) -> "Recipe | None":
+    """What the run in a folder was made by, without what it depends on beside its data; None where it has no recipe."""
+    from tunesmith.report.run_data import RECIPE
+    from tunesmith.settings.recipe import resolve
+
+    file = Path(run).expanduser() / RECIPE
+    return resolve(str(file), SAME_DATA) if file.is_file() else None
+
+
+def _held_out(run: str, unread: Sequence[str], system: str | None) -> "Source":
+    """The rows that the run held out. Raises TunesmithError where it has none; `unread` are options of a file."""
+    from tunesmith.evaluate.evaluation import Source
+
+    if unread:
+        raise TunesmithError(f"{' and '.join(unread)} is for --data, which is missing; write --data FILE, too")
+    recipe = recipe_of(run)
+    rows = [] if recipe is None else held_out_rows(recipe)
+    if not rows:
+        raise TunesmithError(f"{run} has held no rows out; write --data FILE, with rows that it was not trained on")
+    note(f"asked are the {counted(len(rows), 'row')} that {run} was not trained on, as its recipe says")
+    return Source(data=f"the rows that {run} held out", system=system, rows=rows)
+
+
+def _say_if_trained_on(run: str, data: str) -> None:
+    """A note where the run was trained on the same file."""
+    try:
+        recipe = recipe_of(run)
+    except TunesmithError:  # what it names is not here any more
+        recipe = None
+    if recipe is None:
+        return
+    sources = [source["path"] for source in recipe.sources.values()]
+    trained = [*recipe.data, *(path for each in sources for path in ([each] if isinstance(each, str) else each))]
+    if os.path.realpath(data) in map(os.path.realpath, trained):
+        held_out = recipe.eval_data or any(source.get("held_out") for source in recipe.sources.values())
+        way = "leave --data out, to ask those that it held out" if held_out else "give rows that it has not seen"
+        note(f"note: {run} was trained on rows of {data}, so that scores say little of others; {way}")
 
 
 def _on_pairs(settings: "Settings", source: "Source", output: Path | None, unused: list[str]) -> bool:

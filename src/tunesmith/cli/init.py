@@ -133,6 +133,8 @@ def _show(options: Options, facts: "Facts", notes: Sequence[str]) -> None:
         ("train", ""),
     ):
         say(f"  tunesmith {command} {recipe}{f'  # {why}' if why else ''}")
+    if steps.held_out:
+        say(f"  tunesmith eval {shlex.quote(facts.wanted.output)}  # scores on the rows that are held out")
 
 
 def _as_json(options: Options, facts: "Facts", settings: dict[str, Any], notes: Sequence[str]) -> dict[str, Any]:

@@ -123,12 +123,17 @@ class Question:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """Where the rows are: as `read_rows` and `FormatOptions` take it. `system` is put in place of the rows' own system
-    message."""
+    message. `rows`: they are there already, each with its place, and `data` is what they are called."""
 
     data: str
     split: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
+    rows: Sequence[tuple[str, Mapping[str, Any]]] | None = None
+
+    def read(self) -> Any:
+        """All rows, each with its place."""
+        return read_rows(self.data, self.split, default_split="test") if self.rows is None else self.rows
 
 
 def as_trained(settings: Settings, source: Source) -> Source:
@@ -137,7 +142,7 @@ def as_trained(settings: Settings, source: Source) -> Source:
     columns = record.settings.get("columns") if record is not None else None
     if not isinstance(columns, Mapping) or not columns:
         return source
-    _, first = next(iter(read_rows(source.data, source.split, default_split="test")), ("", {}))
+    _, first = next(iter(source.read()), ("", {}))
     if not all(name in first for name in columns.values()):
         return source
     named = ", ".join(f"{theirs!r} as {ours!r}" for ours, theirs in columns.items())
@@ -151,9 +156,8 @@ def questions(source: Source, counts: Counts) -> list[Question]:
     Raises TunesmithError for what can't be read, and where no row is left.
     """
     options = FormatOptions(columns=source.columns)
-    rows = read_rows(source.data, source.split, default_split="test")
     asked: list[Question] = []
-    for place, row in parse_rows(rows, options):
+    for place, row in parse_rows(source.read(), options):
         counts.rows += 1
         question = _question(place, row, source.system)
         if isinstance(question, Question):

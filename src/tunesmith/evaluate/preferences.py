@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.formats import task_of
-from tunesmith.data.read import read_rows
 from tunesmith.data.tokenize import Counts
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.evaluation import Settings, Source, base_model_of, record_of
@@ -64,7 +63,7 @@ class Preferences:
 
 def holds_pairs(source: Source) -> bool:
     """Whether the first row of `source` is a pair of answers."""
-    _, first = next(iter(read_rows(source.data, source.split, default_split="test")), ("", {}))
+    _, first = next(iter(source.read()), ("", {}))
     return task_of(first, source.columns) == "pairs"
 
 
@@ -136,7 +135,7 @@ def _prepared(source: Source, tokenizer: Any, record: "RunRecord | None") -> tup
         output_dir="unused", use_cpu=True, precision="fp32", report_to="none", columns=dict(source.columns), **given
     )
     preparer = DataPreparer(config, tokenizer, None, task="pairs")
-    rows: Any = preparer(read_rows(source.data, source.split, default_split="test"), "eval", packing=False)
+    rows: Any = preparer(source.read(), "eval", packing=False)
     counts = preparer.counts["eval"]
     if not len(rows):
         reason, (count, places) = next(iter(counts.dropped.items()))

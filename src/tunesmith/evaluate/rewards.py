@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.data.formats import FormatOptions, parse_rows
-from tunesmith.data.read import read_rows
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.evaluation import Settings, Source
@@ -75,9 +74,7 @@ def evaluate_pairs(settings: Settings, source: Source) -> RewardEvaluation:
     model, tokenizer = load_run(
         settings.run, trust_remote_code=settings.trust_remote_code, progress=say, classifier=True
     )
-    rows = parse_rows(
-        read_rows(source.data, source.split, default_split="test"), FormatOptions(columns=source.columns, task="ranked")
-    )
+    rows = parse_rows(source.read(), FormatOptions(columns=source.columns, task="ranked"))
     encoder = Encoder(tokenizer, EncodeOptions(ranked=True, max_length=room_of(model), overlong="drop"))
     places, pairs = _pairs(encoder, rows, counts)
     if not pairs:
