@@ -207,6 +207,12 @@ def test_a_config_that_fits_nothing_is_named(copy: Path, name: str, value: Any) 
         load_model(str(copy))
 
 
+def test_a_model_of_fewer_layers_than_none_is_refused(copy: Path) -> None:
+    edit(copy / "config.json", num_hidden_layers=-2)
+    with pytest.raises(TunesmithError, match=r"num_hidden_layers in config\.json is -2; write how many it has"):
+        load_model(str(copy))
+
+
 def test_a_normalizer_that_makes_too_much_of_a_text_is_refused(copy: Path) -> None:
     rules = json.loads((copy / "tokenizer.json").read_text())
     doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

@@ -167,6 +167,9 @@ def _loaded(
             **kwargs,
         )
     model, report = loaded
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(depth, int) and depth < 0:  # of which none are made, and no answer either
+        raise TunesmithError(f"model {name}: num_hidden_layers in {CONFIG} is {depth}; write how many it has")
     return model, sorted(report["missing_keys"])
 
 
