@@ -233,6 +233,7 @@ def test_questions_and_answers_that_say_nothing_are_told() -> None:
         return render(replace(conversation([*messages]), prompt_length=prompt), template("chatml")).notes
 
     assert notes(user("Hi"), assistant(""), user(" \n"), assistant("Yes")) == (UNANSWERED, UNASKED)
+    assert notes(user(""), assistant("Yes"), user(""), assistant("No")) == (UNASKED,)
     assert notes(user("Hi"), assistant(""), user("Why?"), assistant("Yes"), prompt=3) == ()
     assert notes(system(""), user("Hi"), assistant("Yes")) == ()
     called = render(conversation([user("Hi"), calls("f"), result(""), assistant("Yes")], tools=TOOLS), template("glm"))

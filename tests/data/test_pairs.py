@@ -6,6 +6,7 @@ import pytest
 
 from tests.data.styles import words
 from tunesmith.data.batches import FlatCollator, pairs_of
+from tunesmith.data.chat import UNANSWERED
 from tunesmith.data.formats import FormatOptions, detect, parse, parse_rows
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import judge
@@ -184,6 +185,17 @@ def test_a_message_of_the_answer_with_a_weight_of_its_own_is_refused() -> None:
     row = {"prompt": TALK, "chosen": YES | {"weight": 0.5}, "rejected": NO}
     with pytest.raises(TunesmithError, match="row 0: chosen: a message of the answer has a weight of its own"):
         encode(row)
+
+
+def test_an_empty_answer_is_told_where_it_is_learned() -> None:
+    _, _, chosen = encode(pair_of("", "No"))
+    _, _, rejected = encode(pair_of("Yes", ""))
+    _, _, judged = encode(
+        *({"messages": [*TALK, YES | {"content": ""}], "label": good} for good in (True, False)), task="judged"
+    )
+    assert chosen.notes == {UNANSWERED: (1, ["row 0"])}
+    assert rejected.notes == {}
+    assert judged.notes == {UNANSWERED: (1, ["row 0"])}
 
 
 def test_judged_answers_are_one_document_with_their_judgement() -> None:

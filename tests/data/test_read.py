@@ -265,6 +265,8 @@ def test_the_same_rows_in_any_everyday_file(tmp_path: Path, name: str, content: 
 
 def test_a_sheet_that_excel_saved_as_unicode_text_is_a_table_whatever_its_columns_are_called(tmp_path: Path) -> None:
     (tmp_path / "sheet.txt").write_bytes("編號\t提問\n1\t有貨\n2\t多少錢\n".encode("utf-16"))
+    (tmp_path / "commas.txt").write_bytes("A, b\tC\nHi, you\tYes\nNo, no\tNo\n".encode("utf-16"))
+    assert next(row for _, row in read_rows(str(tmp_path / "commas.txt"))) == {"A, b": "Hi, you", "C": "Yes"}
     (tmp_path / "prose.txt").write_bytes("a\tb\nc\n".encode("utf-16"))
     (tmp_path / "own.txt").write_text("編號\t提問\n1\t有貨\n")
     sheet, prose, own = (

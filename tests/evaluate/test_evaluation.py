@@ -263,7 +263,7 @@ def test_without_data_it_asks_the_rows_that_training_held_out(base: Path, tmp_pa
     output = tmp_path / "answers.jsonl"
     result = RUNNER.invoke(app, ["eval", str(run), "--max-new-tokens", "2", "--no-base", "--output", str(output)])
     assert result.exit_code == 0, result.output
-    assert f"asked are the 4 rows that {run} was not trained on" in result.stderr
+    assert f"asking the 4 rows that {run} held out" in result.stderr
     asked = [json.loads(line)["expected"] for line in output.read_text().splitlines()]
     assert len(asked) == len(held_out) == 4
     assert all(any(text in example for example in held_out) for text in asked)

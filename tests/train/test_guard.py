@@ -106,6 +106,7 @@ def test_a_run_without_one_good_step_is_no_success(trainer_of: Callable[..., Any
     poison(trainer, {1, 2})
     with pytest.raises(TunesmithError, match="no step of the run had a finite gradient, so nothing was learned"):
         trainer.train()
+    assert trainer.journal.ended == "error"
 
 
 @pytest.mark.parametrize("steps", [1, 4])

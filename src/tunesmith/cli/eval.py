@@ -104,11 +104,13 @@ def evaluate(
 
 
 def recipe_of(run: str) -> "Recipe | None":
-    """What the run in a folder was made by, without what it depends on beside its data; None where it has no recipe."""
+    """The recipe of the run in a folder, or of a checkpoint's run, on any device; None where there is none."""
     from tunesmith.report.run_data import RECIPE
+    from tunesmith.runs.checkpoints import NAME as CHECKPOINT
     from tunesmith.settings.recipe import resolve
 
-    file = Path(run).expanduser() / RECIPE
+    folder = Path(run).expanduser()
+    file = (folder.parent if CHECKPOINT.fullmatch(folder.name) else folder) / RECIPE
     return resolve(str(file), SAME_DATA) if file.is_file() else None
 
 
@@ -119,10 +121,12 @@ def _held_out(run: str, unread: Sequence[str], system: str | None) -> "Source":
     if unread:
         raise TunesmithError(f"{' and '.join(unread)} is for --data, which is missing; write --data FILE, too")
     recipe = recipe_of(run)
-    rows = [] if recipe is None else held_out_rows(recipe)
+    if recipe is None:
+        raise TunesmithError(f"{run} has no recipe.yaml, which says what it held out; write --data FILE")
+    rows = held_out_rows(recipe)
     if not rows:
         raise TunesmithError(f"{run} has held no rows out; write --data FILE, with rows that it was not trained on")
-    note(f"asked are the {counted(len(rows), 'row')} that {run} was not trained on, as its recipe says")
+    note(f"asking the {counted(len(rows), 'row')} that {run} held out, as its recipe says")
     return Source(data=f"the rows that {run} held out", system=system, rows=rows)
 
 
@@ -136,7 +140,7 @@ def _say_if_trained_on(run: str, data: str) -> None:
         return
     sources = [source["path"] for source in recipe.sources.values()]
     trained = [*recipe.data, *(path for each in sources for path in ([each] if isinstance(each, str) else each))]
-    if os.path.realpath(data) in map(os.path.realpath, trained):
+    if Path(data).is_file() and os.path.realpath(data) in map(os.path.realpath, trained):
         held_out = recipe.eval_data or any(source.get("held_out") for source in recipe.sources.values())
         way = "leave --data out, to ask those that it held out" if held_out else "give rows that it has not seen"
         note(f"note: {run} was trained on rows of {data}, so that scores say little of others; {way}")

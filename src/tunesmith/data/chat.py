@@ -72,7 +72,7 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
     Raises TunesmithError when a span can't be determined with certainty, and when a message is lost in the rendering.
     """
     control = control_tokens((message.fields for message in conversation.messages), template.special)
-    notes = (*conversation.notes, *_empty_messages(conversation))
+    notes = (*conversation.notes, *dict.fromkeys(_empty_messages(conversation)))
     if not control:
         rendering = _rendered(conversation, template, options)
         return replace(rendering, notes=(*notes, *rendering.notes)) if notes else rendering

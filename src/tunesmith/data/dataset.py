@@ -6,12 +6,14 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakSet
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from tunesmith.data.arrow import list_lengths
@@ -279,11 +281,12 @@ class DataPreparer:
         rows and examples are not the same ones."""
         if not isinstance(source, Dataset | Sequence):
             return dataset
-        given, counts = source if isinstance(source, Dataset) else Dataset.from_list([*source]), self.counts[split]
-        names = [name for name in given.column_names if name not in dataset.column_names]
+        rows = [] if isinstance(source, Dataset) else [row for row in source if isinstance(row, Mapping)]
+        known = source.column_names if isinstance(source, Dataset) else dict.fromkeys(chain.from_iterable(rows))
+        names, counts = [name for name in known if name not in dataset.column_names], self.counts[split]
         if not names:
             return dataset
-        if counts.dropped or not len(given) == counts.rows == len(dataset):
+        if counts.dropped or not len(source) == counts.rows == len(dataset):
             logger.warning(
                 "%s: remove_unused_columns is False, and the data_collator does not get %s: of %s, %s became examples, "
                 "and the columns are of rows",
@@ -293,7 +296,14 @@ class DataPreparer:
                 f"{len(dataset):,}",
             )
             return dataset
-        return concatenate_datasets([dataset, given.select_columns(names).with_format(None)], axis=1)
+        if isinstance(source, Dataset):
+            return concatenate_datasets([dataset, source.select_columns(names).with_format(None)], axis=1)
+        for name in names:
+            with suppress(pa.ArrowException, TypeError):  # values of several types, which no column holds
+                dataset = concatenate_datasets(
+                    [dataset, Dataset(pa.table({name: [row.get(name) for row in rows]}))], axis=1
+                )
+        return dataset
 
     def _options(self, packing: bool) -> EncodeOptions:
         cuts = packing and self.args.packing_strategy != "bfd"  # those strategies cut overlong examples themselves

@@ -146,7 +146,7 @@ def _margin(value: Any) -> float:
     if value is None:
         return 0.0
     if type(value) not in (int, float) or not abs(value) <= HEAVIEST:
-        raise TunesmithError(f"'margin' is {shown(value)}, expected a number of at most {HEAVIEST:,}")
+        raise TunesmithError(f"'margin' is {shown(value)}, expected a number from {-HEAVIEST:,} to {HEAVIEST:,}")
     return float(value)
 
 

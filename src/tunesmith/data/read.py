@@ -177,10 +177,11 @@ def _reader(path: Path, name: str) -> Reader:
         json_reader = _json_reader(line, lines[1:], suffix)
         if json_reader is not None:
             return json_reader
-    delimiter = _delimiter(lines, "\t" if suffix == ".tsv" else ",")
+    is_sheet = suffix == ".txt" and head.startswith(UTF16)  # as Excel saves one, tabs between the cells
+    delimiter = _delimiter(lines, "\t" if suffix == ".tsv" or is_sheet else ",")
     columns = _cells(lines[:1], delimiter)[0]
     is_table = len(columns) > 1 and has_format(columns)
-    if suffix == ".txt" and head.startswith(UTF16):  # as Excel saves a sheet, tabs between the cells
+    if is_sheet:
         rows = _cells(lines, "\t")
         is_table = is_table or (len(rows) > 1 and len({*map(len, rows)}) == 1 and len(rows[0]) > 1)
     if suffix in (".csv", ".tsv") or is_table:

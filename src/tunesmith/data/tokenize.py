@@ -339,12 +339,14 @@ class Encoder:
         train_on = self.options.train_on
         if isinstance(row, Pair):
             read = self._whole if self.options.ranked else self._answer
-            parts = (read(row.chosen, "chosen"), read(row.rejected, "rejected"))
+            parts = (read(row.chosen, "chosen"), _without_unanswered(read(row.rejected, "rejected")))
+            if self.options.ranked:  # nothing is generated, and an empty answer may get its score
+                parts = (_without_unanswered(parts[0]), parts[1])
             return _answers(parts, row.margin, row.weight * row.chosen.weight)
         if isinstance(row, Judged):
-            return _answers(
-                (self._answer(row.answer, "the answer"),), 1.0 if row.good else -1.0, row.weight * row.answer.weight
-            )
+            answer = self._answer(row.answer, "the answer")
+            answer = answer if row.good else _without_unanswered(answer)
+            return _answers((answer,), 1.0 if row.good else -1.0, row.weight * row.answer.weight)
         if isinstance(row, Tokens):
             if train_on not in (None, "all"):
                 raise NotTheRow(f"train_on: {train_on} needs text; this row is tokens, whose `labels` say it")
@@ -536,6 +538,11 @@ def _notes_on(prompt: str, answer: str) -> Iterator[str]:
         yield UNANSWERED
     elif MEETING.match(prompt[-1:] + answer[:1]):
         yield GLUED
+
+
+def _without_unanswered(rendering: Rendering) -> Rendering:
+    """Of an answer that the model is not to give: an empty one teaches the opposite."""
+    return replace(rendering, notes=tuple(note for note in rendering.notes if note != UNANSWERED))
 
 
 def _answers(parts: Sequence[Rendering], score: float, weight: float) -> Answers:

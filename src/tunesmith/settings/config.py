@@ -36,10 +36,8 @@ COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 
 FSDP_WORDS = ("true", "full_shard", "shard_grad_op", "offload", "auto_wrap")
 """What `fsdp` may say, of which the last is how it is always done."""
-NO_LIMIT = {
-    *("max_grad_norm", "epsilon_high", "delta", "off_policy_mask_threshold", "vllm_importance_sampling_clip_max"),
-}
-"""Bounds of something else. Infinity is a way to say that there is none."""
+NO_LIMIT = ("max_grad_norm", "epsilon_high", "delta", "off_policy_mask_threshold", "vllm_importance_sampling_clip_max")
+"""Settings that bound another value: infinity means no bound."""
 FROM_ZERO = ("learning_rate", "weight_decay", "adam_epsilon", "dataloader_num_workers")
 LARGEST_SEED = 2**32 - 1
 """That NumPy takes."""

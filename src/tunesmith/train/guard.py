@@ -105,8 +105,8 @@ class FirstGradients:
 
 class Guard:
     """A step whose gradient is not finite changes nothing: not the weights, not the optimizer. Its rows are written to
-    `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run, and so does one because the weights are not
-    finite. `tell` hears of each, with the step."""
+    `bad_batches.jsonl`; `max_bad_steps` of them in a row stop the run. So does a single one, if the weights themselves
+    are not finite. `tell` hears of each, with the step."""
 
     def __init__(self, trainer: Trainer, tell: Callable[[int, str], None]) -> None:
         self._trainer, self._tell = trainer, tell
@@ -137,8 +137,8 @@ class Guard:
         if self._in_a_row >= done > 0:
             args = cast(Config, self._trainer.args)
             raise TunesmithError(
-                f"no step of the run had a finite gradient, so nothing was learned, and nothing is saved. Look at the "
-                f"rows in {Path(str(args.output_dir)) / BAD_BATCHES}, lower learning_rate, or set precision: fp32"
+                f"no step of the run had a finite gradient, so nothing was learned; the model is not saved. Look at "
+                f"the rows in {Path(str(args.output_dir)) / BAD_BATCHES}, lower learning_rate, or set precision: fp32"
             )
 
     def _check_weights(self) -> None:

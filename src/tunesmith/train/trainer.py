@@ -174,7 +174,7 @@ class BaseTrainer(transformers.Trainer):
         )
         self.keeper = Keeper(self, self.meters["train"], {"recovery": self.recovery, "guard": self.guard})
         self.overrides = Overrides(self, BaseTrainer, self.meters, self._note_batch)
-        self.add_callback(_Moments(self.journal))
+        self.add_callback(_Moments(self.journal, self.guard))
 
     def take_up_states(self) -> None:
         """Puts back what `accelerate` keeps once for all trainers of a process, such as the precision. Each config that
@@ -281,7 +281,6 @@ class BaseTrainer(transformers.Trainer):
             self.recovery.begin()
             try:
                 output = super().train(checkpoint, *args, **kwargs)
-                self.guard.check_result()
             except BaseException as error:
                 self.journal.break_off(error)
                 if isinstance(error, Exception):
@@ -639,10 +638,11 @@ def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 class _Moments(TrainerCallback):
-    """Tells a journal where the run is; ways to compute compete in the first step only."""
+    """Tells a journal where the run is; ways to compute compete in the first step only, and the result of a run that
+    has come to its end is looked at."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, guard: Guard) -> None:
+        self._journal, self._guard = journal, guard
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._chosen = False
@@ -666,5 +666,8 @@ class _Moments(TrainerCallback):
         self._journal.answer()
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        whole = state.global_step >= state.max_steps
+        if whole:
+            self._guard.check_result()
         self._journal.answer()
-        self._journal.end("finished" if state.global_step >= state.max_steps else "stopped")
+        self._journal.end("finished" if whole else "stopped")
