@@ -23,7 +23,8 @@ from tests.data.styles import (
     words,
 )
 from tunesmith.data import template as module
-from tunesmith.data.chat import UNANSWERED, UNASKED, Rendering
+from tunesmith.data.chat import Rendering
+from tunesmith.data.notes import UNANSWERED, UNASKED
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder
 from tunesmith.errors import TunesmithError

@@ -6,8 +6,8 @@ import pytest
 
 from tests.data.styles import words
 from tunesmith.data.batches import FlatCollator, pairs_of
-from tunesmith.data.chat import UNANSWERED
 from tunesmith.data.formats import FormatOptions, detect, parse, parse_rows
+from tunesmith.data.notes import UNANSWERED
 from tunesmith.data.pack import pack_dataset
 from tunesmith.data.preflight import judge
 from tunesmith.data.prepare import Preparation, prepare

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.styles import assistant, bytes_, conversation, system, user, words
 from tunesmith.data.arrow import FlatExamples
-from tunesmith.data.chat import UNANSWERED
-from tunesmith.data.tokenize import GLUED, Counts, EncodeOptions, Encoder, joined, token_range, untrimmed
+from tunesmith.data.notes import GLUED, UNANSWERED
+from tunesmith.data.tokenize import Counts, EncodeOptions, Encoder, joined, token_range, untrimmed
 from tunesmith.errors import TunesmithError
 from tunesmith.types import IGNORE_INDEX, Example, Row, Text, Tokens
 

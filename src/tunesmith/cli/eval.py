@@ -68,10 +68,9 @@ def evaluate(
     Of pairs of answers: how far it, or a reward model, prefers the better ones.
     Example: tunesmith eval runs/first --data held_out.jsonl --metric json_equal
     """
-    from tunesmith.evaluate.evaluation import Settings, Source, as_trained
+    from tunesmith.evaluate.evaluation import Settings
     from tunesmith.evaluate.evaluation import evaluate as evaluate_run
     from tunesmith.evaluate.scores import chosen
-    from tunesmith.settings.coerce import columns_of
 
     settings = Settings(
         run=run,
@@ -86,13 +85,9 @@ def evaluate(
     metrics = chosen(metric or ())
     if output is not None:
         _check_output(output)
-    if data is None:
-        unread = {"--columns": columns, "--split": split}
-        source = _held_out(run, [name for name, value in unread.items() if value is not None], system)
-    else:
-        source = Source(data=data, split=split, columns={} if columns is None else columns_of(columns), system=system)
-        source = as_trained(settings, source) if columns is None else source
-        _say_if_trained_on(run, data)
+    source = (
+        _held_out(run, columns, split, system) if data is None else _of_file(settings, data, columns, split, system)
+    )
     asked = {"--metric": metric or None, "--system": system, "--chat/--text": as_chat}
     if _on_pairs(settings, source, output, [name for name, value in asked.items() if value is not None]):
         return
@@ -114,11 +109,22 @@ def recipe_of(run: str) -> "Recipe | None":
     return resolve(str(file), SAME_DATA) if file.is_file() else None
 
 
-def _held_out(run: str, unread: Sequence[str], system: str | None) -> "Source":
-    """The rows that the run held out. Raises TunesmithError where it has none; `unread` are options of a file."""
+def _of_file(settings: "Settings", data: str, columns: str | None, split: str | None, system: str | None) -> "Source":
+    """The rows of `data`, under the column names of the training unless others are given."""
+    from tunesmith.evaluate.evaluation import Source, as_trained
+    from tunesmith.settings.coerce import columns_of
+
+    source = Source(data=data, split=split, columns={} if columns is None else columns_of(columns), system=system)
+    source = as_trained(settings, source) if columns is None else source
+    _say_if_trained_on(settings.run, data)
+    return source
+
+
+def _held_out(run: str, columns: str | None, split: str | None, system: str | None) -> "Source":
+    """The rows that the run held out. Raises TunesmithError where it has none, and for options of a file."""
     from tunesmith.evaluate.evaluation import Source
 
-    if unread:
+    if unread := [name for name, value in {"--columns": columns, "--split": split}.items() if value is not None]:
         raise TunesmithError(f"{' and '.join(unread)} is for --data, which is missing; write --data FILE, too")
     recipe = recipe_of(run)
     if recipe is None:

@@ -16,7 +16,7 @@ For example, under a template that drops earlier reasoning (the generated parts 
                                                      ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
@@ -24,7 +24,7 @@ from typing import Literal
 from tunesmith.data.alike import turns_of
 from tunesmith.data.content import check_shown, control_tokens, marked, without_marks
 from tunesmith.data.history import everything, located
-from tunesmith.data.messages import REASONING
+from tunesmith.data.notes import notes_on
 from tunesmith.data.skipped import NotTheRow
 from tunesmith.data.template import ChatTemplate, Fields
 from tunesmith.data.turns import Chat, Turn, not_a_prefix, said, shows
@@ -61,8 +61,6 @@ CLOSED = "learn to end the thinking at once: the prompt opens it, and the templa
 DROPPED = "with reasoning that the chat template does not show"
 ACCEPTED = "trained in the form that history has, which is not what inference sees (prompt_mismatch: accept)"
 SPECIALS = "with text in a message that reads as a control token, such as {}"
-UNANSWERED = "with an empty answer, which teaches the model to say nothing"
-UNASKED = "with an empty question"
 MARKED = "whose {% generation %} blocks differ from what the model generates; what it generates is supervised"
 
 
@@ -72,7 +70,7 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
     Raises TunesmithError when a span can't be determined with certainty, and when a message is lost in the rendering.
     """
     control = control_tokens((message.fields for message in conversation.messages), template.special)
-    notes = (*conversation.notes, *dict.fromkeys(_empty_messages(conversation)))
+    notes = (*conversation.notes, *notes_on(conversation))
     if not control:
         rendering = _rendered(conversation, template, options)
         return replace(rendering, notes=(*notes, *rendering.notes)) if notes else rendering
@@ -89,24 +87,6 @@ def render(conversation: Conversation, template: ChatTemplate, options: RenderOp
     rendering = _rendered(replace(conversation, messages=messages), template, options)
     documents = tuple(without_marks(document) for document in rendering.documents)
     return replace(rendering, documents=documents, notes=(*notes, *rendering.notes))
-
-
-def _empty_messages(conversation: Conversation) -> Iterator[str]:
-    """The notes on questions and learned answers that say nothing, as cells of a table do that nobody filled in."""
-    learned = conversation.prompt_length or 0
-    for i, message in enumerate(conversation.messages):
-        content = message.fields.get("content")
-        if content and not (isinstance(content, str) and content.isspace()):
-            continue
-        if message.role == "user":
-            yield UNASKED
-        elif message.role == "assistant" and i >= learned and message.weight > 0 and not _acts(message.fields):
-            yield UNANSWERED
-
-
-def _acts(message: Fields) -> bool:
-    """Whether a message has reasoning or calls."""
-    return any(message.get(name) for name in (*REASONING, "tool_calls"))
 
 
 def _rendered(conversation: Conversation, template: ChatTemplate, options: RenderOptions) -> Rendering:

@@ -9,7 +9,6 @@ and generates tokens of its own.
 """
 
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +20,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tunesmith.data.arrow import FlatExamples
-from tunesmith.data.chat import UNANSWERED, Rendering, RenderOptions, render
+from tunesmith.data.chat import Rendering, RenderOptions, render
 from tunesmith.data.formats import check_characters
+from tunesmith.data.notes import UNANSWERED, notes_on_text
 from tunesmith.data.prefix import paths, share_prefixes
 from tunesmith.data.sandbox import TooLong, time_limit
 from tunesmith.data.skipped import BadRow, NotTheRow, Place
@@ -40,9 +40,6 @@ NAMED_REASONS = 20
 BARE = {"prepend_scheme": "never", "add_prefix_space": False}
 NAMED = ("dropped", "notes")
 """The counts that name the first rows."""
-GLUED = "whose answer follows the prompt with nothing between them, not even a space"
-MEETING = re.compile(r"[A-Za-z0-9.?!][A-Za-z0-9]")
-"""The last character of such a prompt, and the first of its answer."""
 TWO = ("answer_tokens", "longer", "judged")
 """The counts that are two numbers."""
 EQUAL = "both answers are the same"
@@ -362,7 +359,7 @@ class Encoder:
         learned = row.weight > 0 and (row.text.strip() or row.prompt is not None)
         spans = (Span(start=start, stop=len(row.text), weight=row.weight),) if learned else ()
         prompt = None if row.prompt is None else len(row.prompt)
-        notes = () if not spans or prompt is None else tuple(_notes_on(row.text[:prompt], row.text[prompt:]))
+        notes = () if not spans or prompt is None else notes_on_text(row.text[:prompt], row.text[prompt:])
         return Rendering(
             documents=(Rendered(text=row.text, spans=spans, prompt=prompt, special_tokens=True),), notes=notes
         )
@@ -530,14 +527,6 @@ class Encoder:
         if self.options.overlong == "drop":
             return f"longer than max_length {limit}"
         return f"no supervised token within max_length {limit}"
-
-
-def _notes_on(prompt: str, answer: str) -> Iterator[str]:
-    """What is odd where a prompt of plain text and its answer meet."""
-    if not answer.strip():
-        yield UNANSWERED
-    elif MEETING.match(prompt[-1:] + answer[:1]):
-        yield GLUED
 
 
 def _without_unanswered(rendering: Rendering) -> Rendering:
