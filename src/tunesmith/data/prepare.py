@@ -31,6 +31,7 @@ DECIDING_MODULES = (
     *("alike", "arrow", "calls", "chat", "columns", "content", "folders", "formats", "history", "jsontext", "lines"),
     *(
         "messages",
+        "notes",
         "pairs",
         "preflight",
         "prefix",
