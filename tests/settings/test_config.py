@@ -121,6 +121,8 @@ def test_a_wrong_choice_is_an_error_with_the_nearest_right_one(name: str, value:
     ("settings", "message"),
     [
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1; a weight of 0 or more"),
+        ({"learning_rate": None}, "learning_rate is None; write a number"),
+        ({"seed": "abc"}, "seed is 'abc'; write a whole number"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; write a finite number"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; write a finite number"),
         ({"num_train_epochs": float("inf")}, "num_train_epochs is inf; write a finite number"),
@@ -180,6 +182,12 @@ def test_batches_by_tokens_leave_no_word_to_what_counts_rows(settings: dict[str,
     make(**settings)
     message = f"{found}, and max_tokens_per_batch: 4096 makes batches by tokens; drop one"
     refused(message, max_tokens_per_batch=4096, **settings)
+
+
+def test_numbers_may_be_texts_and_none_is_what_it_was_in_earlier_versions() -> None:
+    config = make(learning_rate="2e-4", max_steps="5", eval_steps="0.5", max_grad_norm=None, warmup_ratio=None)
+    assert (config.learning_rate, config.max_steps, config.eval_steps) == (2e-4, 5, 0.5)
+    assert (config.max_grad_norm, config.warmup_steps) == (0.0, 0)
 
 
 def test_infinity_is_no_limit_where_a_number_is_one() -> None:

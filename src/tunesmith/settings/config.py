@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from tunesmith.errors import TunesmithError, nearest
-from tunesmith.settings.coerce import byte_count
+from tunesmith.settings.coerce import byte_count, coerce, expected, members_of
 from tunesmith.settings.older import by_todays_names
 from tunesmith.text import shorten
 from tunesmith.types import TrainOn
@@ -219,6 +219,7 @@ class Config(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._read_numbers()
         self._check_choices()
         self._check_mismatch()
         self._check_batches()
@@ -285,6 +286,21 @@ class Config(TrainingArguments):
             if item.name in ours and choices and value is not None and value not in choices:
                 hint = nearest(str(value), choices)
                 raise TunesmithError(f"{item.name} is {value!r}; choose {' | '.join(choices)}{hint}")
+
+    def _read_numbers(self) -> None:
+        """Numbers that are texts are read: `yaml.safe_load` takes `2e-4` for one. None stands only where it means unset."""
+        if self.max_grad_norm is None:  # as earlier versions of transformers write what is 0 today: no clipping
+            self.max_grad_norm = 0.0
+        for item in fields(self):
+            value, kinds = getattr(self, item.name), members_of(item.type)
+            if not {int, float} & {*kinds} or str in kinds or not isinstance(value, str | None):
+                continue
+            if value is None and item.default is None:  # HfArgumentParser takes the None out of `item.type`
+                continue
+            try:
+                setattr(self, item.name, coerce(value, item.type))
+            except ValueError as error:
+                raise TunesmithError(f"{item.name} is {value!r}; write {expected(item.type)}") from error
 
     def _check_finite(self) -> None:
         for item in fields(self):

@@ -54,6 +54,7 @@ HARMLESS = {
     "overwrite_output_dir": (True, False),
     "save_safetensors": (True,),
     "group_by_length": (False,),
+    "warmup_ratio": (None,),
     "sync_ref_model": (False,),
     "use_transformers_paged": (False, None),
     "ref_model_mixup_alpha": (0.6,),
