@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import TunesmithError
 from tunesmith.model import load
-from tunesmith.model.load import load_model, load_run, load_tokenizer, newest_checkpoint, resolve_model
+from tunesmith.model.load import load_config, load_model, load_run, load_tokenizer, newest_checkpoint, resolve_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -235,6 +235,13 @@ def test_a_token_of_a_number_without_measure_is_refused(copy: Path) -> None:
     edit(copy / "tokenizer.json", model=rules["model"])
     with pytest.raises(TunesmithError, match="gives 'zz' the number 4,294,967,290, and at most 10,000,000"):
         load_tokenizer(str(copy))
+
+
+def test_a_config_of_more_layers_than_can_be_made_is_refused(copy: Path) -> None:
+    edit(copy / "config.json", num_hidden_layers=10**9)
+    for read in (load_config, load_model, load_tokenizer):
+        with pytest.raises(TunesmithError, match="is 1,000,000,000, and at most 10,000 layers"):
+            read(str(copy))
 
 
 def test_missing_weights_are_not_made_up(copy: Path) -> None:

@@ -49,6 +49,8 @@ MOST_GROWTH = 1_000_000
 """Characters that a normalizer may make of one."""
 LAST_TOKEN = 10_000_000
 """The number of a token. Where a vocabulary is written, memory is taken for all numbers before it."""
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+MOST_LAYERS = 10_000
 LOST_STARTS = ("pissa_niter", "loftq", "corda", "lora_ga")
 """Ways to start adapters that change the base weights and can't be repeated: they draw numbers, or need data."""
 
@@ -156,8 +158,7 @@ def _loaded(
     if Path(path).is_dir():
         _check_folder(Path(path), name, kwargs, allow_pickle)
     with _explained(name), no_bars(hide=Path(path).is_dir()):  # those of a download stay
-        if not trust_remote_code:
-            _refuse_code(path, kwargs.get("revision"))
+        _check_config(path, kwargs.get("revision"), trust_remote_code=trust_remote_code)
         loaded: Any = auto.from_pretrained(
             path,
             dtype=dtype,
@@ -177,8 +178,7 @@ def load_config(name: str, *, trust_remote_code: bool = False, **kwargs: Any) ->
     """The settings of the model `name`; `kwargs` are those of `from_pretrained`. Raises TunesmithError."""
     path = resolve_model(name)
     with _explained(name, "settings of "):
-        if not trust_remote_code:
-            _refuse_code(path, kwargs.get("revision"))
+        _check_config(path, kwargs.get("revision"), trust_remote_code=trust_remote_code)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     return config
 
@@ -190,8 +190,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **kwargs: Any)
         path = resolve_model(base_of(path)[0])  # `peft` saves adapters alone
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     with _explained(name, "tokenizer of "):
-        if not trust_remote_code:
-            _refuse_code(path, kwargs.get("revision"))
+        _check_config(path, kwargs.get("revision"), trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         _check_backend(name, backend)
@@ -425,12 +424,20 @@ def _check_folder(folder: Path, name: str, kwargs: Mapping[str, Any], allow_pick
     raise TunesmithError(f"{name} has no weights: there is no .safetensors file in it")
 
 
-def _refuse_code(path: str, revision: str | None) -> None:
-    """Raises for a model that `transformers` has no class for, and whose files bring one."""
+def _check_config(path: str, revision: str | None, *, trust_remote_code: bool) -> None:
+    """Raises for a model that `transformers` has no class for, and whose files bring one, unless that may run; and for
+    so many layers that a config of them, or a model, would never be made."""
     if not _has(path, CONFIG):
         return
     settings, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+    for part in (settings, settings.get("text_config")):
+        for key, depth in part.items() if isinstance(part, dict) else ():
+            if key in DEPTHS and isinstance(depth, int) and depth > MOST_LAYERS:
+                raise TunesmithError(
+                    f"{key} in {CONFIG} of {path} is {depth:,}, and at most {MOST_LAYERS:,} layers are supported; "
+                    "write how many it has"
+                )
+    if not trust_remote_code and "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
         raise TunesmithError(
             f"model {path} needs custom code, which comes with its files and would run here; read it, and set "
             "trust_remote_code: true if you trust it"

@@ -288,7 +288,7 @@ class Config(TrainingArguments):
                 raise TunesmithError(f"{item.name} is {value!r}; choose {' | '.join(choices)}{hint}")
 
     def _read_numbers(self) -> None:
-        """Numbers that are texts are read: `yaml.safe_load` takes `2e-4` for one. None stands only where it means unset."""
+        """Reads numbers that are texts, as `yaml.safe_load` takes `2e-4` for one. None is only what may be unset."""
         if self.max_grad_norm is None:  # as earlier versions of transformers write what is 0 today: no clipping
             self.max_grad_norm = 0.0
         for item in fields(self):
