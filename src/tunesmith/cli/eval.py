@@ -243,10 +243,11 @@ def _show(evaluation: "Evaluation", settings: "Settings") -> None:
 
 
 def _table(title: str, results: "Sequence[Result]", *, has_base: bool) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("", "rows", *(("base", "tuned", "difference") if has_base else ("answers",))):
         table.add_column(heading, justify="right" if heading else "left")
     for result in results:
