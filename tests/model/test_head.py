@@ -16,6 +16,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model import head as head_module
 from tunesmith.model.attention import use_documents
 from tunesmith.model.head import answer_objectives, logit_form, plain_head
+from tunesmith.objectives import logprobs as logprobs_module
 from tunesmith.objectives.supervised import LossOptions, Supervised, supervised_loss
 
 LENGTHS = (9, 5, 12, 5)
@@ -92,6 +93,44 @@ def test_loss_and_gradients_are_the_models_own(name: str, kind: str, monkeypatch
     found.backward()
     assert abs(found.item() - expected.item()) < 1e-5
     assert gradient_error(gradients(model), expected_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, kind in BATCHES if kind == "flat"])
+def test_where_shapes_cost_a_row_is_filled_up_and_nothing_else_changes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = tiny(name), token_rows(*LENGTHS)
+    answer_objectives(model)
+    use_documents(model)
+    plain = taught_result(model, rows, "flat")
+    plain.loss.backward()
+    expected = gradients(model)
+    seen: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for module in (head_module, logprobs_module):
+        monkeypatch.setattr(module, "shapes_cost", lambda _weight: True)
+    filled = taught_result(model, rows, "flat")
+    filled.loss.backward()
+    assert (sum(LENGTHS), seen) == (31, [32])
+    torch.testing.assert_close(filled.nll, plain.nll, rtol=1e-5, atol=1e-5)
+    assert gradient_error(gradients(model), expected) < 1e-5
+
+
+def test_in_bf16_on_a_cpu_rows_of_any_length_have_one_of_few() -> None:
+    model: Any = tiny("llama")
+    model.to(torch.bfloat16)
+    seen = set[int]()
+    answer_objectives(model)
+    use_documents(model)
+    model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    lengths = range(40, 120)
+    for length in lengths:
+        taught_result(model, token_rows(9, length - 9), "flat")
+    assert {size for size in seen if size > 8} == set(range(40, 121, 8))  # smaller are those of the first check
 
 
 @pytest.mark.parametrize("kind", ["padded", "flat"])

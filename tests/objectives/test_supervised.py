@@ -115,6 +115,16 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradients(rows: int, monkeypa
         torch.testing.assert_close(ours, theirs)
 
 
+def test_in_half_precision_on_a_cpu_chunks_have_one_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 100 * 4 * V)
+    weight, sizes = torch.zeros(V, H, dtype=torch.bfloat16), set[int]()
+    for count in range(1, 300):
+        parts = list(logprobs.chunks(torch.zeros(count, H), weight))
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+        sizes |= {part.stop - part.start for part in parts}
+    assert sizes == {*range(1, 16), *range(16, 100, 16), 100}
+
+
 def test_a_chunk_holds_one_row_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs()
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", 1)

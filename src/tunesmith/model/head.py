@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -26,12 +26,15 @@ from transformers import PreTrainedModel
 from tunesmith.data.batches import Targets
 from tunesmith.errors import TunesmithError
 from tunesmith.model.attention import PAD_INSTEAD, document_map
-from tunesmith.model.linear import product
+from tunesmith.model.linear import product, shapes_cost
 from tunesmith.model.quantize import bits_of
 
 logger = logging.getLogger(__name__)
 BALANCING = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 """What models' functions for the load-balancing loss take."""
+SIZES, SHORTEST_STEP = 16, 8
+"""Lengths that a row is filled up to, from a power of two to the next, and the tokens between two lengths at the
+least: 3% of the tokens, on average."""
 CHECKED_TOKENS = 4
 """Size of each of the two documents that the first batch is checked with."""
 
@@ -98,10 +101,12 @@ def head_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, form
 @dataclass(kw_only=True, slots=True)
 class _Path:
     """What the first batches showed. `fused`: whether logits may be made from the hidden states (None: not tried);
-    `documents`: whether documents side by side were tried, and are kept apart."""
+    `documents`: whether documents side by side were tried, and are kept apart. `may_fill`: whether tokens may be added
+    that nothing is learned of."""
 
     fused: bool | None = None
     documents: bool = False
+    may_fill: bool = True
 
 
 def answer_objectives(model: PreTrainedModel, *, routers: bool = False) -> None:
@@ -117,7 +122,7 @@ def answer_objectives(model: PreTrainedModel, *, routers: bool = False) -> None:
     original = model.forward
     balance = Routers(model) if routers else None
     plain = getattr(original, "__func__", None) or (lambda _self, *args, **kwargs: original(*args, **kwargs))
-    path, config = _Path(), model.config.get_text_config()
+    path, config = _Path(may_fill=not routers), model.config.get_text_config()  # a router balances all tokens
 
     @functools.wraps(plain)
     def forward(self: PreTrainedModel, *args: Any, objective: Objective | None = None, **kwargs: Any) -> Any:
@@ -182,16 +187,36 @@ def _predicted(
     targets: Targets = inputs.pop("targets")
     with_outputs = bool(inputs.pop("with_outputs", False))
     lengths, parents = inputs.pop("lengths", None), inputs.pop("parents", None)
-    if lengths is not None:
-        inputs["attention_mask"] = document_map(lengths, parents)
-    inputs["use_cache"] = False
     if path.fused is None or (lengths is not None and not path.documents):
         _check(model, original, path, inputs["input_ids"], documents=lengths is not None)
-    if not path.fused or with_outputs or plain_head(model) is None:
+    head = None if not path.fused or with_outputs else plain_head(model)
+    if lengths is not None:
+        if head is not None and path.may_fill and shapes_cost(head.weight):
+            inputs, lengths, parents = _filled(inputs, lengths, parents)
+        inputs["attention_mask"] = document_map(lengths, parents)
+    inputs["use_cache"] = False
+    if head is None:
         outputs = original(**inputs)
         outcome = objective(from_logits(outputs.logits, targets))
         return Answer(outcome=outcome, outputs=outputs if with_outputs else None)
     return Answer(outcome=objective(from_hidden(model, inputs, targets)))
+
+
+def _filled(
+    inputs: dict[str, Any], lengths: Sequence[int], parents: Sequence[int] | None
+) -> tuple[dict[str, Any], Sequence[int], Sequence[int] | None]:
+    """A flat row with one more document behind the others, which makes its length one of few; no other sees it, and
+    nothing is predicted in it. Its tokens are the first ones of the row, whose values are as usual."""
+    tokens = inputs["input_ids"].shape[1]
+    size = -tokens % max(SHORTEST_STEP, (1 << tokens.bit_length() - 1) // SIZES)
+    if size == 0 or inputs.keys() != {"input_ids", "position_ids"}:
+        return inputs, lengths, parents
+    positions = torch.arange(size, device=inputs["position_ids"].device)[None]
+    inputs = {
+        "input_ids": torch.cat([inputs["input_ids"], inputs["input_ids"][:, :size]], dim=1),
+        "position_ids": torch.cat([inputs["position_ids"], positions], dim=1),
+    }
+    return inputs, [*lengths, size], None if parents is None else [*parents, -1]
 
 
 def from_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], targets: Targets) -> Predictions:

@@ -29,6 +29,7 @@ from tunesmith.model.norm import speed_up_norms
 
 SIZE = 1024
 """Tokens, inputs and outputs of the product that decides for compiled layers."""
+HALVES = (torch.bfloat16, torch.float16)
 FEW = 8
 """Tokens below which a product reads weights and little else: there is nothing to choose, and asking takes its time."""
 
@@ -58,6 +59,13 @@ def _kind(x: Tensor, weight: Tensor) -> ways.Kind:
     straight = x.is_contiguous()  # else x is a gradient, transposed, and its rows are outputs of the layer
     sizes = (rows.bit_length(), inner, outputs) if straight else (inner.bit_length(), rows, outputs)
     return ("product", *sizes, straight, weight.is_contiguous())
+
+
+def shapes_cost(weight: Tensor) -> bool:
+    """Whether products with `weight` take time and memory for each shape that is new: in half precision on a CPU, they
+    are oneDNN's, which generates code for each and keeps it. 300 steps of a batch of any length held twice the memory.
+    """
+    return weight.device.type == "cpu" and (weight.dtype in HALVES or torch.is_autocast_enabled("cpu"))
 
 
 @cache

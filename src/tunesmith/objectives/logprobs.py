@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.head import LogitForm, Predictions, head_logits
-from tunesmith.model.linear import product
+from tunesmith.model.linear import product, shapes_cost
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's fp32 logits. Larger chunks were no faster on a CPU, and the peak memory follows them."""
+LAST_FEW = 16
 FINITE = torch.finfo(torch.float32).min
 
 
@@ -110,11 +111,18 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def chunks(hidden: Tensor, weight: Tensor | None) -> Iterator[slice]:
-    """Parts of the S positions whose logits fill a chunk."""
+    """Parts of the S positions whose logits fill a chunk. Where new shapes cost, the last few are a part of their own,
+    so that parts have one of few sizes."""
     vocabulary = hidden.shape[-1] if weight is None else weight.shape[0]
     rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    few = LAST_FEW if weight is not None and shapes_cost(weight) else 1
     for start in range(0, hidden.shape[0], rows):
-        yield slice(start, min(start + rows, hidden.shape[0]))
+        stop = min(start + rows, hidden.shape[0])
+        last = stop if stop - start == rows else stop - (stop - start) % few
+        if start < last:
+            yield slice(start, last)
+        if last < stop:
+            yield slice(last, stop)
 
 
 def finite_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, form: LogitForm) -> Tensor:

@@ -64,6 +64,8 @@ LIBRARIES_ALONE = 550_000_000
 """Bytes of a process that has imported torch, transformers, peft and datasets."""
 LIBRARIES = LIBRARIES_ALONE + 60_000_000
 """The same, with what they go on to import, and to make, in training."""
+PREPARED = 500_000_000
+"""Bytes of what oneDNN prepares for shapes in half precision, and keeps, once a run has met many."""
 HOLES = 0.25
 """What glibc leaves empty between kept blocks, of the bytes of activations (`benchmarks/plan.py`)."""
 SCATTERED_LAYERS, SCATTERED_LOSS = 7.5, 0.3
@@ -379,7 +381,8 @@ class Counted:
         holes = HOLES * parts["activations"]
         if self.run.checkpoint_every and layer:
             holes += SCATTERED_LAYERS * layer + SCATTERED_LOSS * parts["loss"]
-        return Memory(**parts, overhead=LIBRARIES + int(holes))
+        prepared = 0 if self.run.precision == "fp32" else PREPARED
+        return Memory(**parts, overhead=LIBRARIES + prepared + int(holes))
 
     def _exchanged(self) -> int:
         """Of several processes: without sharing, the buckets in which all gradients are summed. With it, what is
