@@ -329,6 +329,13 @@ def test_the_parser_of_trls_scripts_reads_every_config_from_flags(trainer: Train
     assert (getattr(config, "scale_rewards", "none"), getattr(config, "reward_funcs", None)) == ("none", None)
 
 
+def test_a_parser_takes_neither_none_nor_the_choices_from_a_config() -> None:
+    parsed: Any = SFTConfig
+    HfArgumentParser(parsed)
+    assert make(max_length=None, neftune_noise_alpha=None).max_length is None
+    refused("overlong is 'truncat'; choose truncate", overlong="truncat")
+
+
 def test_a_setting_that_no_parser_reads_is_one_like_all_others() -> None:
     settings: dict[str, Any] = {"output_dir": "run", "precision": "fp32", "use_cpu": True, "reward_funcs": "a, b"}
     config = GRPOConfig(**settings)

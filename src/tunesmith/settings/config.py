@@ -279,8 +279,9 @@ class Config(TrainingArguments):
         if self.packing_strategy == "bfd-requeue":  # type: ignore[comparison-overlap]  # its name in TRL, once
             self.packing_strategy = "bfd_split"
         ours = own_settings(type(self))
+        kinds = kinds_of(type(self))
         for item in fields(self):
-            members = (item.type, *get_args(item.type))
+            members = (kinds[item.name], *get_args(kinds[item.name]))
             choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
             value = getattr(self, item.name)
             if item.name in ours and choices and value is not None and value not in choices:
@@ -291,16 +292,14 @@ class Config(TrainingArguments):
         """Reads numbers that are texts, as `yaml.safe_load` takes `2e-4` for one. None is only what may be unset."""
         if self.max_grad_norm is None:  # as earlier versions of transformers write what is 0 today: no clipping
             self.max_grad_norm = 0.0
-        for item in fields(self):
-            value, kinds = getattr(self, item.name), members_of(item.type)
-            if not {int, float} & {*kinds} or str in kinds or not isinstance(value, str | None):
-                continue
-            if value is None and item.default is None:  # HfArgumentParser takes the None out of `item.type`
+        for name, kind in kinds_of(type(self)).items():
+            value, members = getattr(self, name, None), members_of(kind)
+            if not {int, float} & {*members} or str in members or not isinstance(value, str | None):
                 continue
             try:
-                setattr(self, item.name, coerce(value, item.type))
+                setattr(self, name, coerce(value, kind))
             except ValueError as error:
-                raise TunesmithError(f"{item.name} is {value!r}; write {expected(item.type)}") from error
+                raise TunesmithError(f"{name} is {value!r}; write {expected(kind)}") from error
 
     def _check_finite(self) -> None:
         for item in fields(self):
@@ -639,6 +638,14 @@ def own_settings(kind: type[TrainingArguments]) -> set[str]:
     """The settings of a config that are ours: those that `transformers` lacks, and those that have another default."""
     ours = kind.__mro__[: kind.__mro__.index(TrainingArguments)]
     return {name for base in ours for name in vars(base).get("__annotations__", ())}
+
+
+def kinds_of(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """The types of settings as they are written. Those of `fields` are changed by HfArgumentParser: no None, no
+    choices."""
+    return {
+        name: item for base in reversed(kind.__mro__) for name, item in vars(base).get("__annotations__", {}).items()
+    }
 
 
 def settable(kind: type[TrainingArguments]) -> list[str]:
