@@ -34,7 +34,7 @@ BALANCING = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 """What models' functions for the load-balancing loss take."""
 SIZES, SHORTEST_STEP = 16, 8
 """Lengths that a row is filled up to, from a power of two to the next, and the tokens between two lengths at the
-least: 3% of the tokens, on average."""
+least. Less than a sixteenth of a row's tokens is added, or up to 7 to a short one."""
 CHECKED_TOKENS = 4
 """Size of each of the two documents that the first batch is checked with."""
 

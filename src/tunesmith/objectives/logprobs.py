@@ -21,6 +21,7 @@ from tunesmith.model.linear import product, shapes_cost
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's fp32 logits. Larger chunks were no faster on a CPU, and the peak memory follows them."""
 LAST_FEW = 16
+"""Sizes of parts are multiples of it, but for the last one."""
 FINITE = torch.finfo(torch.float32).min
 
 
